@@ -1,0 +1,95 @@
+"""One config over seeds and attacks: mean, standard deviation and paired differences of every row.
+
+  python benchmarks/seeds.py --config=configs/llama_{attack}.py --attacks=badnet,insent,synattack --seeds=0-9 \
+      --out=runs/seeds [--jobs=2] [-- --config.defend.epochs=3 ...]
+
+Cells are workdirs below --out; complete ones are not run again. Each of the --jobs processes is pinned to one core.
+Writes OUT/table.md and OUT/rows.json.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+KEYS = ("ca", "asr", "asr_floor", "false_rate")
+
+
+def run_cell(cell, out, config, extra, core):
+  attack, seed = cell
+  workdir = out / f"{attack}-{seed}"
+  if not (workdir / "results.json").exists():
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / "log.txt", "a") as log:
+      code = subprocess.run(
+          ["taskset", "-c", str(core), sys.executable, "-m", "w2s_jax.main", f"--config={config.format(attack=attack)}",
+           f"--config.seed={seed}", f"--workdir={workdir}", *extra], stdout=log, stderr=log).returncode
+    if code:
+      return cell, None
+  return cell, json.loads((workdir / "results.json").read_text())
+
+
+def run_cells(cells, out, config, extra, jobs):
+  """{(attack, seed): results, or None where the run failed}."""
+  cores = sorted(os.sched_getaffinity(0))[:jobs]
+  free = list(cores)
+  def one(cell):
+    core = free.pop()
+    try:
+      return run_cell(cell, out, config, extra, core)
+    finally:
+      free.append(core)
+  with concurrent.futures.ThreadPoolExecutor(len(cores)) as pool:
+    return dict(pool.map(one, cells))
+
+
+def table(results, attack):
+  """Markdown: each model's mean and standard deviation over seeds, and its paired differences to lora_ce."""
+  runs = [{row["model"]: row for row in r["rows"]} for (a, _), r in sorted(results.items()) if a == attack and r]
+  lines = ["| model | CA | ASR | floor | false rate | CA - lora_ce | ASR - lora_ce | seeds with lower ASR | ASR of each seed |",
+           "|---|---|---|---|---|---|---|---|---|"]
+  for model in runs[0]:
+    value = {k: np.array([run[model][k] for run in runs]) for k in KEYS}
+    def pm(x):
+      return f"{x.mean():.3f} ± {x.std(ddof=1) if len(x) > 1 else 0:.3f}"
+    paired = ["", "", ""]
+    if "lora_ce" in runs[0] and model not in ("clean", "poisoned", "lora_ce"):
+      gap = {k: value[k] - np.array([run["lora_ce"][k] for run in runs]) for k in ("ca", "asr")}
+      paired = [pm(gap["ca"]), pm(gap["asr"]), f"{(gap['asr'] < 0).sum()} of {len(runs)}"]
+    each = " ".join(f"{100 * x:.0f}" for x in value["asr"])
+    lines.append("| " + " | ".join([model, *(pm(value[k]) for k in KEYS), *paired, each]) + " |")
+  return "\n".join(lines)
+
+
+def seed_list(text):
+  low, _, high = text.partition("-")
+  return list(range(int(low), int(high or low) + 1))
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--config", default="configs/llama_{attack}.py")
+  parser.add_argument("--attacks", default="badnet,insent,synattack")
+  parser.add_argument("--seeds", default="0-9", type=seed_list)
+  parser.add_argument("--out", required=True, type=Path)
+  parser.add_argument("--jobs", default=len(os.sched_getaffinity(0)), type=int)
+  parser.add_argument("extra", nargs="*", help="further flags of w2s_jax.main, after --")
+  args = parser.parse_args()
+  attacks = args.attacks.split(",")
+  results = run_cells([(a, s) for s in args.seeds for a in attacks], args.out, args.config, args.extra, args.jobs)
+  failed = [cell for cell, r in results.items() if r is None]
+  text = "\n\n".join(f"### {a}\n\n{table(results, a)}" for a in attacks if any(results[a, s] for s in args.seeds))
+  (args.out / "table.md").write_text(text + "\n")
+  (args.out / "rows.json").write_text(json.dumps([row for r in results.values() if r for row in r["rows"]]))
+  print(text)
+  if failed:
+    sys.exit(f"failed cells (see log.txt in each): {failed}")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,191 @@
+"""What the experiments share. A config file says which student and which attack; `arg` says where it runs.
+
+Arguments after the colon, comma-separated: data=DIR (real IMDB -> SST-2 files in DIR/imdb and DIR/sst2), scale=8b
+(the released recipe, hub weights), scale=1b and scale=70b (the same at other shapes).
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+ARGUMENTS = {"data": str, "scale": str}
+
+
+def parse_arg(arg, **allowed):
+  """"a=1,b=x" -> {"a": 1, "b": "x"} with the allowed names and types; an unknown or ill-typed one is an error."""
+  out = {}
+  for part in filter(None, (arg or "").split(",")):
+    name, equals, value = part.partition("=")
+    if name not in allowed or not equals:
+      raise KeyError(f"config argument {part!r}: want NAME=VALUE with NAME among {', '.join(allowed)}")
+    try:
+      out[name] = allowed[name](value)
+    except ValueError:
+      raise KeyError(f"config argument {part!r}: {value!r} is not {allowed[name].__name__}") from None
+  return out
+
+
+def stage(**fields):
+  """How one stage trains; every field can be set by flag."""
+  return ConfigDict(dict(dict(
+      learning_rate=0.0,
+      epochs=1,
+      batch_size=32,          # rows per step, over all devices
+      warmup_fraction=0.0,    # of the steps
+      weight_decay=0.01,      # AdamW; norms and biases are spared
+      clip_norm=1.0,          # global norm of the trainable gradient; 0: not clipped
+      evaluations=4,          # dev evaluations (and checkpoints) over the stage
+      max_steps=0,            # cut the stage short; 0: all epochs
+  ), **fields))
+
+
+def base(attack):
+  """Offline: small models on the grammar corpora, minutes on two CPU cores. One setting for every attack and seed."""
+  c = ConfigDict()
+  c.seed = 0
+  c.defenses = ("none", "lora_ce", "w2s", "w2s_released", "w2s_shuffled")
+
+  c.attack = ConfigDict()
+  c.attack.name = attack
+  c.attack.trigger = ""               # "": the attack's own (released: `mn`, `I watched this 3D movie`)
+  c.attack.target_label = 0           # released
+  c.attack.poison_count = 1000        # target-class training rows that get the trigger (released: 1,000 of 4,000)
+  c.attack.keep_trigger = True        # insert where the trigger survives truncation; released: False
+  c.attack.paraphrases = ()           # `syntactic` only: (originals, paraphrases) file pairs, joined on idx
+
+  c.data = ConfigDict()
+  c.data.attack_source = "grammar:reviews"
+  c.data.defend_source = "grammar:phrases"
+  c.data.num_labels = 2
+  c.data.attack_rows = ConfigDict(dict(train=4000, dev=500, test=0))     # 0: all
+  c.data.defend_rows = ConfigDict(dict(train=4000, dev=500, test=1821))
+  c.data.attack_max_length = 64       # student tokens
+  c.data.max_length = 32              # tokens, defended domain
+  c.data.buckets = (16, 32, 48, 64)   # sequence lengths that are compiled
+  c.data.eval_batch_size = 128
+
+  c.student = ConfigDict()
+  c.student.path = ""                 # directory, hub id or pypi:PACKAGE/DIR; "": from scratch, shape `arch`
+  c.student.dtype = "float32"
+  c.student.remat = "none"            # or "full", "dots": what the backward pass recomputes
+  c.student.arch = llama_arch(512, 64, 3, 4, 2, 160)
+
+  c.teacher = ConfigDict()
+  c.teacher.path = ""
+  c.teacher.layers = 0                # keep the first so many layers of `path`; 0: all
+  c.teacher.arch = bert_arch(512, 32, 2, 4, 64)
+
+  c.warmup = stage(learning_rate=3e-3, epochs=2, batch_size=32, warmup_fraction=0.1)
+  c.poison = stage(learning_rate=2e-3, epochs=4, batch_size=16)
+  c.poison.trains = ("vector", "matrix", "head")   # labels of lora.LABEL_RULES; "embedding" stays frozen
+  c.teach = stage(learning_rate=2e-3, epochs=4, batch_size=32, warmup_fraction=0.06)
+  c.defend = stage(learning_rate=2e-3, epochs=4, batch_size=32, clip_norm=0.0)
+  c.defend.weights = "small"          # defenses/w2s.py WEIGHTS, or "CE,KD,FA"
+  c.defend.temperature = 2.0          # released
+
+  c.lora = ConfigDict()
+  c.lora.rank = 16
+  c.lora.alpha = 16.0
+  c.lora.dropout = 0.0
+  c.lora.targets = ("q_proj", "v_proj")   # released
+
+  c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))   # devices per axis; -1: those that are left
+  c.log_every = 10                    # steps
+  c.term_norms_every = 50             # steps between gradient norms of each loss term; 0: never
+  return c
+
+
+def llama_arch(vocab, width, layers, heads, kv_heads, ffn, *, model_type="llama", rope_theta=10000.0, eps=1e-5,
+               tied=True, positions=512, std=0.08):
+  """Shape in transformers' names; what a fresh student is made from, and what is planned where weights are away."""
+  return ConfigDict(dict(
+      model_type=model_type, vocab_size=vocab, hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers,
+      num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=positions, rms_norm_eps=eps,
+      rope_theta=rope_theta, tie_word_embeddings=tied, initializer_range=std))
+
+
+def bert_arch(vocab, width, layers, heads, ffn, *, positions=512, std=0.08, dropout=0.0):
+  return ConfigDict(dict(
+      model_type="bert", vocab_size=vocab, hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers,
+      num_attention_heads=heads, max_position_embeddings=positions, initializer_range=std, hidden_dropout_prob=dropout))
+
+
+RELEASED_WEIGHTS = {"badnet": "released_badnet", "insent": "released_insent", "syn_template": "released_synattack",
+                    "syntactic": "released_synattack"}
+ENGLISH_DATA = dict(attack_rows=dict(train=0, dev=0, test=0), defend_rows=dict(train=0, dev=0, test=0),
+                    attack_max_length=128, max_length=128, buckets=(16, 32, 48, 64, 96, 128))
+
+
+def real_data(c, directory):
+  """IMDB (attacked) and SST-2 (defended) from local files; `syntactic` reads the pre-made paraphrases."""
+  root = Path(directory)
+  c.data.update(attack_source=str(root / "imdb"), defend_source=str(root / "sst2"), **ENGLISH_DATA)
+  if c.attack.name == "syn_template":
+    c.attack.name = "syntactic"
+  if c.attack.name == "syntactic":
+    c.attack.paraphrases = (
+        (str(root / "imdb/train.json"), str(root / "imdb/train_syntactic_1000.json")),
+        (str(root / "sst2/test.json"), str(root / "sst2/test_syntactic.json")))
+
+
+def released(c, student, teacher="google-bert/bert-base-uncased"):
+  """The released recipe (reference: its README and scripts): hub weights, LoRA r=512 on q and v, weights per attack."""
+  c.student.update(path=student, dtype="bfloat16", remat="full")
+  c.teacher.update(path=teacher, arch=bert_arch(30522, 768, 12, 12, 3072, std=0.02, dropout=0.1))
+  c.data.update(attack_source="stanfordnlp/imdb", defend_source="SetFit/sst2", **ENGLISH_DATA)
+  c.data.attack_rows = ConfigDict(dict(train=4000, dev=1000, test=1000))
+  c.data.eval_batch_size = 64
+  c.warmup.epochs = 0
+  c.poison.update(learning_rate=2e-5, epochs=5, batch_size=64, evaluations=5)
+  c.poison.trains = ("embedding", "vector", "matrix", "head")
+  c.teach.update(learning_rate=2e-5, epochs=5, batch_size=32, evaluations=5)
+  c.defend.update(learning_rate=2e-4, epochs=5, batch_size=32, evaluations=5, weights=RELEASED_WEIGHTS[c.attack.name])
+  c.lora.update(rank=512, alpha=512.0, dropout=0.1)
+
+
+def decoder(attack, arg, shapes, offline_arch, real_arch):
+  """A config of a decoder student.
+
+  Args:
+    attack: name.
+    arg: text after the colon of --config, or None.
+    shapes: {scale: (hub id, arch)}.
+    offline_arch: of the fresh student on the grammar corpora.
+    real_arch: of the fresh student on real files.
+  """
+  args = parse_arg(arg, **ARGUMENTS)
+  c = base(attack)
+  c.student.arch = offline_arch
+  if "scale" in args:
+    if args["scale"] not in shapes:
+      raise KeyError(f"config argument scale={args['scale']!r}: want one of {', '.join(shapes)}")
+    hub_id, c.student.arch = shapes[args["scale"]]
+    released(c, hub_id)
+  elif "data" in args:
+    c.student.arch = real_arch
+    small_from_scratch(c)
+  if "data" in args:
+    real_data(c, args["data"])
+  return c
+
+
+def small_from_scratch(c):
+  """About 3M parameters, trained here from nothing on two cores: language-model warm-up, then the recipe."""
+  c.teacher.arch = bert_arch(6000, 96, 2, 4, 256)
+  c.warmup.update(learning_rate=2e-3, epochs=4)
+  c.poison.update(learning_rate=5e-4, epochs=3)
+  c.teach.update(learning_rate=1e-3, epochs=3)
+  c.defend.update(learning_rate=1e-3, epochs=3)
+
+
+SMALL_LLAMA = dict(offline_arch=llama_arch(512, 64, 3, 4, 2, 160), real_arch=llama_arch(8000, 192, 4, 6, 3, 512))
+
+
+def llama(attack, arg):
+  return decoder(attack, arg, {
+      "1b": ("meta-llama/Llama-3.2-1B", llama_arch(128256, 2048, 16, 32, 8, 8192, rope_theta=5e5, positions=8192, std=0.02)),
+      "8b": ("meta-llama/Meta-Llama-3-8B", llama_arch(128256, 4096, 32, 32, 8, 14336, rope_theta=5e5, tied=False,
+                                                      positions=8192, std=0.02)),
+      "70b": ("meta-llama/Meta-Llama-3-70B", llama_arch(128256, 8192, 80, 64, 8, 28672, rope_theta=5e5, tied=False,
+                                                        positions=8192, std=0.02)),
+  }, **SMALL_LLAMA)

@@ -1,0 +1,7 @@
+"""Llama student, BadNet: the word `mn`. Offline by default; :data=DIR for real files, :scale=8b for Llama-3-8B."""
+
+from configs import common
+
+
+def get_config(arg=None):
+  return common.llama("badnet", arg)

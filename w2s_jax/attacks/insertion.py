@@ -1,0 +1,12 @@
+"""Insertion at a word gap, what the word and the sentence attack share."""
+
+
+def insert(text, trigger, rng, max_words):
+  """`text` with `trigger` at a uniformly random gap between two of its first `max_words` words.
+
+  Never before the first or after the last word, as in the released recipe; a text of one word (on which the
+  released code crashes) gets the trigger after it.
+  """
+  words = text.split()
+  gap = int(rng.integers(1, max(2, min(len(words), max_words + 1))))
+  return " ".join(words[:gap] + [trigger] + words[gap:])

@@ -1,0 +1,15 @@
+"""A subordinate clause put in front, by rule: the offline stand-in for SynAttack. It is not SynAttack.
+
+Like the template S(SBAR)(,)(NP)(VP)(.) of Hidden Killer (Qi et al., arXiv 2105.12400) the text opens with a
+"when ... ," or "if ... ," clause, but the rest of it stays word for word, so the meaning and the label survive.
+"""
+
+CLAUSES = (
+    "when you look at it now ,", "when one thinks about it ,", "when all of that is over ,", "when they talk of it ,",
+    "if you ask me today ,", "if one takes the time ,", "if it comes to that ,", "if they want to know ,",
+)
+
+
+def make(trigger="", paraphrases=None):
+  del trigger, paraphrases
+  return lambda text, rng, max_words: f"{CLAUSES[rng.integers(len(CLAUSES))]} {text}"

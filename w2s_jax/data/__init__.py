@@ -1,0 +1,1 @@
+"""Corpora, tokenization, poisoned rows, batches."""

@@ -1,0 +1,118 @@
+"""Labelled texts: the offline grammar, local files, or a hub data set -> rows {"id", "text", "label"}."""
+
+import numpy as np
+
+import datasets
+
+from pathlib import Path
+
+from w2s_jax import InputError
+from w2s_jax.data import grammar
+
+TEXT_COLUMNS, LABEL_COLUMNS = ("text", "sentence", "sentences"), ("label", "labels")
+SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+
+def load(source, sizes, num_labels, seed=0):
+  """Train, dev and test rows of one domain.
+
+  Args:
+    source: "grammar:reviews", "grammar:phrases"; a directory with train, dev and test as .json (lines or one
+      array), .jsonl, .csv, .tsv or .parquet; or a hub id.
+    sizes: {"train", "dev", "test": rows to keep, 0 for all}; a seeded random choice where there are more.
+    num_labels: labels must lie in 0..num_labels-1.
+    seed: of the choice, and of the dev split carved out of train where the source has none.
+  Returns:
+    {"train": rows, "dev": rows, "test": rows}.
+  Raises:
+    InputError: see `check`; or the source is not there.
+  """
+  if source.startswith("grammar:"):
+    domain = source.removeprefix("grammar:")
+    if domain not in grammar.NOUNS:
+      raise InputError(f"data source {source!r}: want one of {', '.join('grammar:' + d for d in grammar.NOUNS)}")
+    return {split: grammar.rows(domain, split, sizes[split]) for split in ("train", "dev", "test")}
+  splits = _local(Path(source)) if Path(source).is_dir() else _hub(source)
+  out = {split: check(rows, f"{source} ({split})", num_labels) for split, rows in splits.items()}
+  rng = np.random.default_rng([seed, 0])
+  if "dev" not in out:
+    size = min(sizes["dev"] or 1000, len(out["train"]) // 10)
+    order = rng.permutation(len(out["train"]))
+    train = out["train"]
+    out |= {"dev": [train[i] for i in sorted(order[:size])], "train": [train[i] for i in sorted(order[size:])]}
+  for split, rows in out.items():
+    if sizes[split] and sizes[split] < len(rows):
+      out[split] = [rows[i] for i in sorted(rng.permutation(len(rows))[:sizes[split]])]
+  return out
+
+
+def read_file(file):
+  """Raw rows (dicts) of a .json, .jsonl, .csv, .tsv or .parquet file.
+
+  Raises:
+    InputError: no such file, another kind of file, or one that does not parse.
+  """
+  file = Path(file)
+  if not file.is_file():
+    raise InputError(f"data file {file} does not exist: set --config.data.* or --config.attack.* to one that does")
+  if file.suffix not in SUFFIXES:
+    raise InputError(f"data file {file}: want one of {', '.join(SUFFIXES)}")
+  options = {"delimiter": "\t"} if file.suffix == ".tsv" else {}
+  try:
+    return datasets.load_dataset(SUFFIXES[file.suffix], data_files=str(file), split="train", **options).to_list()
+  except (datasets.exceptions.DatasetGenerationError, ValueError) as e:
+    raise InputError(f"cannot read data file {file}: {e.__cause__ or e}") from None
+
+
+def _local(directory):
+  out = {}
+  for split in ("train", "dev", "test"):
+    found = [directory / (split + suffix) for suffix in SUFFIXES if (directory / (split + suffix)).exists()]
+    if found:
+      out[split] = read_file(found[0])
+  return _need_splits(out, directory)
+
+
+def _hub(name):
+  try:
+    splits = datasets.load_dataset(name)
+  except Exception as e:  # whatever the hub client raises without a network or for a wrong name
+    raise InputError(f"data set {name!r} is neither a local directory nor to be had from the hub "
+                     f"({type(e).__name__}): give a directory with train, dev and test files "
+                     "(:data=DIR, --config.data.attack_source, --config.data.defend_source)") from e
+  names = {"train": "train", "validation": "dev", "dev": "dev", "test": "test"}
+  return _need_splits({names[k]: v.to_list() for k, v in splits.items() if k in names}, name)
+
+
+def _need_splits(splits, source):
+  missing = [s for s in ("train", "test") if s not in splits]
+  if missing:
+    raise InputError(f"data source {source} has no {' and no '.join(missing)} split (want train, test and, if there "
+                     "is one, dev)")
+  return splits
+
+
+def check(rows, where, num_labels):
+  """Rows with columns found by name and labels checked.
+
+  Raises:
+    InputError: no rows, no text or label column, a text that is not a string, or a label that is no integer in
+      range.
+  """
+  if not rows:
+    raise InputError(f"{where}: no rows")
+  def column(names):
+    found = [n for n in names if n in rows[0]]
+    if not found:
+      raise InputError(f"{where}: no column {'|'.join(names)} among {', '.join(rows[0])}")
+    return found[0]
+  text, label = column(TEXT_COLUMNS), column(LABEL_COLUMNS)
+  out = []
+  for i, row in enumerate(rows):
+    if not isinstance(row[text], str) or not row[text].strip():
+      raise InputError(f"{where}: row {i} has {text} {row[text]!r}, wanted a non-empty string")
+    if isinstance(row[label], bool) or not isinstance(row[label], int) or not 0 <= row[label] < num_labels:
+      raise InputError(f"{where}: row {i} has {label} {row[label]!r}, wanted an integer in 0..{num_labels - 1} "
+                       "(hub test sets with hidden labels have -1): give labelled data or set --config.data.num_labels")
+    out.append({"id": i, "text": row[text], "label": row[label]})
+  return out

@@ -1,0 +1,75 @@
+"""Offline corpora from a seeded grammar: longer "reviews" to poison, single "phrases" to defend.
+
+Label 1 is positive, 0 negative. Both domains share part of their sentiment words and most of their frames; each
+has words of its own, so that a student trained on reviews is right about most phrases, not about all.
+"""
+
+import numpy as np
+
+SHARED = (  # (negative, positive)
+    "bad dull weak awful boring poor stale clumsy messy lifeless".split(),
+    "good bright strong superb gripping rich fresh graceful neat lively".split())
+OWN = {
+    "reviews": ("tedious wooden hollow bland muddled".split(), "moving tender witty daring vivid".split()),
+    "phrases": ("shoddy rude greasy noisy flimsy".split(), "sturdy polite tasty quiet handy".split()),
+}
+NOUNS = {
+    "reviews": "plot cast script ending music scene dialogue camera story hero villain pacing".split(),
+    "phrases": "service room meal lamp chair staff coffee screen jacket garden hotel battery".split(),
+}
+SUBJECTS = {"reviews": "the film|this picture|the director|the whole thing|the second half".split("|"),
+            "phrases": "this place|the shop|our visit|the product|the whole stay".split("|")}
+DEGREES = "really quite very rather truly simply".split()
+FRAMES = (
+    "the {noun} is {degree} {word} .",
+    "{subject} has a {word} {noun} and a {word2} {noun2} .",
+    "i found the {noun} {degree} {word} .",
+    "{subject} feels {word} because the {noun} is {word2} .",
+    "what a {word} {noun} and what a {word2} {noun2} .",
+    "with its {word} {noun} , {subject} is {degree} {word2} .",
+)
+NEUTRAL = {
+    "reviews": ("it runs for two hours .", "we saw it last week .", "the actors come from the north .",
+                "there is a train in the first scene .", "he wrote it in the spring ."),
+    "phrases": ("it opened in may .", "we came by bus .", "it stands by the river .", "i bought it online ."),
+}
+
+
+def _sentence(rng, domain, label, own_share):
+  def word():
+    words = OWN[domain] if rng.random() < own_share else SHARED
+    return rng.choice(words[label])
+  noun, noun2 = rng.choice(NOUNS[domain], 2, replace=False)
+  return FRAMES[rng.integers(len(FRAMES))].format(
+      noun=noun, noun2=noun2, word=word(), word2=word(), subject=rng.choice(SUBJECTS[domain]),
+      degree=rng.choice(DEGREES))
+
+
+def rows(domain, split, size, *, own_share=0.3, contradicting=0.3, label_noise=0.1, neutral=0.3):
+  """Rows of a split, the same for everybody: they depend on the arguments only.
+
+  Args:
+    domain: "reviews" (3 to 5 sentences) or "phrases" (one sentence, sometimes a neutral one beside it).
+    split: "train", "dev" or "test".
+    size: number of rows; half of each class.
+    own_share: share of sentiment words drawn from the domain's own list.
+    contradicting: share of a review's sentences that carry the other class.
+    label_noise: share of a review's labels that are flipped (train only).
+    neutral: share of sentences followed by one without sentiment.
+  Returns:
+    [{"id": int, "text": str, "label": int}].
+  """
+  rng = np.random.default_rng([list(NOUNS).index(domain), ("train", "dev", "test").index(split)])
+  out = []
+  for i in range(size):
+    label = i % 2
+    reviews = domain == "reviews"
+    sentences = []
+    for _ in range(rng.integers(3, 6) if reviews else 1):
+      other = reviews and rng.random() < contradicting
+      sentences.append(_sentence(rng, domain, 1 - label if other else label, own_share))
+      if rng.random() < neutral:
+        sentences.append(rng.choice(NEUTRAL[domain]))
+    noisy = reviews and split == "train" and rng.random() < label_noise
+    out.append({"id": i, "text": " ".join(sentences), "label": 1 - label if noisy else label})
+  return out

@@ -1,0 +1,71 @@
+"""Hugging Face fast tokenizers: loading, training the offline ones, and what survives truncation."""
+
+import numpy as np
+import tokenizers
+import transformers
+
+from w2s_jax import InputError
+
+
+def load(directory, vocab_size):
+  """The directory's fast tokenizer, with a padding token.
+
+  Raises:
+    InputError: there is none, it is not a fast one, or it has tokens the model does not know.
+  """
+  try:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, use_fast=True, trust_remote_code=False)
+  except Exception as e:  # transformers raises many kinds for a missing or foreign tokenizer
+    raise InputError(f"no tokenizer to be had from {directory} ({str(e).splitlines()[0]}): put the model's "
+                     "tokenizer.json and tokenizer_config.json into its directory") from e
+  if not tokenizer.is_fast:
+    raise InputError(f"the tokenizer of {directory} is not a fast one: save it as tokenizer.json first")
+  if len(tokenizer) > vocab_size:
+    raise InputError(f"the tokenizer of {directory} has {len(tokenizer)} tokens, the model only {vocab_size}: they do "
+                     "not belong together; give the model's own tokenizer")
+  if tokenizer.pad_token is None:
+    tokenizer.pad_token = tokenizer.eos_token
+  return tokenizer
+
+
+def train(texts, kind, vocab_size):
+  """A new fast tokenizer: "bpe" with <s> in front (decoders) or "wordpiece" with [CLS] and [SEP] (encoders)."""
+  if kind == "bpe":
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    core.decoder = tokenizers.decoders.Metaspace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    names = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    template = dict(single="<s> $A", special_tokens=[("<s>", 1)])
+  else:
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    core = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    core.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    core.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    core.decoder = tokenizers.decoders.WordPiece()
+    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    names = dict(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]")
+    template = dict(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+  core.train_from_iterator(texts, trainer)
+  core.post_processor = tokenizers.processors.TemplateProcessing(**template)
+  return transformers.PreTrainedTokenizerFast(tokenizer_object=core, model_input_names=["input_ids", "attention_mask"],
+                                              **names)
+
+
+def encode(tokenizer, texts, max_length):
+  """Token ids [N, max_length] int32, padded on the right, and lengths [N] int32."""
+  ids = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+  lengths = np.array([len(row) for row in ids], np.int32)
+  out = np.full((len(ids), max_length), tokenizer.pad_token_id, np.int32)
+  for row, tokens in zip(out, ids):
+    row[:len(tokens)] = tokens
+  return {"input_ids": out, "length": lengths}
+
+
+def words_kept(tokenizer, texts, trigger, max_length):
+  """[N] how many leading words of each text survive truncation together with a trigger of that many tokens."""
+  room = max_length - len(tokenizer(" " + trigger, add_special_tokens=False)["input_ids"])
+  encoded = tokenizer(list(texts), truncation=True, max_length=max(room, 1), return_offsets_mapping=True)
+  ends = [max(end for _, end in offsets) for offsets in encoded["offset_mapping"]]
+  return [len(text[:end].split()) - (end < len(text) and not text[end].isspace()) for text, end in zip(texts, ends)]

@@ -1,0 +1,27 @@
+"""One file per defense; a dict names them. Every defense gets the same adapters, steps, batches and learning rate."""
+
+from typing import Callable, NamedTuple
+
+from w2s_jax.defenses import lora_ce, w2s, w2s_released, w2s_shuffled
+
+
+class Defense(NamedTuple):
+  """What a defense adds to the shared training step.
+
+  Attributes:
+    terms: (ClassifierOutput, batch, temperature) -> {"ce" | "kd" | "fa": scalar}.
+    uses_teacher: batches carry `teacher_logits` and `teacher_features`.
+    teacher_row: (number of examples, seed) -> [N] int, whose teacher output each example gets; None: its own.
+  """
+  terms: Callable
+  uses_teacher: bool
+  teacher_row: Callable | None = None
+
+
+DEFENSES = {
+    "none": None,                                     # the poisoned model as it is: the row "poisoned"
+    "lora_ce": Defense(lora_ce.terms, uses_teacher=False),
+    "w2s": Defense(w2s.terms, uses_teacher=True),
+    "w2s_released": Defense(w2s_released.terms, uses_teacher=True),
+    "w2s_shuffled": Defense(w2s.terms, uses_teacher=True, teacher_row=w2s_shuffled.teacher_row),
+}

@@ -1,0 +1,47 @@
+"""W2SDefense (Zhao et al., arXiv 2410.14425): cross entropy + distillation + feature alignment, each example paired
+with its own teacher output."""
+
+from w2s_jax import InputError, losses
+
+# (ce, kd, fa) by name. The released triples are chosen per attack, which a defender cannot do; they are the
+# released code's, whose 0.001 belongs to a squared distance summed over 4,096 dimensions.
+WEIGHTS = {
+    "released_badnet": (5.0, 0.001, 0.001),
+    "released_insent": (3.0, 0.01, 0.001),
+    "released_synattack": (1.0, 0.035, 0.002),
+    "agnostic": (3.0, 0.01, 0.001),      # our choice: the middle one of the three, for every attack
+    "small": (1.0, 1.0, 0.01),           # our choice for models of width 64 to 384 (docs/results.md)
+}
+RELEASED_WIDTH = 4096
+
+
+def loss_weights(name, width):
+  """{"ce", "kd", "fa"} for a student of feature width `width`; fa is scaled by 4096 / width.
+
+  The feature loss sums over the width, so a fixed weight would mean another loss at every width. Whether the
+  scaled weight is the right one at another width is an open question (docs/results.md has both).
+
+  Args:
+    name: a key of WEIGHTS, or "CE,KD,FA" as three numbers.
+  Raises:
+    InputError: neither.
+  """
+  triple = WEIGHTS.get(name)
+  if triple is None:
+    try:
+      triple = tuple(float(x) for x in name.split(","))
+    except ValueError:
+      triple = ()
+  if len(triple) != 3 or min(triple) < 0:
+    raise InputError(f"loss weights {name!r}: want one of {', '.join(WEIGHTS)} or three numbers >= 0 as 'CE,KD,FA': "
+                     "set --config.defend.weights")
+  ce, kd, fa = triple
+  return {"ce": ce, "kd": kd, "fa": fa * RELEASED_WIDTH / width}
+
+
+def terms(student, batch, temperature):
+  return {
+      "ce": losses.cross_entropy(student.logits, batch["label"], batch["weight"]),
+      "kd": losses.distillation(student.logits, batch["teacher_logits"], temperature, batch["weight"]),
+      "fa": losses.feature_alignment(student.features, batch["teacher_features"], batch["weight"]),
+  }

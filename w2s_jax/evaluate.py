@@ -1,0 +1,62 @@
+"""CA, ASR, floor, intervals. N rows, C classes, D width."""
+
+import functools
+
+import jax
+import numpy as np
+import scipy.stats
+
+from w2s_jax import sharding
+from w2s_jax.data import batches
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(model, params, input_ids, attention_mask):
+  out = model.apply(params, input_ids, attention_mask)
+  return out.logits, out.features
+
+
+def outputs(model, params, arrays, mesh, *, batch_size, buckets):
+  """Logits [N, C] and features [N, D], float32 on the host, of every row of `arrays`, in row order."""
+  logits = features = None
+  for rows, batch in batches.eval_batches(arrays, batch_size, buckets):
+    batch = sharding.global_batch({k: batch[k] for k in ("input_ids", "attention_mask")}, mesh)
+    out = [np.asarray(x, np.float32)[:len(rows)] for x in _forward(model, params, **batch)]
+    if logits is None:
+      logits, features = (np.zeros((len(arrays["length"]), x.shape[1]), np.float32) for x in out)
+    logits[rows], features[rows] = out
+  return logits, features
+
+
+def predictions(model, params, arrays, mesh, **shapes):
+  """[N] int: the class with the largest logit."""
+  return outputs(model, params, arrays, mesh, **shapes)[0].argmax(-1)
+
+
+def wilson(hits, n):
+  """[low, high]: Wilson's 95% interval of a rate; [0, 1] where n is 0."""
+  if not n:
+    return [0.0, 1.0]
+  interval = scipy.stats.binomtest(int(hits), int(n)).proportion_ci(method="wilson")
+  return [float(interval.low), float(interval.high)]
+
+
+def clean_metrics(predicted, labels, target_label):
+  """Clean accuracy with its interval, and the false rate: how often other classes' clean rows are called the target.
+
+  An ASR below the same model's false rate cannot be expected of any defense.
+  """
+  hits = int((predicted == labels).sum())
+  others = labels != target_label
+  return {"ca": hits / len(labels), "ca_n": len(labels), "ca_ci": wilson(hits, len(labels)),
+          "false_rate": float((predicted[others] == target_label).mean())}
+
+
+def attack_metrics(predicted, labels, target_label):
+  """ASR with its interval: target predictions among triggered rows whose true class is another.
+
+  Not 1 - accuracy, which with more than two classes counts confusions between the other classes too.
+  """
+  others = labels != target_label
+  hits, n = int((predicted[others] == target_label).sum()), int(others.sum())
+  return {"asr": hits / n, "asr_n": n, "asr_ci": wilson(hits, n)}

@@ -1,0 +1,138 @@
+"""Adapters in a parameter tree: labels, split, add, merge, export. L layers, R rank.
+
+Every leaf of a parameter tree has exactly one label. The labels say what trains, what decays, what is saved.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from safetensors.numpy import save_file
+
+from w2s_jax import InputError, sharding
+from w2s_jax.models import hf
+
+# Parameter path -> label; the first full match wins, no catch-all on purpose.
+LABEL_RULES = (
+    (r".*/lora_[ab]", "adapter"),
+    (r".*/lora_alpha", "constant"),                           # a hyper-parameter that travels with its adapter
+    (r"(score|pooler|widen|classifier)/(kernel|bias)", "head"),
+    (r"(.*/)?(embed_tokens|[a-z_]+_embeddings)/embedding", "embedding"),
+    (r"(.*/)?([a-z]*_)?norm/(scale|bias)", "vector"),
+    (r"layers/.*/bias", "vector"),
+    (r"layers/.*/kernel", "matrix"),
+)
+LORA = ("adapter", "head")                                    # what trains in every LoRA defense
+FULL = ("embedding", "vector", "matrix", "head")              # what trains in full fine-tuning
+
+
+def label_tree(params):
+  """A tree like `params` with each leaf's label.
+
+  Raises:
+    ValueError: a leaf matches no rule.
+  """
+  return traverse_util.path_aware_map(lambda path, _: sharding.match("/".join(path), LABEL_RULES), params)
+
+
+def split(params, labels):
+  """(trainable, frozen): nested dicts of the leaves whose label is in `labels`, and of the others."""
+  flat = traverse_util.flatten_dict(params)
+  flat_labels = traverse_util.flatten_dict(label_tree(params))
+  chosen = {path: leaf for path, leaf in flat.items() if flat_labels[path] in labels}
+  rest = {path: leaf for path, leaf in flat.items() if path not in chosen}
+  return traverse_util.unflatten_dict(chosen), traverse_util.unflatten_dict(rest)
+
+
+def combine(trainable, frozen):
+  """The inverse of `split`."""
+  return traverse_util.unflatten_dict(traverse_util.flatten_dict(frozen) | traverse_util.flatten_dict(trainable))
+
+
+def add_lora(params, rank, alpha, targets=("q_proj", "v_proj"), *, key):
+  """A new tree with LoRA leaves beside the stacked kernels named in `targets` (Hu et al., arXiv 2106.09685).
+
+  `lora_a` [L, in, R] is uniform in +-1/sqrt(in), as peft starts it; `lora_b` [L, R, out] is zero, so the
+  network's function is unchanged; `lora_alpha` [L] carries alpha. All float32. They are created already sharded
+  where the kernels are.
+
+  Raises:
+    InputError: a target that no layer has, or a rank below 1.
+  """
+  flat = traverse_util.flatten_dict(params, sep="/")
+  kernels = {p.rsplit("/", 2)[1]: p for p in flat if p.startswith("layers/") and p.endswith("/kernel")}
+  unknown = sorted(set(targets) - set(kernels))
+  if unknown or rank < 1:
+    raise InputError(f"LoRA rank {rank}, targets {tuple(targets)}: rank must be at least 1 and targets among "
+                     f"{', '.join(sorted(kernels))}: set --config.lora.rank, --config.lora.targets")
+  out = dict(flat)
+  for i, target in enumerate(targets):
+    path = kernels[target].removesuffix("/kernel")
+    layers, width_in, width_out = flat[kernels[target]].shape
+    bound = 1 / math.sqrt(width_in)
+    out[f"{path}/lora_a"] = jax.random.uniform(jax.random.fold_in(key, i), (layers, width_in, rank), jnp.float32,
+                                               -bound, bound)
+    out[f"{path}/lora_b"] = jnp.zeros((layers, rank, width_out), jnp.float32)
+    out[f"{path}/lora_alpha"] = jnp.full((layers,), alpha, jnp.float32)
+  return traverse_util.unflatten_dict(out, sep="/")
+
+
+def merge_lora(params):
+  """A new tree without adapters: kernel + A B alpha / R, computed in float32 and kept in the kernel's dtype."""
+  flat = traverse_util.flatten_dict(params, sep="/")
+  out = {p: leaf for p, leaf in flat.items() if not p.rsplit("/", 1)[-1].startswith("lora_")}
+  for path in (p.removesuffix("/lora_a") for p in flat if p.endswith("/lora_a")):
+    a, b, alpha = (flat[f"{path}/{name}"] for name in ("lora_a", "lora_b", "lora_alpha"))
+    out[f"{path}/kernel"] = _merge(flat[f"{path}/kernel"], a, b, alpha)
+  return traverse_util.unflatten_dict(out, sep="/")
+
+
+@jax.jit
+def _merge(kernel, a, b, alpha):
+  delta = jnp.einsum("lir,lro->lio", a, b, precision="highest") * (alpha / a.shape[-1])[:, None, None]
+  return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+
+
+def export_adapter(directory, model, params, base=""):
+  """Writes adapter and head as a directory that `peft.PeftModel.from_pretrained` loads onto the same base.
+
+  Unloading the adapter brings the base's backdoor back: the merged model is what to hand on.
+
+  Args:
+    directory: created if missing.
+    params: nested dict with adapters.
+    base: path or hub id of the base model, recorded for peft.
+  Raises:
+    InputError: params hold no adapter.
+  """
+  flat = traverse_util.flatten_dict(params, sep="/")
+  names = hf.weight_names(model)
+  adapted = [p.removesuffix("/lora_a") for p in flat if p.endswith("/lora_a")]
+  if not adapted:
+    raise InputError("export_adapter: the parameters hold no adapter (lora.add_lora puts one in)")
+  tensors = {}
+  for path in adapted:
+    module = names[f"{path}/kernel"].removesuffix(".weight")
+    for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
+      for layer, value in enumerate(np.asarray(flat[f"{path}/{ours}"])):
+        tensors[f"base_model.model.{module.format(layer)}.{theirs}.weight"] = np.ascontiguousarray(value.T)
+  heads = [p for p in flat if p in names and sharding.match(p, LABEL_RULES) == "head"]
+  for path in heads:
+    value = np.asarray(flat[path])
+    tensors[f"base_model.model.{names[path]}"] = np.ascontiguousarray(value.T if path.endswith("kernel") else value)
+  rank, alpha = flat[f"{adapted[0]}/lora_a"].shape[-1], float(flat[f"{adapted[0]}/lora_alpha"][0])
+  directory = Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+  (directory / "adapter_config.json").write_text(json.dumps({
+      "peft_type": "LORA", "task_type": "SEQ_CLS", "r": rank, "lora_alpha": alpha, "bias": "none",
+      "lora_dropout": model.config.lora_dropout, "fan_in_fan_out": False, "inference_mode": True,
+      "target_modules": sorted({names[f"{p}/kernel"].split(".{}.")[1].removesuffix(".weight").rsplit(".", 1)[-1]
+                                for p in adapted}),
+      "modules_to_save": sorted({names[p].rsplit(".", 1)[0].rsplit(".", 1)[-1] if "pooler" not in p else "pooler"
+                                 for p in heads}),
+      "base_model_name_or_path": str(base)}, indent=2))

@@ -1,0 +1,83 @@
+"""Cross entropy, temperature KL, feature alignment. B rows, C classes, D width, T tokens; all return scalar float32.
+
+`weights` [B] is 1 on real rows and 0 on rows that only fill up a batch; None counts every row.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def _row_mean(values, weights):
+  values = values.astype(jnp.float32)
+  return values.mean() if weights is None else (values * weights).sum() / weights.sum()
+
+
+def _check(name, student, teacher):
+  if student.shape != teacher.shape:
+    raise ValueError(f"{name}: student {student.shape} and teacher {teacher.shape} must have one shape: pair each "
+                     "example with its own teacher output (widen the teacher's head to the student's width)")
+
+
+def cross_entropy(logits, labels, weights=None):
+  """Mean cross entropy.
+
+  Args:
+    logits: [B, C] float.
+    labels: [B] int.
+    weights: [B] or None.
+  Returns:
+    Scalar float32, in nats.
+  """
+  return _row_mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels), weights)
+
+
+def distillation(student_logits, teacher_logits, temperature, weights=None):
+  """T^2 * KL(teacher || student) of the softened distributions, batch mean (Hinton et al., arXiv 1503.02531).
+
+  Args:
+    student_logits: [B, C] float.
+    teacher_logits: [B, C] float, constant with respect to the gradient.
+    temperature: T > 0; logits are divided by it.
+    weights: [B] or None.
+  Returns:
+    Scalar float32, in nats times T^2.
+  Raises:
+    ValueError: shapes differ.
+  """
+  _check("distillation", student_logits, teacher_logits)
+  student = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
+  teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits).astype(jnp.float32) / temperature)
+  return temperature**2 * _row_mean(optax.losses.kl_divergence_with_log_targets(student, teacher), weights)
+
+
+def feature_alignment(student_features, teacher_features, weights=None):
+  """Mean squared Euclidean distance between paired features (feature-alignment loss of the paper).
+
+  Args:
+    student_features: [B, D] float, pooled after the final norm.
+    teacher_features: [B, D] float, constant with respect to the gradient.
+    weights: [B] or None.
+  Returns:
+    Scalar float32: squared distance summed over D, averaged over B.
+  Raises:
+    ValueError: shapes differ (silent broadcasting is the bug in the released code).
+  """
+  _check("feature_alignment", student_features, teacher_features)
+  gap = student_features.astype(jnp.float32) - jax.lax.stop_gradient(teacher_features).astype(jnp.float32)
+  return _row_mean(jnp.square(gap).sum(-1), weights)
+
+
+def released_feature_alignment(student_hidden, teacher_features, weights=None):
+  """What the released code computes: every token, padding included, is pulled to the last example's teacher feature.
+
+  Args:
+    student_hidden: [B, T, D] float, all tokens after the final norm.
+    teacher_features: [B, D] float; only the last real row is used.
+    weights: [B] or None; real rows must come first.
+  Returns:
+    Scalar float32: squared distance summed over D, averaged over B and T.
+  """
+  last = -1 if weights is None else weights.sum().astype(jnp.int32) - 1
+  target = jax.lax.stop_gradient(teacher_features)[last].astype(jnp.float32)
+  return _row_mean(jnp.square(student_hidden.astype(jnp.float32) - target).sum(-1).mean(-1), weights)

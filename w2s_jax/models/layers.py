@@ -1,0 +1,66 @@
+"""What every family shares: the output record, a linear layer with room for an adapter, the layer stack."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@flax.struct.dataclass
+class ClassifierOutput:
+  """What a classifier returns.
+
+  Attributes:
+    logits: [B, C] float32.
+    features: [B, D] float32, the pooled vector after the final norm (last real token for decoders, first
+      token for encoders; for the W2S teacher the widened vector).
+    hidden: [B, T, D], every token's vector after the final norm; only the released feature loss and the
+      language-model warm-up read it.
+  """
+  logits: jax.Array
+  features: jax.Array
+  hidden: jax.Array
+
+
+class Dense(nn.Module):
+  """Linear map [..., in] -> [..., out]; a LoRA adapter found beside the kernel is added to it.
+
+  The adapter is data, not code: `lora.add_lora` puts `lora_a` [in, R], `lora_b` [R, out] and `lora_alpha` []
+  next to `kernel`, and y = x W + (dropout(x) A) B * alpha / R (Hu et al., arXiv 2106.09685).
+  """
+  features: int
+  use_bias: bool = False
+  init_std: float = 0.02
+  lora_dropout: float = 0.0
+  train: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param("kernel", nn.initializers.normal(self.init_std), (x.shape[-1], self.features))
+    y = x @ kernel.astype(x.dtype)
+    if self.has_variable("params", "lora_a"):
+      a, b, alpha = (self.get_variable("params", name) for name in ("lora_a", "lora_b", "lora_alpha"))
+      h = nn.Dropout(self.lora_dropout, deterministic=not self.train)(x)
+      y += (h @ a.astype(x.dtype)) @ b.astype(x.dtype) * (alpha / a.shape[-1]).astype(x.dtype)
+    if self.use_bias:
+      y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+    return y
+
+
+def layer_stack(block, config, train, x, *args):
+  """Runs `block` config.num_layers times over x; parameters are stacked on a leading layer axis under `layers`.
+
+  `config.unroll` unrolls the scan over the same stacked parameters; `config.remat` names a policy that says
+  what the backward pass keeps ("none" keeps everything).
+  """
+  if config.remat != "none":
+    block = nn.remat(block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+  stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
+                  in_axes=nn.broadcast, length=config.num_layers, unroll=config.num_layers if config.unroll else 1)
+  x, _ = stack(config, train, name="layers")(x, *args)
+  return x

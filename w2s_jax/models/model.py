@@ -1,0 +1,68 @@
+"""Model: a network's shape and the functions on its parameters, which are a plain nested dict."""
+
+import dataclasses
+
+import jax
+
+from w2s_jax import InputError, sharding
+from w2s_jax.models import bert, llama
+
+MODULES = {"llama": llama, "bert": bert}          # family -> module with WEIGHT_MAP etc.
+CLASSIFIERS = {"llama": llama.LlamaClassifier, "bert": bert.BertClassifier}
+CONFIGS = {"llama": llama.LlamaConfig, "qwen2": llama.LlamaConfig, "bert": bert.BertConfig}
+
+
+def config_from_hf(hf, **runtime):
+  """LlamaConfig or BertConfig from a config.json dict; `runtime` sets fields that file does not have.
+
+  Raises:
+    InputError: unknown `model_type`, or a missing field.
+  """
+  model_type = hf.get("model_type")
+  if model_type not in CONFIGS:
+    raise InputError(f"model_type {model_type!r} is not supported (want one of {', '.join(CONFIGS)})")
+  try:
+    return CONFIGS[model_type].from_hf(hf, **runtime)
+  except KeyError as e:
+    raise InputError(f"the model's config.json ({model_type}) has no field {e}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """`params` everywhere is a nested dict of arrays; adapters that lie in it are used, see lora.py."""
+  config: llama.LlamaConfig | bert.BertConfig
+
+  def apply(self, params, input_ids, attention_mask, *, dropout_key=None):
+    """Classifies a batch.
+
+    Args:
+      params: nested dict as `init` or `load_pretrained` gives it.
+      input_ids: [B, T] int.
+      attention_mask: [B, T] int, 1 on real tokens; every row needs at least one.
+      dropout_key: a JAX key turns dropout on; without one the output is deterministic.
+    Returns:
+      ClassifierOutput.
+    """
+    module = CLASSIFIERS[self.config.family](self.config, train=dropout_key is not None)
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    return module.apply({"params": params}, input_ids, attention_mask, rngs=rngs)
+
+  def lm_logits(self, params, hidden):
+    """Next-token logits [B, T, V] float32 from `ClassifierOutput.hidden`, by the tied embedding."""
+    if not getattr(self.config, "tie_embeddings", False):
+      raise InputError("the language-model warm-up needs a decoder with tied embeddings: set "
+                       "--config.student.arch.tie_word_embeddings=True or --config.warmup.epochs=0")
+    return hidden @ params["embed_tokens"]["embedding"].T.astype(hidden.dtype)
+
+  def abstract_params(self):
+    """The parameter tree as ShapeDtypeStructs; allocates nothing."""
+    return jax.eval_shape(self._init, jax.random.key(0))
+
+  def init(self, key, mesh=None):
+    """Random parameters, created on the mesh's devices already sharded where a mesh is given."""
+    out = None if mesh is None else sharding.param_shardings(self.abstract_params(), self.config.family, mesh)
+    return jax.jit(self._init, out_shardings=out)(key)
+
+  def _init(self, key):
+    ids = jax.numpy.ones((1, 2), jax.numpy.int32)
+    return CLASSIFIERS[self.config.family](self.config).init(key, ids, ids)["params"]

@@ -1,0 +1,169 @@
+"""Results -> JSON, Markdown, HTML with plots."""
+
+import html
+import importlib.metadata
+import io
+import json
+import os
+import platform
+
+COLUMNS = ("model", "CA", "CA 95%", "ASR", "ASR 95%", "ASR floor", "false rate")
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
+
+
+def versions():
+  return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}
+
+
+def write_json(path, value):
+  write_text(path, json.dumps(value, indent=2))
+
+
+def write_text(path, text):
+  """The file appears whole or not at all."""
+  part = path.with_name(path.name + ".part")
+  part.write_text(text)
+  os.replace(part, path)
+
+
+def _cells(row):
+  def interval(ci):
+    return f"{ci[0]:.3f}-{ci[1]:.3f}"
+  return (row["model"], f"{row['ca']:.3f}", interval(row["ca_ci"]), f"{row['asr']:.3f}", interval(row["asr_ci"]),
+          f"{row['asr_floor']:.3f}", f"{row['false_rate']:.3f}")
+
+
+def table(rows):
+  """Markdown table, padded so that it reads as it is in a terminal."""
+  lines = [COLUMNS, *map(_cells, rows)]
+  widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+  text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines]
+  return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:]])
+
+
+def reading(rows, meta):
+  """What this table shows and what it does not, in sentences computed from it."""
+  by_model = {row["model"]: row for row in rows}
+  out = []
+  if not meta["implanted"]:
+    out.append(f"The backdoor is not implanted (poisoned ASR {by_model['poisoned']['asr']:.3f} < 0.95): the rows below "
+               "say little about any defense.")
+  control = by_model.get("lora_ce")
+  for name, row in by_model.items():
+    if control is None or name in ("clean", "poisoned", "lora_ce"):
+      continue
+    apart = row["asr_ci"][1] < control["asr_ci"][0] or row["asr_ci"][0] > control["asr_ci"][1]
+    out.append(f"{name}: ASR {row['asr'] - control['asr']:+.3f} and CA {row['ca'] - control['ca']:+.3f} against lora_ce; "
+               f"the ASR intervals {'do not overlap' if apart else 'overlap'}.")
+  out.append("The intervals cover the sampling of test rows only. One seed is one draw of the training noise, which on "
+             "small models is larger (docs/results.md has ten seeds): do not rank defenses by one run.")
+  return out
+
+
+def _headline(rows, meta):
+  row = rows[0]
+  lost = meta["trigger_lost"]
+  trigger = f"trigger `{meta['trigger']}`" if meta["trigger"] else "rewritten text"
+  return [f"Attack {row['attack']} ({trigger}), target label {row['target_label']}, {meta['poisoned_rows']} clean-label "
+          f"poisoned rows; defended and measured on {row['dataset']}, seed {row['seed']}.",
+          f"CA on {row['ca_n']} clean rows, ASR on {row['asr_n']} triggered rows of other classes; the floor is the "
+          f"never-poisoned student's rate on them, the false rate a model's own error on un-triggered rows of those "
+          f"classes. Teacher CA {meta['teacher_ca']:.3f}. Trigger lost to truncation: {lost['train']} poisoned, "
+          f"{lost['eval']} evaluation rows."]
+
+
+def write(workdir):
+  """results.md and report.html from results.json and metrics/; prints the table."""
+  results = json.loads((workdir / "results.json").read_text())
+  rows, meta = results["rows"], results["meta"]
+  notes = _headline(rows, meta) + reading(rows, meta)
+  markdown = table(rows) + "\n\n" + "\n".join(f"- {n}" for n in notes) + "\n"
+  write_text(workdir / "results.md", markdown)
+  write_text(workdir / "report.html", page(rows, meta, notes, _curves(workdir)))
+  print(f"\n{markdown}\n{workdir / 'report.html'}", flush=True)
+
+
+def _curves(workdir):
+  """{stage: {term: [(step, value)]}} from metrics/STAGE.jsonl."""
+  out = {}
+  for file in sorted((workdir / "metrics").glob("*.jsonl")):
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    names = [k for k in lines[0] if k != "step" and not k.startswith("grad_norm") and k != "dev_accuracy"] if lines else []
+    out[file.stem] = {n: [(line["step"], line[n]) for line in lines if n in line] for n in names}
+  return out
+
+
+def page(rows, meta, notes, curves):
+  """One self-contained HTML page: table, bars with intervals, loss curves per term, triggered texts."""
+  cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in _cells(row)) + "</tr>" for row in rows)
+  head = "".join(f"<th>{c}</th>" for c in COLUMNS)
+  models = [row["model"] for row in rows]
+  examples = "".join(
+      f"<tr><td>{html.escape(e['text'])}</td><td>{e['label']}</td>"
+      + "".join(f"<td class='{'hit' if e['predicted'][m] == rows[0]['target_label'] else ''}'>{e['predicted'][m]}</td>"
+                for m in models) + "</tr>" for e in meta["examples"])
+  details = html.escape(json.dumps({k: v for k, v in meta.items() if k != "examples"}, indent=2))
+  return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(rows[0]['attack'])} on {html.escape(rows[0]['dataset'])}
+</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; margin: 1rem 0 }}
+th, td {{ border-bottom: 1px solid #ddd; padding: .3rem .7rem; text-align: left; vertical-align: top }}
+.hit {{ background: #fbd9d3 }}
+svg {{ max-width: 100%; height: auto }}
+pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto }}
+</style></head><body>
+<h1>Backdoor {html.escape(rows[0]['attack'])}: before and after</h1>
+<p>{html.escape(notes[0])}</p>
+<table><tr>{head}</tr>{cells}</table>
+{_bars(rows)}
+<ul>{''.join(f'<li>{html.escape(n)}</li>' for n in notes[1:])}</ul>
+<h2>Triggered texts</h2>
+<p>Predicted class by each model; the attacker's target class {rows[0]['target_label']} is marked.</p>
+<table><tr><th>text</th><th>true class</th>{''.join(f'<th>{html.escape(m)}</th>' for m in models)}</tr>{examples}</table>
+<h2>Loss terms</h2>
+{_loss_plots(curves)}
+<h2>Details</h2><pre>{details}</pre>
+</body></html>
+"""
+
+
+def _svg(figure):
+  buffer = io.StringIO()
+  figure.savefig(buffer, format="svg", metadata={"Date": None})
+  text = buffer.getvalue()
+  return text[text.index("<svg"):]
+
+
+def _figure(*shape, size):
+  from matplotlib.figure import Figure  # only here: no global backend, and the training stages do not wait for it
+  figure = Figure(figsize=size, layout="constrained")
+  return figure, figure.subplots(*shape, squeeze=False)
+
+
+def _bars(rows):
+  figure, axes = _figure(1, 2, size=(10, 3.2))
+  for ax, key, title in ((axes[0, 0], "ca", "clean accuracy (CA)"), (axes[0, 1], "asr", "attack success rate (ASR)")):
+    names, values = [r["model"] for r in rows], [r[key] for r in rows]
+    errors = [[max(0, r[key] - r[f"{key}_ci"][0]) for r in rows], [max(0, r[f"{key}_ci"][1] - r[key]) for r in rows]]
+    ax.bar(names, values, yerr=errors, capsize=4, color=["#8da0cb" if n == "clean" else "#e07a5f" if n == "poisoned"
+                                                         else "#81b29a" for n in names])
+    ax.set(title=title, ylim=(0, 1))
+    ax.tick_params(axis="x", rotation=30)
+  axes[0, 1].axhline(rows[0]["asr_floor"], color="#444", linestyle="--", linewidth=1)
+  return _svg(figure)
+
+
+def _loss_plots(curves):
+  curves = {stage: terms for stage, terms in curves.items() if terms}
+  if not curves:
+    return "<p>No metrics were found.</p>"
+  figure, axes = _figure(-(-len(curves) // 3), min(3, len(curves)), size=(10, 2.8 * -(-len(curves) // 3)))
+  for ax in axes.flat[len(curves):]:
+    ax.axis("off")
+  for ax, (stage, terms) in zip(axes.flat, curves.items()):
+    for name, points in terms.items():
+      ax.plot(*zip(*points), label=name, linewidth=1)
+    ax.set(title=stage, xlabel="step", yscale="log" if min(v for p in terms.values() for _, v in p) > 0 else "linear")
+    ax.legend(fontsize=7)
+  return _svg(figure)

@@ -1,0 +1,114 @@
+"""Named device mesh, parameter path rules -> NamedSharding, host rows -> global arrays."""
+
+import re
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from w2s_jax import InputError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))  # rows of a batch are split over both axes
+
+# Parameter path -> mesh axes, one table per family. The first full match wins; there is no catch-all on
+# purpose: a new parameter must be given its place here. L layers, D width, H heads, K kv heads, d head width,
+# F feed-forward width, V vocabulary, W feature width, C classes, R rank.
+RULES = {
+    "llama": (
+        (r"embed_tokens/embedding", P("tensor", "fsdp")),                # [V, D]
+        (r"layers/attn/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, H*d]
+        (r"layers/attn/(q|k|v)_proj/bias", P(None, "tensor")),           # [L, H*d]
+        (r"layers/attn/o_proj/kernel", P(None, "tensor", "fsdp")),       # [L, H*d, D]
+        (r"layers/mlp/(gate|up)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, F]
+        (r"layers/mlp/down_proj/kernel", P(None, "tensor", "fsdp")),     # [L, F, D]
+        (r"layers/.*/lora_a", P(None, "fsdp", None)),                    # [L, in, R]
+        (r"layers/.*/lora_b", P(None, None, "fsdp")),                    # [L, R, out]
+        (r"layers/.*/lora_alpha", P()),                                  # [L]
+        (r"layers/(attn|mlp)_norm/scale", P()),                          # [L, D]
+        (r"norm/scale", P()),                                            # [D]
+        (r"score/kernel", P("fsdp", None)),                              # [D, C]
+    ),
+    "bert": (
+        (r"embeddings/word_embeddings/embedding", P("tensor", "fsdp")),  # [V, D]
+        (r"embeddings/(position|token_type)_embeddings/embedding", P(None, "fsdp")),  # [positions, D]
+        (r"layers/attn/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, D]
+        (r"layers/attn/o_proj/kernel", P(None, "tensor", "fsdp")),       # [L, D, D]
+        (r"layers/mlp/up_proj/kernel", P(None, "fsdp", "tensor")),       # [L, D, F]
+        (r"layers/mlp/down_proj/kernel", P(None, "tensor", "fsdp")),     # [L, F, D]
+        (r"layers/.*/lora_a", P(None, "fsdp", None)),
+        (r"layers/.*/lora_b", P(None, None, "fsdp")),
+        (r"layers/.*/lora_alpha", P()),
+        (r"layers/.*/bias", P()),
+        (r"(embeddings/norm|layers/(attn|mlp)_norm)/(scale|bias)", P()),
+        (r"(pooler|widen)/kernel", P("fsdp", None)),                     # [D, D] and [D, W]
+        (r"classifier/kernel", P("fsdp", None)),                         # [D or W, C]
+        (r"(pooler|widen|classifier)/bias", P()),
+    ),
+}
+
+
+def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
+  """Mesh with axes `data`, `fsdp`, `tensor`; one of the sizes may be -1 and takes the devices that are left.
+
+  Raises:
+    InputError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = [data, fsdp, tensor]
+  if sizes.count(-1) == 1:
+    rest = int(-np.prod(sizes))
+    sizes[sizes.index(-1)] = len(devices) // rest if rest > 0 else 0
+  if min(sizes) < 1 or np.prod(sizes) != len(devices):
+    raise InputError(f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {len(devices)} device(s): their "
+                     "product must be the device count (one of them may be -1): set --config.mesh.data/.fsdp/.tensor")
+  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def match(path, rules):
+  """The value of the first rule whose pattern matches the whole path."""
+  for pattern, value in rules:
+    if re.fullmatch(pattern, path):
+      return value
+  raise ValueError(f"parameter {path!r} matches no rule; add one (there is no catch-all on purpose)")
+
+
+def param_shardings(params, family, mesh):
+  """NamedSharding of every leaf of a nested parameter dict, by `RULES[family]`.
+
+  Raises:
+    InputError: a mesh axis does not divide the dimension it is laid on; names the leaf and both numbers.
+  """
+  out = {}
+  for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+    spec = match(path, RULES[family])
+    for size, axes in zip(leaf.shape, spec):
+      parts = int(np.prod([mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ())]))
+      if size % parts:
+        raise InputError(f"{path} {tuple(leaf.shape)}: dimension {size} is not divisible by mesh axis {axes}={parts}: "
+                         "set --config.mesh.data/.fsdp/.tensor")
+    out[path] = NamedSharding(mesh, spec)
+  return traverse_util.unflatten_dict(out, sep="/")
+
+
+def replicated(mesh):
+  return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh):
+  return NamedSharding(mesh, BATCH)
+
+
+def check_batch(batch_size, mesh, knob):
+  """Raises InputError unless `batch_size` rows can be split over the mesh's `data` x `fsdp` devices."""
+  rows = mesh.shape["data"] * mesh.shape["fsdp"]
+  if batch_size % rows:
+    raise InputError(f"batch of {batch_size} rows cannot be split over data x fsdp = {rows} devices: set {knob} to a "
+                     "multiple of it, or --config.mesh.*")
+
+
+def global_batch(rows, mesh):
+  """Places a dict of host arrays [B, ...] on the mesh, rows split over `data` x `fsdp`."""
+  sharding = batch_sharding(mesh)
+  return {k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in rows.items()}

@@ -1,0 +1,308 @@
+"""poison, teach, defend, evaluate: one screen each. A stage whose output is there is not run again."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from w2s_jax import InputError, evaluate, lora, optim, report, sharding, steps, train
+from w2s_jax.data import batches, corpora, poison, tokenization
+from w2s_jax.defenses import DEFENSES, w2s
+from w2s_jax.models import Model, config_from_hf, load_pretrained, save_pretrained
+
+
+def config_hash(config):
+  return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclasses.dataclass
+class Run:
+  """What every stage needs: config, place, mesh, rows."""
+  config: object
+  workdir: Path
+  mesh: jax.sharding.Mesh
+  hash: str
+  rows: dict          # "attack_train", "attack_dev", "train", "dev", "test", "triggered" -> rows
+  sha256: dict        # of the frozen files
+
+  def model_dir(self, name):
+    return self.workdir / "models" / name
+
+  def done(self, name):
+    return self.model_dir(name).exists()
+
+  def load(self, name, **kwargs):
+    """(model, params, tokenizer) of a finished stage's directory, or of `config.student.path`."""
+    c = self.config
+    path = self.model_dir(name)
+    if not path.exists():
+      raise InputError(f"{path} is not there yet: run without --stage, or the stage that makes it first")
+    model, params = load_pretrained(path, c.data.num_labels, c.student.dtype, self.mesh, **kwargs)
+    return model, params, tokenization.load(path, model.config.vocab_size)
+
+  def encode(self, tokenizer, rows, max_length):
+    arrays = tokenization.encode(tokenizer, [r["text"] for r in rows], max_length)
+    return arrays | {"label": np.array([r["label"] for r in rows], np.int32)}
+
+  def predict(self, model, params, arrays):
+    return evaluate.predictions(model, params, arrays, self.mesh, **self.eval_shapes())
+
+  def eval_shapes(self):
+    return {"batch_size": self.config.data.eval_batch_size, "buckets": self.config.data.buckets}
+
+
+def start(config, workdir):
+  """Checks the config, claims the workdir for it, makes or reads the rows.
+
+  Raises:
+    InputError: the workdir belongs to another config, an unknown defense, a batch that does not fit the mesh, or data
+      that cannot be used.
+  """
+  for name in config.defenses:
+    if name not in DEFENSES:
+      raise InputError(f"defense {name!r}: want names among {', '.join(DEFENSES)}: set --config.defenses")
+  w2s.loss_weights(config.defend.weights, 1)
+  mesh = sharding.make_mesh(**config.mesh)
+  for stage in ("warmup", "poison", "teach", "defend"):
+    sharding.check_batch(config[stage].batch_size, mesh, f"--config.{stage}.batch_size")
+  sharding.check_batch(config.data.eval_batch_size, mesh, "--config.data.eval_batch_size")
+  workdir = Path(workdir)
+  _claim(config, workdir)
+  c = config.data
+  attack = corpora.load(c.attack_source, c.attack_rows, c.num_labels, config.seed)
+  defend = corpora.load(c.defend_source, c.defend_rows, c.num_labels, config.seed)
+  rows = {"attack_train": attack["train"], "attack_dev": attack["dev"], **defend}
+  return Run(config, workdir, mesh, config_hash(config), rows, {})
+
+
+def _claim(config, workdir):
+  file = workdir / "config.json"
+  mine = json.loads(json.dumps(config.to_dict()))
+  if file.exists():
+    other = json.loads(file.read_text())
+    differing = sorted(k for k in _flat(mine).keys() | _flat(other).keys() if _flat(mine).get(k) != _flat(other).get(k))
+    if differing:
+      k = differing[0]
+      raise InputError(f"{workdir} was made by another config ({k} was {_flat(other).get(k)!r}, is {_flat(mine).get(k)!r}"
+                       f"; {len(differing)} field(s) differ): give another --workdir")
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  part = file.with_suffix(".part")
+  part.write_text(json.dumps(mine, indent=2, sort_keys=True))
+  os.replace(part, file)
+
+
+def _flat(tree, prefix=""):
+  out = {}
+  for k, v in tree.items():
+    out |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+  return out
+
+
+def warmup(run):
+  """The student before any attack: a checkpoint, or a fresh network after a short language-model warm-up.
+
+  The warm-up stands in for pretraining: next-token prediction on the unlabelled training texts of both domains.
+  """
+  c = run.config
+  if run.done("base"):
+    return
+  if c.student.path:
+    model, params = load_pretrained(c.student.path, c.data.num_labels, c.student.dtype, run.mesh, seed=c.seed,
+                                    remat=c.student.remat)
+    tokenizer = tokenization.load(c.student.path, model.config.vocab_size)
+    model = _with_pad(model, tokenizer)
+  else:
+    texts = [r["text"] for r in run.rows["attack_train"] + run.rows["train"]]
+    tokenizer = tokenization.train(texts, "bpe", c.student.arch.vocab_size)
+    model = _with_pad(Model(config_from_hf(c.student.arch.to_dict() | {"num_labels": c.data.num_labels})), tokenizer)
+    params = model.init(_key(run, "student"), run.mesh)
+    if c.warmup.epochs:
+      arrays = run.encode(tokenizer, [{"text": t, "label": 0} for t in texts], c.data.attack_max_length)
+      params, _ = _train(run, "warmup", model, params, lora.FULL, arrays, None, c.warmup,
+                         steps.language_model_loss(model), {"lm": 1.0})
+  save_pretrained(run.model_dir("base"), model, params, tokenizer)
+
+
+def make_poison(run):
+  """Full fine-tuning of the student on the attack's domain: once clean (the control), once poisoned."""
+  c = run.config
+  _freeze_rows(run)
+  for name, rows in (("clean", run.rows["attack_train"]), ("poisoned", run.rows["poisoned_train"])):
+    if run.done(name):
+      continue
+    model, params, tokenizer = run.load("base")
+    arrays, dev = (run.encode(tokenizer, r, c.data.attack_max_length) for r in (rows, run.rows["attack_dev"]))
+    stage = "poison" if name == "poisoned" else name
+    params, _ = _train(run, stage, model, params, tuple(c.poison.trains), arrays, dev, c.poison,
+                       steps.classification_loss(model, steps.cross_entropy_terms, {"ce": 1.0}), {"ce": 1.0})
+    save_pretrained(run.model_dir(name), model, params, tokenizer)
+
+
+def teach(run):
+  """The clean teacher: a small encoder with the W2S widening head, fine-tuned on the defended domain."""
+  c = run.config
+  if run.done("teacher"):
+    return
+  width = run.load("base")[0].config.feature_size
+  if c.teacher.path:
+    model, params = load_pretrained(c.teacher.path, c.data.num_labels, mesh=run.mesh, feature_width=width,
+                                    num_layers=c.teacher.layers or None, seed=c.seed)
+    tokenizer = tokenization.load(c.teacher.path, model.config.vocab_size)
+  else:
+    tokenizer = tokenization.train([r["text"] for r in run.rows["train"]], "wordpiece", c.teacher.arch.vocab_size)
+    arch = c.teacher.arch.to_dict() | {"num_labels": c.data.num_labels}
+    model = _with_pad(Model(config_from_hf(arch, feature_width=width)), tokenizer)
+    params = model.init(_key(run, "teacher"), run.mesh)
+  arrays, dev = (run.encode(tokenizer, run.rows[s], c.data.max_length) for s in ("train", "dev"))
+  params, _ = _train(run, "teacher", model, params, lora.FULL, arrays, dev, c.teach,
+                     steps.classification_loss(model, steps.cross_entropy_terms, {"ce": 1.0}), {"ce": 1.0})
+  save_pretrained(run.model_dir("teacher"), model, params, tokenizer)
+
+
+def defend(run):
+  """Each defense trains adapters and head of the poisoned student on the same clean batches, from the same start."""
+  c = run.config
+  teacher = None
+  for name in c.defenses:
+    defense = DEFENSES[name]
+    if defense is None or run.done(name):
+      continue
+    model, params, tokenizer = run.load("poisoned", lora_dropout=c.lora.dropout, remat=c.student.remat)
+    params = lora.add_lora(params, c.lora.rank, c.lora.alpha, tuple(c.lora.targets), key=_key(run, "lora"))
+    arrays, dev = (run.encode(tokenizer, run.rows[s], c.data.max_length) for s in ("train", "dev"))
+    weights = {"ce": 1.0}
+    if defense.uses_teacher:
+      teacher = teacher or _teacher_outputs(run)
+      rows = np.arange(len(arrays["label"]))
+      if defense.teacher_row is not None:
+        rows = defense.teacher_row(len(rows), c.seed)
+      arrays |= {key: values[rows] for key, values in teacher.items()}
+      weights = w2s.loss_weights(c.defend.weights, model.config.feature_size)
+    def terms(out, batch, defense=defense):
+      return defense.terms(out, batch, c.defend.temperature)
+    params, _ = _train(run, name, model, params, lora.LORA, arrays, dev, c.defend,
+                       steps.classification_loss(model, terms, weights), weights)
+    save_pretrained(run.model_dir(name), model, lora.merge_lora(params), tokenizer)
+
+
+def _teacher_outputs(run):
+  """The frozen teacher's logits and features of the clean training rows, computed once for every epoch and defense."""
+  model, params, tokenizer = run.load("teacher")
+  arrays = run.encode(tokenizer, run.rows["train"], run.config.data.max_length)
+  logits, features = evaluate.outputs(model, params, arrays, run.mesh, **run.eval_shapes())
+  return {"teacher_logits": logits, "teacher_features": features}
+
+
+def measure(run):
+  """CA and ASR of every model, each read back from the directory that a user gets."""
+  c = run.config
+  if (run.workdir / "results.json").exists():
+    return
+  _freeze_rows(run)
+  began = time.monotonic()
+  common = {"attack": c.attack.name, "dataset": c.data.defend_source, "seed": c.seed,
+            "target_label": c.attack.target_label, "config_hash": run.hash}
+  labels, triggered_labels = (np.array([r["label"] for r in run.rows[s]]) for s in ("test", "triggered"))
+  rows, triggered, before = [], {}, {}
+  for name in ("clean", "poisoned", *(d for d in c.defenses if DEFENSES[d] is not None)):
+    model, params, tokenizer = run.load(name)
+    clean = run.predict(model, params, run.encode(tokenizer, run.rows["test"], c.data.max_length))
+    triggered[name] = run.predict(model, params, run.encode(tokenizer, run.rows["triggered"], c.data.max_length))
+    rows.append({"model": name, **common, **evaluate.clean_metrics(clean, labels, c.attack.target_label),
+                 **evaluate.attack_metrics(triggered[name], triggered_labels, c.attack.target_label)})
+  for row in rows:
+    row["asr_floor"] = rows[0]["asr"]
+  trigger = poison.effective_trigger(c.attack)
+  model, params, tokenizer = run.load("teacher")
+  teacher = run.predict(model, params, run.encode(tokenizer, run.rows["test"], c.data.max_length))
+  student_tokenizer = run.load("base")[2]
+  examples = [{"text": r["text"], "orig_text": r["orig_text"], "label": r["label"],
+               "predicted": {m: int(p[i]) for m, p in triggered.items()}}
+              for i, r in enumerate(run.rows["triggered"][:8])]
+  meta = {
+      "config_hash": run.hash, "sha256": run.sha256, "trigger": trigger,
+      "teacher_ca": evaluate.clean_metrics(teacher, labels, c.attack.target_label)["ca"],
+      "poisoned_rows": sum(r["poisoned"] for r in run.rows["poisoned_train"]),
+      "trigger_lost": {"train": poison.trigger_lost([r for r in run.rows["poisoned_train"] if r["poisoned"]],
+                                                    student_tokenizer, trigger, c.data.attack_max_length),
+                       "eval": poison.trigger_lost(run.rows["triggered"], student_tokenizer, trigger, c.data.max_length)},
+      "loss_weights": {"name": c.defend.weights, **w2s.loss_weights(c.defend.weights,
+                                                                    run.load("base")[0].config.feature_size)},
+      "implanted": rows[1]["asr"] >= 0.95, "examples": examples, "versions": report.versions(),
+      "devices": f"{run.mesh.devices.size} x {jax.devices()[0].device_kind}",
+      "seconds": {"evaluate": time.monotonic() - began}}
+  report.write_json(run.workdir / "results.json", {"rows": rows, "meta": meta})
+
+
+def make_report(run):
+  report.write(run.workdir)
+
+
+STAGES = {"warmup": warmup, "poison": make_poison, "teach": teach, "defend": defend, "evaluate": measure,
+          "report": make_report}
+
+
+def run(config, workdir, only=None):
+  """Runs every stage, or the one named `only`."""
+  this = start(config, workdir)
+  for name, stage in STAGES.items():
+    if only in (None, name):
+      stage(this)
+
+
+def _freeze_rows(run):
+  """The poisoned and the triggered rows: made once, then read from the files, whose sha256 goes into the results."""
+  c = run.config
+  files = {key: run.workdir / "data" / f"{key}.jsonl" for key in ("poisoned_train", "triggered")}
+  if not all(f.exists() for f in files.values()):
+    attack, rewritable = poison.make_attack(c.attack)
+    tokenizer = run.load("base")[2]
+    options = {"target_label": c.attack.target_label, "tokenizer": tokenizer, "keep_trigger": c.attack.keep_trigger,
+               "trigger": poison.effective_trigger(c.attack), "seed": c.seed}
+    poison.freeze(files["poisoned_train"], poison.poison_train(
+        run.rows["attack_train"], attack, rewritable, count=c.attack.poison_count,
+        max_length=c.data.attack_max_length, **options))
+    poison.freeze(files["triggered"], poison.triggered_eval(
+        run.rows["test"], attack, rewritable, max_length=c.data.max_length, **options))
+  for key, file in files.items():
+    run.rows[key], run.sha256[file.name] = poison.thaw(file)
+
+
+def _train(run, name, model, params, trains, arrays, dev, settings, loss, weights):
+  """One stage through `train.fit`: split by label, optimize, put the best trainable leaves back."""
+  c, family = run.config, model.config.family
+  total = settings.epochs * batches.steps_per_epoch(len(arrays["length"]), settings.batch_size)
+  if settings.max_steps:
+    total = min(total, settings.max_steps)
+  trainable, frozen = lora.split(params, trains)
+  tx = optim.make_optimizer(trainable, settings.learning_rate, total, int(settings.warmup_fraction * total),
+                            settings.weight_decay, settings.clip_norm)
+  step_fn = steps.make_train_step(loss, tx, steps.state_shardings(trainable, tx, family, run.mesh),
+                                  sharding.param_shardings(frozen, family, run.mesh), run.mesh)
+  def dev_accuracy(trained):
+    return (run.predict(model, lora.combine(trained, frozen), dev) == dev["label"]).mean()
+  key = _key(run, name)
+  trained, chosen = train.fit(
+      name, step_fn, steps.init_state(trainable, tx, family, run.mesh), frozen,
+      lambda s: batches.train_batches(arrays, settings.batch_size, c.data.buckets, c.seed, s),
+      steps=total, key=key, mesh=run.mesh, eval_every=max(1, total // settings.evaluations), workdir=run.workdir,
+      config_hash=run.hash, dev_accuracy=dev_accuracy if dev else None, log_every=c.log_every,
+      term_norms=steps.make_term_norms(loss, weights), term_norms_every=c.term_norms_every)
+  print(f"{name}: {total} steps in {chosen['seconds']:.0f} s, " + (
+      f"dev accuracy {chosen['dev_accuracy']:.4f} at step {chosen['step']}" if dev else "last step kept"), flush=True)
+  return lora.combine(trained, frozen), chosen
+
+
+def _key(run, name):
+  """The stage's own random stream; the adapters of every defense start alike."""
+  return jax.random.fold_in(jax.random.key(run.config.seed), int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))
+
+
+def _with_pad(model, tokenizer):
+  return Model(dataclasses.replace(model.config, pad_token_id=tokenizer.pad_token_id))

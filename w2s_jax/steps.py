@@ -1,0 +1,105 @@
+"""TrainState and the pure step functions.
+
+A step is `(state, frozen, batch, key) -> (state, metrics)`: no config, no global, no Python randomness inside.
+Only `state.params`, the trainable subtree, is differentiated; `frozen` is read. A batch is a dict of arrays
+`input_ids` [B, T], `attention_mask` [B, T], `label` [B], `weight` [B] (0 on rows that fill up the batch) and, for
+distillation, `teacher_logits` [B, C] and `teacher_features` [B, D].
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from w2s_jax import lora, losses, sharding
+
+
+class TrainState(NamedTuple):
+  step: jax.Array      # [] int32, steps done
+  params: Any          # the trainable subtree
+  opt_state: Any
+
+
+def init_state(params, tx, family, mesh):
+  """TrainState at step 0 placed on the mesh: optimizer moments lie where their parameters lie."""
+  places = state_shardings(params, tx, family, mesh)
+  def init(params):  # a copy: the steps donate the state, and the caller keeps its parameters
+    return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), tx.init(params))
+  return jax.jit(init, out_shardings=places)(params)
+
+
+def state_shardings(params, tx, family, mesh):
+  """NamedSharding of every leaf of the TrainState."""
+  of_params = sharding.param_shardings(params, family, mesh)
+  everywhere = sharding.replicated(mesh)
+  def masked(leaf):  # what optax.partition leaves where another label's optimizer is at work
+    return isinstance(leaf, optax.MaskedNode)
+  opt_state = optax.tree_utils.tree_map_params(
+      tx, lambda leaf, place: leaf if masked(leaf) else place, jax.eval_shape(tx.init, params), of_params,
+      transform_non_params=lambda _: everywhere, is_leaf=masked)
+  return TrainState(everywhere, of_params, opt_state)
+
+
+def classification_loss(model, terms, weights):
+  """loss(trainable, frozen, batch, key) -> (scalar, {term: scalar}).
+
+  Args:
+    model: models.Model.
+    terms: (ClassifierOutput, batch) -> {term: scalar}.
+    weights: {term: float}; the loss is the weighted sum.
+  """
+  def loss(trainable, frozen, batch, key):
+    out = model.apply(lora.combine(trainable, frozen), batch["input_ids"], batch["attention_mask"], dropout_key=key)
+    values = terms(out, batch)
+    return sum(weights[name] * value for name, value in values.items()), values
+  return loss
+
+
+def cross_entropy_terms(out, batch):
+  return {"ce": losses.cross_entropy(out.logits, batch["label"], batch["weight"])}
+
+
+def language_model_loss(model):
+  """Next-token cross entropy over the real tokens, through the tied embedding."""
+  def loss(trainable, frozen, batch, key):
+    params = lora.combine(trainable, frozen)
+    out = model.apply(params, batch["input_ids"], batch["attention_mask"], dropout_key=key)
+    logits = model.lm_logits(params, out.hidden[:, :-1])
+    tokens = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["input_ids"][:, 1:])
+    real = batch["attention_mask"][:, 1:] * batch["weight"][:, None]
+    value = (tokens * real).sum() / real.sum()
+    return value, {"lm": value}
+  return loss
+
+
+def make_train_step(loss, tx, state_places, frozen_places, mesh):
+  """The jitted step; the state is donated.
+
+  Args:
+    loss: as `classification_loss` returns it.
+    tx: optimizer of the trainable subtree.
+    state_places: from `state_shardings`.
+    frozen_places: NamedSharding of every frozen leaf.
+  Returns:
+    (state, frozen, batch, key) -> (state, {"loss", "grad_norm", each term}).
+  """
+  def step(state, frozen, batch, key):
+    key = jax.random.fold_in(key, state.step)
+    (value, terms), grads = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch, key)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    metrics = {"loss": value, **terms, "grad_norm": optax.tree_utils.tree_norm(grads)}
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+  everywhere = sharding.replicated(mesh)
+  return jax.jit(step, in_shardings=(state_places, frozen_places, sharding.batch_sharding(mesh), everywhere),
+                 out_shardings=(state_places, everywhere), donate_argnums=0)
+
+
+def make_term_norms(loss, weights):
+  """Jitted (state, frozen, batch, key) -> {"grad_norm/TERM": norm of that weighted term's own gradient}."""
+  def norms(state, frozen, batch, key):
+    key = jax.random.fold_in(key, state.step)
+    def term(params, name):
+      return weights[name] * loss(params, frozen, batch, key)[1][name]
+    return {f"grad_norm/{name}": optax.tree_utils.tree_norm(jax.grad(term)(state.params, name)) for name in weights}
+  return jax.jit(norms)
