@@ -11,6 +11,7 @@ import argparse
 import concurrent.futures
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,38 +21,45 @@ import numpy as np
 KEYS = ("ca", "asr", "asr_floor", "false_rate")
 
 
-def run_cell(cell, out, config, extra, core):
-  attack, seed = cell
+SHARED = ("base", "clean", "teacher")  # models that do not depend on the attack: made once per seed
+
+
+def run_cell(attack, seed, out, config, extra, core, donor):
+  """results.json of one cell; `donor` is the workdir of another attack with the same seed, or None."""
   workdir = out / f"{attack}-{seed}"
   if not (workdir / "results.json").exists():
+    for name in SHARED if donor else ():
+      if not (workdir / "models" / name).exists():
+        shutil.copytree(donor / "models" / name, workdir / "models" / name)
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / "log.txt", "a") as log:
       code = subprocess.run(
           ["taskset", "-c", str(core), sys.executable, "-m", "w2s_jax.main", f"--config={config.format(attack=attack)}",
            f"--config.seed={seed}", f"--workdir={workdir}", *extra], stdout=log, stderr=log).returncode
     if code:
-      return cell, None
-  return cell, json.loads((workdir / "results.json").read_text())
+      return None
+  return json.loads((workdir / "results.json").read_text())
 
 
-def run_cells(cells, out, config, extra, jobs):
-  """{(attack, seed): results, or None where the run failed}."""
-  cores = sorted(os.sched_getaffinity(0))[:jobs]
-  free = list(cores)
-  def one(cell):
-    core = free.pop()
-    try:
-      return run_cell(cell, out, config, extra, core)
-    finally:
-      free.append(core)
-  with concurrent.futures.ThreadPoolExecutor(len(cores)) as pool:
-    return dict(pool.map(one, cells))
+def run_cells(attacks, seeds, out, config, extra, jobs):
+  """{(attack, seed): results, or None where the run failed}; each seed's attacks run one after the other."""
+  free = sorted(os.sched_getaffinity(0))[:jobs]
+  def one(seed):
+    core, results, donor = free.pop(), {}, None
+    for attack in attacks:
+      results[attack, seed] = run_cell(attack, seed, out, config, extra, core, donor)
+      donor = donor or (out / f"{attack}-{seed}" if results[attack, seed] else None)
+    free.append(core)
+    return results
+  with concurrent.futures.ThreadPoolExecutor(len(free)) as pool:
+    return {cell: r for results in pool.map(one, seeds) for cell, r in results.items()}
 
 
 def table(results, attack):
   """Markdown: each model's mean and standard deviation over seeds, and its paired differences to lora_ce."""
   runs = [{row["model"]: row for row in r["rows"]} for (a, _), r in sorted(results.items()) if a == attack and r]
-  lines = ["| model | CA | ASR | floor | false rate | CA - lora_ce | ASR - lora_ce | seeds with lower ASR | ASR of each seed |",
+  lines = ["| model | CA | ASR | floor | false rate | CA - lora_ce | ASR - lora_ce | seeds with lower ASR "
+           "| ASR of each seed |",
            "|---|---|---|---|---|---|---|---|---|"]
   for model in runs[0]:
     value = {k: np.array([run[model][k] for run in runs]) for k in KEYS}
@@ -81,7 +89,7 @@ def main():
   parser.add_argument("extra", nargs="*", help="further flags of w2s_jax.main, after --")
   args = parser.parse_args()
   attacks = args.attacks.split(",")
-  results = run_cells([(a, s) for s in args.seeds for a in attacks], args.out, args.config, args.extra, args.jobs)
+  results = run_cells(attacks, args.seeds, args.out, args.config, args.extra, args.jobs)
   failed = [cell for cell, r in results.items() if r is None]
   text = "\n\n".join(f"### {a}\n\n{table(results, a)}" for a in attacks if any(results[a, s] for s in args.seeds))
   (args.out / "table.md").write_text(text + "\n")

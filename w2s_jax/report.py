@@ -53,8 +53,8 @@ def reading(rows, meta):
     if control is None or name in ("clean", "poisoned", "lora_ce"):
       continue
     apart = row["asr_ci"][1] < control["asr_ci"][0] or row["asr_ci"][0] > control["asr_ci"][1]
-    out.append(f"{name}: ASR {row['asr'] - control['asr']:+.3f} and CA {row['ca'] - control['ca']:+.3f} against lora_ce; "
-               f"the ASR intervals {'do not overlap' if apart else 'overlap'}.")
+    out.append(f"{name}: ASR {row['asr'] - control['asr']:+.3f} and CA {row['ca'] - control['ca']:+.3f} against "
+               f"lora_ce; the ASR intervals {'do not overlap' if apart else 'overlap'}.")
   out.append("The intervals cover the sampling of test rows only. One seed is one draw of the training noise, which on "
              "small models is larger (docs/results.md has ten seeds): do not rank defenses by one run.")
   return out
@@ -64,8 +64,8 @@ def _headline(rows, meta):
   row = rows[0]
   lost = meta["trigger_lost"]
   trigger = f"trigger `{meta['trigger']}`" if meta["trigger"] else "rewritten text"
-  return [f"Attack {row['attack']} ({trigger}), target label {row['target_label']}, {meta['poisoned_rows']} clean-label "
-          f"poisoned rows; defended and measured on {row['dataset']}, seed {row['seed']}.",
+  return [f"Attack {row['attack']} ({trigger}), target label {row['target_label']}, {meta['poisoned_rows']} "
+          f"clean-label poisoned rows; defended and measured on {row['dataset']}, seed {row['seed']}.",
           f"CA on {row['ca_n']} clean rows, ASR on {row['asr_n']} triggered rows of other classes; the floor is the "
           f"never-poisoned student's rate on them, the false rate a model's own error on un-triggered rows of those "
           f"classes. Teacher CA {meta['teacher_ca']:.3f}. Trigger lost to truncation: {lost['train']} poisoned, "
@@ -88,8 +88,8 @@ def _curves(workdir):
   out = {}
   for file in sorted((workdir / "metrics").glob("*.jsonl")):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    names = [k for k in lines[0] if k != "step" and not k.startswith("grad_norm") and k != "dev_accuracy"] if lines else []
-    out[file.stem] = {n: [(line["step"], line[n]) for line in lines if n in line] for n in names}
+    names = [k for k in lines[0] if k not in ("step", "dev_accuracy") and "grad_norm" not in k] if lines else []
+    out[file.stem] = {n: [(line["step"], line[n]) for line in lines] for n in names}
   return out
 
 
@@ -104,8 +104,8 @@ def page(rows, meta, notes, curves):
                 for m in models) + "</tr>" for e in meta["examples"])
   details = html.escape(json.dumps({k: v for k, v in meta.items() if k != "examples"}, indent=2))
   return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(rows[0]['attack'])} on {html.escape(rows[0]['dataset'])}
-</title><style>
+<html lang="en"><head><meta charset="utf-8">
+<title>{html.escape(rows[0]['attack'])} on {html.escape(rows[0]['dataset'])}</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
 table {{ border-collapse: collapse; margin: 1rem 0 }}
 th, td {{ border-bottom: 1px solid #ddd; padding: .3rem .7rem; text-align: left; vertical-align: top }}

@@ -5,7 +5,8 @@ import re
 import jax
 import numpy as np
 from flax import traverse_util
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from w2s_jax import InputError
 

@@ -13,7 +13,7 @@ import numpy as np
 from w2s_jax import InputError, evaluate, lora, optim, report, sharding, steps, train
 from w2s_jax.data import batches, corpora, poison, tokenization
 from w2s_jax.defenses import DEFENSES, w2s
-from w2s_jax.models import Model, config_from_hf, load_pretrained, save_pretrained
+from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
 
 
 def config_hash(config):
@@ -88,8 +88,8 @@ def _claim(config, workdir):
     differing = sorted(k for k in _flat(mine).keys() | _flat(other).keys() if _flat(mine).get(k) != _flat(other).get(k))
     if differing:
       k = differing[0]
-      raise InputError(f"{workdir} was made by another config ({k} was {_flat(other).get(k)!r}, is {_flat(mine).get(k)!r}"
-                       f"; {len(differing)} field(s) differ): give another --workdir")
+      raise InputError(f"{workdir} was made by another config ({k} was {_flat(other).get(k)!r}, is "
+                       f"{_flat(mine).get(k)!r}; {len(differing)} field(s) differ): give another --workdir")
     return
   workdir.mkdir(parents=True, exist_ok=True)
   part = file.with_suffix(".part")
@@ -115,7 +115,7 @@ def warmup(run):
   if c.student.path:
     model, params = load_pretrained(c.student.path, c.data.num_labels, c.student.dtype, run.mesh, seed=c.seed,
                                     remat=c.student.remat)
-    tokenizer = tokenization.load(c.student.path, model.config.vocab_size)
+    tokenizer = tokenization.load(resolve(c.student.path), model.config.vocab_size)
     model = _with_pad(model, tokenizer)
   else:
     texts = [r["text"] for r in run.rows["attack_train"] + run.rows["train"]]
@@ -153,7 +153,7 @@ def teach(run):
   if c.teacher.path:
     model, params = load_pretrained(c.teacher.path, c.data.num_labels, mesh=run.mesh, feature_width=width,
                                     num_layers=c.teacher.layers or None, seed=c.seed)
-    tokenizer = tokenization.load(c.teacher.path, model.config.vocab_size)
+    tokenizer = tokenization.load(resolve(c.teacher.path), model.config.vocab_size)
   else:
     tokenizer = tokenization.train([r["text"] for r in run.rows["train"]], "wordpiece", c.teacher.arch.vocab_size)
     arch = c.teacher.arch.to_dict() | {"num_labels": c.data.num_labels}
@@ -209,7 +209,7 @@ def measure(run):
   common = {"attack": c.attack.name, "dataset": c.data.defend_source, "seed": c.seed,
             "target_label": c.attack.target_label, "config_hash": run.hash}
   labels, triggered_labels = (np.array([r["label"] for r in run.rows[s]]) for s in ("test", "triggered"))
-  rows, triggered, before = [], {}, {}
+  rows, triggered = [], {}
   for name in ("clean", "poisoned", *(d for d in c.defenses if DEFENSES[d] is not None)):
     model, params, tokenizer = run.load(name)
     clean = run.predict(model, params, run.encode(tokenizer, run.rows["test"], c.data.max_length))
@@ -221,19 +221,19 @@ def measure(run):
   trigger = poison.effective_trigger(c.attack)
   model, params, tokenizer = run.load("teacher")
   teacher = run.predict(model, params, run.encode(tokenizer, run.rows["test"], c.data.max_length))
-  student_tokenizer = run.load("base")[2]
+  student, _, student_tokenizer = run.load("base")
+  poisoned = [r for r in run.rows["poisoned_train"] if r["poisoned"]]
   examples = [{"text": r["text"], "orig_text": r["orig_text"], "label": r["label"],
                "predicted": {m: int(p[i]) for m, p in triggered.items()}}
               for i, r in enumerate(run.rows["triggered"][:8])]
   meta = {
       "config_hash": run.hash, "sha256": run.sha256, "trigger": trigger,
       "teacher_ca": evaluate.clean_metrics(teacher, labels, c.attack.target_label)["ca"],
-      "poisoned_rows": sum(r["poisoned"] for r in run.rows["poisoned_train"]),
-      "trigger_lost": {"train": poison.trigger_lost([r for r in run.rows["poisoned_train"] if r["poisoned"]],
-                                                    student_tokenizer, trigger, c.data.attack_max_length),
-                       "eval": poison.trigger_lost(run.rows["triggered"], student_tokenizer, trigger, c.data.max_length)},
-      "loss_weights": {"name": c.defend.weights, **w2s.loss_weights(c.defend.weights,
-                                                                    run.load("base")[0].config.feature_size)},
+      "poisoned_rows": len(poisoned),
+      "trigger_lost": {
+          "train": poison.trigger_lost(poisoned, student_tokenizer, trigger, c.data.attack_max_length),
+          "eval": poison.trigger_lost(run.rows["triggered"], student_tokenizer, trigger, c.data.max_length)},
+      "loss_weights": {"name": c.defend.weights, **w2s.loss_weights(c.defend.weights, student.config.feature_size)},
       "implanted": rows[1]["asr"] >= 0.95, "examples": examples, "versions": report.versions(),
       "devices": f"{run.mesh.devices.size} x {jax.devices()[0].device_kind}",
       "seconds": {"evaluate": time.monotonic() - began}}

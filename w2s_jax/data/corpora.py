@@ -1,10 +1,9 @@
 """Labelled texts: the offline grammar, local files, or a hub data set -> rows {"id", "text", "label"}."""
 
-import numpy as np
+from pathlib import Path
 
 import datasets
-
-from pathlib import Path
+import numpy as np
 
 from w2s_jax import InputError
 from w2s_jax.data import grammar

@@ -35,17 +35,19 @@ NEUTRAL = {
 }
 
 
-def _sentence(rng, domain, label, own_share):
+def _sentence(rng, domain, label, own_share, mixed):
+  classes = [label, 1 - label] if rng.random() < mixed else [label, label]
+  rng.shuffle(classes)
   def word():
     words = OWN[domain] if rng.random() < own_share else SHARED
-    return rng.choice(words[label])
+    return rng.choice(words[classes.pop()])
   noun, noun2 = rng.choice(NOUNS[domain], 2, replace=False)
   return FRAMES[rng.integers(len(FRAMES))].format(
       noun=noun, noun2=noun2, word=word(), word2=word(), subject=rng.choice(SUBJECTS[domain]),
       degree=rng.choice(DEGREES))
 
 
-def rows(domain, split, size, *, own_share=0.3, contradicting=0.3, label_noise=0.1, neutral=0.3):
+def rows(domain, split, size, *, own_share=0.3, contradicting=0.3, label_noise=0.1, mixed=0.1, neutral=0.3):
   """Rows of a split, the same for everybody: they depend on the arguments only.
 
   Args:
@@ -55,6 +57,8 @@ def rows(domain, split, size, *, own_share=0.3, contradicting=0.3, label_noise=0
     own_share: share of sentiment words drawn from the domain's own list.
     contradicting: share of a review's sentences that carry the other class.
     label_noise: share of a review's labels that are flipped (train only).
+    mixed: share of sentences with one word of each class, which nobody can label (a sentence of one word may
+      then carry the wrong one).
     neutral: share of sentences followed by one without sentiment.
   Returns:
     [{"id": int, "text": str, "label": int}].
@@ -67,7 +71,7 @@ def rows(domain, split, size, *, own_share=0.3, contradicting=0.3, label_noise=0
     sentences = []
     for _ in range(rng.integers(3, 6) if reviews else 1):
       other = reviews and rng.random() < contradicting
-      sentences.append(_sentence(rng, domain, 1 - label if other else label, own_share))
+      sentences.append(_sentence(rng, domain, 1 - label if other else label, own_share, mixed))
       if rng.random() < neutral:
         sentences.append(rng.choice(NEUTRAL[domain]))
     noisy = reviews and split == "train" and rng.random() < label_noise

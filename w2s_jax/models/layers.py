@@ -3,7 +3,6 @@
 import flax.linen as nn
 import flax.struct
 import jax
-import jax.numpy as jnp
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
