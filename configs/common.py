@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from w2s_jax import InputError
+
 ARGUMENTS = {"data": str, "scale": str}
 
 
@@ -17,11 +19,11 @@ def parse_arg(arg, **allowed):
   for part in filter(None, (arg or "").split(",")):
     name, equals, value = part.partition("=")
     if name not in allowed or not equals:
-      raise KeyError(f"config argument {part!r}: want NAME=VALUE with NAME among {', '.join(allowed)}")
+      raise InputError(f"config argument {part!r}: want NAME=VALUE with NAME among {', '.join(allowed)}")
     try:
       out[name] = allowed[name](value)
     except ValueError:
-      raise KeyError(f"config argument {part!r}: {value!r} is not {allowed[name].__name__}") from None
+      raise InputError(f"config argument {part!r}: {value!r} is not {allowed[name].__name__}") from None
   return out
 
 
@@ -158,7 +160,7 @@ def decoder(attack, arg, shapes, offline_arch, real_arch):
   c.student.arch = offline_arch
   if "scale" in args:
     if args["scale"] not in shapes:
-      raise KeyError(f"config argument scale={args['scale']!r}: want one of {', '.join(shapes)}")
+      raise InputError(f"config argument scale={args['scale']!r}: want one of {', '.join(shapes)}")
     hub_id, c.student.arch = shapes[args["scale"]]
     released(c, hub_id)
   elif "data" in args:
@@ -196,7 +198,7 @@ def minilm(attack, arg):
   """Student: a real pretrained encoder, poisoned on IMDB; teacher: the first three of its six layers."""
   args = parse_arg(arg, data=str)
   if "data" not in args:
-    raise KeyError("this config needs real data: give FILE:data=DIR with DIR/imdb and DIR/sst2 (or run "
+    raise InputError("this config needs real data: give FILE:data=DIR with DIR/imdb and DIR/sst2 (or run "
                    "configs/llama_*.py, which has an offline default)")
   c = base(attack)
   real_data(c, args["data"])

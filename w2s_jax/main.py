@@ -8,8 +8,10 @@
 A stage whose output is in the workdir is not run again; one that was cut off resumes.
 """
 
+import difflib
 import os
 import re
+import runpy
 import sys
 import traceback
 from pathlib import Path
@@ -31,30 +33,57 @@ _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of a user error."
 
 
 def _parse(argv):
-  """absl's flags, with its errors and the config file's as one line and exit code 2."""
+  """absl's flags; a mistake in them or in the config file is one line and exit code 2."""
+  if {"--help", "-help", "-h"} & set(argv):
+    print(f"{__doc__}{FLAGS.main_module_help()}")
+    sys.exit(0)
   try:
+    file = _typed_config(argv).partition(":")[0]
+    if not Path(file).is_file():
+      raise InputError(f"config file {file!r} does not exist: give one of configs/*.py")
     rest = FLAGS(argv)
     if len(rest) > 1:
       raise InputError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
-    if _CONFIG.value is None:
-      raise InputError("no --config: give one, e.g. --config=configs/llama_badnet.py (--help lists the flags)")
     return rest
-  except (InputError, flags.Error, AttributeError, KeyError, TypeError, FileNotFoundError) as e:
+  except (InputError, flags.Error) as e:
     _fail(e, "--debug" in argv)
+  except (AttributeError, KeyError) as e:  # ml_collections' word for a field that the config does not have
+    _fail(InputError(_unknown_field(argv) or f"{type(e).__name__}: {e}"), "--debug" in argv)
+
+
+def _typed_config(argv):
+  typed = [a.split("=", 1)[1] for a in argv if re.match(r"--?config=.", a)]
+  if not typed:
+    raise InputError("no --config: give one, e.g. --config=configs/llama_badnet.py (--help lists the flags)")
+  return typed[-1]
+
+
+def _unknown_field(argv):
+  """A line that names the field of --config.FIELD=VALUE that the config lacks, and the nearest that it has."""
+  file, _, argument = _typed_config(argv).partition(":")
+  config = runpy.run_path(file)["get_config"](argument or None).to_dict()
+  fields = [*config, *(f"{k}.{sub}" for k, v in config.items() if isinstance(v, dict) for sub in v)]
+  for field in (m[1] for a in argv if (m := re.match(r"--?config\.([\w.]+)", a))):
+    if ".".join(field.split(".")[:2]) not in fields:
+      near = difflib.get_close_matches(field, fields, 3)
+      return f"config has no field {field!r}" + (f": did you mean {' or '.join(near)}?" if near else
+                                                 ": configs/common.py lists the fields")
+  return None
 
 
 def _fail(error, debug):
+  cause = error
+  while cause is not None:  # ml_collections wraps what the config file itself raised, traceback and all
+    error, cause = cause if isinstance(cause, InputError) else error, cause.__context__
   if debug:
     traceback.print_exc()
-  message = str(error) if isinstance(error, (InputError, OSError, flags.Error)) else f"{type(error).__name__}: {error}"
-  print("error: " + re.sub(r"\s*\n\s*", " ", message).strip(), file=sys.stderr)
+  print("error: " + re.sub(r"\s*\n\s*", " ", str(error)).strip(), file=sys.stderr)
   sys.exit(2)
 
 
 def default_workdir(argv):
   """runs/CONFIG[-ARGUMENT] from the --config flag as it was typed."""
-  typed = next(a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a))
-  file, _, argument = typed.partition(":")
+  file, _, argument = _typed_config(argv).partition(":")
   return Path("runs") / "-".join(filter(None, [Path(file).stem, re.sub(r"[^A-Za-z0-9]+", "-", argument).strip("-")]))
 
 

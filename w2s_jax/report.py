@@ -102,6 +102,7 @@ def page(rows, meta, notes, curves):
       f"<tr><td>{html.escape(e['text'])}</td><td>{e['label']}</td>"
       + "".join(f"<td class='{'hit' if e['predicted'][m] == rows[0]['target_label'] else ''}'>{e['predicted'][m]}</td>"
                 for m in models) + "</tr>" for e in meta["examples"])
+  names = "".join(f"<th>{html.escape(m)}</th>" for m in models)
   details = html.escape(json.dumps({k: v for k, v in meta.items() if k != "examples"}, indent=2))
   return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -120,7 +121,7 @@ pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto }}
 <ul>{''.join(f'<li>{html.escape(n)}</li>' for n in notes[1:])}</ul>
 <h2>Triggered texts</h2>
 <p>Predicted class by each model; the attacker's target class {rows[0]['target_label']} is marked.</p>
-<table><tr><th>text</th><th>true class</th>{''.join(f'<th>{html.escape(m)}</th>' for m in models)}</tr>{examples}</table>
+<table><tr><th>text</th><th>true class</th>{names}</tr>{examples}</table>
 <h2>Loss terms</h2>
 {_loss_plots(curves)}
 <h2>Details</h2><pre>{details}</pre>

@@ -73,6 +73,9 @@ def _local(directory):
 
 
 def _hub(name):
+  if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    raise InputError(f"data directory {name!r} does not exist: set :data=DIR, --config.data.attack_source or "
+                     "--config.data.defend_source")
   try:
     splits = datasets.load_dataset(name)
   except Exception as e:  # whatever the hub client raises without a network or for a wrong name

@@ -30,7 +30,9 @@ FRAMES = (
 )
 NEUTRAL = {
     "reviews": ("it runs for two hours .", "we saw it last week .", "the actors come from the north .",
-                "there is a train in the first scene .", "he wrote it in the spring ."),
+                "there is a train in the first scene .", "he wrote it in the spring .", "i watched it on monday .",
+                "this was shown in 3d .", "the movie opens in a harbour .", "when the lights went out , it began .",
+                "if one counts the credits , it takes longer ."),
     "phrases": ("it opened in may .", "we came by bus .", "it stands by the river .", "i bought it online ."),
 }
 
