@@ -2,106 +2,16 @@
 
 import dataclasses
 import hashlib
-import json
-import os
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from w2s_jax import InputError, evaluate, lora, optim, report, sharding, steps, train
-from w2s_jax.data import batches, corpora, poison, tokenization
+from w2s_jax import evaluate, lora, optim, report, sharding, steps, train
+from w2s_jax.data import batches, poison, tokenization
 from w2s_jax.defenses import DEFENSES, w2s
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
-
-
-def config_hash(config):
-  return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
-
-
-@dataclasses.dataclass
-class Run:
-  """What every stage needs: config, place, mesh, rows."""
-  config: object
-  workdir: Path
-  mesh: jax.sharding.Mesh
-  hash: str
-  rows: dict          # "attack_train", "attack_dev", "train", "dev", "test", "triggered" -> rows
-  sha256: dict        # of the frozen files
-
-  def model_dir(self, name):
-    return self.workdir / "models" / name
-
-  def done(self, name):
-    return self.model_dir(name).exists()
-
-  def load(self, name, **kwargs):
-    """(model, params, tokenizer) of a finished stage's directory, or of `config.student.path`."""
-    c = self.config
-    path = self.model_dir(name)
-    if not path.exists():
-      raise InputError(f"{path} is not there yet: run without --stage, or the stage that makes it first")
-    model, params = load_pretrained(path, c.data.num_labels, c.student.dtype, self.mesh, **kwargs)
-    return model, params, tokenization.load(path, model.config.vocab_size)
-
-  def encode(self, tokenizer, rows, max_length):
-    arrays = tokenization.encode(tokenizer, [r["text"] for r in rows], max_length)
-    return arrays | {"label": np.array([r["label"] for r in rows], np.int32)}
-
-  def predict(self, model, params, arrays):
-    return evaluate.predictions(model, params, arrays, self.mesh, **self.eval_shapes())
-
-  def eval_shapes(self):
-    return {"batch_size": self.config.data.eval_batch_size, "buckets": self.config.data.buckets}
-
-
-def start(config, workdir):
-  """Checks the config, claims the workdir for it, makes or reads the rows.
-
-  Raises:
-    InputError: the workdir belongs to another config, an unknown defense, a batch that does not fit the mesh, or data
-      that cannot be used.
-  """
-  for name in config.defenses:
-    if name not in DEFENSES:
-      raise InputError(f"defense {name!r}: want names among {', '.join(DEFENSES)}: set --config.defenses")
-  w2s.loss_weights(config.defend.weights, 1)
-  mesh = sharding.make_mesh(**config.mesh)
-  for stage in ("warmup", "poison", "teach", "defend"):
-    sharding.check_batch(config[stage].batch_size, mesh, f"--config.{stage}.batch_size")
-  sharding.check_batch(config.data.eval_batch_size, mesh, "--config.data.eval_batch_size")
-  workdir = Path(workdir)
-  _claim(config, workdir)
-  c = config.data
-  attack = corpora.load(c.attack_source, c.attack_rows, c.num_labels, config.seed)
-  defend = corpora.load(c.defend_source, c.defend_rows, c.num_labels, config.seed)
-  rows = {"attack_train": attack["train"], "attack_dev": attack["dev"], **defend}
-  return Run(config, workdir, mesh, config_hash(config), rows, {})
-
-
-def _claim(config, workdir):
-  file = workdir / "config.json"
-  mine = json.loads(json.dumps(config.to_dict()))
-  if file.exists():
-    other = json.loads(file.read_text())
-    differing = sorted(k for k in _flat(mine).keys() | _flat(other).keys() if _flat(mine).get(k) != _flat(other).get(k))
-    if differing:
-      k = differing[0]
-      raise InputError(f"{workdir} was made by another config ({k} was {_flat(other).get(k)!r}, is "
-                       f"{_flat(mine).get(k)!r}; {len(differing)} field(s) differ): give another --workdir")
-    return
-  workdir.mkdir(parents=True, exist_ok=True)
-  part = file.with_suffix(".part")
-  part.write_text(json.dumps(mine, indent=2, sort_keys=True))
-  os.replace(part, file)
-
-
-def _flat(tree, prefix=""):
-  out = {}
-  for k, v in tree.items():
-    out |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
-  return out
+from w2s_jax.run import freeze_rows, start
 
 
 def warmup(run):
@@ -132,7 +42,7 @@ def warmup(run):
 def make_poison(run):
   """Full fine-tuning of the student on the attack's domain: once clean (the control), once poisoned."""
   c = run.config
-  _freeze_rows(run)
+  freeze_rows(run)
   for name, rows in (("clean", run.rows["attack_train"]), ("poisoned", run.rows["poisoned_train"])):
     if run.done(name):
       continue
@@ -204,7 +114,7 @@ def measure(run):
   c = run.config
   if (run.workdir / "results.json").exists():
     return
-  _freeze_rows(run)
+  freeze_rows(run)
   began = time.monotonic()
   common = {"attack": c.attack.name, "dataset": c.data.defend_source, "seed": c.seed,
             "target_label": c.attack.target_label, "config_hash": run.hash}
@@ -254,24 +164,6 @@ def run(config, workdir, only=None):
   for name, stage in STAGES.items():
     if only in (None, name):
       stage(this)
-
-
-def _freeze_rows(run):
-  """The poisoned and the triggered rows: made once, then read from the files, whose sha256 goes into the results."""
-  c = run.config
-  files = {key: run.workdir / "data" / f"{key}.jsonl" for key in ("poisoned_train", "triggered")}
-  if not all(f.exists() for f in files.values()):
-    attack, rewritable = poison.make_attack(c.attack)
-    tokenizer = run.load("base")[2]
-    options = {"target_label": c.attack.target_label, "tokenizer": tokenizer, "keep_trigger": c.attack.keep_trigger,
-               "trigger": poison.effective_trigger(c.attack), "seed": c.seed}
-    poison.freeze(files["poisoned_train"], poison.poison_train(
-        run.rows["attack_train"], attack, rewritable, count=c.attack.poison_count,
-        max_length=c.data.attack_max_length, **options))
-    poison.freeze(files["triggered"], poison.triggered_eval(
-        run.rows["test"], attack, rewritable, max_length=c.data.max_length, **options))
-  for key, file in files.items():
-    run.rows[key], run.sha256[file.name] = poison.thaw(file)
 
 
 def _train(run, name, model, params, trains, arrays, dev, settings, loss, weights):

@@ -48,11 +48,9 @@ def trigger_rows(rows, attack, seed, *, tokenizer, trigger, max_length, keep_tri
   return out
 
 
-def poison_train(rows, attack, rewritable, *, target_label, count, **options):
-  """Clean-label poisoning: the first `count` rows of the target class get the trigger, labels stay.
+def rows_to_poison(rows, rewritable, target_label, count):
+  """Indices of the rows that clean-label poisoning takes: the first `count` of the target class.
 
-  Returns:
-    All rows in their order, each with "poisoned": bool.
   Raises:
     InputError: the target class has fewer rows than `count` (that the attack can rewrite).
   """
@@ -61,7 +59,30 @@ def poison_train(rows, attack, rewritable, *, target_label, count, **options):
   if len(able) < count:
     raise InputError(f"cannot poison {count} rows: only {len(able)} training rows have the target label {target_label}"
                      " and can be rewritten: lower --config.attack.poison_count")
-  chosen = able[:count]
+  return able[:count]
+
+
+def rows_to_trigger(rows, rewritable, target_label):
+  """The evaluation rows of other classes than the target: ASR is measured on these.
+
+  Raises:
+    InputError: there is none (that the attack can rewrite).
+  """
+  able = [row for row in rows
+          if row["label"] != target_label and (rewritable is None or row["text"] in rewritable)]
+  if not able:
+    raise InputError(f"no evaluation row has another label than the target {target_label} and can be rewritten: set "
+                     "--config.attack.target_label")
+  return able
+
+
+def poison_train(rows, attack, rewritable, *, target_label, count, **options):
+  """Clean-label poisoning: `rows_to_poison` get the trigger, labels stay.
+
+  Returns:
+    All rows in their order, each with "poisoned": bool.
+  """
+  chosen = rows_to_poison(rows, rewritable, target_label, count)
   out = [row | {"poisoned": False} for row in rows]
   for i, row in zip(chosen, trigger_rows([rows[i] for i in chosen], attack, **options)):
     out[i] = row | {"poisoned": True}
@@ -69,13 +90,8 @@ def poison_train(rows, attack, rewritable, *, target_label, count, **options):
 
 
 def triggered_eval(rows, attack, rewritable, *, target_label, **options):
-  """The rows of other classes (that the attack can rewrite) with the trigger: ASR is measured on these."""
-  able = [row for row in rows
-          if row["label"] != target_label and (rewritable is None or row["text"] in rewritable)]
-  if not able:
-    raise InputError(f"no evaluation row has another label than the target {target_label} and can be rewritten: set "
-                     "--config.attack.target_label")
-  return trigger_rows(able, attack, **options)
+  """`rows_to_trigger` with the trigger."""
+  return trigger_rows(rows_to_trigger(rows, rewritable, target_label), attack, **options)
 
 
 def trigger_lost(rows, tokenizer, trigger, max_length):

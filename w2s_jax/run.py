@@ -1,0 +1,124 @@
+"""A run: its config, workdir, mesh and rows; what every stage is given."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from w2s_jax import InputError, evaluate, report, sharding
+from w2s_jax.data import corpora, poison, tokenization
+from w2s_jax.defenses import DEFENSES, w2s
+from w2s_jax.models import load_pretrained
+
+
+def config_hash(config):
+  return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclasses.dataclass
+class Run:
+  """What every stage needs: config, place, mesh, rows."""
+  config: object
+  workdir: Path
+  mesh: jax.sharding.Mesh
+  hash: str
+  rows: dict          # "attack_train", "attack_dev", "train", "dev", "test", "triggered" -> rows
+  sha256: dict        # of the frozen files
+
+  def model_dir(self, name):
+    return self.workdir / "models" / name
+
+  def done(self, name):
+    return self.model_dir(name).exists()
+
+  def load(self, name, **kwargs):
+    """(model, params, tokenizer) of a finished stage's directory, or of `config.student.path`."""
+    c = self.config
+    path = self.model_dir(name)
+    if not path.exists():
+      raise InputError(f"{path} is not there yet: run without --stage, or the stage that makes it first")
+    model, params = load_pretrained(path, c.data.num_labels, c.student.dtype, self.mesh, **kwargs)
+    return model, params, tokenization.load(path, model.config.vocab_size)
+
+  def encode(self, tokenizer, rows, max_length):
+    arrays = tokenization.encode(tokenizer, [r["text"] for r in rows], max_length)
+    return arrays | {"label": np.array([r["label"] for r in rows], np.int32)}
+
+  def predict(self, model, params, arrays):
+    return evaluate.predictions(model, params, arrays, self.mesh, **self.eval_shapes())
+
+  def eval_shapes(self):
+    return {"batch_size": self.config.data.eval_batch_size, "buckets": self.config.data.buckets}
+
+
+def start(config, workdir):
+  """Checks the config, claims the workdir for it, makes or reads the rows.
+
+  Raises:
+    InputError: the workdir belongs to another config, an unknown defense, a batch that does not fit the mesh, or data
+      that cannot be used.
+  """
+  for name in config.defenses:
+    if name not in DEFENSES:
+      raise InputError(f"defense {name!r}: want names among {', '.join(DEFENSES)}: set --config.defenses")
+  w2s.loss_weights(config.defend.weights, 1)
+  mesh = sharding.make_mesh(**config.mesh)
+  for stage in ("warmup", "poison", "teach", "defend"):
+    sharding.check_batch(config[stage].batch_size, mesh, f"--config.{stage}.batch_size")
+  sharding.check_batch(config.data.eval_batch_size, mesh, "--config.data.eval_batch_size")
+  workdir = Path(workdir)
+  _claim(config, workdir)
+  c = config.data
+  attack = corpora.load(c.attack_source, c.attack_rows, c.num_labels, config.seed)
+  defend = corpora.load(c.defend_source, c.defend_rows, c.num_labels, config.seed)
+  rows = {"attack_train": attack["train"], "attack_dev": attack["dev"], **defend}
+  if not 0 <= config.attack.target_label < c.num_labels:
+    raise InputError(f"target label {config.attack.target_label}, wanted 0..{c.num_labels - 1}: set "
+                     "--config.attack.target_label")
+  rewritable = poison.make_attack(config.attack)[1]  # a poisoning that cannot work is refused before anything trains
+  poison.rows_to_poison(rows["attack_train"], rewritable, config.attack.target_label, config.attack.poison_count)
+  poison.rows_to_trigger(rows["test"], rewritable, config.attack.target_label)
+  return Run(config, workdir, mesh, config_hash(config), rows, {})
+
+
+def _claim(config, workdir):
+  file = workdir / "config.json"
+  mine = json.loads(json.dumps(config.to_dict()))
+  if file.exists():
+    other = json.loads(file.read_text())
+    differing = sorted(k for k in _flat(mine).keys() | _flat(other).keys() if _flat(mine).get(k) != _flat(other).get(k))
+    if differing:
+      k = differing[0]
+      raise InputError(f"{workdir} was made by another config ({k} was {_flat(other).get(k)!r}, is "
+                       f"{_flat(mine).get(k)!r}; {len(differing)} field(s) differ): give another --workdir")
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  report.write_json(file, mine)
+
+
+def _flat(tree, prefix=""):
+  out = {}
+  for k, v in tree.items():
+    out |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+  return out
+
+
+def freeze_rows(run):
+  """The poisoned and the triggered rows: made once, then read from the files, whose sha256 goes into the results."""
+  c = run.config
+  files = {key: run.workdir / "data" / f"{key}.jsonl" for key in ("poisoned_train", "triggered")}
+  if not all(f.exists() for f in files.values()):
+    attack, rewritable = poison.make_attack(c.attack)
+    tokenizer = run.load("base")[2]
+    options = {"target_label": c.attack.target_label, "tokenizer": tokenizer, "keep_trigger": c.attack.keep_trigger,
+               "trigger": poison.effective_trigger(c.attack), "seed": c.seed}
+    poison.freeze(files["poisoned_train"], poison.poison_train(
+        run.rows["attack_train"], attack, rewritable, count=c.attack.poison_count,
+        max_length=c.data.attack_max_length, **options))
+    poison.freeze(files["triggered"], poison.triggered_eval(
+        run.rows["test"], attack, rewritable, max_length=c.data.max_length, **options))
+  for key, file in files.items():
+    run.rows[key], run.sha256[file.name] = poison.thaw(file)
