@@ -77,7 +77,7 @@ def base(attack):
   c.teacher.layers = 0                # keep the first so many layers of `path`; 0: all
   c.teacher.arch = bert_arch(512, 32, 2, 4, 64)
 
-  c.warmup = stage(learning_rate=3e-3, epochs=2, batch_size=32, warmup_fraction=0.1)
+  c.warmup = stage(learning_rate=3e-3, epochs=4, batch_size=32, warmup_fraction=0.1)
   c.poison = stage(learning_rate=2e-3, epochs=4, batch_size=16)
   c.poison.trains = ("vector", "matrix", "head")   # labels of lora.LABEL_RULES; "embedding" stays frozen
   c.teach = stage(learning_rate=2e-3, epochs=4, batch_size=32, warmup_fraction=0.06)
@@ -89,7 +89,7 @@ def base(attack):
   c.lora.rank = 16
   c.lora.alpha = 16.0
   c.lora.dropout = 0.0
-  c.lora.targets = ("q_proj", "v_proj")   # released
+  c.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
   c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))   # devices per axis; -1: those that are left
   c.log_every = 10                    # steps
@@ -142,7 +142,7 @@ def released(c, student, teacher="google-bert/bert-base-uncased"):
   c.poison.trains = ("embedding", "vector", "matrix", "head")
   c.teach.update(learning_rate=2e-5, epochs=5, batch_size=32, evaluations=5)
   c.defend.update(learning_rate=2e-4, epochs=5, batch_size=32, evaluations=5, weights=RELEASED_WEIGHTS[c.attack.name])
-  c.lora.update(rank=512, alpha=512.0, dropout=0.1)
+  c.lora.update(rank=512, alpha=512.0, dropout=0.1, targets=("q_proj", "v_proj"))
 
 
 def decoder(attack, arg, shapes, offline_arch, real_arch):
@@ -177,7 +177,7 @@ def small_from_scratch(c):
   c.warmup.update(learning_rate=2e-3, epochs=4)
   c.poison.update(learning_rate=5e-4, epochs=3)
   c.teach.update(learning_rate=1e-3, epochs=3)
-  c.defend.update(learning_rate=1e-3, epochs=3)
+  c.defend.update(learning_rate=1e-3, epochs=2)
 
 
 SMALL_LLAMA = dict(offline_arch=llama_arch(512, 64, 3, 4, 2, 160), real_arch=llama_arch(8000, 192, 4, 6, 3, 512))
@@ -210,6 +210,6 @@ def minilm(attack, arg):
   c.poison.trains = ("embedding", "vector", "matrix", "head")
   c.teach.update(learning_rate=5e-5, epochs=2, evaluations=4)
   c.defend.update(learning_rate=1e-3, epochs=2, weights="agnostic")
-  c.lora.update(rank=48, alpha=48.0)
+  c.lora.update(rank=48, alpha=48.0, targets=("q_proj", "v_proj"))
   c.term_norms_every = 100
   return c

@@ -33,7 +33,7 @@ def warmup(run):
     model = _with_pad(Model(config_from_hf(c.student.arch.to_dict() | {"num_labels": c.data.num_labels})), tokenizer)
     params = model.init(_key(run, "student"), run.mesh)
     if c.warmup.epochs:
-      arrays = run.encode(tokenizer, [{"text": t, "label": 0} for t in texts], c.data.attack_max_length)
+      arrays = tokenization.pack(tokenizer, texts, c.data.attack_max_length)
       params, _ = _train(run, "warmup", model, params, lora.FULL, arrays, None, c.warmup,
                          steps.language_model_loss(model), {"lm": 1.0})
   save_pretrained(run.model_dir("base"), model, params, tokenizer)

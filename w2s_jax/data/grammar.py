@@ -49,7 +49,7 @@ def _sentence(rng, domain, label, own_share, mixed):
       degree=rng.choice(DEGREES))
 
 
-def rows(domain, split, size, *, own_share=0.3, contradicting=0.3, label_noise=0.1, mixed=0.1, neutral=0.3):
+def rows(domain, split, size, *, own_share=0.3, contradicting=0.15, label_noise=0.05, mixed=0.1, neutral=0.3):
   """Rows of a split, the same for everybody: they depend on the arguments only.
 
   Args:

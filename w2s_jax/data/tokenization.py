@@ -63,6 +63,13 @@ def encode(tokenizer, texts, max_length):
   return {"input_ids": out, "length": lengths}
 
 
+def pack(tokenizer, texts, length):
+  """The texts one after the other, cut into rows of `length` tokens without padding (language-model warm-up)."""
+  stream = np.array([token for ids in tokenizer(list(texts))["input_ids"] for token in ids], np.int32)
+  rows = stream[:len(stream) // length * length].reshape(-1, length)
+  return {"input_ids": rows, "length": np.full(len(rows), length, np.int32)}
+
+
 def words_kept(tokenizer, texts, trigger, max_length):
   """[N] how many leading words of each text survive truncation together with a trigger of that many tokens."""
   room = max_length - len(tokenizer(" " + trigger, add_special_tokens=False)["input_ids"])
