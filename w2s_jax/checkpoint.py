@@ -30,10 +30,10 @@ def restore(manager, step, state, config_hash):
   Raises:
     InputError: the checkpoint was made by another config.
   """
+  made_by = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta["config_hash"]
+  if made_by != config_hash:
+    raise InputError(f"checkpoint {manager.directory} was made by config {made_by}, this run is {config_hash}: give "
+                     "another --workdir")
   wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, state._asdict())
-  saved = manager.restore(step, args=ocp.args.Composite(
-      state=ocp.args.StandardRestore(wanted), meta=ocp.args.JsonRestore()))
-  if saved.meta["config_hash"] != config_hash:
-    raise InputError(f"checkpoint {manager.directory} was made by config {saved.meta['config_hash']}, this run is "
-                     f"{config_hash}: give another --workdir")
+  saved = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))
   return type(state)(**saved.state)

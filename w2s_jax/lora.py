@@ -5,6 +5,7 @@ Every leaf of a parameter tree has exactly one label. The labels say what trains
 
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -57,8 +58,7 @@ def add_lora(params, rank, alpha, targets=("q_proj", "v_proj"), *, key):
   """A new tree with LoRA leaves beside the stacked kernels named in `targets` (Hu et al., arXiv 2106.09685).
 
   `lora_a` [L, in, R] is uniform in +-1/sqrt(in), as peft starts it; `lora_b` [L, R, out] is zero, so the
-  network's function is unchanged; `lora_alpha` [L] carries alpha. All float32. They are created already sharded
-  where the kernels are.
+  network's function is unchanged; `lora_alpha` [L] carries alpha. All float32.
 
   Raises:
     InputError: a target that no layer has, or a rank below 1.
@@ -131,8 +131,19 @@ def export_adapter(directory, model, params, base=""):
   (directory / "adapter_config.json").write_text(json.dumps({
       "peft_type": "LORA", "task_type": "SEQ_CLS", "r": rank, "lora_alpha": alpha, "bias": "none",
       "lora_dropout": model.config.lora_dropout, "fan_in_fan_out": False, "inference_mode": True,
-      "target_modules": sorted({names[f"{p}/kernel"].split(".{}.")[1].removesuffix(".weight").rsplit(".", 1)[-1]
-                                for p in adapted}),
+      "target_modules": _target_modules(names, adapted),
       "modules_to_save": sorted({names[p].rsplit(".", 1)[0].rsplit(".", 1)[-1] if "pooler" not in p else "pooler"
                                  for p in heads}),
       "base_model_name_or_path": str(base)}, indent=2))
+
+
+def _target_modules(names, adapted):
+  """peft's target_modules: the modules' last names, or one pattern where another layer's module has the same name."""
+  def last(path):
+    return names[path].removesuffix(".weight").rsplit(".", 1)[-1]
+  kernels = [p for p in names if p.startswith("layers/") and p.endswith("/kernel")]
+  short = {last(f"{p}/kernel") for p in adapted}
+  if sum(last(k) in short for k in kernels) == len(adapted):
+    return sorted(short)
+  full = sorted(names[f"{p}/kernel"].removesuffix(".weight") for p in adapted)
+  return ".*(" + "|".join(re.escape(name).replace(r"\{\}", r"\d+") for name in full) + ")"

@@ -98,7 +98,7 @@ def main(argv):
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   try:
     stages.run(_CONFIG.value, workdir, _STAGE.value)
-  except InputError as e:
+  except (InputError, FloatingPointError) as e:
     _fail(e, _DEBUG.value)
 
 

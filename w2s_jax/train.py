@@ -32,45 +32,44 @@ def fit(name, step_fn, state, frozen, batches_from, *, steps, key, mesh, eval_ev
   Returns:
     (trainable parameters, {"step", "dev_accuracy", "seconds"} of the choice).
   """
-  manager = checkpoint.open_manager(workdir / "checkpoints" / name)
-  start = manager.latest_step() or 0
-  if start:
-    state = checkpoint.restore(manager, start, state, config_hash)
-  main_process = jax.process_index() == 0
-  metrics_file = workdir / "metrics" / f"{name}.jsonl"
-  if main_process:
-    _cut(metrics_file, start)
-  began = time.monotonic()
-  batches = batches_from(start)
-  bar = tqdm.tqdm(total=steps, initial=start, desc=name, unit="step", disable=not main_process or None)
-  with bar, open(metrics_file if main_process else "/dev/null", "a") as log:
-    for done in range(start + 1, steps + 1):
-      batch = sharding.global_batch(next(batches), mesh)
-      extra = {}
-      if term_norms_every and (done - 1) % term_norms_every == 0:
-        extra = term_norms(state, frozen, batch, key)
-      state, metrics = step_fn(state, frozen, batch, key)
-      bar.update()
-      evaluating = done % eval_every == 0 or done == steps
-      if evaluating or done % log_every == 0 or extra:
-        line = {k: float(v) for k, v in (metrics | extra).items()}
-        if not np.isfinite(line["loss"]):
-          raise FloatingPointError(f"{name}: the loss is {line['loss']} at step {done}; lower the learning rate or the "
-                                   "loss weights")
-        bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
-        if evaluating and dev_accuracy is not None:
-          line["dev_accuracy"] = float(dev_accuracy(state.params))
-        log.write(json.dumps({"step": done} | line) + "\n")
-        log.flush()
-      if evaluating or (checkpoint_every and done % checkpoint_every == 0):
-        checkpoint.save(manager, done, state, config_hash, line.get("dev_accuracy") if evaluating else None)
-  manager.wait_until_finished()
-  best = manager.best_step() if dev_accuracy is not None else steps
-  if best != steps:
-    state = checkpoint.restore(manager, best, state, config_hash)
-  accuracy = manager.metrics(best)["dev_accuracy"] if dev_accuracy is not None else None
-  manager.close()
-  return state.params, {"step": best, "dev_accuracy": accuracy, "seconds": time.monotonic() - began}
+  with checkpoint.open_manager(workdir / "checkpoints" / name) as manager:  # closes its threads on every way out
+    start = manager.latest_step() or 0
+    if start:
+      state = checkpoint.restore(manager, start, state, config_hash)
+    main_process = jax.process_index() == 0
+    metrics_file = workdir / "metrics" / f"{name}.jsonl"
+    if main_process:
+      _cut(metrics_file, start)
+    began = time.monotonic()
+    batches = batches_from(start)
+    bar = tqdm.tqdm(total=steps, initial=start, desc=name, unit="step", disable=not main_process or None)
+    with bar, open(metrics_file if main_process else "/dev/null", "a") as log:
+      for done in range(start + 1, steps + 1):
+        batch = sharding.global_batch(next(batches), mesh)
+        extra = {}
+        if term_norms_every and (done - 1) % term_norms_every == 0:
+          extra = term_norms(state, frozen, batch, key)
+        state, metrics = step_fn(state, frozen, batch, key)
+        bar.update()
+        evaluating = done % eval_every == 0 or done == steps
+        if evaluating or done % log_every == 0 or extra:
+          line = {k: float(v) for k, v in (metrics | extra).items()}
+          if not np.isfinite(line["loss"]):
+            raise FloatingPointError(f"{name}: the loss is {line['loss']} at step {done}; lower the learning rate or "
+                                     "the loss weights")
+          bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
+          if evaluating and dev_accuracy is not None:
+            line["dev_accuracy"] = float(dev_accuracy(state.params))
+          log.write(json.dumps({"step": done} | line) + "\n")
+          log.flush()
+        if evaluating or (checkpoint_every and done % checkpoint_every == 0):
+          checkpoint.save(manager, done, state, config_hash, line.get("dev_accuracy") if evaluating else None)
+    manager.wait_until_finished()
+    best = manager.best_step() if dev_accuracy is not None else steps
+    if best != steps:
+      state = checkpoint.restore(manager, best, state, config_hash)
+    accuracy = manager.metrics(best)["dev_accuracy"] if dev_accuracy is not None else None
+    return state.params, {"step": best, "dev_accuracy": accuracy, "seconds": time.monotonic() - began}
 
 
 def _cut(metrics_file, step):

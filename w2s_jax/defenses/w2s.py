@@ -1,6 +1,8 @@
 """W2SDefense (Zhao et al., arXiv 2410.14425): cross entropy + distillation + feature alignment, each example paired
 with its own teacher output."""
 
+import math
+
 from w2s_jax import InputError, losses
 
 # (ce, kd, fa) by name. The released triples are chosen per attack, which a defender cannot do; they are the
@@ -32,7 +34,7 @@ def loss_weights(name, width):
       triple = tuple(float(x) for x in name.split(","))
     except ValueError:
       triple = ()
-  if len(triple) != 3 or min(triple) < 0:
+  if len(triple) != 3 or not all(0 <= x < math.inf for x in triple):
     raise InputError(f"loss weights {name!r}: want one of {', '.join(WEIGHTS)} or three numbers >= 0 as 'CE,KD,FA': "
                      "set --config.defend.weights")
   ce, kd, fa = triple

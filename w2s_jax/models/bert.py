@@ -82,7 +82,7 @@ WEIGHT_MAP = (
       for ours, theirs in (("pooler", "bert.pooler.dense"), ("classifier", "classifier"), ("widen", "w2s.widen"))
       for leaf, tensor in (("kernel", "weight"), ("bias", "bias"))),
 )
-HEAD_TENSORS = r"(bert\.pooler|classifier|w2s)\..*"            # initialised afresh when all are missing
+HEAD_TENSORS = r"(bert\.pooler|classifier|w2s)\..*"            # a module without any tensor is initialised afresh
 UNUSED_TENSORS = r"bert\.embeddings\.position_ids|cls\..*"     # a v4 buffer; the pretraining heads
 BASE_PREFIX = "bert."
 

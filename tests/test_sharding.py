@@ -1,0 +1,88 @@
+"""Mesh, rules, and what their errors say."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from jax.sharding import PartitionSpec as P
+
+from w2s_jax import InputError, lora, sharding
+
+
+@pytest.mark.parametrize("sizes,want", [
+    ((-1, 1, 1), (8, 1, 1)), ((1, -1, 1), (1, 8, 1)), ((2, 2, -1), (2, 2, 2)), ((-1, 4, 2), (1, 4, 2)),
+    ((4, 1, 2), (4, 1, 2))])
+def test_mesh_sizes(sizes, want):
+  mesh = sharding.make_mesh(*sizes)
+  assert mesh.axis_names == ("data", "fsdp", "tensor")
+  assert tuple(mesh.shape[a] for a in mesh.axis_names) == want
+
+
+def test_a_mesh_of_chosen_devices():
+  mesh = sharding.make_mesh(devices=jax.devices()[2:4])
+  assert [d.id for d in mesh.devices.flat] == [2, 3] and mesh.shape["data"] == 2
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 8), (-1, 16, 1), (-1, 0, 1), (-2, -4, 1)])
+def test_a_mesh_that_does_not_fit_names_numbers_and_knob(sizes):
+  with pytest.raises(InputError, match=rf"data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} does not fit 8 device.*"
+                                       r"--config\.mesh\.data"):
+    sharding.make_mesh(*sizes)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "bert", "teacher"])
+def test_every_leaf_with_adapters_matches_one_rule(family, request):
+  """Places, without a catch-all: kernels over fsdp and tensor, norms everywhere, adapters beside their kernels."""
+  model, _ = request.getfixturevalue("llama" if family == "qwen2" else family)
+  if family == "qwen2":
+    model = type(model)(dataclasses.replace(model.config, model_type="qwen2"))
+  targets = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+  params = jax.eval_shape(lambda p: lora.add_lora(p, 8, 8.0, targets, key=jax.random.key(0)), model.abstract_params())
+  mesh = sharding.make_mesh(2, 2, 2)
+  places = traverse_util.flatten_dict(sharding.param_shardings(params, model.config.family, mesh), sep="/")
+  assert places.keys() == traverse_util.flatten_dict(params, sep="/").keys()
+  specs = {path: place.spec for path, place in places.items()}
+  assert specs["layers/attn/q_proj/kernel"] == P(None, "fsdp", "tensor")
+  assert specs["layers/attn/q_proj/lora_a"] == P(None, "fsdp", None)
+  assert specs["layers/attn/q_proj/lora_b"] == P(None, None, "fsdp")
+  assert specs["layers/attn/o_proj/kernel"] == specs["layers/mlp/down_proj/kernel"] == P(None, "tensor", "fsdp")
+  assert specs["layers/attn_norm/scale"] == P()
+
+
+def test_an_unknown_leaf_is_an_error_that_names_it():
+  mesh = sharding.make_mesh()
+  with pytest.raises(ValueError, match=r"'layers/moe/router/kernel' matches no rule"):
+    sharding.param_shardings({"layers": {"moe": {"router": {"kernel": jnp.ones((1, 8, 8))}}}}, "llama", mesh)
+  with pytest.raises(ValueError, match="matches no rule"):      # the whole path has to match, not a part of it
+    sharding.match("score/kernel/extra", sharding.RULES["llama"])
+
+
+def test_the_first_rule_that_matches_wins():
+  assert sharding.match("a/b", ((r"a/.*", 1), (r"a/b", 2))) == 1
+
+
+def test_an_axis_that_does_not_divide_names_leaf_and_both_numbers():
+  mesh = sharding.make_mesh(1, 8, 1)
+  with pytest.raises(InputError, match=r"score/kernel \(20, 2\): dimension 20 is not divisible by mesh axis fsdp=8.*"
+                                       r"--config\.mesh"):
+    sharding.param_shardings({"score": {"kernel": jnp.ones((20, 2))}}, "llama", mesh)
+
+
+def test_check_batch():
+  mesh = sharding.make_mesh(2, 2, 2)
+  sharding.check_batch(12, mesh, "--config.defend.batch_size")  # over data x fsdp = 4
+  with pytest.raises(InputError, match=r"batch of 6 rows.*= 4 devices.*--config\.defend\.batch_size"):
+    sharding.check_batch(6, mesh, "--config.defend.batch_size")
+
+
+def test_global_batch_lays_rows_over_data_and_fsdp():
+  rows = {"x": np.arange(24, dtype=np.int32).reshape(8, 3), "weight": np.arange(8, dtype=np.float32)}
+  placed = sharding.global_batch(rows, sharding.make_mesh(2, 2, 2))
+  for name, values in rows.items():
+    np.testing.assert_array_equal(placed[name], values)
+    shards = {s.device.id: np.asarray(s.data) for s in placed[name].addressable_shards}
+    assert len(shards) == 8 and all(len(s) == 2 for s in shards.values())
+    np.testing.assert_array_equal(np.concatenate([shards[i] for i in (0, 2, 4, 6)]), values)   # 1, 3, ...: copies

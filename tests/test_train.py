@@ -1,0 +1,219 @@
+"""fit(): a run that was stopped and resumed is the run that was not; dev accuracy alone chooses what comes back."""
+
+import dataclasses
+import itertools
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from w2s_jax import InputError, lora, optim, sharding, steps, train
+from w2s_jax.data import batches
+from w2s_jax.defenses import w2s
+from w2s_jax.models import Model
+
+STEPS, EVAL_EVERY = 12, 4
+WEIGHTS = {"ce": 1.0, "kd": 0.5, "fa": 0.1}
+
+
+@pytest.fixture(scope="module")
+def rig(llama, make_batch):
+  """Twelve W2S steps of a tiny student with adapter dropout, on 20 rows in batches of 8 (each epoch's last is short).
+
+  `rig.fit(workdir, stop_before=k)` is interrupted when it asks for the batch of step k. `rig.kept` is {step: the
+  trainable parameters that dev accuracy was asked about}.
+  """
+  config = dataclasses.replace(llama[0].config, lora_dropout=0.2)
+  model, mesh = Model(config), sharding.make_mesh(devices=jax.devices()[:1])
+  rows = make_batch(model, rows=20)
+  arrays = {k: v for k, v in rows.items() if k not in ("attention_mask", "weight")}
+  arrays["length"] = rows["attention_mask"].sum(1)
+  trainable, frozen = lora.split(lora.add_lora(llama[1], 4, 4.0, key=jax.random.key(0)), lora.LORA)
+  tx = optim.make_optimizer(trainable, 1e-2, STEPS)
+  loss = steps.classification_loss(model, lambda out, batch: w2s.terms(out, batch, 2.0), WEIGHTS)
+  step_fn = steps.make_train_step(loss, tx, steps.state_shardings(trainable, tx, "llama", mesh),
+                                  sharding.param_shardings(frozen, "llama", mesh), mesh)
+  term_norms = steps.make_term_norms(loss, WEIGHTS)
+  out = types.SimpleNamespace(kept={}, asked=[], mesh=mesh)
+
+  def fit(workdir, stop_before=None, accuracies=None, trained=trainable, tx=tx, **options):
+    def batches_from(start):
+      source = batches.train_batches(arrays, 8, (12,), seed=3, start_step=start)
+      for step in itertools.count(start + 1):
+        if step == stop_before:
+          raise KeyboardInterrupt
+        out.asked.append(step)
+        yield next(source)
+    def dev_accuracy(params):
+      out.kept[out.asked[-1]] = jax.tree.map(np.asarray, params)
+      return accuracies[out.asked[-1]]
+    out.asked.clear()
+    options = dict(steps=STEPS, eval_every=EVAL_EVERY, log_every=1, config_hash="abc") | options
+    return train.fit("w2s", options.pop("step_fn", step_fn), steps.init_state(trained, tx, "llama", mesh), frozen,
+                     batches_from, key=jax.random.key(11), mesh=mesh, workdir=workdir,
+                     dev_accuracy=dev_accuracy if accuracies else None, term_norms=term_norms, **options)
+  out.fit, out.trainable = fit, trainable
+  return out
+
+
+def lines(workdir):
+  return (workdir / "metrics/w2s.jsonl").read_text().splitlines()
+
+
+def same(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def differ(a, b):
+  return all((np.asarray(x) != np.asarray(y)).any() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+ACCURACIES = {4: 0.7, 8: 0.9, 12: 0.8}
+NORMS = dict(term_norms_every=5, checkpoint_every=3)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(rig, tmp_path_factory):
+  """(metrics lines, parameters, choice) of the run that nothing stopped."""
+  workdir = tmp_path_factory.mktemp("whole")
+  params, chosen = rig.fit(workdir, accuracies=ACCURACIES, **NORMS)
+  assert rig.asked == list(range(1, STEPS + 1))
+  return lines(workdir), params, chosen
+
+
+@pytest.mark.parametrize("stop_before,resumes_at", [
+    (2, 1),          # before any checkpoint
+    (5, 5),          # just after an evaluation's checkpoint
+    (7, 7),          # just after a checkpoint without an evaluation
+    (6, 5), (12, 10)])  # between checkpoints: the steps since the last are done again
+def test_resumed_is_uninterrupted(stop_before, resumes_at, rig, uninterrupted, tmp_path):
+  """The same metrics file byte for byte and the same parameters bit for bit."""
+  want_lines, want_params, want_chosen = uninterrupted
+  with pytest.raises(KeyboardInterrupt):
+    rig.fit(tmp_path, stop_before=stop_before, accuracies=ACCURACIES, **NORMS)
+  assert len(lines(tmp_path)) == stop_before - 1
+  params, chosen = rig.fit(tmp_path, accuracies=ACCURACIES, **NORMS)
+  assert rig.asked == list(range(resumes_at, STEPS + 1))
+  assert lines(tmp_path) == want_lines
+  same(params, want_params)
+  assert {k: chosen[k] for k in ("step", "dev_accuracy")} == {k: want_chosen[k] for k in ("step", "dev_accuracy")}
+
+
+def test_resuming_twice(rig, uninterrupted, tmp_path):
+  for stop_before in (4, 11):
+    with pytest.raises(KeyboardInterrupt):
+      rig.fit(tmp_path, stop_before=stop_before, accuracies=ACCURACIES, **NORMS)
+  params, _ = rig.fit(tmp_path, accuracies=ACCURACIES, **NORMS)
+  assert lines(tmp_path) == uninterrupted[0]
+  same(params, uninterrupted[1])
+
+
+def test_a_finished_stage_takes_no_step_and_returns_the_same(rig, uninterrupted, tmp_path):
+  rig.fit(tmp_path, accuracies=ACCURACIES, **NORMS)
+  params, chosen = rig.fit(tmp_path, accuracies=ACCURACIES, **NORMS)
+  assert rig.asked == [] and chosen["step"] == 8
+  assert lines(tmp_path) == uninterrupted[0]
+  same(params, uninterrupted[1])
+
+
+def test_a_line_that_was_cut_off_is_dropped(rig, uninterrupted, tmp_path):
+  """The power went while the last line was being written."""
+  with pytest.raises(KeyboardInterrupt):
+    rig.fit(tmp_path, stop_before=7, accuracies=ACCURACIES, **NORMS)
+  with open(tmp_path / "metrics/w2s.jsonl", "a") as f:
+    f.write('{"step": 7, "lo')
+  rig.fit(tmp_path, accuracies=ACCURACIES, **NORMS)
+  assert lines(tmp_path) == uninterrupted[0]
+
+
+@pytest.mark.parametrize("accuracies,best", [
+    ({4: 0.9, 8: 0.5, 12: 0.7}, 4), ({4: 0.5, 8: 0.9, 12: 0.7}, 8), ({4: 0.5, 8: 0.6, 12: 0.7}, 12)])
+def test_the_best_checkpoint_by_dev_accuracy_comes_back(accuracies, best, rig, tmp_path):
+  """Not the last, not the one of lowest loss; also when it was saved before an interruption."""
+  with pytest.raises(KeyboardInterrupt):
+    rig.fit(tmp_path, stop_before=11, accuracies=accuracies)
+  params, chosen = rig.fit(tmp_path, accuracies=accuracies)
+  assert (chosen["step"], chosen["dev_accuracy"]) == (best, accuracies[best])
+  same(params, rig.kept[best])
+  assert all(differ(params, rig.kept[step]) for step in accuracies if step != best)
+  logged = {line["step"]: line["dev_accuracy"] for line in map(json.loads, lines(tmp_path)) if "dev_accuracy" in line}
+  assert logged == accuracies
+
+
+@pytest.mark.parametrize("accuracies", [{4: 0.9, 8: 0.9, 12: 0.9}, {4: 0.9, 8: 0.9, 12: 0.7},
+                                        {4: 0.5, 8: 0.9, 12: 0.9}])
+def test_among_equals_a_resumed_run_chooses_as_the_uninterrupted_one(accuracies, rig, tmp_path):
+  """Small dev sets tie often; whichever of the equals it is, it is the same one, and it is still on disk."""
+  want, chosen = rig.fit(tmp_path / "whole", accuracies=accuracies)
+  same(want, rig.kept[chosen["step"]])
+  for stop_before in (7, 10):
+    with pytest.raises(KeyboardInterrupt):
+      rig.fit(tmp_path / f"{stop_before}", stop_before=stop_before, accuracies=accuracies)
+    params, again = rig.fit(tmp_path / f"{stop_before}", accuracies=accuracies)
+    assert again["step"] == chosen["step"] and accuracies[again["step"]] == max(accuracies.values())
+    same(params, want)
+
+
+def test_without_dev_accuracy_the_last_step_is_kept(rig, uninterrupted, tmp_path):
+  params, chosen = rig.fit(tmp_path)
+  assert (chosen["step"], chosen["dev_accuracy"]) == (STEPS, None)
+  same(params, rig.kept[STEPS])                                 # of the runs above, which took the same steps
+  assert not any("dev_accuracy" in line for line in lines(tmp_path))
+
+
+def test_only_the_latest_and_the_best_checkpoint_stay(rig, tmp_path):
+  rig.fit(tmp_path, accuracies={4: 0.9, 8: 0.5, 12: 0.7})
+  assert sorted(p.name for p in (tmp_path / "checkpoints/w2s").iterdir() if p.name.isdigit()) == ["12", "4"]
+
+
+def test_metrics_lines(uninterrupted):
+  """step, loss (the weighted sum), each term in every line; term norms and dev accuracy at their intervals."""
+  for number, line in enumerate(map(json.loads, uninterrupted[0]), 1):
+    assert line["step"] == number and {"loss", *WEIGHTS, "grad_norm"} <= line.keys()
+    np.testing.assert_allclose(line["loss"], sum(w * line[name] for name, w in WEIGHTS.items()), rtol=1e-5)
+    assert ({f"grad_norm/{name}" for name in WEIGHTS} <= line.keys()) == (number in (1, 6, 11))
+    assert ("dev_accuracy" in line) == (number in ACCURACIES)
+
+
+def test_lines_are_written_every_log_every_steps_and_at_evaluations(rig, tmp_path):
+  rig.fit(tmp_path, accuracies=ACCURACIES, log_every=5)
+  assert [json.loads(line)["step"] for line in lines(tmp_path)] == [4, 5, 8, 10, 12]
+
+
+def test_the_caller_keeps_its_parameters(rig, uninterrupted):
+  """Although the steps donate the state; and training moved every leaf away from them."""
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(rig.trainable))
+  assert differ(uninterrupted[1], rig.trainable)
+
+
+def test_a_checkpoint_of_another_config_is_refused(rig, tmp_path):
+  with pytest.raises(KeyboardInterrupt):
+    rig.fit(tmp_path, stop_before=6, accuracies=ACCURACIES)
+  before = lines(tmp_path)
+  with pytest.raises(InputError, match=r"checkpoints/w2s was made by config abc, this run is xyz.*--workdir"):
+    rig.fit(tmp_path, accuracies=ACCURACIES, config_hash="xyz")
+  assert lines(tmp_path) == before                              # refused before anything was touched
+
+
+def test_a_checkpoint_of_another_config_with_other_shapes_is_refused_alike(rig, llama, tmp_path):
+  """Another rank: the hash is compared before Orbax stumbles over the shapes."""
+  with pytest.raises(KeyboardInterrupt):
+    rig.fit(tmp_path, stop_before=6, accuracies=ACCURACIES)
+  trained, _ = lora.split(lora.add_lora(llama[1], 2, 2.0, key=jax.random.key(0)), lora.LORA)
+  with pytest.raises(InputError, match=r"was made by config abc, this run is xyz"):
+    rig.fit(tmp_path, accuracies=ACCURACIES, config_hash="xyz", trained=trained,
+            tx=optim.make_optimizer(trained, 1e-2, STEPS))
+
+
+def test_a_loss_that_is_not_finite_stops_the_stage_and_says_where(rig, tmp_path):
+  """No line and no checkpoint of that step remains."""
+  def step_fn(state, frozen, batch, key):
+    step = state.step + 1
+    return state._replace(step=step), {"loss": jnp.where(step < 6, 1.0, jnp.nan)}
+  with pytest.raises(FloatingPointError, match=r"w2s: the loss is nan at step 6; lower the learning rate"):
+    rig.fit(tmp_path, step_fn=step_fn)
+  assert [json.loads(line)["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
