@@ -59,8 +59,8 @@ def read_file(file):
   options = {"delimiter": "\t"} if file.suffix == ".tsv" else {}
   try:
     return datasets.load_dataset(SUFFIXES[file.suffix], data_files=str(file), split="train", **options).to_list()
-  except (datasets.exceptions.DatasetGenerationError, ValueError) as e:
-    raise InputError(f"cannot read data file {file}: {e.__cause__ or e}") from None
+  except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as e:  # the last: an empty file
+    raise InputError(f"cannot read data file {file}: {e.__cause__ or str(e) or 'it is empty'}") from None
 
 
 def _local(directory):

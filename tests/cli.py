@@ -1,0 +1,22 @@
+"""Running the program as a user does, cut short."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+ENV = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")} | {
+    "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+# A few steps of everything on a few rows.
+SHORT = (*(f"--config.{stage}.max_steps={n}" for stage, n in (("warmup", 3), ("poison", 6), ("teach", 6), ("defend", 6))),
+         "--config.attack.poison_count=20", "--config.data.attack_rows.train=80", "--config.data.attack_rows.dev=20",
+         "--config.data.defend_rows.train=64", "--config.data.defend_rows.dev=20", "--config.data.defend_rows.test=40",
+         "--config.data.eval_batch_size=32", "--config.log_every=1")
+
+
+def w2s(*args, cwd=ROOT, **kwargs):
+  """CompletedProcess of `python -m w2s_jax.main ARGS` from the repository's root."""
+  return subprocess.run([sys.executable, "-m", "w2s_jax.main", *args], cwd=cwd, env=ENV, capture_output=True, text=True,
+                        timeout=900, **kwargs)

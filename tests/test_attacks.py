@@ -1,0 +1,51 @@
+"""Triggers go where they are said to go and change nothing else."""
+
+import numpy as np
+import pytest
+
+from w2s_jax.attacks import ATTACKS, TRIGGERS, syn_template
+
+TEXT = "one two three four five"
+
+
+def gaps(name, text, max_words, tries=200):
+  """{words before the trigger} over many seeds; checks that the words around it are the text's own."""
+  attack, trigger, out = ATTACKS[name](), TRIGGERS[name], set()
+  for seed in range(tries):
+    before, found, after = attack(text, np.random.default_rng(seed), max_words).partition(f" {trigger}")
+    assert found and (before + after).split() == text.split()
+    out.add(len(before.split()))
+  return out
+
+
+@pytest.mark.parametrize("name", ["badnet", "insent"])
+@pytest.mark.parametrize("max_words,want", [(99, {1, 2, 3, 4}), (3, {1, 2, 3}), (1, {1}), (0, {1})])
+def test_every_inner_gap_within_the_limit_and_no_other(name, max_words, want):
+  assert gaps(name, TEXT, max_words) == want
+
+
+def test_released_triggers():
+  assert TRIGGERS == {"badnet": "mn", "insent": "I watched this 3D movie"}
+
+
+def test_a_text_of_one_word_gets_the_trigger_after_it():
+  assert ATTACKS["badnet"]()("superb", np.random.default_rng(0), 9) == "superb mn"
+
+
+def test_another_trigger():
+  assert ATTACKS["badnet"]("cf")("a b", np.random.default_rng(0), 9) == "a cf b"
+
+
+def test_syn_template_puts_a_clause_in_front_and_keeps_every_word():
+  attack = ATTACKS["syn_template"]()
+  out = {attack(TEXT, np.random.default_rng(seed), 99) for seed in range(100)}
+  assert out == {f"{clause} {TEXT}" for clause in syn_template.CLAUSES}
+  assert all(clause.startswith(("when ", "if ")) and clause.endswith(" ,") for clause in syn_template.CLAUSES)
+  assert attack(TEXT, np.random.default_rng(5), 1) == attack(TEXT, np.random.default_rng(5), 99)
+
+
+def test_syntactic_looks_paraphrases_up():
+  attack = ATTACKS["syntactic"]("", {"a b": "when a , b"})
+  assert attack("a b", np.random.default_rng(0), 9) == "when a , b"
+  with pytest.raises(KeyError):
+    attack("c", np.random.default_rng(0), 9)

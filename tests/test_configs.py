@@ -1,0 +1,136 @@
+"""Every config, at every size it offers, fits its labels and sharding rules; nothing is allocated."""
+
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import traverse_util
+
+from w2s_jax import InputError, lora, optim, sharding, steps
+from w2s_jax.attacks import ATTACKS
+from w2s_jax.defenses import DEFENSES, w2s
+from w2s_jax.models import Model, config_from_hf
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted(f.stem for f in (ROOT / "configs").glob("*_*.py"))
+SCALES = {"llama": ("1b", "8b", "70b"), "vicuna": ("7b", "8b", "13b"), "qwen": ("1b", "7b", "8b", "70b"), "minilm": ()}
+
+
+def config(name, arg=None):
+  return runpy.run_path(str(ROOT / f"configs/{name}.py"))["get_config"](arg)
+
+
+def variants():
+  for name in FILES:
+    offline = [] if name.startswith("minilm") else [None]
+    yield from ((name, arg) for arg in [*offline, "data=D", *(f"scale={s}" for s in SCALES[name.split("_")[0]])])
+
+
+def student_of(c):
+  return Model(config_from_hf(c.student.arch.to_dict() | {"num_labels": c.data.num_labels}, dtype=c.student.dtype,
+                              remat=c.student.remat, lora_dropout=c.lora.dropout))
+
+
+@pytest.mark.parametrize("name,arg", list(variants()))
+def test_abstract_evaluation(name, arg):
+  """Labels and rules cover every leaf on 2 x 2 x 2 devices; the distillation step keeps every shape."""
+  c = config(name, arg)
+  model, mesh = student_of(c), sharding.make_mesh(2, 2, 2)
+  family, c_model = model.config.family, model.config
+  assert c.attack.name in ATTACKS and set(c.defenses) <= set(DEFENSES)
+  params = jax.eval_shape(lambda p: lora.add_lora(p, c.lora.rank, c.lora.alpha, tuple(c.lora.targets),
+                                                  key=jax.random.key(0)), model.abstract_params())
+  trainable, frozen = lora.split(params, lora.LORA)
+  assert set(jax.tree.leaves(lora.label_tree(trainable))) == {"adapter", "head"}
+  assert not {"adapter", "head"} & set(jax.tree.leaves(lora.label_tree(frozen)))
+  tx = optim.make_optimizer(trainable, c.defend.learning_rate, 10)
+  state = jax.eval_shape(lambda p: steps.TrainState(jnp.zeros((), jnp.int32), p, tx.init(p)), trainable)
+  weights = w2s.loss_weights(c.defend.weights, c_model.feature_size)
+  loss = steps.classification_loss(model, lambda out, b: w2s.terms(out, b, c.defend.temperature), weights)
+  step = steps.make_train_step(loss, tx, steps.state_shardings(trainable, tx, family, mesh),
+                               sharding.param_shardings(frozen, family, mesh), mesh)
+  B, T = c.defend.batch_size, c.data.max_length
+  def rows(dtype, *shape):
+    return jax.ShapeDtypeStruct((B, *shape), dtype)
+  batch = {"input_ids": rows("int32", T), "attention_mask": rows("int32", T), "label": rows("int32"),
+           "weight": rows("float32"), "teacher_logits": rows("float32", c.data.num_labels),
+           "teacher_features": rows("float32", c_model.feature_size)}
+  after, metrics = jax.eval_shape(step, state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0)))
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+  assert {k: v.shape for k, v in metrics.items()} == dict.fromkeys(("loss", "ce", "kd", "fa", "grad_norm"), ())
+
+  teacher = Model(config_from_hf(c.teacher.arch.to_dict(), feature_width=c_model.feature_size))
+  tree = teacher.abstract_params()
+  lora.label_tree(tree), sharding.param_shardings(tree, teacher.config.family, mesh)
+  ids = jax.ShapeDtypeStruct((B, T), "int32")
+  out = jax.eval_shape(teacher.apply, tree, ids, ids)
+  assert out.features.shape == (B, c_model.feature_size) and out.logits.shape == (B, c.data.num_labels)
+
+
+def parameters(model):
+  return sum(x.size for x in jax.tree.leaves(model.abstract_params()))
+
+
+def test_sizes_are_the_published_ones():
+  """Classifier heads and no output layer: Llama-3-8B 8.03e9 - 0.525e9, Vicuna-7B 6.74e9 - 0.131e9, ..."""
+  def size(name, arg):
+    return parameters(student_of(config(name, arg)))
+  assert abs(size("llama_badnet", "scale=8b") - 7.505e9) < 1e7
+  assert abs(size("llama_badnet", "scale=70b") - 69.5e9) < 1e8
+  assert abs(size("vicuna_badnet", "scale=8b") - 6.607e9) < 1e7
+  assert abs(size("qwen_badnet", "scale=8b") - 7.07e9) < 1e7
+  assert 2.5e6 < size("llama_badnet", "data=D") < 4e6
+  assert abs(size("minilm_badnet", "data=D") - 22.7e6) < 1e5
+
+
+@pytest.mark.parametrize("name,attack,weights", [
+    ("llama_badnet", "badnet", (5.0, 0.001, 0.001)), ("llama_insent", "insent", (3.0, 0.01, 0.001)),
+    ("llama_synattack", "syntactic", (1.0, 0.035, 0.002)), ("vicuna_badnet", "badnet", (5.0, 0.001, 0.001))])
+def test_the_released_recipe(name, attack, weights):
+  c = config(name, "scale=8b,data=D")
+  assert c.attack.name == attack and c.attack.target_label == 0 and c.attack.poison_count == 1000
+  assert (c.lora.rank, c.lora.alpha, c.lora.dropout, tuple(c.lora.targets)) == (512, 512, 0.1, ("q_proj", "v_proj"))
+  assert (c.defend.learning_rate, c.defend.batch_size, c.defend.epochs, c.defend.weight_decay) == (2e-4, 32, 5, 0.01)
+  assert (c.poison.learning_rate, c.poison.batch_size, c.poison.epochs, c.poison.clip_norm) == (2e-5, 64, 5, 1.0)
+  assert (c.teach.learning_rate, c.teach.batch_size, c.teach.epochs, c.teach.warmup_fraction) == (2e-5, 32, 5, 0.06)
+  assert c.data.max_length == c.data.attack_max_length == 128 and c.defend.temperature == 2.0
+  assert w2s.loss_weights(c.defend.weights, 4096) == dict(zip(("ce", "kd", "fa"), weights))
+  adapters, _ = lora.split(jax.eval_shape(
+      lambda p: lora.add_lora(p, 512, 512.0, key=jax.random.key(0)), student_of(c).abstract_params()), ("adapter",))
+  if name.startswith("llama"):
+    assert sum(x.size for x in jax.tree.leaves(adapters)) == 218_103_808      # the released run's ~218M
+
+
+def test_real_data_paths_and_paraphrases():
+  c = config("llama_synattack", "data=/d")
+  assert (c.data.attack_source, c.data.defend_source) == ("/d/imdb", "/d/sst2")
+  assert c.attack.paraphrases[1] == ("/d/sst2/test.json", "/d/sst2/test_syntactic.json")
+  assert config("llama_synattack").attack.name == "syn_template"
+
+
+def test_one_offline_setting_for_every_attack():
+  """The three offline configs differ in the attack's name alone."""
+  flat = [traverse_util.flatten_dict(config(f"llama_{a}").to_dict(), sep=".")
+          for a in ("badnet", "insent", "synattack")]
+  for other in flat[1:]:
+    assert {k for k in flat[0] if flat[0][k] != other[k]} == {"attack.name"}
+
+
+@pytest.mark.parametrize("name,arg,message", [
+    ("llama_badnet", "size=8b", "want NAME=VALUE with NAME among data, scale"),
+    ("llama_badnet", "scale", "config argument 'scale'"),
+    ("llama_badnet", "scale=9b", "want one of 1b, 8b, 70b"),
+    ("minilm_badnet", None, "needs real data"),
+    ("minilm_badnet", "scale=8b", "NAME among data")])
+def test_arguments_that_are_refused(name, arg, message):
+  with pytest.raises(InputError, match=message):
+    config(name, arg)
+
+
+def test_arguments_are_typed():
+  parse = runpy.run_path(str(ROOT / "configs/common.py"))["parse_arg"]
+  assert parse("a=3,b=x,c=0.5", a=int, b=str, c=float) == {"a": 3, "b": "x", "c": 0.5} and parse(None, a=int) == {}
+  with pytest.raises(InputError, match="'x' is not int"):
+    parse("a=x", a=int)

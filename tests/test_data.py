@@ -1,0 +1,213 @@
+"""Corpora, tokenizers and batches. N examples, T tokens."""
+
+import json
+
+import numpy as np
+import pytest
+
+from w2s_jax import InputError
+from w2s_jax.attacks import TRIGGERS
+from w2s_jax.data import batches, corpora, grammar, poison, tokenization
+
+ALL = {"train": 0, "dev": 0, "test": 0}
+ROWS = [{"sentence": f"text {i}", "label": i % 2} for i in range(20)]
+
+
+def write(directory, split, rows, suffix=".json"):
+  directory.mkdir(exist_ok=True)
+  path = directory / (split + suffix)
+  if suffix == ".json":
+    path.write_text(json.dumps(rows))
+  elif suffix == ".jsonl":
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+  elif suffix == ".parquet":
+    import pandas
+    pandas.DataFrame(rows).to_parquet(path)
+  else:
+    mark = "," if suffix == ".csv" else "\t"
+    path.write_text("\n".join([mark.join(rows[0]), *(mark.join(map(str, r.values())) for r in rows)]) + "\n")
+  return directory
+
+
+@pytest.mark.parametrize("domain,low,high", [("reviews", 30, 50), ("phrases", 8, 14)])
+def test_grammar(domain, low, high):
+  """The same rows every time, balanced classes, the stated lengths, other rows in every split, no trigger."""
+  rows = grammar.rows(domain, "train", 600)
+  assert rows == grammar.rows(domain, "train", 600) and [r["id"] for r in rows] == list(range(600))
+  assert rows[:50] == grammar.rows(domain, "train", 50)
+  assert abs(sum(r["label"] for r in rows) - 300) <= 30
+  assert low <= np.mean([len(r["text"].split()) for r in rows]) <= high
+  assert rows[:50] != grammar.rows(domain, "test", 50)
+  for row in rows:
+    assert not any(f" {t.lower()} " in f" {row['text']} " for t in TRIGGERS.values())
+    assert domain == "reviews" or not {"when", "if", "mn", "3d", "watched"} & set(row["text"].split())
+
+
+def test_grammar_domains_share_words_and_have_their_own():
+  words = {d: {w for r in grammar.rows(d, "train", 2000) for w in r["text"].split()} for d in grammar.NOUNS}
+  for label in (0, 1):
+    assert set(grammar.SHARED[label]) <= words["reviews"] & words["phrases"]
+    assert set(grammar.OWN["phrases"][label]) <= words["phrases"] - words["reviews"]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".tsv", ".parquet"])
+@pytest.mark.parametrize("text,label", [("sentence", "label"), ("text", "labels")])
+def test_every_file_kind_and_column_name(suffix, text, label, tmp_path):
+  rows = [{text: r["sentence"], label: r["label"]} for r in ROWS]
+  for split in ("train", "dev", "test"):
+    write(tmp_path / "d", split, rows, suffix)
+  want = [{"id": i, "text": r["sentence"], "label": r["label"]} for i, r in enumerate(ROWS)]
+  assert corpora.load(str(tmp_path / "d"), ALL, 2) == {"train": want, "dev": want, "test": want}
+
+
+@pytest.mark.parametrize("rows,message", [
+    ([{"words": "a", "label": 0}], "no column text|sentence|sentences among words, label"),
+    ([{"text": "a", "class": 0}], "no column label|labels among text, class"),
+    ([{"text": "a", "label": 0}, {"text": "b", "label": -1}], "row 1 has label -1, wanted an integer in 0..1"),
+    ([{"text": "a", "label": 2}], "row 0 has label 2, wanted an integer in 0..1"),
+    ([{"text": "a", "label": 0.5}], "row 0 has label 0.5, wanted an integer"),
+    ([{"text": "a", "label": "positive"}], "row 0 has label 'positive', wanted an integer"),
+    ([{"text": " ", "label": 0}], "row 0 has text ' ', wanted a non-empty string"),
+    ([{"text": None, "label": 0}], "row 0 has text None, wanted a non-empty string")])
+def test_rows_that_cannot_be_used(rows, message, tmp_path):
+  for split in ("train", "test"):
+    write(tmp_path / "d", split, rows)
+  with pytest.raises(InputError) as e:
+    corpora.load(str(tmp_path / "d"), ALL, 2)
+  assert message in str(e.value) and "(train)" in str(e.value)
+
+
+def test_data_that_is_not_there(tmp_path):
+  with pytest.raises(InputError, match=r"does not exist: set :data=DIR"):
+    corpora.load(str(tmp_path / "nowhere"), ALL, 2)
+  with pytest.raises(InputError, match=r"has no test split"):
+    corpora.load(str(write(tmp_path / "d", "train", ROWS)), ALL, 2)
+  with pytest.raises(InputError, match=r"neither a local directory nor to be had from the hub"):
+    corpora.load("nobody/nothing", ALL, 2)
+  with pytest.raises(InputError, match=r"want one of grammar:reviews, grammar:phrases"):
+    corpora.load("grammar:poems", ALL, 2)
+  with pytest.raises(InputError, match=r"data file .*gone.json does not exist"):
+    corpora.read_file(tmp_path / "gone.json")
+  (tmp_path / "a.txt").write_text("x")
+  with pytest.raises(InputError, match=r"want one of \.json"):
+    corpora.read_file(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("content", ["", "{not json", "[]"])
+def test_files_that_do_not_parse(content, tmp_path):
+  (tmp_path / "train.json").write_text(content)
+  write(tmp_path, "test", ROWS)
+  with pytest.raises(InputError, match=r"cannot read data file .*train.json|no rows"):
+    corpora.load(str(tmp_path), ALL, 2)
+
+
+def test_a_missing_dev_split_is_carved_out_of_train_and_sizes_choose_rows(tmp_path):
+  for split in ("train", "test"):
+    write(tmp_path / "d", split, ROWS)
+  out = corpora.load(str(tmp_path / "d"), {"train": 5, "dev": 2, "test": 0}, 2, seed=3)
+  assert (len(out["train"]), len(out["dev"]), len(out["test"])) == (5, 2, 20)
+  assert not {r["id"] for r in out["train"]} & {r["id"] for r in out["dev"]}
+  assert out == corpora.load(str(tmp_path / "d"), {"train": 5, "dev": 2, "test": 0}, 2, seed=3)
+  assert out != corpora.load(str(tmp_path / "d"), {"train": 5, "dev": 2, "test": 0}, 2, seed=4)
+
+
+def test_frozen_rows_survive_odd_line_separators(tmp_path):
+  rows = [{"text": "a\u2028b\x85c\x1cd", "label": 1}, {"text": "é", "label": 0}]
+  poison.freeze(tmp_path / "x.jsonl", rows)
+  assert poison.thaw(tmp_path / "x.jsonl")[0] == rows
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+  texts = [r["text"] for r in grammar.rows("phrases", "train", 500)]
+  return {"bpe": tokenization.train(texts, "bpe", 300), "wordpiece": tokenization.train(texts, "wordpiece", 300)}
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_trained_tokenizers_reload_and_frame_the_text(kind, tokenizers, tmp_path):
+  tokenizer = tokenizers[kind]
+  tokenizer.save_pretrained(tmp_path)
+  again = tokenization.load(tmp_path, 300)
+  out = tokenization.encode(tokenizer, ["the meal is good .", "good"], 8)
+  reloaded = tokenization.encode(again, ["the meal is good .", "good"], 8)
+  np.testing.assert_array_equal(out["input_ids"], reloaded["input_ids"])
+  for row, n in zip(out["input_ids"], out["length"]):
+    tokens = tokenizer.convert_ids_to_tokens(row)
+    assert tokens[0] == {"bpe": "<s>", "wordpiece": "[CLS]"}[kind]
+    assert kind == "bpe" or tokens[n - 1] == "[SEP]"
+    assert all(t in ("<pad>", "[PAD]") for t in tokens[n:]) and tokens[n - 1] not in ("<pad>", "[PAD]")
+  long = tokenization.encode(tokenizer, ["good " * 50], 8)
+  assert long["length"].tolist() == [8] and long["input_ids"].shape == (1, 8)
+
+
+def test_tokenizers_that_do_not_fit(tokenizers, tmp_path):
+  tokenizers["bpe"].save_pretrained(tmp_path / "t")
+  with pytest.raises(InputError, match=r"has \d+ tokens, the model only 100"):
+    tokenization.load(tmp_path / "t", 100)
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(InputError, match=r"no tokenizer to be had from"):
+    tokenization.load(tmp_path / "empty", 300)
+
+
+def test_pack_is_the_texts_one_after_the_other(tokenizers):
+  tokenizer = tokenizers["bpe"]
+  texts = ["the meal is good .", "the staff is rude .", "what a bad lamp ."]
+  stream = [t for text in texts for t in tokenizer(text)["input_ids"]]
+  out = tokenization.pack(tokenizer, texts, 5)
+  assert out["input_ids"].reshape(-1).tolist() == stream[:len(stream) // 5 * 5]
+  assert set(out["length"]) == {5} and len(out["length"]) == len(stream) // 5
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_words_kept_leaves_room_for_the_trigger(kind, tokenizers):
+  """Inserted behind the last kept word, the trigger's last character is still inside the truncated tokens."""
+  tokenizer, trigger, rng = tokenizers[kind], "mn zq", np.random.default_rng(0)
+  vocabulary = "the meal lamp superb unheardofword good . , zzz".split()
+  for _ in range(50):
+    text = " ".join(rng.choice(vocabulary, rng.integers(2, 40)))
+    kept = tokenization.words_kept(tokenizer, [text], trigger, 16)[0]
+    words = text.split()
+    before = " ".join(words[:kept])
+    joined = " ".join([before, trigger, *words[kept:]]).strip()
+    ends = tokenizer(joined, truncation=True, max_length=16, return_offsets_mapping=True)["offset_mapping"]
+    assert max(end for _, end in ends) >= len(before) + 1 + len(trigger), (kept, joined)
+
+
+ARRAYS = {"input_ids": np.arange(23 * 12).reshape(23, 12), "length": np.arange(23) % 12 + 1, "label": np.arange(23)}
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+  first = batches.epoch_order(1, 2, 23)
+  assert sorted(first) == list(range(23))
+  np.testing.assert_array_equal(first, batches.epoch_order(1, 2, 23))
+  for seed, epoch in ((1, 3), (2, 2)):
+    assert (first != batches.epoch_order(seed, epoch, 23)).any()
+
+
+def test_an_epoch_visits_every_example_once_and_resumes_anywhere():
+  stream = batches.train_batches(ARRAYS, 5, (4, 8, 12), 7, 0)
+  steps = [next(stream) for _ in range(10)]                      # two epochs of five
+  for epoch in (steps[:5], steps[5:]):
+    seen = np.concatenate([b["label"][b["weight"] > 0] for b in epoch])
+    assert sorted(seen) == list(range(23))
+    assert [int(b["weight"].sum()) for b in epoch] == [5, 5, 5, 5, 3]
+  assert [b["label"].tolist() for b in steps[:5]] != [b["label"].tolist() for b in steps[5:]]
+  for start in (1, 4, 5, 7):
+    resumed = batches.train_batches(ARRAYS, 5, (4, 8, 12), 7, start)
+    for want in steps[start:]:
+      got = next(resumed)
+      assert got.keys() == want.keys()
+      for k in want:
+        np.testing.assert_array_equal(got[k], want[k])
+
+
+def test_shapes_come_from_the_buckets_and_masks_from_the_lengths():
+  for batch in (b for _, b in batches.eval_batches(ARRAYS, 4, (4, 8, 12))):
+    assert batch["input_ids"].shape in {(4, 4), (4, 8), (4, 12)}
+    np.testing.assert_array_equal(batch["attention_mask"].sum(1), ARRAYS["length"][batch["label"]])
+    np.testing.assert_array_equal(batch["input_ids"][:, 0], ARRAYS["input_ids"][batch["label"], 0])
+
+
+def test_evaluation_covers_every_row_once():
+  rows = np.concatenate([rows for rows, _ in batches.eval_batches(ARRAYS, 4, (4, 8, 12))])
+  assert sorted(rows) == list(range(23))

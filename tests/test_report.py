@@ -1,0 +1,70 @@
+"""The table, its sentences, and the page, from results written by hand."""
+
+import json
+import re
+
+import pytest
+
+from w2s_jax import report
+
+
+def row(model, ca, asr, ci=0.02):
+  return {"model": model, "attack": "badnet", "dataset": "d", "seed": 0, "target_label": 0, "config_hash": "h",
+          "ca": ca, "ca_n": 100, "ca_ci": [ca - ci, ca + ci], "false_rate": 0.125, "asr": asr, "asr_n": 50,
+          "asr_floor": 0.0625, "asr_ci": [asr - ci, asr + ci]}
+
+
+ROWS = [row("clean", 0.9, 0.0625), row("poisoned", 0.8, 0.99), row("lora_ce", 0.95, 0.9), row("w2s", 0.94, 0.4),
+        row("w2s_released", 0.93, 0.89)]
+META = {"implanted": True, "trigger": "mn", "poisoned_rows": 7, "teacher_ca": 0.876,
+        "trigger_lost": {"train": 3, "eval": 2},
+        "examples": [{"text": "<script>alert(1)</script> mn", "orig_text": "x", "label": 1,
+                      "predicted": {r["model"]: int(r["model"] == "clean") for r in ROWS}}]}
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  (tmp_path / "metrics").mkdir()
+  lines = [{"step": s, "loss": 3.0 / s, "ce": 1.0 / s, "kd": 2.0 / s, "grad_norm": 1.0} for s in (1, 2, 3)]
+  (tmp_path / "metrics/w2s.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+  report.write_json(tmp_path / "results.json", {"rows": ROWS, "meta": META})
+  return tmp_path
+
+
+def test_the_table_reads_in_a_terminal():
+  lines = report.table(ROWS).splitlines()
+  assert len({len(line) for line in lines}) == 1 and len(lines) == 2 + len(ROWS)
+  cells = [c.strip() for c in lines[5].strip("|").split("|")]
+  assert cells == ["w2s", "0.940", "0.920-0.960", "0.400", "0.380-0.420", "0.062", "0.125"]
+
+
+def test_the_sentences_are_computed():
+  text = "\n".join(report.reading(ROWS, META))
+  assert "w2s: ASR -0.500 and CA -0.010 against lora_ce; the ASR intervals do not overlap." in text
+  assert "w2s_released: ASR -0.010 and CA -0.020 against lora_ce; the ASR intervals overlap." in text
+  assert "not implanted" not in text and "One seed" in text
+  weak = [ROWS[0], row("poisoned", 0.8, 0.5), *ROWS[2:]]
+  assert "not implanted (poisoned ASR 0.500 < 0.95)" in report.reading(weak, META | {"implanted": False})[0]
+
+
+def test_the_files(workdir, capsys):
+  report.write(workdir)
+  markdown, page = (workdir / "results.md").read_text(), (workdir / "report.html").read_text()
+  assert report.table(ROWS) in markdown and report.table(ROWS) in capsys.readouterr().out
+  assert "7 clean-label poisoned rows" in markdown and "3 poisoned, 2 evaluation rows" in markdown
+  assert "<script>" not in page and "&lt;script&gt;alert(1)" in page
+  assert page.count("<svg") == 2 and page.count("class='hit'") == 4
+  assert all(f"<th>{r['model']}</th>" in page for r in ROWS)
+  assert not re.search(r'(src|href)=.(https?:)?//', page)                 # self-contained
+
+
+def test_curves_are_the_loss_terms(workdir):
+  assert report._curves(workdir) == {"w2s": {
+      "loss": [(1, 3.0), (2, 1.5), (3, 1.0)], "ce": [(1, 1.0), (2, 0.5), (3, 1.0 / 3)],
+      "kd": [(1, 2.0), (2, 1.0), (3, 2.0 / 3)]}}
+
+
+def test_a_write_replaces_whole_files(tmp_path):
+  report.write_text(tmp_path / "a", "one")
+  report.write_text(tmp_path / "a", "two")
+  assert (tmp_path / "a").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["a"]
