@@ -10,7 +10,7 @@ SHARED = ROOT.parent / "shared"
 ENV = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")} | {
     "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
 # A few steps of everything on a few rows.
-SHORT = (*(f"--config.{stage}.max_steps={n}" for stage, n in (("warmup", 3), ("poison", 6), ("teach", 6), ("defend", 6))),
+SHORT = ("--config.warmup.max_steps=3", *(f"--config.{stage}.max_steps=6" for stage in ("poison", "teach", "defend")),
          "--config.attack.poison_count=20", "--config.data.attack_rows.train=80", "--config.data.attack_rows.dev=20",
          "--config.data.defend_rows.train=64", "--config.data.defend_rows.dev=20", "--config.data.defend_rows.test=40",
          "--config.data.eval_batch_size=32", "--config.log_every=1")

@@ -156,8 +156,9 @@ def test_one_line_and_exit_code_2(message, args, tmp_path):
 
 def test_data_that_cannot_be_used(tmp_path):
   good = [{"sentence": f"t {i}", "label": i % 2} for i in range(8)]
+  bad = [*good, {"sentence": "x", "label": -1}]
   for name, rows, message in (("column", [{"words": "a", "label": 0}], "no column text|sentence|sentences"),
-                              ("label", [*good, {"sentence": "x", "label": -1}], "row 8 has label -1, wanted an integer")):
+                              ("label", bad, "row 8 has label -1, wanted an integer")):
     for domain in ("imdb", "sst2"):
       for split in ("train", "dev", "test"):
         write(tmp_path / name / domain / f"{split}.json", rows)
@@ -173,7 +174,8 @@ def test_a_student_without_its_tokenizer(workdir, tmp_path):
   shutil.copytree(workdir / "models/base", tmp_path / "student")
   for file in (tmp_path / "student").glob("tokenizer*"):
     file.unlink()
-  refuses("no tokenizer to be had from", CONFIG, f"--config.student.path={tmp_path / 'student'}", workdir=tmp_path / "w")
+  path = f"--config.student.path={tmp_path / 'student'}"
+  refuses("no tokenizer to be had from", CONFIG, path, workdir=tmp_path / "w")
   shutil.copytree(workdir / "models/base", tmp_path / "other")
   text = (tmp_path / "other/tokenizer.json").read_text()
   added = json.loads(text)
@@ -205,8 +207,8 @@ def test_help_and_the_default_workdir(tmp_path):
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data (IMDB, SST-2) is not here")
 @pytest.mark.parametrize("name,attack", [
-    ("llama_badnet", "badnet"), ("llama_insent", "insent"), ("llama_synattack", "syntactic"), ("minilm_badnet", "badnet"),
-    ("minilm_insent", "insent"), ("minilm_synattack", "syntactic")])
+    ("llama_badnet", "badnet"), ("llama_insent", "insent"), ("llama_synattack", "syntactic"),
+    ("minilm_badnet", "badnet"), ("minilm_insent", "insent"), ("minilm_synattack", "syntactic")])
 def test_real_data_shortened(name, attack, home):
   """The triggered rows are the attack's; `syntactic` has the pre-made paraphrases word for word."""
   if name.startswith("minilm"):

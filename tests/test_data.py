@@ -1,9 +1,12 @@
 """Corpora, tokenizers and batches. N examples, T tokens."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from cli import ROOT
 
 from w2s_jax import InputError
 from w2s_jax.attacks import TRIGGERS
@@ -120,10 +123,10 @@ def test_frozen_rows_survive_odd_line_separators(tmp_path):
 @pytest.fixture(scope="module")
 def tokenizers():
   texts = [r["text"] for r in grammar.rows("phrases", "train", 500)]
-  return {"bpe": tokenization.train(texts, "bpe", 300), "wordpiece": tokenization.train(texts, "wordpiece", 300)}
+  return {kind: tokenization.train(texts, kind, 300) for kind in ("decoder", "encoder")}
 
 
-@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
 def test_trained_tokenizers_reload_and_frame_the_text(kind, tokenizers, tmp_path):
   tokenizer = tokenizers[kind]
   tokenizer.save_pretrained(tmp_path)
@@ -133,15 +136,26 @@ def test_trained_tokenizers_reload_and_frame_the_text(kind, tokenizers, tmp_path
   np.testing.assert_array_equal(out["input_ids"], reloaded["input_ids"])
   for row, n in zip(out["input_ids"], out["length"]):
     tokens = tokenizer.convert_ids_to_tokens(row)
-    assert tokens[0] == {"bpe": "<s>", "wordpiece": "[CLS]"}[kind]
-    assert kind == "bpe" or tokens[n - 1] == "[SEP]"
+    assert tokens[0] == {"decoder": "<s>", "encoder": "[CLS]"}[kind]
+    assert kind == "decoder" or tokens[n - 1] == "[SEP]"
     assert all(t in ("<pad>", "[PAD]") for t in tokens[n:]) and tokens[n - 1] not in ("<pad>", "[PAD]")
   long = tokenization.encode(tokenizer, ["good " * 50], 8)
   assert long["length"].tolist() == [8] and long["input_ids"].shape == (1, 8)
 
 
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_training_gives_the_same_tokenizer_in_every_process(kind):
+  """Ties between equally frequent pairs are not broken by hash order: two processes get the same vocabulary."""
+  code = ("from w2s_jax.data import grammar, tokenization\n"
+          "texts = [r['text'] for r in grammar.rows('reviews', 'train', 200)]\n"
+          f"print(sorted(tokenization.train(texts, '{kind}', 150).get_vocab().items()))")
+  first, second = (subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
+                   for _ in range(2))
+  assert len(first) > 1000 and first == second
+
+
 def test_tokenizers_that_do_not_fit(tokenizers, tmp_path):
-  tokenizers["bpe"].save_pretrained(tmp_path / "t")
+  tokenizers["decoder"].save_pretrained(tmp_path / "t")
   with pytest.raises(InputError, match=r"has \d+ tokens, the model only 100"):
     tokenization.load(tmp_path / "t", 100)
   (tmp_path / "empty").mkdir()
@@ -150,7 +164,7 @@ def test_tokenizers_that_do_not_fit(tokenizers, tmp_path):
 
 
 def test_pack_is_the_texts_one_after_the_other(tokenizers):
-  tokenizer = tokenizers["bpe"]
+  tokenizer = tokenizers["decoder"]
   texts = ["the meal is good .", "the staff is rude .", "what a bad lamp ."]
   stream = [t for text in texts for t in tokenizer(text)["input_ids"]]
   out = tokenization.pack(tokenizer, texts, 5)
@@ -158,7 +172,7 @@ def test_pack_is_the_texts_one_after_the_other(tokenizers):
   assert set(out["length"]) == {5} and len(out["length"]) == len(stream) // 5
 
 
-@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
 def test_words_kept_leaves_room_for_the_trigger(kind, tokenizers):
   """Inserted behind the last kept word, the trigger's last character is still inside the truncated tokens."""
   tokenizer, trigger, rng = tokenizers[kind], "mn zq", np.random.default_rng(0)

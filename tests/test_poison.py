@@ -14,7 +14,7 @@ ROWS = [{"id": i, "text": f"the meal number {i} is really good today", "label": 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-  return tokenization.train([r["text"] for r in grammar.rows("phrases", "train", 300)], "bpe", 200)
+  return tokenization.train([r["text"] for r in grammar.rows("phrases", "train", 300)], "decoder", 200)
 
 
 @pytest.fixture

@@ -58,7 +58,8 @@ def test_main_commands(command, home):
     assert out.returncode == 2 and "to be had from the hub" in out.stderr
   else:
     assert out.returncode == 0, out.stderr
-    assert [r["model"] for r in json.loads((workdir / "results.json").read_text())["rows"]] == ["clean", "poisoned", "w2s"]
+    rows = json.loads((workdir / "results.json").read_text())["rows"]
+    assert [r["model"] for r in rows] == ["clean", "poisoned", "w2s"]
 
 
 def test_scales_that_are_named():
@@ -71,8 +72,9 @@ def test_seeds_command(home):
   command, = (c for c in COMMANDS if c.startswith("python benchmarks/seeds.py"))
   args = shlex.split(command)[1:]
   args = [a for a in args if not a.startswith(("--seeds", "--out", "--attacks"))]
-  out = subprocess.run([sys.executable, *args, "--seeds=0-1", "--attacks=badnet,synattack", f"--out={home / 'seeds'}", "--",
-                        *SHORT, "--config.defenses=('lora_ce','w2s')"], cwd=ROOT, env=ENV, capture_output=True, text=True)
+  args += ["--seeds=0-1", "--attacks=badnet,synattack", f"--out={home / 'seeds'}", "--", *SHORT]
+  out = subprocess.run([sys.executable, *args, "--config.defenses=('lora_ce','w2s')"], cwd=ROOT, env=ENV,
+                       capture_output=True, text=True)
   assert out.returncode == 0, out.stderr
   text = (home / "seeds/table.md").read_text()
   assert text.count("| w2s |") == text.count("| lora_ce |") == 2 and text.count("of 2 |") == 2

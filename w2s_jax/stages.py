@@ -29,7 +29,7 @@ def warmup(run):
     model = _with_pad(model, tokenizer)
   else:
     texts = [r["text"] for r in run.rows["attack_train"] + run.rows["train"]]
-    tokenizer = tokenization.train(texts, "bpe", c.student.arch.vocab_size)
+    tokenizer = tokenization.train(texts, "decoder", c.student.arch.vocab_size)
     model = _with_pad(Model(config_from_hf(c.student.arch.to_dict() | {"num_labels": c.data.num_labels})), tokenizer)
     params = model.init(_key(run, "student"), run.mesh)
     if c.warmup.epochs:
@@ -65,7 +65,7 @@ def teach(run):
                                     num_layers=c.teacher.layers or None, seed=c.seed)
     tokenizer = tokenization.load(resolve(c.teacher.path), model.config.vocab_size)
   else:
-    tokenizer = tokenization.train([r["text"] for r in run.rows["train"]], "wordpiece", c.teacher.arch.vocab_size)
+    tokenizer = tokenization.train([r["text"] for r in run.rows["train"]], "encoder", c.teacher.arch.vocab_size)
     arch = c.teacher.arch.to_dict() | {"num_labels": c.data.num_labels}
     model = _with_pad(Model(config_from_hf(arch, feature_width=width)), tokenizer)
     params = model.init(_key(run, "teacher"), run.mesh)

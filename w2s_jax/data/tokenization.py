@@ -28,27 +28,29 @@ def load(directory, vocab_size):
   return tokenizer
 
 
+# Padding, first, last and unknown token of the two kinds of tokenizer.
+FRAMES = {"decoder": ("<pad>", "<s>", "</s>", "<unk>"), "encoder": ("[PAD]", "[CLS]", "[SEP]", "[UNK]")}
+
+
 def train(texts, kind, vocab_size):
-  """A new fast tokenizer: "bpe" with <s> in front (decoders) or "wordpiece" with [CLS] and [SEP] (encoders)."""
-  if kind == "bpe":
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    core = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    core.decoder = tokenizers.decoders.Metaspace()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-    names = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    template = dict(single="<s> $A", special_tokens=[("<s>", 1)])
-  else:
-    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
-    core = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
-    core.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
-    core.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    core.decoder = tokenizers.decoders.WordPiece()
-    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-    names = dict(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]")
-    template = dict(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
-  core.train_from_iterator(texts, trainer)
-  core.post_processor = tokenizers.processors.TemplateProcessing(**template)
+  """A new fast byte-pair tokenizer: "decoder" puts <s> in front, "encoder" lower-cases, [CLS] and [SEP] around it.
+
+  Byte pairs for both: tokenizers' WordPiece trainer breaks ties by hash order and gives another vocabulary each time.
+  """
+  pad, first, last, unknown = FRAMES[kind]
+  core = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=unknown))
+  core.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+  core.decoder = tokenizers.decoders.Metaspace()
+  names = dict(pad_token=pad, bos_token=first, eos_token=last, unk_token=unknown)
+  single = f"{first} $A"
+  if kind == "encoder":
+    core.normalizer = tokenizers.normalizers.Lowercase()
+    names = dict(pad_token=pad, cls_token=first, sep_token=last, unk_token=unknown)
+    single += f" {last}"
+  core.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+      vocab_size=vocab_size, special_tokens=list(FRAMES[kind]), show_progress=False))
+  core.post_processor = tokenizers.processors.TemplateProcessing(
+      single=single, special_tokens=[(first, 1), (last, 2)])
   return transformers.PreTrainedTokenizerFast(tokenizer_object=core, model_input_names=["input_ids", "attention_mask"],
                                               **names)
 
