@@ -66,7 +66,7 @@ def table(results, attack):
     def pm(x):
       return f"{x.mean():.3f} ± {x.std(ddof=1) if len(x) > 1 else 0:.3f}"
     paired = ["", "", ""]
-    if "lora_ce" in runs[0] and model not in ("clean", "poisoned", "lora_ce"):
+    if "lora_ce" in runs[0] and model != "lora_ce":
       gap = {k: value[k] - np.array([run["lora_ce"][k] for run in runs]) for k in ("ca", "asr")}
       paired = [pm(gap["ca"]), pm(gap["asr"]), f"{(gap['asr'] < 0).sum()} of {len(runs)}"]
     each = " ".join(f"{100 * x:.0f}" for x in value["asr"])

@@ -77,7 +77,7 @@ def test_seeds_command(home):
                        capture_output=True, text=True)
   assert out.returncode == 0, out.stderr
   text = (home / "seeds/table.md").read_text()
-  assert text.count("| w2s |") == text.count("| lora_ce |") == 2 and text.count("of 2 |") == 2
+  assert text.count("| w2s |") == text.count("| lora_ce |") == 2 and text.count("of 2 |") == 6
   rows = json.loads((home / "seeds/rows.json").read_text())
   assert {(r["attack"], r["seed"]) for r in rows} == {(a, s) for a in ("badnet", "syn_template") for s in (0, 1)}
   w = [r["asr"] for r in rows if r["model"] == "w2s" and r["attack"] == "badnet"]
