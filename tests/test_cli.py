@@ -207,8 +207,9 @@ def test_help_and_the_default_workdir(tmp_path):
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data (IMDB, SST-2) is not here")
 @pytest.mark.parametrize("name,attack", [
-    ("llama_badnet", "badnet"), ("llama_insent", "insent"), ("llama_synattack", "syntactic"),
-    ("minilm_badnet", "badnet"), ("minilm_insent", "insent"), ("minilm_synattack", "syntactic")])
+    ("llama_insent", "insent"), ("llama_synattack", "syntactic"),        # test_readme.py runs the badnet ones
+    pytest.param("minilm_insent", "insent", marks=pytest.mark.slow),
+    pytest.param("minilm_synattack", "syntactic", marks=pytest.mark.slow)])
 def test_real_data_shortened(name, attack, home):
   """The triggered rows are the attack's; `syntactic` has the pre-made paraphrases word for word."""
   if name.startswith("minilm"):
@@ -228,6 +229,6 @@ def test_real_data_shortened(name, attack, home):
     paraphrases = {r["sentence"] for r in json.loads((SHARED / "data/sst2/test_syntactic.json").read_text())}
     assert len(triggered) > 800 and {r["text"] for r in triggered} <= paraphrases
   else:
-    trigger = {"badnet": "mn", "insent": "I watched this 3D movie"}[attack]
+    trigger = "I watched this 3D movie"
     assert triggered and all(f" {trigger}" in r["text"] and trigger not in r["orig_text"] for r in triggered)
   assert results(workdir)["meta"]["trigger_lost"]["eval"] == 0
