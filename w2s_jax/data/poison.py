@@ -56,7 +56,7 @@ def rows_to_poison(rows, rewritable, target_label, count):
   """
   able = [i for i, row in enumerate(rows)
           if row["label"] == target_label and (rewritable is None or row["text"] in rewritable)]
-  if len(able) < count:
+  if not 0 < count <= len(able):
     raise InputError(f"cannot poison {count} rows: only {len(able)} training rows have the target label {target_label}"
                      " and can be rewritten: lower --config.attack.poison_count")
   return able[:count]
