@@ -27,7 +27,7 @@ def make_optimizer(params, learning_rate, steps, warmup_steps=0, weight_decay=0.
   schedule = linear_schedule(learning_rate, steps, warmup_steps)
   decay = {"vector": 0.0}
   labels = lora.label_tree(params)
-  present = set(jax.tree.leaves(labels))
+  present = sorted(set(jax.tree.leaves(labels)))  # sorted: hash order would compile another program each time
   adamw = {label: optax.adamw(schedule, weight_decay=decay.get(label, weight_decay)) for label in present}
   clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
   return optax.chain(*clip, optax.partition(adamw, labels))

@@ -70,7 +70,8 @@ def start(config, workdir):
     sharding.check_batch(config[stage].batch_size, mesh, f"--config.{stage}.batch_size")
   sharding.check_batch(config.data.eval_batch_size, mesh, "--config.data.eval_batch_size")
   workdir = Path(workdir)
-  _claim(config, workdir)
+  mine = json.loads(json.dumps(config.to_dict()))
+  _check_claim(mine, workdir)
   c = config.data
   attack = corpora.load(c.attack_source, c.attack_rows, c.num_labels, config.seed)
   defend = corpora.load(c.defend_source, c.defend_rows, c.num_labels, config.seed)
@@ -81,12 +82,13 @@ def start(config, workdir):
   rewritable = poison.make_attack(config.attack)[1]  # a poisoning that cannot work is refused before anything trains
   poison.rows_to_poison(rows["attack_train"], rewritable, config.attack.target_label, config.attack.poison_count)
   poison.rows_to_trigger(rows["test"], rewritable, config.attack.target_label)
+  workdir.mkdir(parents=True, exist_ok=True)
+  report.write_json(workdir / "config.json", mine)  # last: a config that was refused claims nothing
   return Run(config, workdir, mesh, config_hash(config), rows, {})
 
 
-def _claim(config, workdir):
+def _check_claim(mine, workdir):
   file = workdir / "config.json"
-  mine = json.loads(json.dumps(config.to_dict()))
   if file.exists():
     other = json.loads(file.read_text())
     differing = sorted(k for k in _flat(mine).keys() | _flat(other).keys() if _flat(mine).get(k) != _flat(other).get(k))
@@ -94,9 +96,6 @@ def _claim(config, workdir):
       k = differing[0]
       raise InputError(f"{workdir} was made by another config ({k} was {_flat(other).get(k)!r}, is "
                        f"{_flat(mine).get(k)!r}; {len(differing)} field(s) differ): give another --workdir")
-    return
-  workdir.mkdir(parents=True, exist_ok=True)
-  report.write_json(file, mine)
 
 
 def _flat(tree, prefix=""):
