@@ -12,6 +12,8 @@ import pytest
 import transformers
 from cli import ENV, ROOT, SHARED, SHORT, w2s
 
+from w2s_jax.data import grammar
+
 CONFIG = "--config=configs/llama_badnet.py"
 DEFENSES = ("lora_ce", "w2s", "w2s_released", "w2s_shuffled")
 
@@ -69,12 +71,18 @@ def test_files(workdir):
 
 
 def test_models_load_in_transformers(workdir):
+  """And give there, on the same rows, the CA and the ASR of the table."""
+  clean = grammar.rows("phrases", "test", 40)
+  triggered = [json.loads(x) for x in (workdir / "data/triggered.jsonl").read_text().splitlines()]
   for name in ("poisoned", *DEFENSES):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(workdir / "models" / name)
     assert model.config.pad_token_id is not None and model.config.num_labels == 2
     tokenizer = transformers.AutoTokenizer.from_pretrained(workdir / "models" / name)
-    out = model(**tokenizer(["the meal is good .", "rude"], return_tensors="pt", padding=True))
-    assert out.logits.shape == (2, 2)
+    row = next(r for r in results(workdir)["rows"] if r["model"] == name)
+    def predicted(rows):
+      return model(**tokenizer([r["text"] for r in rows], return_tensors="pt", padding=True)).logits.argmax(-1).tolist()
+    assert sum(p == r["label"] for p, r in zip(predicted(clean), clean)) == round(row["ca"] * 40)
+    assert sum(p == 0 for p in predicted(triggered)) == round(row["asr"] * 20)
   assert transformers.BertModel.from_pretrained(workdir / "models/teacher").config.hidden_size == 32
 
 
@@ -109,8 +117,9 @@ def test_a_killed_run_resumes_to_the_same_results(workdir, home):
     time.sleep(0.01)
   process.send_signal(signal.SIGKILL)
   process.wait()
-  assert not (killed / "results.json").exists()
-  assert w2s(CONFIG, f"--workdir={killed}", *SHORT).returncode == 0
+  assert not (killed / "models/w2s").exists() and (killed / "models/lora_ce").exists()     # in the middle of it
+  out = w2s(CONFIG, f"--workdir={killed}", *SHORT)
+  assert out.returncode == 0 and "poison: " not in out.stdout and "lora_ce: 6 steps" not in out.stdout, out.stderr
   assert results(killed)["rows"] == results(workdir)["rows"]
   assert (killed / "metrics/w2s.jsonl").read_text() == (workdir / "metrics/w2s.jsonl").read_text()
 

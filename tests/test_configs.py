@@ -63,10 +63,21 @@ def test_abstract_evaluation(name, arg):
 
   teacher = Model(config_from_hf(c.teacher.arch.to_dict(), feature_width=c_model.feature_size))
   tree = teacher.abstract_params()
-  lora.label_tree(tree), sharding.param_shardings(tree, teacher.config.family, mesh)
   ids = jax.ShapeDtypeStruct((B, T), "int32")
   out = jax.eval_shape(teacher.apply, tree, ids, ids)
   assert out.features.shape == (B, c_model.feature_size) and out.logits.shape == (B, c.data.num_labels)
+  assert set(c.poison.trains) <= set(lora.FULL) and "head" in c.poison.trains
+  for network, settings, labels in ((teacher, c.teach, lora.FULL), (model, c.poison, tuple(c.poison.trains))):
+    trains, fixed = lora.split(network.abstract_params(), labels)
+    assert set(jax.tree.leaves(lora.label_tree(trains))) == set(labels)
+    tx, family = optim.make_optimizer(trains, settings.learning_rate, 10), network.config.family
+    state = jax.eval_shape(lambda p: steps.TrainState(jnp.zeros((), jnp.int32), p, tx.init(p)), trains)
+    step = steps.make_train_step(
+        steps.classification_loss(network, steps.cross_entropy_terms, {"ce": 1.0}), tx,
+        steps.state_shardings(trains, tx, family, mesh), sharding.param_shardings(fixed, family, mesh), mesh)
+    after, metrics = jax.eval_shape(step, state, fixed, batch, jax.eval_shape(lambda: jax.random.key(0)))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert {k: v.shape for k, v in metrics.items()} == dict.fromkeys(("loss", "ce", "grad_norm"), ())
 
 
 def parameters(model):

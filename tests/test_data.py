@@ -9,7 +9,7 @@ import pytest
 from cli import ROOT
 
 from w2s_jax import InputError
-from w2s_jax.attacks import TRIGGERS
+from w2s_jax.attacks import ATTACKS, TRIGGERS
 from w2s_jax.data import batches, corpora, grammar, poison, tokenization
 
 ALL = {"train": 0, "dev": 0, "test": 0}
@@ -54,7 +54,7 @@ def test_grammar_domains_share_words_and_have_their_own():
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".tsv", ".parquet"])
-@pytest.mark.parametrize("text,label", [("sentence", "label"), ("text", "labels")])
+@pytest.mark.parametrize("text,label", [("sentence", "label"), ("text", "labels"), ("sentences", "label")])
 def test_every_file_kind_and_column_name(suffix, text, label, tmp_path):
   rows = [{text: r["sentence"], label: r["label"]} for r in ROWS]
   for split in ("train", "dev", "test"):
@@ -118,6 +118,17 @@ def test_frozen_rows_survive_odd_line_separators(tmp_path):
   rows = [{"text": "a\u2028b\x85c\x1cd", "label": 1}, {"text": "é", "label": 0}]
   poison.freeze(tmp_path / "x.jsonl", rows)
   assert poison.thaw(tmp_path / "x.jsonl")[0] == rows
+
+
+def test_odd_line_separators_survive_from_file_to_file(tmp_path):
+  """U+2028 and U+0085 end a line for str.splitlines, not in JSON lines."""
+  text = "a\u2028b\x85c\x1cd"
+  for split in ("train", "test"):
+    (tmp_path / f"{split}.jsonl").write_text("".join(
+        json.dumps({"text": t, "label": 1}, ensure_ascii=False) + "\n" for t in (text, "plain")))
+  rows = corpora.load(str(tmp_path), ALL, 2)["test"]
+  poison.freeze(tmp_path / "x.jsonl", rows)
+  assert [r["text"] for r in poison.thaw(tmp_path / "x.jsonl")[0]] == [text, "plain"]
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +196,22 @@ def test_words_kept_leaves_room_for_the_trigger(kind, tokenizers):
     joined = " ".join([before, trigger, *words[kept:]]).strip()
     ends = tokenizer(joined, truncation=True, max_length=16, return_offsets_mapping=True)["offset_mapping"]
     assert max(end for _, end in ends) >= len(before) + 1 + len(trigger), (kept, joined)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+@pytest.mark.parametrize("name", ["badnet", "insent"])
+def test_inserted_triggers_survive_truncation_whatever_the_white_space(name, kind, tokenizers):
+  """Tabs, newlines and doubled spaces take other tokens than the single spaces that the insertion leaves."""
+  tokenizer, trigger, rng = tokenizers[kind], TRIGGERS[name], np.random.default_rng(1)
+  vocabulary = "the meal lamp, superb zq good . mn3 solemn".split()
+  for seed in range(100):
+    size = rng.integers(2, 60)
+    gaps = rng.choice([" ", "  ", "\t", "\n", " \u2028"], size)
+    text = "".join(word + gap for word, gap in zip(rng.choice(vocabulary, size), gaps)).strip()
+    kept, = tokenization.words_kept(tokenizer, [text], trigger, 24)
+    out = ATTACKS[name]()(text, np.random.default_rng(seed), kept)
+    ends = tokenizer(out, truncation=True, max_length=24, return_offsets_mapping=True)["offset_mapping"]
+    assert kept > 0 and max(end for _, end in ends) >= f"{out} ".index(f" {trigger} ") + 1 + len(trigger), (kept, out)
 
 
 ARRAYS = {"input_ids": np.arange(23 * 12).reshape(23, 12), "length": np.arange(23) % 12 + 1, "label": np.arange(23)}

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 from w2s_jax import report
@@ -56,6 +57,24 @@ def test_the_files(workdir, capsys):
   assert page.count("<svg") == 2 and page.count("class='hit'") == 4
   assert all(f"<th>{r['model']}</th>" in page for r in ROWS)
   assert not re.search(r'(src|href)=.(https?:)?//', page)                 # self-contained
+
+
+def test_bars_and_curves_show_the_numbers(workdir, monkeypatch):
+  """One bar per model with its interval and the floor's line for ASR; one curve per loss term and stage."""
+  figures = []
+  monkeypatch.setattr(report, "_svg", lambda figure: figures.append(figure) or "<svg></svg>")
+  report.write(workdir)
+  bars, curves = figures
+  for ax, key in zip(bars.axes, ("ca", "asr")):
+    assert [t.get_text() for t in ax.get_xticklabels()] == [r["model"] for r in ROWS]
+    assert [bar.get_height() for bar in ax.patches] == [r[key] for r in ROWS]
+    intervals = [segment[:, 1] for segment in ax.containers[0].lines[2][0].get_segments()]
+    np.testing.assert_allclose(intervals, [r[f"{key}_ci"] for r in ROWS])
+  assert list(bars.axes[1].lines[-1].get_ydata()) == [0.0625, 0.0625]
+  plot, = curves.axes
+  assert plot.get_title() == "w2s"
+  assert {line.get_label(): list(line.get_ydata()) for line in plot.lines} == {
+      "loss": [3.0, 1.5, 1.0], "ce": [1.0, 0.5, 1.0 / 3], "kd": [2.0, 1.0, 2.0 / 3]}
 
 
 def test_curves_are_the_loss_terms(workdir):
