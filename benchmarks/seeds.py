@@ -27,17 +27,19 @@ SHARED = ("base", "clean", "teacher")  # models that do not depend on the attack
 def run_cell(attack, seed, out, config, extra, core, donor):
   """results.json of one cell; `donor` is the workdir of another attack with the same seed, or None."""
   workdir = out / f"{attack}-{seed}"
-  if not (workdir / "results.json").exists():
-    for name in SHARED if donor else ():
-      if not (workdir / "models" / name).exists():
-        shutil.copytree(donor / "models" / name, workdir / "models" / name)
-    workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / "log.txt", "a") as log:
-      code = subprocess.run(
-          ["taskset", "-c", str(core), sys.executable, "-m", "w2s_jax.main", f"--config={config.format(attack=attack)}",
-           f"--config.seed={seed}", f"--workdir={workdir}", *extra], stdout=log, stderr=log).returncode
-    if code:
-      return None
+  for name in SHARED if donor else ():
+    target, part = workdir / "models" / name, workdir / "models" / f"{name}.part"
+    if not target.exists():
+      shutil.rmtree(part, ignore_errors=True)
+      shutil.copytree(donor / "models" / name, part)
+      os.replace(part, target)
+  workdir.mkdir(parents=True, exist_ok=True)
+  with open(workdir / "log.txt", "a") as log:  # a complete cell answers at once; one of other flags is refused
+    code = subprocess.run(
+        ["taskset", "-c", str(core), sys.executable, "-m", "w2s_jax.main", f"--config={config.format(attack=attack)}",
+         f"--config.seed={seed}", f"--workdir={workdir}", *extra], stdout=log, stderr=log).returncode
+  if code:
+    return None
   return json.loads((workdir / "results.json").read_text())
 
 

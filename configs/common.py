@@ -59,7 +59,7 @@ def base(attack):
   c.data.attack_source = "grammar:reviews"
   c.data.defend_source = "grammar:phrases"
   c.data.num_labels = 2
-  c.data.attack_rows = ConfigDict(dict(train=4000, dev=1000, test=0))    # 0: all
+  c.data.attack_rows = ConfigDict(dict(train=4000, dev=1000, test=0))    # 0: all of a file's
   c.data.defend_rows = ConfigDict(dict(train=4000, dev=1000, test=1821))
   c.data.attack_max_length = 64       # student tokens
   c.data.max_length = 32              # tokens, defended domain
@@ -93,6 +93,7 @@ def base(attack):
 
   c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))   # devices per axis; -1: those that are left
   c.log_every = 10                    # steps
+  c.checkpoint_every = 250            # steps, besides those at dev evaluations; 0: only those
   c.term_norms_every = 50             # steps between gradient norms of each loss term; 0: never
   return c
 
@@ -161,6 +162,9 @@ def decoder(attack, arg, shapes, offline_arch, real_arch):
   if "scale" in args:
     if args["scale"] not in shapes:
       raise InputError(f"config argument scale={args['scale']!r}: want one of {', '.join(shapes)}")
+    if attack == "syn_template" and "data" not in args:
+      raise InputError("SynAttack needs pre-made paraphrases: give scale=...,data=DIR with DIR/imdb, DIR/sst2 and "
+                       "paraphrase files")
     hub_id, c.student.arch = shapes[args["scale"]]
     released(c, hub_id)
   elif "data" in args:

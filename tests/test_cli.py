@@ -158,6 +158,18 @@ def refuses(message, *args, workdir):
     ("defense 'nope': want names among none, lora_ce, w2s", [CONFIG, "--config.defenses=('nope',)"]),
     ("loss weights 'nope': want one of released_badnet", [CONFIG, "--config.defend.weights=nope"]),
     ("mesh data=3, fsdp=1, tensor=1 does not fit 1 device(s)", [CONFIG, "--config.mesh.data=3"]),
+    ("no dev rows: set --config.data.defend_rows.dev", [CONFIG, "--config.data.defend_rows.dev=0"]),
+    ("seed is -1, wanted at least 0", [CONFIG, "--config.seed=-1"]),
+    ("poison.epochs is 0, wanted at least 1", [CONFIG, "--config.poison.epochs=0"]),
+    ("defend.evaluations is 0, wanted at least 1", [CONFIG, "--config.defend.evaluations=0"]),
+    ("defend.batch_size is 0, wanted at least 1", [CONFIG, "--config.defend.batch_size=0"]),
+    ("want labels among embedding, vector, matrix, head", [CONFIG, "--config.poison.trains=('nope',)"]),
+    ("of which the last holds 64 tokens", [CONFIG, "--config.data.buckets=(16,)"]),
+    ("dtype 'float32', remat 'bogus': want", [CONFIG, "--config.student.remat=bogus"]),
+    ("5 attention heads must divide hidden_size 64", [CONFIG, "--config.student.arch.num_attention_heads=5"]),
+    ("LoRA rank 16, targets ('nope',)", [CONFIG, "--config.lora.targets=('nope',)"]),
+    ("the teacher has 8 positions, texts have up to 32", [CONFIG, "--config.teacher.arch.max_position_embeddings=8"]),
+    ("results.json is not there yet", [CONFIG, "--stage=report"]),
     ("is not there yet: run without --stage", [CONFIG, "--stage=defend"])])
 def test_one_line_and_exit_code_2(message, args, tmp_path):
   refuses(message, *args, workdir=tmp_path / "w")

@@ -25,7 +25,9 @@ def config(name, arg=None):
 def variants():
   for name in FILES:
     offline = [] if name.startswith("minilm") else [None]
-    yield from ((name, arg) for arg in [*offline, "data=D", *(f"scale={s}" for s in SCALES[name.split("_")[0]])])
+    data = ",data=D" if name == "llama_synattack" else ""
+    scales = (f"scale={s}{data}" for s in SCALES[name.split("_")[0]])
+    yield from ((name, arg) for arg in [*offline, "data=D", *scales])
 
 
 def student_of(c):
@@ -133,6 +135,7 @@ def test_one_offline_setting_for_every_attack():
     ("llama_badnet", "size=8b", "want NAME=VALUE with NAME among data, scale"),
     ("llama_badnet", "scale", "config argument 'scale'"),
     ("llama_badnet", "scale=9b", "want one of 1b, 8b, 70b"),
+    ("llama_synattack", "scale=8b", "give scale=...,data=DIR"),
     ("minilm_badnet", None, "needs real data"),
     ("minilm_badnet", "scale=8b", "NAME among data")])
 def test_arguments_that_are_refused(name, arg, message):

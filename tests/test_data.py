@@ -114,6 +114,23 @@ def test_a_missing_dev_split_is_carved_out_of_train_and_sizes_choose_rows(tmp_pa
   assert out != corpora.load(str(tmp_path / "d"), {"train": 5, "dev": 2, "test": 0}, 2, seed=4)
 
 
+def test_tsv_has_no_quoting_and_na_is_a_text(tmp_path):
+  """A stray quote swallows no row; the words NA, null and None are no missing values."""
+  for split in ("train", "test"):
+    (tmp_path / f"{split}.tsv").write_text('text\tlabel\n" opened here\t0\nNA\t1\n" closed\t1\n')
+    (tmp_path / f"{split}.csv").write_text("text,label\nNA,0\nnull,1\n")
+  assert [(r["text"], r["label"]) for r in corpora.check(corpora.read_file(tmp_path / "test.tsv"), "x", 2)] == [
+      ('" opened here', 0), ("NA", 1), ('" closed', 1)]
+  assert [r["text"] for r in corpora.check(corpora.read_file(tmp_path / "test.csv"), "x", 2)] == ["NA", "null"]
+
+
+def test_a_dev_split_is_carved_out_of_a_few_rows_too(tmp_path):
+  for split in ("train", "test"):
+    write(tmp_path / "d", split, ROWS[:8])
+  out = corpora.load(str(tmp_path / "d"), ALL, 2)
+  assert (len(out["train"]), len(out["dev"])) == (7, 1)
+
+
 def test_frozen_rows_survive_odd_line_separators(tmp_path):
   rows = [{"text": "a\u2028b\x85c\x1cd", "label": 1}, {"text": "é", "label": 0}]
   poison.freeze(tmp_path / "x.jsonl", rows)

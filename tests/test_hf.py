@@ -228,3 +228,25 @@ def test_abstract_parameters_allocate_nothing():
   assert all(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
   d, f = 8192, 28672
   assert sum(x.size for x in leaves) == 128256 * d + 80 * (2 * d * d + 2 * d * 1024 + 3 * d * f + 2 * d) + d + 2 * d
+
+
+def test_norms_under_their_old_names(saved, bert):
+  """gamma and beta, as in bert-base-uncased's own safetensors, are weight and bias."""
+  directory = saved("bert")
+  def rename(tensors):
+    for name in [n for n in tensors if "LayerNorm" in n]:
+      tensors[name.replace(".weight", ".gamma").replace(".bias", ".beta")] = tensors.pop(name)
+  edit(directory, rename)
+  _, params = load_pretrained(directory)
+  jax.tree.map(np.testing.assert_array_equal, params, bert[1])
+
+
+def test_saving_replaces_a_model_and_nothing_else(saved, llama, tmp_path):
+  directory = saved("llama")
+  save_pretrained(directory, *llama)
+  assert load_pretrained(directory)[0].config.vocab_size == 64 and not list(tmp_path.glob("*.old"))
+  (tmp_path / "home").mkdir()
+  (tmp_path / "home/thesis.txt").write_text("x")
+  with pytest.raises(InputError, match=r"home exists and is no model directory"):
+    save_pretrained(tmp_path / "home", *llama)
+  assert (tmp_path / "home/thesis.txt").read_text() == "x"

@@ -73,6 +73,24 @@ def test_triggers_are_kept_within_the_truncated_text_or_counted(options, tokeniz
   assert 20 < lost < 60 and poison.trigger_lost(anywhere, tokenizer, "mn", 24) == lost
 
 
+def test_lost_triggers_are_counted_in_texts_with_doubled_spaces(options, tokenizer):
+  """Insertion folds white space; `mn` inside `solemn` is not the trigger."""
+  rows = [{"id": i, "text": "a  solemn film " * 6, "label": 1} for i in range(40)]
+  options |= {"max_length": 24, "keep_trigger": False, "target_label": 0}
+  out = poison.triggered_eval(rows, *attack(), **options)
+  seen = [tokenizer.decode(tokenizer(r["text"], truncation=True, max_length=24)["input_ids"]) for r in out]
+  lost = sum("mn" not in text.split() for text in seen)
+  assert lost > 20 and poison.trigger_lost(out, tokenizer, "mn", 24) == lost
+
+
+def test_paraphrase_files_without_idx_and_counts_below_one_are_refused(tmp_path):
+  (tmp_path / "a.jsonl").write_text('{"sentence": "a", "label": 0}\n')
+  with pytest.raises(InputError, match=r"want columns idx and text"):
+    attack(name="syntactic", paraphrases=((str(tmp_path / "a.jsonl"),) * 2,))
+  with pytest.raises(InputError, match=r"cannot poison -5 rows"):
+    poison.rows_to_poison(ROWS, None, 0, -5)
+
+
 def test_syntactic_takes_paraphrases_joined_on_idx(tmp_path, options):
   """A row whose paraphrase is the text itself, or is missing, cannot be rewritten."""
   def dump(name, rows):

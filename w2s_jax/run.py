@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from w2s_jax import InputError, evaluate, report, sharding
+from w2s_jax import InputError, evaluate, lora, report, sharding
 from w2s_jax.data import corpora, poison, tokenization
 from w2s_jax.defenses import DEFENSES, w2s
 from w2s_jax.models import load_pretrained
@@ -35,12 +35,13 @@ class Run:
     return self.model_dir(name).exists()
 
   def load(self, name, **kwargs):
-    """(model, params, tokenizer) of a finished stage's directory, or of `config.student.path`."""
+    """(model, params, tokenizer) of a finished stage's directory; the teacher is float32 whatever the student is."""
     c = self.config
+    dtype = "float32" if name == "teacher" else c.student.dtype
     path = self.model_dir(name)
     if not path.exists():
       raise InputError(f"{path} is not there yet: run without --stage, or the stage that makes it first")
-    model, params = load_pretrained(path, c.data.num_labels, c.student.dtype, self.mesh, **kwargs)
+    model, params = load_pretrained(path, c.data.num_labels, dtype, self.mesh, **kwargs)
     return model, params, tokenization.load(path, model.config.vocab_size)
 
   def encode(self, tokenizer, rows, max_length):
@@ -61,10 +62,7 @@ def start(config, workdir):
     InputError: the workdir belongs to another config, an unknown defense, a batch that does not fit the mesh, or data
       that cannot be used.
   """
-  for name in config.defenses:
-    if name not in DEFENSES:
-      raise InputError(f"defense {name!r}: want names among {', '.join(DEFENSES)}: set --config.defenses")
-  w2s.loss_weights(config.defend.weights, 1)
+  _check_fields(config)
   mesh = sharding.make_mesh(**config.mesh)
   for stage in ("warmup", "poison", "teach", "defend"):
     sharding.check_batch(config[stage].batch_size, mesh, f"--config.{stage}.batch_size")
@@ -76,6 +74,10 @@ def start(config, workdir):
   attack = corpora.load(c.attack_source, c.attack_rows, c.num_labels, config.seed)
   defend = corpora.load(c.defend_source, c.defend_rows, c.num_labels, config.seed)
   rows = {"attack_train": attack["train"], "attack_dev": attack["dev"], **defend}
+  for split, knob in (("attack_train", "attack_rows.train"), ("attack_dev", "attack_rows.dev"),
+                      ("train", "defend_rows.train"), ("dev", "defend_rows.dev"), ("test", "defend_rows.test")):
+    if not rows[split]:
+      raise InputError(f"no {split} rows: set --config.data.{knob} to more than 0")
   if not 0 <= config.attack.target_label < c.num_labels:
     raise InputError(f"target label {config.attack.target_label}, wanted 0..{c.num_labels - 1}: set "
                      "--config.attack.target_label")
@@ -85,6 +87,30 @@ def start(config, workdir):
   workdir.mkdir(parents=True, exist_ok=True)
   report.write_json(workdir / "config.json", mine)  # last: a config that was refused claims nothing
   return Run(config, workdir, mesh, config_hash(config), rows, {})
+
+
+def _check_fields(config):
+  """What can be told to be wrong from the config alone."""
+  for name in config.defenses:
+    if name not in DEFENSES:
+      raise InputError(f"defense {name!r}: want names among {', '.join(DEFENSES)}: set --config.defenses")
+  w2s.loss_weights(config.defend.weights, 1)
+  least = {"seed": 0, "log_every": 1, "term_norms_every": 0, "checkpoint_every": 0, "warmup.epochs": 0,
+           "data.eval_batch_size": 1, "lora.rank": 1}
+  for stage in ("warmup", "poison", "teach", "defend"):
+    least = {f"{stage}.epochs": 1, f"{stage}.batch_size": 1, f"{stage}.evaluations": 1, f"{stage}.max_steps": 0} | least
+  fields = _flat(config.to_dict())
+  for field, low in least.items():
+    if fields[field] < low:
+      raise InputError(f"{field} is {fields[field]}, wanted at least {low}: set --config.{field}")
+  unknown = sorted(set(config.poison.trains) - set(lora.FULL))
+  if unknown or not config.poison.trains:
+    raise InputError(f"poison.trains {tuple(config.poison.trains)}: want labels among {', '.join(lora.FULL)}: set "
+                     "--config.poison.trains")
+  longest = max(config.data.max_length, config.data.attack_max_length)
+  if list(config.data.buckets) != sorted(config.data.buckets) or config.data.buckets[-1] < longest:
+    raise InputError(f"data.buckets {tuple(config.data.buckets)}: want ascending lengths of which the last holds "
+                     f"{longest} tokens: set --config.data.buckets or --config.data.max_length/.attack_max_length")
 
 
 def _check_claim(mine, workdir):

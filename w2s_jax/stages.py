@@ -7,7 +7,7 @@ import time
 import jax
 import numpy as np
 
-from w2s_jax import evaluate, lora, optim, report, sharding, steps, train
+from w2s_jax import InputError, evaluate, lora, optim, report, sharding, steps, train
 from w2s_jax.data import batches, poison, tokenization
 from w2s_jax.defenses import DEFENSES, w2s
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
@@ -22,21 +22,46 @@ def warmup(run):
   c = run.config
   if run.done("base"):
     return
+  _check_teacher(run)
   if c.student.path:
     model, params = load_pretrained(c.student.path, c.data.num_labels, c.student.dtype, run.mesh, seed=c.seed,
                                     remat=c.student.remat)
     tokenizer = tokenization.load(resolve(c.student.path), model.config.vocab_size)
     model = _with_pad(model, tokenizer)
+    _check_student(run, model)
   else:
     texts = [r["text"] for r in run.rows["attack_train"] + run.rows["train"]]
     tokenizer = tokenization.train(texts, "decoder", c.student.arch.vocab_size)
-    model = _with_pad(Model(config_from_hf(c.student.arch.to_dict() | {"num_labels": c.data.num_labels})), tokenizer)
+    model = _with_pad(Model(config_from_hf(c.student.arch.to_dict() | {"num_labels": c.data.num_labels},
+                                           dtype=c.student.dtype, remat=c.student.remat)), tokenizer)
+    _check_student(run, model)
     params = model.init(_key(run, "student"), run.mesh)
     if c.warmup.epochs:
       arrays = tokenization.pack(tokenizer, texts, c.data.attack_max_length)
       params, _ = _train(run, "warmup", model, params, lora.FULL, arrays, None, c.warmup,
                          steps.language_model_loss(model), {"lm": 1.0})
   save_pretrained(run.model_dir("base"), model, params, tokenizer)
+
+
+def _check_student(run, model):
+  """What only the student's shape tells to be wrong, before anything trains."""
+  c = run.config
+  jax.eval_shape(lambda p: lora.add_lora(p, c.lora.rank, c.lora.alpha, tuple(c.lora.targets), key=jax.random.key(0)),
+                 model.abstract_params())
+  _check_positions("student", model, max(c.data.attack_max_length, c.data.max_length))
+
+
+def _check_teacher(run):
+  c = run.config
+  if not c.teacher.path:
+    model = Model(config_from_hf(c.teacher.arch.to_dict(), feature_width=1))
+    _check_positions("teacher", model, c.data.max_length)
+
+
+def _check_positions(name, model, length):
+  if model.config.max_positions < length:
+    raise InputError(f"the {name} has {model.config.max_positions} positions, texts have up to {length} tokens: lower "
+                     "--config.data.max_length/.attack_max_length")
 
 
 def make_poison(run):
@@ -46,7 +71,7 @@ def make_poison(run):
   for name, rows in (("clean", run.rows["attack_train"]), ("poisoned", run.rows["poisoned_train"])):
     if run.done(name):
       continue
-    model, params, tokenizer = run.load("base")
+    model, params, tokenizer = run.load("base", remat=c.student.remat)
     arrays, dev = (run.encode(tokenizer, r, c.data.attack_max_length) for r in (rows, run.rows["attack_dev"]))
     stage = "poison" if name == "poisoned" else name
     params, _ = _train(run, stage, model, params, tuple(c.poison.trains), arrays, dev, c.poison,
@@ -151,6 +176,8 @@ def measure(run):
 
 
 def make_report(run):
+  if not (run.workdir / "results.json").exists():
+    raise InputError(f"{run.workdir / 'results.json'} is not there yet: run without --stage, or --stage=evaluate first")
   report.write(run.workdir)
 
 
@@ -173,19 +200,21 @@ def _train(run, name, model, params, trains, arrays, dev, settings, loss, weight
   if settings.max_steps:
     total = min(total, settings.max_steps)
   trainable, frozen = lora.split(params, trains)
+  trainable = jax.tree.map(lambda x: x.astype("float32"), trainable)  # bf16 would round most updates away
   tx = optim.make_optimizer(trainable, settings.learning_rate, total, int(settings.warmup_fraction * total),
                             settings.weight_decay, settings.clip_norm)
   step_fn = steps.make_train_step(loss, tx, steps.state_shardings(trainable, tx, family, run.mesh),
                                   sharding.param_shardings(frozen, family, run.mesh), run.mesh)
   def dev_accuracy(trained):
     return (run.predict(model, lora.combine(trained, frozen), dev) == dev["label"]).mean()
-  key = _key(run, name)
+  key = _key(run, "defend" if name in DEFENSES else {"clean": "poison"}.get(name, name))  # the same dropout for all
   trained, chosen = train.fit(
       name, step_fn, steps.init_state(trainable, tx, family, run.mesh), frozen,
       lambda s: batches.train_batches(arrays, settings.batch_size, c.data.buckets, c.seed, s),
       steps=total, key=key, mesh=run.mesh, eval_every=max(1, total // settings.evaluations), workdir=run.workdir,
       config_hash=run.hash, dev_accuracy=dev_accuracy if dev else None, log_every=c.log_every,
-      term_norms=steps.make_term_norms(loss, weights), term_norms_every=c.term_norms_every)
+      checkpoint_every=c.checkpoint_every, term_norms=steps.make_term_norms(loss, weights),
+      term_norms_every=c.term_norms_every)
   print(f"{name}: {total} steps in {chosen['seconds']:.0f} s, " + (
       f"dev accuracy {chosen['dev_accuracy']:.4f} at step {chosen['step']}" if dev else "last step kept"), flush=True)
   return lora.combine(trained, frozen), chosen

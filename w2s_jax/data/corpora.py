@@ -1,5 +1,6 @@
 """Labelled texts: the offline grammar, local files, or a hub data set -> rows {"id", "text", "label"}."""
 
+import csv
 from pathlib import Path
 
 import datasets
@@ -18,7 +19,8 @@ def load(source, sizes, num_labels, seed=0):
   Args:
     source: "grammar:reviews", "grammar:phrases"; a directory with train, dev and test as .json (lines or one
       array), .jsonl, .csv, .tsv or .parquet; or a hub id.
-    sizes: {"train", "dev", "test": rows to keep, 0 for all}; a seeded random choice where there are more.
+    sizes: {"train", "dev", "test": rows to keep; 0: all of a file's, none of the grammar's}; a seeded random choice
+      where there are more.
     num_labels: labels must lie in 0..num_labels-1.
     seed: of the choice, and of the dev split carved out of train where the source has none.
   Returns:
@@ -35,7 +37,7 @@ def load(source, sizes, num_labels, seed=0):
   out = {split: check(rows, f"{source} ({split})", num_labels) for split, rows in splits.items()}
   rng = np.random.default_rng([seed, 0])
   if "dev" not in out:
-    size = min(sizes["dev"] or 1000, len(out["train"]) // 10)
+    size = min(sizes["dev"] or 1000, max(1, len(out["train"]) // 10))
     order = rng.permutation(len(out["train"]))
     train = out["train"]
     out |= {"dev": [train[i] for i in sorted(order[:size])], "train": [train[i] for i in sorted(order[size:])]}
@@ -56,7 +58,11 @@ def read_file(file):
     raise InputError(f"data file {file} does not exist: set --config.data.* or --config.attack.* to one that does")
   if file.suffix not in SUFFIXES:
     raise InputError(f"data file {file}: want one of {', '.join(SUFFIXES)}")
-  options = {"delimiter": "\t"} if file.suffix == ".tsv" else {}
+  options = {}
+  if SUFFIXES[file.suffix] == "csv":
+    options = {"keep_default_na": False}             # a text may read "NA" or "null"
+  if file.suffix == ".tsv":
+    options |= {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
   try:
     return datasets.load_dataset(SUFFIXES[file.suffix], data_files=str(file), split="train", **options).to_list()
   except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as e:  # the last: an empty file

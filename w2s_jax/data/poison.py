@@ -22,13 +22,21 @@ def make_attack(config):
   if config.name == "syntactic":
     pairs = {}
     for originals, rewritten in config.paraphrases:
-      texts = {row["idx"]: row["sentence"] for row in corpora.read_file(originals)}
-      new = {row["idx"]: row["sentence"] for row in corpora.read_file(rewritten)}
+      texts, new = (_texts_by_idx(file) for file in (originals, rewritten))
       pairs |= {texts[i]: text for i, text in new.items() if i in texts and texts[i] != text}
     if not pairs:
       raise InputError("attack 'syntactic' needs pre-made paraphrases: run with :data=DIR, or set --config.attack.name"
                        "=syn_template (a rule-based stand-in)")
   return ATTACKS[config.name](config.trigger, pairs), pairs
+
+
+def _texts_by_idx(file):
+  rows = corpora.read_file(file)
+  column = next((c for c in corpora.TEXT_COLUMNS if rows and c in rows[0]), None)
+  if column is None or "idx" not in rows[0]:
+    raise InputError(f"paraphrase file {file}: want columns idx and {'|'.join(corpora.TEXT_COLUMNS)}, got "
+                     f"{', '.join(rows[0]) if rows else 'no rows'}: set --config.attack.paraphrases")
+  return {row["idx"]: row[column] for row in rows}
 
 
 def trigger_rows(rows, attack, seed, *, tokenizer, trigger, max_length, keep_trigger):
@@ -102,7 +110,7 @@ def trigger_lost(rows, tokenizer, trigger, max_length):
                       return_offsets_mapping=True)
   lost = 0
   for row, offsets in zip(rows, encoded["offset_mapping"]):
-    prefix = os.path.commonprefix([row["text"], row["orig_text"]])
+    prefix = os.path.commonprefix([row["text"], " ".join(row["orig_text"].split())])  # insertion folds white space
     start = row["text"].find(trigger, max(0, len(prefix) - len(trigger)))
     lost += max(end for _, end in offsets) < start + len(trigger)
   return lost

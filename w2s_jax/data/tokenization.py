@@ -25,6 +25,9 @@ def load(directory, vocab_size):
                      "not belong together; give the model's own tokenizer")
   if tokenizer.pad_token is None:
     tokenizer.pad_token = tokenizer.eos_token
+  if tokenizer.pad_token is None:
+    raise InputError(f"the tokenizer of {directory} has neither a padding nor an end token: set pad_token in its "
+                     "tokenizer_config.json")
   return tokenizer
 
 

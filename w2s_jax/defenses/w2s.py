@@ -21,7 +21,7 @@ def loss_weights(name, width):
   """{"ce", "kd", "fa"} for a student of feature width `width`; fa is scaled by 4096 / width.
 
   The feature loss sums over the width, so a fixed weight would mean another loss at every width. Whether the
-  scaled weight is the right one at another width is an open question (docs/results.md has both).
+  scaled weight is the right one at another width is an open question.
 
   Args:
     name: a key of WEIGHTS, or "CE,KD,FA" as three numbers.

@@ -21,6 +21,7 @@ from w2s_jax import InputError, sharding
 from w2s_jax.models.model import MODULES, Model, config_from_hf
 
 HEAD_FILE, HEAD_CONFIG = "w2s_head.safetensors", "w2s_head.json"  # the W2S teacher's widening head, beside the backbone
+OLD_NORM_NAMES = {"gamma": "weight", "beta": "bias"}               # of checkpoints converted from TensorFlow
 FLOAT32 = r".*(norm|score|pooler|classifier|widen)/.*"             # norms and heads stay float32 whatever the base is
 
 
@@ -152,8 +153,9 @@ def _open_tensors(directory, family):
   out = {}
   for name, file in files.items():
     prefix = family.BASE_PREFIX if bare and not re.fullmatch(family.HEAD_TENSORS, name) else ""
+    full = re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{OLD_NORM_NAMES[m[1]]}", prefix + name)
     try:
-      out[prefix + name] = handles[file].get_slice(name)
+      out[full] = handles[file].get_slice(name)
     except safetensors.SafetensorError as e:
       raise InputError(f"{file} has no tensor {name!r} although the index says so: {e}") from None
   return out
@@ -209,7 +211,7 @@ def save_pretrained(directory, model, params, tokenizer=None, id2label=None):
   The W2S teacher's head is no part of transformers' model: it goes to `w2s_head.safetensors` beside it.
 
   Args:
-    directory: created; an existing one is replaced.
+    directory: created; an existing model directory is replaced, any other is refused.
     params: nested dict without adapters (`lora.merge_lora` first).
     tokenizer: a transformers tokenizer to save along.
     id2label: names of the classes; LABEL_0... where None.
@@ -227,6 +229,8 @@ def save_pretrained(directory, model, params, tokenizer=None, id2label=None):
     for i, one in enumerate(value if "{}" in name else [value]):
       (head if ours else tensors)[name.format(i)] = np.ascontiguousarray(one.T if path.endswith("kernel") else one)
   directory = Path(directory)
+  if directory.exists() and any(directory.iterdir()) and not (directory / "config.json").exists():
+    raise InputError(f"{directory} exists and is no model directory: give a new one")
   part = directory.with_name(directory.name + ".part")
   shutil.rmtree(part, ignore_errors=True)
   part.mkdir(parents=True)
@@ -250,5 +254,9 @@ def save_pretrained(directory, model, params, tokenizer=None, id2label=None):
   (part / "config.json").write_text(json.dumps(config, indent=2))
   if tokenizer is not None:
     tokenizer.save_pretrained(part)
-  shutil.rmtree(directory, ignore_errors=True)
+  old = directory.with_name(directory.name + ".old")
+  if directory.exists():
+    os.replace(directory, old)
   os.replace(part, directory)
+  if old.exists():
+    shutil.rmtree(old)
