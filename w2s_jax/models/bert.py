@@ -3,7 +3,6 @@
 import dataclasses
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from w2s_jax import InputError
@@ -23,6 +22,7 @@ class BertConfig:
   type_vocab_size: int = 2
   layer_norm_eps: float = 1e-12
   hidden_dropout: float = 0.1         # after the embeddings, attention and feed-forward, while training
+  attention_dropout: float = 0.1      # of the attention probabilities, while training
   initializer_range: float = 0.02
   num_labels: int = 2
   pad_token_id: int | None = 0
@@ -48,6 +48,7 @@ class BertConfig:
                num_layers=hf["num_hidden_layers"], num_heads=hf["num_attention_heads"],
                max_positions=hf["max_position_embeddings"], type_vocab_size=hf.get("type_vocab_size", 2),
                layer_norm_eps=hf.get("layer_norm_eps", 1e-12), hidden_dropout=hf.get("hidden_dropout_prob", 0.1),
+               attention_dropout=hf.get("attention_probs_dropout_prob", 0.1),
                initializer_range=hf.get("initializer_range", 0.02), num_labels=hf.get("num_labels", 2),
                pad_token_id=hf.get("pad_token_id"), **runtime)
 
@@ -59,7 +60,7 @@ class BertConfig:
         "intermediate_size": self.intermediate_size, "num_hidden_layers": self.num_layers,
         "num_attention_heads": self.num_heads, "max_position_embeddings": self.max_positions,
         "type_vocab_size": self.type_vocab_size, "layer_norm_eps": self.layer_norm_eps, "hidden_act": "gelu",
-        "hidden_dropout_prob": self.hidden_dropout, "attention_probs_dropout_prob": 0.0,
+        "hidden_dropout_prob": self.hidden_dropout, "attention_probs_dropout_prob": self.attention_dropout,
         "initializer_range": self.initializer_range, "pad_token_id": self.pad_token_id,
     }
 
@@ -97,7 +98,8 @@ class SelfAttention(nn.Module):
     def dense(name):
       return layers.Dense(c.hidden_size, True, c.initializer_range, c.lora_dropout, self.train, name=name)
     q, k, v = (dense(name)(x).reshape(*x.shape[:2], c.num_heads, -1) for name in ("q_proj", "k_proj", "v_proj"))
-    return dense("o_proj")(jax.nn.dot_product_attention(q, k, v, mask=mask).reshape(x.shape))
+    out = layers.attention(q, k, v, mask, c.attention_dropout if self.train else 0.0)
+    return dense("o_proj")(out.reshape(x.shape))
 
 
 class MLP(nn.Module):

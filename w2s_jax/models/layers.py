@@ -3,6 +3,7 @@
 import flax.linen as nn
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -49,6 +50,25 @@ class Dense(nn.Module):
     if self.use_bias:
       y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
     return y
+
+
+def attention(q, k, v, mask, dropout_rate):
+  """Scaled dot-product attention; for use inside a compact module.
+
+  Args:
+    q: [B, T, H, d]; k, v: [B, T, K, d], each of the K heads serving H / K query heads.
+    mask: broadcastable to [B, H, T, T] bool, True where a query may look.
+    dropout_rate: of the attention probabilities; 0 where nothing is dropped (evaluation).
+  Returns:
+    [B, T, H, d].
+  """
+  if not dropout_rate:
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+  k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+  scores = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) / q.shape[-1]**0.5
+  probabilities = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min))
+  probabilities = nn.Dropout(dropout_rate, deterministic=False)(probabilities)
+  return jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(v.dtype), v)
 
 
 def layer_stack(block, config, train, x, *args):
