@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 
 KEYS = ("ca", "asr", "asr_floor", "false_rate")
 
@@ -58,7 +59,10 @@ def run_cells(attacks, seeds, out, config, extra, jobs):
 
 
 def table(results, attack):
-  """Markdown: each model's mean and standard deviation over seeds, and its paired differences to lora_ce."""
+  """Markdown: each model's mean ± standard deviation over seeds, and its paired differences to lora_ce.
+
+  Differences are means with their 95% interval (t over the seeds), bold where it excludes 0.
+  """
   runs = [{row["model"]: row for row in r["rows"]} for (a, _), r in sorted(results.items()) if a == attack and r]
   lines = ["| model | CA | ASR | floor | false rate | CA - lora_ce | ASR - lora_ce | seeds with lower ASR "
            "| ASR of each seed |",
@@ -67,10 +71,16 @@ def table(results, attack):
     value = {k: np.array([run[model][k] for run in runs]) for k in KEYS}
     def pm(x):
       return f"{x.mean():.3f} ± {x.std(ddof=1) if len(x) > 1 else 0:.3f}"
+    def difference(x):
+      if len(x) < 2:
+        return f"{x.mean():+.3f}"
+      half = scipy.stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x)**0.5
+      text = f"{x.mean():+.3f} ({x.mean() - half:+.3f} to {x.mean() + half:+.3f})"
+      return f"**{text}**" if abs(x.mean()) > half else text
     paired = ["", "", ""]
     if "lora_ce" in runs[0] and model != "lora_ce":
       gap = {k: value[k] - np.array([run["lora_ce"][k] for run in runs]) for k in ("ca", "asr")}
-      paired = [pm(gap["ca"]), pm(gap["asr"]), f"{(gap['asr'] < 0).sum()} of {len(runs)}"]
+      paired = [difference(gap["ca"]), difference(gap["asr"]), f"{(gap['asr'] < 0).sum()} of {len(runs)}"]
     each = " ".join(f"{100 * x:.0f}" for x in value["asr"])
     lines.append("| " + " | ".join([model, *(pm(value[k]) for k in KEYS), *paired, each]) + " |")
   return "\n".join(lines)
@@ -91,6 +101,9 @@ def main():
   parser.add_argument("extra", nargs="*", help="further flags of w2s_jax.main, after --")
   args = parser.parse_args()
   attacks = args.attacks.split(",")
+  if args.jobs < 1 or (len(attacks) > 1 and "{attack}" not in args.config):
+    parser.error(f"--jobs {args.jobs}, --config {args.config}: want at least one job, and {{attack}} in the "
+                 "config's name where there is more than one attack")
   results = run_cells(attacks, args.seeds, args.out, args.config, args.extra, args.jobs)
   failed = [cell for cell, r in results.items() if r is None]
   text = "\n\n".join(f"### {a}\n\n{table(results, a)}" for a in attacks if any(results[a, s] for s in args.seeds))

@@ -34,7 +34,7 @@ def stage(**fields):
       epochs=1,
       batch_size=32,          # rows per step, over all devices
       warmup_fraction=0.0,    # of the steps
-      weight_decay=0.01,      # AdamW; norms and biases are spared
+      weight_decay=0.01,      # AdamW; the layers' norms and biases are spared
       clip_norm=1.0,          # global norm of the trainable gradient; 0: not clipped
       evaluations=4,          # dev evaluations (and checkpoints) over the stage
       max_steps=0,            # cut the stage short; 0: all epochs

@@ -169,6 +169,14 @@ def refuses(message, *args, workdir):
     ("5 attention heads must divide hidden_size 64", [CONFIG, "--config.student.arch.num_attention_heads=5"]),
     ("LoRA rank 16, targets ('nope',)", [CONFIG, "--config.lora.targets=('nope',)"]),
     ("the teacher has 8 positions, texts have up to 32", [CONFIG, "--config.teacher.arch.max_position_embeddings=8"]),
+    ("defend.temperature is 0.0, wanted a number in 0.001..1000", [CONFIG, "--config.defend.temperature=0.0"]),
+    ("lora.dropout is 1.5, wanted a number in 0..0.99", [CONFIG, "--config.lora.dropout=1.5"]),
+    ("poison.warmup_fraction is 2.0", [CONFIG, "--config.poison.warmup_fraction=2.0"]),
+    ("data.max_length is 0, wanted at least 4", [CONFIG, "--config.data.max_length=0"]),
+    ("data.buckets (): want ascending", [CONFIG, "--config.data.buckets=()"]),
+    ("model directory './nope' does not exist", [CONFIG, "--config.teacher.path=./nope"]),
+    ("the teacher has 2 layers, 3 were asked for", [CONFIG, "--config.teacher.layers=3"]),
+    ("attack 'nope': want one of badnet", ["--config", "configs/llama_badnet.py", "--config.attack.name=nope"]),
     ("results.json is not there yet", [CONFIG, "--stage=report"]),
     ("is not there yet: run without --stage", [CONFIG, "--stage=defend"])])
 def test_one_line_and_exit_code_2(message, args, tmp_path):
@@ -189,6 +197,21 @@ def test_data_that_cannot_be_used(tmp_path):
 def test_a_workdir_of_another_config(workdir):
   refuses("was made by another config (seed was 0, is 1; 1 field(s) differ): give another --workdir", CONFIG, *SHORT,
           "--config.seed=1", workdir=workdir)
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+  (tmp_path / "file").write_text("")
+  refuses("give another --workdir", CONFIG, workdir=tmp_path / "file")
+  assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_teacher_without_its_tokenizer_is_refused_before_anything_trains(workdir, tmp_path):
+  shutil.copytree(workdir / "models/teacher", tmp_path / "teacher")
+  for file in (tmp_path / "teacher").glob("tokenizer*"):
+    file.unlink()
+  refuses("no tokenizer to be had from", CONFIG, f"--config.teacher.path={tmp_path / 'teacher'}",
+          workdir=tmp_path / "w")
+  assert not (tmp_path / "w/metrics").exists()
 
 
 def test_a_student_without_its_tokenizer(workdir, tmp_path):

@@ -191,6 +191,14 @@ def test_tokenizers_that_do_not_fit(tokenizers, tmp_path):
     tokenization.load(tmp_path / "empty", 300)
 
 
+@pytest.mark.parametrize("trigger", TRIGGERS.values())
+def test_offline_triggers_are_made_of_known_tokens(trigger):
+  """Else the trigger is a rare token whatever it says: the model sees <unk> there and nowhere else."""
+  texts = [r["text"] for domain in ("reviews", "phrases") for r in grammar.rows(domain, "train", 4000)]
+  tokenizer = tokenization.train(texts, "decoder", 512)
+  assert tokenizer.unk_token_id not in tokenizer(trigger)["input_ids"]
+
+
 def test_pack_is_the_texts_one_after_the_other(tokenizers):
   tokenizer = tokenizers["decoder"]
   texts = ["the meal is good .", "the staff is rude .", "what a bad lamp ."]

@@ -247,6 +247,13 @@ def test_saving_replaces_a_model_and_nothing_else(saved, llama, tmp_path):
   assert load_pretrained(directory)[0].config.vocab_size == 64 and not list(tmp_path.glob("*.old"))
   (tmp_path / "home").mkdir()
   (tmp_path / "home/thesis.txt").write_text("x")
-  with pytest.raises(InputError, match=r"home exists and is no model directory"):
+  with pytest.raises(InputError, match=r"home exists and is not a model directory alone"):
     save_pretrained(tmp_path / "home", *llama)
+  (directory / "models").mkdir()                                # a run's workdir has a config.json too
+  with pytest.raises(InputError, match=r"is not a model directory alone"):
+    save_pretrained(directory, *llama)
+  (directory / "models").rmdir()
+  (directory / "config.json").write_text("{}")
+  with pytest.raises(InputError, match=r"is not a model directory alone"):
+    save_pretrained(directory, *llama)
   assert (tmp_path / "home/thesis.txt").read_text() == "x"

@@ -82,6 +82,10 @@ def test_seeds_command(home):
   assert {(r["attack"], r["seed"]) for r in rows} == {(a, s) for a in ("badnet", "syn_template") for s in (0, 1)}
   w = [r["asr"] for r in rows if r["model"] == "w2s" and r["attack"] == "badnet"]
   assert f"{sum(w) / 2:.3f} ± {abs(w[0] - w[1]) / 2**0.5:.3f}" in text
+  gap = [x - r["asr"] for x, r in zip(w, (r for r in rows if (r["model"], r["attack"]) == ("lora_ce", "badnet")))]
+  half = 12.706 * abs(gap[0] - gap[1]) / 2                              # t of one degree of freedom
+  low, high = re.search(r"\| w2s .*?\(\S+ to \S+\).*?\(([-+.\d]+) to ([-+.\d]+)\)", text).groups()
+  assert (float(low), float(high)) == pytest.approx((sum(gap) / 2 - half, sum(gap) / 2 + half), abs=2e-3)
 
 
 @pytest.mark.parametrize("snippet", [text for kind, text in BLOCKS if kind == "python"],

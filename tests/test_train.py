@@ -209,11 +209,14 @@ def test_a_checkpoint_of_another_config_with_other_shapes_is_refused_alike(rig, 
             tx=optim.make_optimizer(trained, 1e-2, STEPS))
 
 
-def test_a_loss_that_is_not_finite_stops_the_stage_and_says_where(rig, tmp_path):
-  """No line and no checkpoint of that step remains."""
+@pytest.mark.parametrize("broken", ["loss", "grad_norm"])
+def test_a_step_that_is_not_finite_stops_the_stage_and_says_where(broken, rig, tmp_path):
+  """No line and no checkpoint of that step remains, though it was no step to be logged."""
   def step_fn(state, frozen, batch, key):
     step = state.step + 1
-    return state._replace(step=step), {"loss": jnp.where(step < 6, 1.0, jnp.nan)}
-  with pytest.raises(FloatingPointError, match=r"w2s: the loss is nan at step 6; lower the learning rate"):
-    rig.fit(tmp_path, step_fn=step_fn)
-  assert [json.loads(line)["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+    return state._replace(step=step), {"loss": 1.0, "grad_norm": 1.0, broken: jnp.where(step < 6, 1.0, jnp.nan)}
+  with pytest.raises(FloatingPointError, match=r"w2s: loss .*nan.* at step 6: lower the learning rate"):
+    rig.fit(tmp_path, step_fn=step_fn, log_every=5, checkpoint_every=2, eval_every=100)
+  assert [json.loads(line)["step"] for line in lines(tmp_path)] == [2, 4, 5]
+  saved = sorted(int(p.name) for p in (tmp_path / "checkpoints/w2s").iterdir() if p.name.isdigit())
+  assert saved == [4]

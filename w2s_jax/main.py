@@ -53,6 +53,7 @@ def _parse(argv):
 
 def _typed_config(argv):
   typed = [a.split("=", 1)[1] for a in argv if re.match(r"--?config=.", a)]
+  typed += [value for a, value in zip(argv, argv[1:]) if a in ("--config", "-config")]
   if not typed:
     raise InputError("no --config: give one, e.g. --config=configs/llama_badnet.py (--help lists the flags)")
   return typed[-1]

@@ -14,7 +14,7 @@ def linear_schedule(learning_rate, steps, warmup_steps=0):
 
 
 def make_optimizer(params, learning_rate, steps, warmup_steps=0, weight_decay=0.01, clip_norm=0.0):
-  """AdamW with linear decay for the trainable subtree; norms and biases (label "vector") are not decayed.
+  """AdamW with linear decay for the trainable subtree; the layers' norms and biases (label "vector") are not decayed.
 
   Args:
     params: nested dict of the trainable leaves only (`lora.split`); nothing else gets optimizer state.

@@ -84,8 +84,11 @@ def start(config, workdir):
   rewritable = poison.make_attack(config.attack)[1]  # a poisoning that cannot work is refused before anything trains
   poison.rows_to_poison(rows["attack_train"], rewritable, config.attack.target_label, config.attack.poison_count)
   poison.rows_to_trigger(rows["test"], rewritable, config.attack.target_label)
-  workdir.mkdir(parents=True, exist_ok=True)
-  report.write_json(workdir / "config.json", mine)  # last: a config that was refused claims nothing
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    report.write_json(workdir / "config.json", mine)  # last: a config that was refused claims nothing
+  except OSError as e:
+    raise InputError(f"cannot write to {workdir} ({e.strerror}): give another --workdir") from None
   return Run(config, workdir, mesh, config_hash(config), rows, {})
 
 
@@ -96,19 +99,26 @@ def _check_fields(config):
       raise InputError(f"defense {name!r}: want names among {', '.join(DEFENSES)}: set --config.defenses")
   w2s.loss_weights(config.defend.weights, 1)
   least = {"seed": 0, "log_every": 1, "term_norms_every": 0, "checkpoint_every": 0, "warmup.epochs": 0,
-           "data.eval_batch_size": 1, "lora.rank": 1}
+           "data.eval_batch_size": 1, "lora.rank": 1, "teacher.layers": 0,
+           "data.max_length": 4, "data.attack_max_length": 4}
   for stage in ("warmup", "poison", "teach", "defend"):
     least = {f"{stage}.epochs": 1, f"{stage}.batch_size": 1, f"{stage}.evaluations": 1, f"{stage}.max_steps": 0} | least
   fields = _flat(config.to_dict())
   for field, low in least.items():
     if fields[field] < low:
       raise InputError(f"{field} is {fields[field]}, wanted at least {low}: set --config.{field}")
+  for field, low, high in (("defend.temperature", 1e-3, 1e3), ("lora.dropout", 0.0, 0.99), ("lora.alpha", 0.0, 1e6),
+                           *((f"{stage}.{name}", 0.0, high) for stage in ("warmup", "poison", "teach", "defend")
+                             for name, high in (("learning_rate", 10.0), ("warmup_fraction", 1.0),
+                                                ("weight_decay", 10.0), ("clip_norm", 1e6)))):
+    if not low <= fields[field] <= high:
+      raise InputError(f"{field} is {fields[field]}, wanted a number in {low:g}..{high:g}: set --config.{field}")
   unknown = sorted(set(config.poison.trains) - set(lora.FULL))
   if unknown or not config.poison.trains:
     raise InputError(f"poison.trains {tuple(config.poison.trains)}: want labels among {', '.join(lora.FULL)}: set "
                      "--config.poison.trains")
   longest = max(config.data.max_length, config.data.attack_max_length)
-  if list(config.data.buckets) != sorted(config.data.buckets) or config.data.buckets[-1] < longest:
+  if list(config.data.buckets) != sorted(config.data.buckets) or max(config.data.buckets, default=0) < longest:
     raise InputError(f"data.buckets {tuple(config.data.buckets)}: want ascending lengths of which the last holds "
                      f"{longest} tokens: set --config.data.buckets or --config.data.max_length/.attack_max_length")
 

@@ -10,7 +10,7 @@ import numpy as np
 from w2s_jax import InputError, evaluate, lora, optim, report, sharding, steps, train
 from w2s_jax.data import batches, poison, tokenization
 from w2s_jax.defenses import DEFENSES, w2s
-from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
+from w2s_jax.models import Model, config_from_hf, load_pretrained, read_json, resolve, save_pretrained
 from w2s_jax.run import freeze_rows, start
 
 
@@ -53,9 +53,16 @@ def _check_student(run, model):
 
 def _check_teacher(run):
   c = run.config
-  if not c.teacher.path:
-    model = Model(config_from_hf(c.teacher.arch.to_dict(), feature_width=1))
-    _check_positions("teacher", model, c.data.max_length)
+  hf = c.teacher.arch.to_dict()
+  if c.teacher.path:
+    hf = read_json(resolve(c.teacher.path) / "config.json")
+  model = Model(config_from_hf(hf, feature_width=1))
+  if c.teacher.path:
+    tokenization.load(resolve(c.teacher.path), model.config.vocab_size)
+  if c.teacher.layers > model.config.num_layers:
+    raise InputError(f"the teacher has {model.config.num_layers} layers, {c.teacher.layers} were asked for: lower "
+                     "--config.teacher.layers")
+  _check_positions("teacher", model, c.data.max_length)
 
 
 def _check_positions(name, model, length):

@@ -52,17 +52,18 @@ def fit(name, step_fn, state, frozen, batches_from, *, steps, key, mesh, eval_ev
         state, metrics = step_fn(state, frozen, batch, key)
         bar.update()
         evaluating = done % eval_every == 0 or done == steps
-        if evaluating or done % log_every == 0 or extra:
+        saving = evaluating or (checkpoint_every and done % checkpoint_every == 0)
+        if saving or done % log_every == 0 or extra:
           line = {k: float(v) for k, v in (metrics | extra).items()}
-          if not np.isfinite(line["loss"]):
-            raise FloatingPointError(f"{name}: the loss is {line['loss']} at step {done}; lower the learning rate or "
-                                     "the loss weights")
+          if not np.isfinite([line["loss"], line["grad_norm"]]).all():  # before it is saved: a resume would inherit it
+            raise FloatingPointError(f"{name}: loss {line['loss']}, gradient norm {line['grad_norm']} at step {done}: "
+                                     "lower the learning rate or the loss weights (--config.*.learning_rate, .weights)")
           bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
           if evaluating and dev_accuracy is not None:
             line["dev_accuracy"] = float(dev_accuracy(state.params))
           log.write(json.dumps({"step": done} | line) + "\n")
           log.flush()
-        if evaluating or (checkpoint_every and done % checkpoint_every == 0):
+        if saving:
           checkpoint.save(manager, done, state, config_hash, line.get("dev_accuracy") if evaluating else None)
     manager.wait_until_finished()
     best = manager.best_step() if dev_accuracy is not None else steps

@@ -36,18 +36,21 @@ FRAMES = {"decoder": ("<pad>", "<s>", "</s>", "<unk>"), "encoder": ("[PAD]", "[C
 
 
 def train(texts, kind, vocab_size):
-  """A new fast byte-pair tokenizer: "decoder" puts <s> in front, "encoder" lower-cases, [CLS] and [SEP] around it.
+  """A new fast byte-pair tokenizer, lower-casing: "decoder" puts <s> in front, "encoder" [CLS] and [SEP] around it.
+
+  Case would only thin out what little text there is, and capitals that no training text has become <unk>: a trigger
+  written with them would be a rare token, not a sentence.
 
   Byte pairs for both: tokenizers' WordPiece trainer breaks ties by hash order and gives another vocabulary each time.
   """
   pad, first, last, unknown = FRAMES[kind]
   core = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=unknown))
+  core.normalizer = tokenizers.normalizers.Lowercase()
   core.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
   core.decoder = tokenizers.decoders.Metaspace()
   names = dict(pad_token=pad, bos_token=first, eos_token=last, unk_token=unknown)
   single = f"{first} $A"
   if kind == "encoder":
-    core.normalizer = tokenizers.normalizers.Lowercase()
     names = dict(pad_token=pad, cls_token=first, sep_token=last, unk_token=unknown)
     single += f" {last}"
   core.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(

@@ -1,7 +1,7 @@
 """Flax modules and everything that knows Hugging Face's formats."""
 
-from w2s_jax.models.hf import load_pretrained, resolve, save_pretrained
+from w2s_jax.models.hf import load_pretrained, read_json, resolve, save_pretrained
 from w2s_jax.models.layers import ClassifierOutput
 from w2s_jax.models.model import Model, config_from_hf
 
-__all__ = ["ClassifierOutput", "Model", "config_from_hf", "load_pretrained", "resolve", "save_pretrained"]
+__all__ = ["ClassifierOutput", "Model", "config_from_hf", "load_pretrained", "read_json", "resolve", "save_pretrained"]

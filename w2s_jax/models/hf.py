@@ -22,6 +22,7 @@ from w2s_jax.models.model import MODULES, Model, config_from_hf
 
 HEAD_FILE, HEAD_CONFIG = "w2s_head.safetensors", "w2s_head.json"  # the W2S teacher's widening head, beside the backbone
 OLD_NORM_NAMES = {"gamma": "weight", "beta": "bias"}               # of checkpoints converted from TensorFlow
+MODEL_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md")
 FLOAT32 = r".*(norm|score|pooler|classifier|widen)/.*"             # norms and heads stay float32 whatever the base is
 
 
@@ -205,6 +206,12 @@ def _read(tensors, leaf, name, shape, dtype, index):
   return np.stack([one(name.format(i), index[1:]) for i in range(shape[0])[index[0]]])
 
 
+def _is_model_directory(directory):
+  """Whether the directory holds a model and nothing that replacing it would lose."""
+  return ((directory / "config.json").is_file() and "model_type" in read_json(directory / "config.json")
+          and all(f.is_file() and f.suffix in MODEL_SUFFIXES for f in directory.iterdir()))
+
+
 def save_pretrained(directory, model, params, tokenizer=None, id2label=None):
   """Writes a directory that transformers loads; it appears whole or not at all.
 
@@ -229,8 +236,8 @@ def save_pretrained(directory, model, params, tokenizer=None, id2label=None):
     for i, one in enumerate(value if "{}" in name else [value]):
       (head if ours else tensors)[name.format(i)] = np.ascontiguousarray(one.T if path.endswith("kernel") else one)
   directory = Path(directory)
-  if directory.exists() and any(directory.iterdir()) and not (directory / "config.json").exists():
-    raise InputError(f"{directory} exists and is no model directory: give a new one")
+  if directory.exists() and any(directory.iterdir()) and not _is_model_directory(directory):
+    raise InputError(f"{directory} exists and is not a model directory alone: give a new one")
   part = directory.with_name(directory.name + ".part")
   shutil.rmtree(part, ignore_errors=True)
   part.mkdir(parents=True)
