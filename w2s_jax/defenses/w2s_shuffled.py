@@ -1,5 +1,5 @@
-"""W2S with the teacher's outputs permuted over the examples: the control that tells whether the teacher's view of
-each example matters."""
+"""W2S with the teacher's outputs permuted over the examples: the control that tells whether what the teacher
+says of an example, its class included, matters."""
 
 import numpy as np
 
