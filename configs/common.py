@@ -190,7 +190,7 @@ SMALL_LLAMA = dict(offline_arch=llama_arch(512, 64, 3, 4, 2, 160), real_arch=lla
 
 def llama(attack, arg):
   return decoder(attack, arg, {
-      "1b": ("meta-llama/Llama-3.2-1B", llama_arch(128256, 2048, 16, 32, 8, 8192, rope_theta=5e5, positions=8192,
+      "1b": ("meta-llama/Llama-3.2-1B", llama_arch(128256, 2048, 16, 32, 8, 8192, rope_theta=5e5, positions=131072,
                                                    std=0.02)),
       "8b": ("meta-llama/Meta-Llama-3-8B", llama_arch(128256, 4096, 32, 32, 8, 14336, rope_theta=5e5, tied=False,
                                                       positions=8192, std=0.02)),

@@ -35,15 +35,41 @@ BERT_SHAPES = {
     "two-layers": dict(vocab_size=64, num_attention_heads=4, num_hidden_layers=2, max_position_embeddings=20),
     "one-segment": dict(vocab_size=50, num_attention_heads=8, type_vocab_size=1, layer_norm_eps=1e-3),
 }
-CASES = [(family, name) for family, shapes in (("llama", LLAMA_SHAPES), ("qwen2", QWEN2_SHAPES), ("bert", BERT_SHAPES))
-         for name in shapes]
+MISTRAL_SHAPES = {
+    "window-3": dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, sliding_window=3),
+    "window-one-layer-tied": dict(vocab_size=64, num_attention_heads=4, num_key_value_heads=1, sliding_window=5,
+                                  num_hidden_layers=1, tie_word_embeddings=True),
+    "no-window-wide-heads": dict(vocab_size=83, num_attention_heads=2, num_key_value_heads=2, head_dim=24,
+                                 sliding_window=None),
+}
+QWEN3_SHAPES = {
+    "gqa-tied": dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True),
+    "mqa-wide-heads": dict(vocab_size=64, num_attention_heads=3, num_key_value_heads=1, head_dim=16),
+    "mha-odd": dict(vocab_size=131, num_attention_heads=4, num_key_value_heads=4, head_dim=6, num_hidden_layers=2,
+                    rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+}
+ROPE_SHAPES = {  # padded_ids has up to 11 tokens: "dynamic" is stretched, llama3 has all three of its bands
+    "linear": dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}),
+    "dynamic": dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+                    max_position_embeddings=8),
+    "dynamic-short": dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+    "llama3": dict(rope_parameters={"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0,
+                                    "high_freq_factor": 4.0, "original_max_position_embeddings": 32}, head_dim=16),
+}
+LLAMA_SHAPES |= {f"rope-{name}": dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2) | shape
+                 for name, shape in ROPE_SHAPES.items()}
+SHAPES = {"llama": LLAMA_SHAPES, "mistral": MISTRAL_SHAPES, "qwen2": QWEN2_SHAPES, "qwen3": QWEN3_SHAPES,
+          "bert": BERT_SHAPES}
+CASES = [(family, name) for family, shapes in SHAPES.items() for name in shapes]
 
 
 def torch_model(family, shape, num_labels=2, seed=0):
   """A random transformers classifier whose norms and biases are random too, so that a swapped tensor shows."""
   config_class, model_class = {
       "llama": (transformers.LlamaConfig, transformers.LlamaForSequenceClassification),
+      "mistral": (transformers.MistralConfig, transformers.MistralForSequenceClassification),
       "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForSequenceClassification),
+      "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForSequenceClassification),
       "bert": (transformers.BertConfig, transformers.BertForSequenceClassification)}[family]
   config = config_class(**dict(dict(hidden_size=32, intermediate_size=44, num_hidden_layers=3, pad_token_id=0,
                                     max_position_embeddings=64, num_labels=num_labels), **shape))
@@ -56,7 +82,7 @@ def torch_model(family, shape, num_labels=2, seed=0):
 
 
 def shape_of(family, name):
-  return {"llama": LLAMA_SHAPES, "qwen2": QWEN2_SHAPES, "bert": BERT_SHAPES}[family][name]
+  return SHAPES[family][name]
 
 
 def padded_ids(vocab_size, left=False, seed=0):
@@ -185,13 +211,31 @@ def test_a_v4_config_is_read(saved, tmp_path):
 
 
 @pytest.mark.parametrize("field,value", [
-    ("rope_parameters", {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}),
+    ("rope_parameters", {"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0}),
     ("hidden_act", "gelu"), ("attention_bias", True), ("model_type", "mamba")])
 def test_a_network_we_would_get_wrong_is_refused(field, value, saved, tmp_path):
   _, directory, *_ = saved("llama", "mha-tied")
   hf = json.loads((directory / "config.json").read_text()) | {field: value}
   (tmp_path / "config.json").write_text(json.dumps(hf))
   with pytest.raises(InputError, match=r"is not supported|not supported"):
+    load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rope-linear", "rope-llama3"])
+def test_a_v4_rope_scaling_is_read(name, saved, tmp_path):
+  """`rope_scaling` beside `rope_theta`, its type under the old name `type` too; a parameter that is absent is named."""
+  theirs, directory, *_ = saved("llama", name)
+  hf = json.loads((directory / "config.json").read_text())
+  rope = hf.pop("rope_parameters")
+  hf |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope | {"type": rope.pop("rope_type")}}
+  (tmp_path / "config.json").write_text(json.dumps(hf))
+  (tmp_path / "model.safetensors").symlink_to(directory / "model.safetensors")
+  ids, mask = padded_ids(97)
+  np.testing.assert_allclose(apply(*load_pretrained(tmp_path), ids, mask).logits, torch_outputs(theirs, ids, mask)[0],
+                             atol=1e-4)
+  del hf["rope_scaling"]["factor"]
+  (tmp_path / "config.json").write_text(json.dumps(hf))
+  with pytest.raises(InputError, match="needs factor in config.json's rope_parameters"):
     load_pretrained(tmp_path)
 
 

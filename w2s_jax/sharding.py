@@ -28,6 +28,7 @@ RULES = {
         (r"layers/.*/lora_b", P(None, None, "fsdp")),                    # [L, R, out]
         (r"layers/.*/lora_alpha", P()),                                  # [L]
         (r"layers/(attn|mlp)_norm/scale", P()),                          # [L, D]
+        (r"layers/attn/(q|k)_norm/scale", P()),                          # [L, d]
         (r"norm/scale", P()),                                            # [D]
         (r"score/kernel", P("fsdp", None)),                              # [D, C]
     ),

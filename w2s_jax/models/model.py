@@ -11,7 +11,7 @@ from w2s_jax.models import bert, layers, llama
 MODULES = {"llama": llama, "bert": bert}          # family -> module with WEIGHT_MAP etc.
 CLASSIFIERS = {"llama": llama.LlamaClassifier, "bert": bert.BertClassifier}
 DTYPES = ("float32", "bfloat16", "float16")
-CONFIGS = {"llama": llama.LlamaConfig, "qwen2": llama.LlamaConfig, "bert": bert.BertConfig}
+CONFIGS = dict.fromkeys(llama.ARCHITECTURES, llama.LlamaConfig) | {"bert": bert.BertConfig}
 
 
 def config_from_hf(hf, **runtime):
@@ -27,7 +27,8 @@ def config_from_hf(hf, **runtime):
     config = CONFIGS[model_type].from_hf(hf, **runtime)
   except KeyError as e:
     raise InputError(f"the model's config.json ({model_type}) has no field {e}") from None
-  if config.hidden_size % config.num_heads or config.num_heads % getattr(config, "num_kv_heads", 1):
+  uneven = config.hidden_size % config.num_heads and not hf.get("head_dim")
+  if uneven or config.num_heads % getattr(config, "num_kv_heads", 1):
     raise InputError(f"{config.num_heads} attention heads must divide hidden_size {config.hidden_size} and be divided "
                      "by num_key_value_heads: see the model's config.json, --config.student.arch or .teacher.arch")
   if config.dtype not in DTYPES or config.remat not in ("none", *layers.REMAT_POLICIES):
