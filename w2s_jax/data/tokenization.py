@@ -1,10 +1,15 @@
 """Hugging Face fast tokenizers: loading, training the offline ones, and what survives truncation."""
 
+from pathlib import Path
+
 import numpy as np
 import tokenizers
 import transformers
 
 from w2s_jax import InputError
+
+# One of these holds a tokenizer's vocabulary; without any, transformers makes some model types an empty tokenizer.
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 def load(directory, vocab_size):
@@ -13,6 +18,9 @@ def load(directory, vocab_size):
   Raises:
     InputError: there is none, it is not a fast one, or it has tokens the model does not know.
   """
+  if not any((Path(directory) / name).is_file() for name in VOCABULARY_FILES):
+    raise InputError(f"no tokenizer to be had from {directory} (none of {', '.join(VOCABULARY_FILES)}): put the "
+                     "model's tokenizer.json and tokenizer_config.json into its directory")
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, use_fast=True, trust_remote_code=False)
   except Exception as e:  # transformers raises many kinds for a missing or foreign tokenizer
