@@ -13,6 +13,8 @@ from w2s_jax.data import corpora, poison, tokenization
 from w2s_jax.defenses import DEFENSES, w2s
 from w2s_jax.models import load_pretrained
 
+TRAINING = ("warmup", "poison", "teach", "defend")   # sections of the config that say how a stage trains
+
 
 def config_hash(config):
   return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
@@ -64,7 +66,7 @@ def start(config, workdir):
   """
   _check_fields(config)
   mesh = sharding.make_mesh(**config.mesh)
-  for stage in ("warmup", "poison", "teach", "defend"):
+  for stage in TRAINING:
     sharding.check_batch(config[stage].batch_size, mesh, f"--config.{stage}.batch_size")
   sharding.check_batch(config.data.eval_batch_size, mesh, "--config.data.eval_batch_size")
   workdir = Path(workdir)
@@ -101,16 +103,16 @@ def _check_fields(config):
   least = {"seed": 0, "log_every": 1, "term_norms_every": 0, "checkpoint_every": 0, "warmup.epochs": 0,
            "data.eval_batch_size": 1, "lora.rank": 1, "teacher.layers": 0,
            "data.max_length": 4, "data.attack_max_length": 4}
-  for stage in ("warmup", "poison", "teach", "defend"):
+  ranges = {"defend.temperature": (1e-3, 1e3), "lora.dropout": (0.0, 0.99), "lora.alpha": (0.0, 1e6)}
+  for stage in TRAINING:
     least = {f"{stage}.epochs": 1, f"{stage}.batch_size": 1, f"{stage}.evaluations": 1, f"{stage}.max_steps": 0} | least
+    ranges |= {f"{stage}.learning_rate": (0.0, 10.0), f"{stage}.warmup_fraction": (0.0, 1.0),
+               f"{stage}.weight_decay": (0.0, 10.0), f"{stage}.clip_norm": (0.0, 1e6)}
   fields = _flat(config.to_dict())
   for field, low in least.items():
     if fields[field] < low:
       raise InputError(f"{field} is {fields[field]}, wanted at least {low}: set --config.{field}")
-  for field, low, high in (("defend.temperature", 1e-3, 1e3), ("lora.dropout", 0.0, 0.99), ("lora.alpha", 0.0, 1e6),
-                           *((f"{stage}.{name}", 0.0, high) for stage in ("warmup", "poison", "teach", "defend")
-                             for name, high in (("learning_rate", 10.0), ("warmup_fraction", 1.0),
-                                                ("weight_decay", 10.0), ("clip_norm", 1e6)))):
+  for field, (low, high) in ranges.items():
     if not low <= fields[field] <= high:
       raise InputError(f"{field} is {fields[field]}, wanted a number in {low:g}..{high:g}: set --config.{field}")
   unknown = sorted(set(config.poison.trains) - set(lora.FULL))

@@ -53,12 +53,12 @@ def _check_student(run, model):
 
 def _check_teacher(run):
   c = run.config
-  hf = c.teacher.arch.to_dict()
   if c.teacher.path:
-    hf = read_json(resolve(c.teacher.path) / "config.json")
-  model = Model(config_from_hf(hf, feature_width=1))
-  if c.teacher.path:
-    tokenization.load(resolve(c.teacher.path), model.config.vocab_size)
+    directory = resolve(c.teacher.path)
+    model = Model(config_from_hf(read_json(directory / "config.json"), feature_width=1))
+    tokenization.load(directory, model.config.vocab_size)
+  else:
+    model = Model(config_from_hf(c.teacher.arch.to_dict(), feature_width=1))
   if c.teacher.layers > model.config.num_layers:
     raise InputError(f"the teacher has {model.config.num_layers} layers, {c.teacher.layers} were asked for: lower "
                      "--config.teacher.layers")
