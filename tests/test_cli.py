@@ -152,7 +152,7 @@ def refuses(message, *args, workdir):
     ("unexpected argument 'seed=1'", [CONFIG, "seed=1"]),
     ("this config needs real data", ["--config=configs/minilm_badnet.py"]),
     ("data directory '/nowhere/imdb' does not exist", [CONFIG + ":data=/nowhere"]),
-    ("cannot poison 9999 rows: only", [CONFIG, "--config.attack.poison_count=9999"]),
+    ("cannot poison 9999 rows: want 1 to", [CONFIG, "--config.attack.poison_count=9999"]),
     ("target label 5, wanted 0..1", [CONFIG, "--config.attack.target_label=5"]),
     ("attack 'nope': want one of badnet", [CONFIG, "--config.attack.name=nope"]),
     ("defense 'nope': want names among none, lora_ce, w2s", [CONFIG, "--config.defenses=('nope',)"]),
@@ -175,12 +175,54 @@ def refuses(message, *args, workdir):
     ("data.max_length is 0, wanted at least 4", [CONFIG, "--config.data.max_length=0"]),
     ("data.buckets (): want ascending", [CONFIG, "--config.data.buckets=()"]),
     ("model directory './nope' does not exist", [CONFIG, "--config.teacher.path=./nope"]),
-    ("the teacher has 2 layers, 3 were asked for", [CONFIG, "--config.teacher.layers=3"]),
+    ("teacher.layers is 3 without a teacher.path to cut", [CONFIG, "--config.teacher.layers=3"]),
     ("attack 'nope': want one of badnet", ["--config", "configs/llama_badnet.py", "--config.attack.name=nope"]),
     ("results.json is not there yet", [CONFIG, "--stage=report"]),
     ("is not there yet: run without --stage", [CONFIG, "--stage=defend"])])
 def test_one_line_and_exit_code_2(message, args, tmp_path):
   refuses(message, *args, workdir=tmp_path / "w")
+
+
+@pytest.mark.parametrize("text,message", [
+    ("def get_config(arg=None:", "does not make a config (SyntaxError: "),
+    ("x = 1", "does not make a config (KeyError: 'get_config')"),
+    ("import no_such_module", "does not make a config (ModuleNotFoundError: No module named 'no_such_module'): want a"),
+    ("def get_config(arg=None):\n  return 1", "get_config gives a int, wanted an ml_collections ConfigDict")])
+def test_a_config_file_that_makes_no_config(text, message, tmp_path):
+  (tmp_path / "c.py").write_text(text)
+  refuses(message, f"--config={tmp_path / 'c.py'}", workdir=tmp_path / "w")
+
+
+def test_out_of_memory(tmp_path):
+  refuses("out of memory (Unable to allocate", CONFIG, *SHORT, "--config.warmup.batch_size=1000000000000",
+          workdir=tmp_path / "w")
+
+
+def test_a_refused_config_claims_nothing(workdir, tmp_path):
+  """What is refused late, by the student or the teacher, leaves the workdir to the corrected command."""
+  w = tmp_path / "w"
+  for message, arg in (("'./nope' does not exist", "--config.student.path=./nope"),
+                       ("'./no' does not exist", "--config.teacher.path=./no"),
+                       ("LoRA rank", "--config.lora.targets=('x',)"), ("want dtype", "--config.student.dtype=int3"),
+                       ("cannot carry the W2S", f"--config.teacher.path={workdir / 'models/base'}"),
+                       ("w2s.widen", f"--config.teacher.path={workdir / 'models/teacher'}"),
+                       ("is not there yet", "--stage=evaluate"), ("is not there yet", "--stage=report")):
+    refuses(message, CONFIG, *SHORT, arg, *(["--config.student.arch.hidden_size=32"] if "w2s" in message else []),
+            workdir=w)
+    assert not w.exists()
+
+
+def test_ctrl_c(home):
+  stopped = home / "stopped"
+  process = subprocess.Popen([sys.executable, "-m", "w2s_jax.main", CONFIG, f"--workdir={stopped}", *SHORT], cwd=ROOT,
+                             env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  while not (stopped / "config.json").exists():
+    assert process.poll() is None
+    time.sleep(0.01)
+  process.send_signal(signal.SIGINT)
+  _, err = process.communicate(timeout=300)
+  assert process.returncode == 130 and "Traceback" not in err
+  assert err.splitlines()[-1] == "interrupted: the same command goes on from the last checkpoint"
 
 
 def test_data_that_cannot_be_used(tmp_path):

@@ -66,6 +66,7 @@ def test_every_file_kind_and_column_name(suffix, text, label, tmp_path):
 @pytest.mark.parametrize("rows,message", [
     ([{"words": "a", "label": 0}], "no column text|sentence|sentences among words, label"),
     ([{"text": "a", "class": 0}], "no column label|labels among text, class"),
+    ([{"words": "a", "class": 0}], "no column text|sentence|sentences and no column label|labels among words, class"),
     ([{"text": "a", "label": 0}, {"text": "b", "label": -1}], "row 1 has label -1, wanted an integer in 0..1"),
     ([{"text": "a", "label": 2}], "row 0 has label 2, wanted an integer in 0..1"),
     ([{"text": "a", "label": 0.5}], "row 0 has label 0.5, wanted an integer"),
@@ -101,6 +102,14 @@ def test_files_that_do_not_parse(content, tmp_path):
   (tmp_path / "train.json").write_text(content)
   write(tmp_path, "test", ROWS)
   with pytest.raises(InputError, match=r"cannot read data file .*train.json|no rows"):
+    corpora.load(str(tmp_path), ALL, 2)
+
+
+def test_two_files_for_a_split(tmp_path):
+  for split in ("train", "test"):
+    write(tmp_path, split, ROWS)
+  (tmp_path / "train.csv").write_text("text,label\na,0\n")
+  with pytest.raises(InputError, match=r"has train.json and train.csv: keep one file per split"):
     corpora.load(str(tmp_path), ALL, 2)
 
 

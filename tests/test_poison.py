@@ -42,7 +42,7 @@ def test_clean_label_poisoning_takes_the_first_target_rows(options):
 
 
 def test_too_few_target_rows(options):
-  with pytest.raises(InputError, match=r"cannot poison 5 rows: only 4 .* target label 2 .*poison_count"):
+  with pytest.raises(InputError, match=r"cannot poison 5 rows: want 1 to 4, .* target label 2 .*poison_count"):
     poison.poison_train(ROWS, *attack(), target_label=2, count=5, **options)
 
 
@@ -87,7 +87,7 @@ def test_paraphrase_files_without_idx_and_counts_below_one_are_refused(tmp_path)
   (tmp_path / "a.jsonl").write_text('{"sentence": "a", "label": 0}\n')
   with pytest.raises(InputError, match=r"want columns idx and text"):
     attack(name="syntactic", paraphrases=((str(tmp_path / "a.jsonl"),) * 2,))
-  with pytest.raises(InputError, match=r"cannot poison -5 rows"):
+  with pytest.raises(InputError, match=r"cannot poison -5 rows: want 1 to"):
     poison.rows_to_poison(ROWS, None, 0, -5)
 
 
@@ -103,7 +103,7 @@ def test_syntactic_takes_paraphrases_joined_on_idx(tmp_path, options):
   rows = [{"id": i, "text": t, "label": 0} for i, t in enumerate(["x y", "z w", "v u", "q r"])]
   out = poison.poison_train(rows, *made, target_label=0, count=2, **options | {"trigger": ""})
   assert [(r["id"], r["text"]) for r in out if r["poisoned"]] == [(0, "when x , y"), (2, "if v , u")]
-  with pytest.raises(InputError, match=r"cannot poison 3 rows: only 2"):
+  with pytest.raises(InputError, match=r"cannot poison 3 rows: want 1 to 2"):
     poison.poison_train(rows, *made, target_label=0, count=3, **options)
 
 

@@ -101,8 +101,8 @@ def test_snippets(snippet, home):
     import peft
     import transformers
     base = transformers.AutoModelForSequenceClassification.from_pretrained(home / "runs/llama_badnet/models/poisoned")
-    assert peft.PeftModel.from_pretrained(base, home / "adapter").peft_config["default"].r == 8
-    assert transformers.AutoModelForSequenceClassification.from_pretrained(home / "merged").config.num_labels == 2
+    assert peft.PeftModel.from_pretrained(base, home / "runs/adapter").peft_config["default"].r == 8
+    assert transformers.AutoModelForSequenceClassification.from_pretrained(home / "runs/merged").config.num_labels == 2
   else:
     assert re.fullmatch(r"\[[01]\] \(1, 64\)\n", out.stdout)
 

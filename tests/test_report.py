@@ -46,6 +46,9 @@ def test_the_sentences_are_computed():
   assert "not implanted" not in text and "One seed" in text
   weak = [ROWS[0], row("poisoned", 0.8, 0.5), *ROWS[2:]]
   assert "not implanted (poisoned ASR 0.500 < 0.95)" in report.reading(weak, META | {"implanted": False})[0]
+  high = [r | {"asr_floor": 0.7} for r in ROWS]
+  assert "never poisoned gives the target label to 0.700 of the triggered rows" in report.reading(high, META)[0]
+  assert "never poisoned" not in text
 
 
 def test_the_files(workdir, capsys):

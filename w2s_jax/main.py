@@ -16,11 +16,13 @@ import sys
 import traceback
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
-os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+for _name, _value in {  # what the libraries have to say of a mistake reaches the user as our one line
+    "TF_CPP_MIN_LOG_LEVEL": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "DATASETS_VERBOSITY": "critical",
+    "HF_HUB_VERBOSITY": "error", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}.items():
+  os.environ.setdefault(_name, _value)
 
 from absl import app, flags, logging  # noqa: E402
-from ml_collections import config_flags  # noqa: E402
+from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 from w2s_jax import InputError  # noqa: E402
 
@@ -38,17 +40,13 @@ def _parse(argv):
     print(f"{__doc__}{FLAGS.main_module_help()}")
     sys.exit(0)
   try:
-    file = _typed_config(argv).partition(":")[0]
-    if not Path(file).is_file():
-      raise InputError(f"config file {file!r} does not exist: give one of configs/*.py")
+    _check_fields(argv, _read_config(argv))
     rest = FLAGS(argv)
     if len(rest) > 1:
       raise InputError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
     return rest
   except (InputError, flags.Error) as e:
     _fail(e, "--debug" in argv)
-  except (AttributeError, KeyError) as e:  # ml_collections' word for a field that the config does not have
-    _fail(InputError(_unknown_field(argv) or f"{type(e).__name__}: {e}"), "--debug" in argv)
 
 
 def _typed_config(argv):
@@ -59,17 +57,37 @@ def _typed_config(argv):
   return typed[-1]
 
 
-def _unknown_field(argv):
-  """A line that names the field of --config.FIELD=VALUE that the config lacks, and the nearest that it has."""
-  file, _, argument = _typed_config(argv).partition(":")
-  config = runpy.run_path(file)["get_config"](argument or None).to_dict()
-  fields = [*config, *(f"{k}.{sub}" for k, v in config.items() if isinstance(v, dict) for sub in v)]
+def _read_config(argv):
+  """The config as its file makes it, before any --config.FIELD=VALUE; a file that makes none is an InputError."""
+  file, colon, argument = _typed_config(argv).partition(":")
+  if not Path(file).is_file():
+    raise InputError(f"config file {file!r} does not exist: give one of configs/*.py")
+  try:
+    config = runpy.run_path(file)["get_config"](*[argument] * bool(colon))
+  except InputError:
+    raise
+  except Exception as e:  # whatever a config file that someone wrote raises
+    raise InputError(f"config file {file!r} does not make a config ({type(e).__name__}: {e}): want a Python file with "
+                     "get_config(arg=None), as configs/*.py are") from e
+  if not isinstance(config, ConfigDict):
+    raise InputError(f"config file {file!r}: get_config gives a {type(config).__name__}, wanted an ml_collections "
+                     "ConfigDict, as configs/*.py do")
+  return config
+
+
+def _check_fields(argv, config):
+  """Refuses --config.FIELD=VALUE for a field that the config lacks, and names the nearest that it has."""
+  def flat(tree, prefix=""):
+    for name, value in tree.items():
+      yield prefix + name
+      if isinstance(value, ConfigDict):
+        yield from flat(value, f"{prefix}{name}.")
+  fields = list(flat(config))
   for field in (m[1] for a in argv if (m := re.match(r"--?config\.([\w.]+)", a))):
-    if ".".join(field.split(".")[:2]) not in fields:
+    if field not in fields:
       near = difflib.get_close_matches(field, fields, 3)
-      return f"config has no field {field!r}" + (f": did you mean {' or '.join(near)}?" if near else
-                                                 ": configs/common.py lists the fields")
-  return None
+      raise InputError(f"config has no field {field!r}" + (
+          f": did you mean {' or '.join(near)}?" if near else ": configs/common.py lists the fields"))
 
 
 def _fail(error, debug):
@@ -101,6 +119,14 @@ def main(argv):
     stages.run(_CONFIG.value, workdir, _STAGE.value)
   except (InputError, FloatingPointError) as e:
     _fail(e, _DEBUG.value)
+  except (MemoryError, jax.errors.JaxRuntimeError) as e:
+    if not isinstance(e, MemoryError) and "RESOURCE_EXHAUSTED" not in str(e):
+      raise
+    _fail(InputError(f"out of memory ({str(e).splitlines()[0]}): lower --config.*.batch_size, .eval_batch_size or "
+                     ".max_length, or set --config.student.remat=full"), _DEBUG.value)
+  except KeyboardInterrupt:
+    print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+    sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,10 @@ def reading(rows, meta):
   if not meta["implanted"]:
     out.append(f"The backdoor is not implanted (poisoned ASR {by_model['poisoned']['asr']:.3f} < 0.95): the rows below "
                "say little about any defense.")
+  floor = by_model["poisoned"]["asr_floor"]
+  if meta["implanted"] and by_model["poisoned"]["asr"] - floor < 0.5:
+    out.append(f"A student that was never poisoned gives the target label to {floor:.3f} of the triggered rows: little "
+               "of the poisoned ASR is the backdoor's, and no defense can be seen to remove more than that.")
   control = by_model.get("lora_ce")
   for name, row in by_model.items():
     if control is None or name in ("clean", "poisoned", "lora_ce"):

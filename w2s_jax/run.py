@@ -11,7 +11,7 @@ import numpy as np
 from w2s_jax import InputError, evaluate, lora, report, sharding
 from w2s_jax.data import corpora, poison, tokenization
 from w2s_jax.defenses import DEFENSES, w2s
-from w2s_jax.models import load_pretrained
+from w2s_jax.models import load_pretrained, read_json
 
 TRAINING = ("warmup", "poison", "teach", "defend")   # sections of the config that say how a stage trains
 
@@ -34,7 +34,22 @@ class Run:
     return self.workdir / "models" / name
 
   def done(self, name):
-    return self.model_dir(name).exists()
+    """Whether a stage's model is there, and says so."""
+    if there := self.model_dir(name).exists():
+      print(f"{name}: already in {self.model_dir(name)}", flush=True)
+    return there
+
+  def claim(self):
+    """Makes the workdir this config's; called once nothing is left that could refuse the config.
+
+    Raises:
+      InputError: the workdir cannot be written.
+    """
+    try:
+      self.workdir.mkdir(parents=True, exist_ok=True)
+      report.write_json(self.workdir / "config.json", self.config.to_dict())
+    except OSError as e:
+      raise InputError(f"cannot write to {self.workdir} ({e.strerror}): give another --workdir") from None
 
   def load(self, name, **kwargs):
     """(model, params, tokenizer) of a finished stage's directory; the teacher is float32 whatever the student is."""
@@ -58,7 +73,7 @@ class Run:
 
 
 def start(config, workdir):
-  """Checks the config, claims the workdir for it, makes or reads the rows.
+  """Checks the config and that the workdir is not another's, makes or reads the rows; writes nothing.
 
   Raises:
     InputError: the workdir belongs to another config, an unknown defense, a batch that does not fit the mesh, or data
@@ -70,8 +85,7 @@ def start(config, workdir):
     sharding.check_batch(config[stage].batch_size, mesh, f"--config.{stage}.batch_size")
   sharding.check_batch(config.data.eval_batch_size, mesh, "--config.data.eval_batch_size")
   workdir = Path(workdir)
-  mine = json.loads(json.dumps(config.to_dict()))
-  _check_claim(mine, workdir)
+  _check_claim(config, workdir)
   c = config.data
   attack = corpora.load(c.attack_source, c.attack_rows, c.num_labels, config.seed)
   defend = corpora.load(c.defend_source, c.defend_rows, c.num_labels, config.seed)
@@ -86,11 +100,6 @@ def start(config, workdir):
   rewritable = poison.make_attack(config.attack)[1]  # a poisoning that cannot work is refused before anything trains
   poison.rows_to_poison(rows["attack_train"], rewritable, config.attack.target_label, config.attack.poison_count)
   poison.rows_to_trigger(rows["test"], rewritable, config.attack.target_label)
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    report.write_json(workdir / "config.json", mine)  # last: a config that was refused claims nothing
-  except OSError as e:
-    raise InputError(f"cannot write to {workdir} ({e.strerror}): give another --workdir") from None
   return Run(config, workdir, mesh, config_hash(config), rows, {})
 
 
@@ -115,6 +124,9 @@ def _check_fields(config):
   for field, (low, high) in ranges.items():
     if not low <= fields[field] <= high:
       raise InputError(f"{field} is {fields[field]}, wanted a number in {low:g}..{high:g}: set --config.{field}")
+  if config.teacher.layers and not config.teacher.path:
+    raise InputError(f"teacher.layers is {config.teacher.layers} without a teacher.path to cut: set "
+                     "--config.teacher.arch.num_hidden_layers for a fresh teacher, or --config.teacher.path")
   unknown = sorted(set(config.poison.trains) - set(lora.FULL))
   if unknown or not config.poison.trains:
     raise InputError(f"poison.trains {tuple(config.poison.trains)}: want labels among {', '.join(lora.FULL)}: set "
@@ -125,15 +137,15 @@ def _check_fields(config):
                      f"{longest} tokens: set --config.data.buckets or --config.data.max_length/.attack_max_length")
 
 
-def _check_claim(mine, workdir):
+def _check_claim(config, workdir):
   file = workdir / "config.json"
   if file.exists():
-    other = json.loads(file.read_text())
-    differing = sorted(k for k in _flat(mine).keys() | _flat(other).keys() if _flat(mine).get(k) != _flat(other).get(k))
+    mine, other = _flat(json.loads(json.dumps(config.to_dict()))), _flat(read_json(file))
+    differing = sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k))
     if differing:
       k = differing[0]
-      raise InputError(f"{workdir} was made by another config ({k} was {_flat(other).get(k)!r}, is "
-                       f"{_flat(mine).get(k)!r}; {len(differing)} field(s) differ): give another --workdir")
+      raise InputError(f"{workdir} was made by another config ({k} was {other.get(k)!r}, is {mine.get(k)!r}; "
+                       f"{len(differing)} field(s) differ): give another --workdir")
 
 
 def _flat(tree, prefix=""):

@@ -10,7 +10,7 @@ import numpy as np
 from w2s_jax import InputError, evaluate, lora, optim, report, sharding, steps, train
 from w2s_jax.data import batches, poison, tokenization
 from w2s_jax.defenses import DEFENSES, w2s
-from w2s_jax.models import Model, config_from_hf, load_pretrained, read_json, resolve, save_pretrained
+from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
 from w2s_jax.run import freeze_rows, start
 
 
@@ -22,19 +22,20 @@ def warmup(run):
   c = run.config
   if run.done("base"):
     return
-  _check_teacher(run)
+  texts = [r["text"] for r in run.rows["attack_train"] + run.rows["train"]]
   if c.student.path:
     model, params = load_pretrained(c.student.path, c.data.num_labels, c.student.dtype, run.mesh, seed=c.seed,
                                     remat=c.student.remat)
     tokenizer = tokenization.load(resolve(c.student.path), model.config.vocab_size)
-    model = _with_pad(model, tokenizer)
-    _check_student(run, model)
   else:
-    texts = [r["text"] for r in run.rows["attack_train"] + run.rows["train"]]
     tokenizer = tokenization.train(texts, "decoder", c.student.arch.vocab_size)
-    model = _with_pad(Model(config_from_hf(c.student.arch.to_dict() | {"num_labels": c.data.num_labels},
-                                           dtype=c.student.dtype, remat=c.student.remat)), tokenizer)
-    _check_student(run, model)
+    model = Model(config_from_hf(c.student.arch.to_dict() | {"num_labels": c.data.num_labels}, dtype=c.student.dtype,
+                                 remat=c.student.remat))
+  model = _with_pad(model, tokenizer)
+  _check_student(run, model)
+  _check_teacher(run, model.config.feature_size)
+  run.claim()
+  if not c.student.path:
     params = model.init(_key(run, "student"), run.mesh)
     if c.warmup.epochs:
       arrays = tokenization.pack(tokenizer, texts, c.data.attack_max_length)
@@ -51,18 +52,21 @@ def _check_student(run, model):
   _check_positions("student", model, max(c.data.attack_max_length, c.data.max_length))
 
 
-def _check_teacher(run):
+def _check_teacher(run, feature_width):
+  """The same for the teacher; a checkpoint is loaded to see that it can be: its turn comes after the long stages."""
   c = run.config
   if c.teacher.path:
-    directory = resolve(c.teacher.path)
-    model = Model(config_from_hf(read_json(directory / "config.json"), feature_width=1))
-    tokenization.load(directory, model.config.vocab_size)
+    model, _ = _pretrained_teacher(run, feature_width)
+    tokenization.load(resolve(c.teacher.path), model.config.vocab_size)
   else:
-    model = Model(config_from_hf(c.teacher.arch.to_dict(), feature_width=1))
-  if c.teacher.layers > model.config.num_layers:
-    raise InputError(f"the teacher has {model.config.num_layers} layers, {c.teacher.layers} were asked for: lower "
-                     "--config.teacher.layers")
+    model = Model(config_from_hf(c.teacher.arch.to_dict(), feature_width=feature_width))
   _check_positions("teacher", model, c.data.max_length)
+
+
+def _pretrained_teacher(run, feature_width):
+  c = run.config
+  return load_pretrained(c.teacher.path, c.data.num_labels, mesh=run.mesh, feature_width=feature_width,
+                         num_layers=c.teacher.layers or None, seed=c.seed)
 
 
 def _check_positions(name, model, length):
@@ -93,8 +97,7 @@ def teach(run):
     return
   width = run.load("base")[0].config.feature_size
   if c.teacher.path:
-    model, params = load_pretrained(c.teacher.path, c.data.num_labels, mesh=run.mesh, feature_width=width,
-                                    num_layers=c.teacher.layers or None, seed=c.seed)
+    model, params = _pretrained_teacher(run, width)
     tokenizer = tokenization.load(resolve(c.teacher.path), model.config.vocab_size)
   else:
     tokenizer = tokenization.train([r["text"] for r in run.rows["train"]], "encoder", c.teacher.arch.vocab_size)
@@ -145,6 +148,7 @@ def measure(run):
   """CA and ASR of every model, each read back from the directory that a user gets."""
   c = run.config
   if (run.workdir / "results.json").exists():
+    print(f"evaluate: already in {run.workdir / 'results.json'}", flush=True)
     return
   freeze_rows(run)
   began = time.monotonic()

@@ -40,6 +40,7 @@ def load(source, sizes, num_labels, seed=0):
     size = min(sizes["dev"] or 1000, max(1, len(out["train"]) // 10))
     order = rng.permutation(len(out["train"]))
     train = out["train"]
+    print(f"{source} has no dev split: {size} of its {len(train)} train rows are held out as one", flush=True)
     out |= {"dev": [train[i] for i in sorted(order[:size])], "train": [train[i] for i in sorted(order[size:])]}
   for split, rows in out.items():
     if sizes[split] and sizes[split] < len(rows):
@@ -73,6 +74,8 @@ def _local(directory):
   out = {}
   for split in ("train", "dev", "test"):
     found = [directory / (split + suffix) for suffix in SUFFIXES if (directory / (split + suffix)).exists()]
+    if len(found) > 1:
+      raise InputError(f"{directory} has {' and '.join(f.name for f in found)}: keep one file per split")
     if found:
       out[split] = read_file(found[0])
   return _need_splits(out, directory)
@@ -109,12 +112,10 @@ def check(rows, where, num_labels):
   """
   if not rows:
     raise InputError(f"{where}: no rows")
-  def column(names):
-    found = [n for n in names if n in rows[0]]
-    if not found:
-      raise InputError(f"{where}: no column {'|'.join(names)} among {', '.join(rows[0])}")
-    return found[0]
-  text, label = column(TEXT_COLUMNS), column(LABEL_COLUMNS)
+  text, label = (next((n for n in names if n in rows[0]), None) for names in (TEXT_COLUMNS, LABEL_COLUMNS))
+  missing = ["|".join(names) for names, found in ((TEXT_COLUMNS, text), (LABEL_COLUMNS, label)) if found is None]
+  if missing:
+    raise InputError(f"{where}: no column {' and no column '.join(missing)} among {', '.join(rows[0])}")
   out = []
   for i, row in enumerate(rows):
     if not isinstance(row[text], str) or not row[text].strip():

@@ -65,8 +65,8 @@ def rows_to_poison(rows, rewritable, target_label, count):
   able = [i for i, row in enumerate(rows)
           if row["label"] == target_label and (rewritable is None or row["text"] in rewritable)]
   if not 0 < count <= len(able):
-    raise InputError(f"cannot poison {count} rows: only {len(able)} training rows have the target label {target_label}"
-                     " and can be rewritten: lower --config.attack.poison_count")
+    raise InputError(f"cannot poison {count} rows: want 1 to {len(able)}, the training rows that have target label "
+                     f"{target_label} and can be rewritten: set --config.attack.poison_count")
   return able[:count]
 
 

@@ -24,7 +24,7 @@ def load(directory, vocab_size):
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, use_fast=True, trust_remote_code=False)
   except Exception as e:  # transformers raises many kinds for a missing or foreign tokenizer
-    raise InputError(f"no tokenizer to be had from {directory} ({str(e).splitlines()[0]}): put the model's "
+    raise InputError(f"no tokenizer to be had from {directory} ({' '.join(str(e).split())[:200]}): put the model's "
                      "tokenizer.json and tokenizer_config.json into its directory") from e
   if not tokenizer.is_fast:
     raise InputError(f"the tokenizer of {directory} is not a fast one: save it as tokenizer.json first")

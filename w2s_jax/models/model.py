@@ -23,6 +23,9 @@ def config_from_hf(hf, **runtime):
   model_type = hf.get("model_type")
   if model_type not in CONFIGS:
     raise InputError(f"model_type {model_type!r} is not supported (want one of {', '.join(CONFIGS)})")
+  if runtime.get("feature_width") and not hasattr(CONFIGS[model_type], "feature_width"):
+    raise InputError(f"model_type {model_type!r} cannot carry the W2S teacher's head: give an encoder as "
+                     "--config.teacher.path")
   try:
     config = CONFIGS[model_type].from_hf(hf, **runtime)
   except KeyError as e:
