@@ -21,13 +21,13 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from w2s_jax.models import Model  # noqa: E402
-from w2s_jax.models.bert import BertConfig  # noqa: E402
+from w2s_jax.models.encoder import EncoderConfig  # noqa: E402
 from w2s_jax.models.llama import LlamaConfig  # noqa: E402
 
 # Every dimension that a mesh axis is laid on divides by 8.
 LLAMA = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2,
                     head_dim=8, max_positions=64, initializer_range=0.2, pad_token_id=0, tie_embeddings=True)
-BERT = BertConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, max_positions=64,
+BERT = EncoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, max_positions=64,
                   hidden_dropout=0.0, attention_dropout=0.0, initializer_range=0.2)
 
 

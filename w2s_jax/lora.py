@@ -15,14 +15,14 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from w2s_jax import InputError, sharding
-from w2s_jax.models import hf
+from w2s_jax.models import formats
 
 # Parameter path -> label; the first full match wins, no catch-all on purpose.
 LABEL_RULES = (
     (r".*/lora_[ab]", "adapter"),
     (r".*/lora_alpha", "constant"),                           # a hyper-parameter that travels with its adapter
     (r"(score|pooler|widen|classifier)/(kernel|bias)", "head"),
-    (r"(.*/)?(embed_tokens|[a-z_]+_embeddings)/embedding", "embedding"),
+    (r"(.*/)?(embed_tokens|lm_head|[a-z_]+_embeddings)/embedding", "embedding"),
     (r"(.*/)?([a-z]*_)?norm/(scale|bias)", "vector"),
     (r"layers/.*/bias", "vector"),
     (r"layers/.*/kernel", "matrix"),
@@ -64,15 +64,16 @@ def add_lora(params, rank, alpha, targets=("q_proj", "v_proj"), *, key):
     InputError: a target that no layer has, or a rank below 1.
   """
   flat = traverse_util.flatten_dict(params, sep="/")
-  kernels = {p.rsplit("/", 2)[1]: p for p in flat if p.startswith("layers/") and p.endswith("/kernel")}
-  unknown = sorted(set(targets) - set(kernels))
+  kernels = [p for p in sorted(flat) if p.startswith("layers/") and p.endswith("/kernel")]
+  known = sorted({p.split("/")[-2] for p in kernels})
+  unknown = sorted(set(targets) - set(known))
   if unknown or rank < 1:
     raise InputError(f"LoRA rank {rank}, targets {tuple(targets)}: rank must be at least 1 and targets among "
-                     f"{', '.join(sorted(kernels))}: set --config.lora.rank, --config.lora.targets")
+                     f"{', '.join(known)}: set --config.lora.rank, --config.lora.targets")
   out = dict(flat)
-  for i, target in enumerate(targets):
-    path = kernels[target].removesuffix("/kernel")
-    layers, width_in, width_out = flat[kernels[target]].shape
+  for i, kernel in enumerate(p for target in targets for p in kernels if p.split("/")[-2] == target):
+    path = kernel.removesuffix("/kernel")
+    layers, width_in, width_out = flat[kernel].shape
     bound = 1 / math.sqrt(width_in)
     out[f"{path}/lora_a"] = jax.random.uniform(jax.random.fold_in(key, i), (layers, width_in, rank), jnp.float32,
                                                -bound, bound)
@@ -93,8 +94,11 @@ def merge_lora(params):
 
 @jax.jit
 def _merge(kernel, a, b, alpha):
-  delta = jnp.einsum("lir,lro->lio", a, b, precision="highest") * (alpha / a.shape[-1])[:, None, None]
-  return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+  def layer(leaves):
+    kernel, a, b, alpha = leaves
+    delta = jnp.matmul(a, b, precision="highest") * (alpha / a.shape[-1])
+    return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+  return jax.lax.map(layer, (kernel, a, b, alpha))
 
 
 def export_adapter(directory, model, params, base=""):
@@ -110,7 +114,7 @@ def export_adapter(directory, model, params, base=""):
     InputError: params hold no adapter.
   """
   flat = traverse_util.flatten_dict(params, sep="/")
-  names = hf.weight_names(model)
+  names = model.weight_names()
   adapted = [p.removesuffix("/lora_a") for p in flat if p.endswith("/lora_a")]
   if not adapted:
     raise InputError("export_adapter: the parameters hold no adapter (lora.add_lora puts one in)")
@@ -124,16 +128,17 @@ def export_adapter(directory, model, params, base=""):
   for path in heads:
     value = np.asarray(flat[path])
     tensors[f"base_model.model.{names[path]}"] = np.ascontiguousarray(value.T if path.endswith("kernel") else value)
+  prefix = formats.CHECKPOINTS[model.config.model_type].prefix
   rank, alpha = flat[f"{adapted[0]}/lora_a"].shape[-1], float(flat[f"{adapted[0]}/lora_alpha"][0])
   directory = Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
   (directory / "adapter_config.json").write_text(json.dumps({
       "peft_type": "LORA", "task_type": "SEQ_CLS", "r": rank, "lora_alpha": alpha, "bias": "none",
-      "lora_dropout": model.config.lora_dropout, "fan_in_fan_out": False, "inference_mode": True,
+      "lora_dropout": model.config.lora_dropout, "inference_mode": True,
+      "fan_in_fan_out": not formats.CHECKPOINTS[model.config.model_type].transposed,
       "target_modules": _target_modules(names, adapted),
-      "modules_to_save": sorted({names[p].rsplit(".", 1)[0].rsplit(".", 1)[-1] if "pooler" not in p else "pooler"
-                                 for p in heads}),
+      "modules_to_save": sorted({names[p].removeprefix(prefix).split(".")[0] for p in heads}),
       "base_model_name_or_path": str(base)}, indent=2))
 
 

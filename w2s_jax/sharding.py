@@ -31,8 +31,24 @@ RULES = {
         (r"layers/attn/(q|k)_norm/scale", P()),                          # [L, d]
         (r"norm/scale", P()),                                            # [D]
         (r"score/kernel", P("fsdp", None)),                              # [D, C]
+        (r"lm_head/embedding", P("tensor", "fsdp")),                     # [V, D]
     ),
-    "bert": (
+    "gpt2": (
+        (r"embed_tokens/embedding", P("tensor", "fsdp")),                # [V, D]
+        (r"position_embeddings/embedding", P(None, "fsdp")),             # [positions, D]
+        (r"layers/attn/c_attn/kernel", P(None, "fsdp", "tensor")),       # [L, D, 3*D]: q, k and v side by side
+        (r"layers/mlp/c_fc/kernel", P(None, "fsdp", "tensor")),          # [L, D, F]
+        (r"layers/(attn|mlp)/c_proj/kernel", P(None, "tensor", "fsdp")),  # [L, D or F, D]
+        (r"layers/.*/lora_a", P(None, "fsdp", None)),
+        (r"layers/.*/lora_b", P(None, None, "fsdp")),
+        (r"layers/.*/lora_alpha", P()),
+        (r"layers/.*/bias", P()),
+        (r"(layers/(attn|mlp)_)?norm/scale", P()),
+        (r"norm/bias", P()),
+        (r"score/kernel", P("fsdp", None)),                              # [D, C]
+        (r"lm_head/embedding", P("tensor", "fsdp")),                     # [V, D]
+    ),
+    "encoder": (
         (r"embeddings/word_embeddings/embedding", P("tensor", "fsdp")),  # [V, D]
         (r"embeddings/(position|token_type)_embeddings/embedding", P(None, "fsdp")),  # [positions, D]
         (r"layers/attn/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, D]

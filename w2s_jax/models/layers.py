@@ -71,6 +71,49 @@ def attention(q, k, v, mask, dropout_rate):
   return jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(v.dtype), v)
 
 
+def causal_mask(attention_mask, window=0):
+  """[B, 1, T, T] bool: a token sees itself and the real tokens before it, `window` in all where that is not 0."""
+  T = attention_mask.shape[1]
+  seen = jnp.tril(jnp.ones((T, T), bool))
+  if window:
+    seen &= ~jnp.tril(seen, -window)
+  return seen & attention_mask.astype(bool)[:, None, None, :]
+
+
+def real_positions(attention_mask):
+  """[B, T] int: the place of each token among the real ones, so that padding on the left changes nothing."""
+  return jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
+
+
+def last_real_token(hidden, attention_mask):
+  """[B, T, D] -> [B, D]."""
+  last = attention_mask.shape[1] - 1 - jnp.argmax(attention_mask[:, ::-1], axis=1)
+  return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+
+
+def embed(config, size, name):
+  return nn.Embed(size, config.hidden_size, embedding_init=nn.initializers.normal(config.initializer_range), name=name)
+
+
+def decoder_head(config, embed_tokens, hidden, attention_mask):
+  """ClassifierOutput of a decoder; for use inside a compact module.
+
+  Its logits are those of the `score` head, [B, C], or with `config.head` "lm" those of the next token, [B, V]; both
+  of the last real token.
+  """
+  features = last_real_token(hidden, attention_mask)
+  if config.head == "score":
+    logits = Dense(config.num_labels, False, config.initializer_range, name="score")(features)
+  else:
+    table = embed_tokens if config.tie_embeddings else embed(config, config.vocab_size, "lm_head")
+    logits = table.attend(features)
+  return ClassifierOutput(logits, features, hidden)
+
+
+def layer_norm(eps, name):
+  return nn.LayerNorm(eps, dtype=jnp.float32, use_fast_variance=False, name=name)
+
+
 def layer_stack(block, config, train, x, *args):
   """Runs `block` config.num_layers times over x; parameters are stacked on a leading layer axis under `layers`.
 

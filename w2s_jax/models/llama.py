@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from w2s_jax import InputError
 from w2s_jax.models import layers
+from w2s_jax.models.fields import MOST_LAYERS
 
-ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 ROPE_FIELDS = {"default": (), "linear": ("factor",), "dynamic": ("factor",),
                "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 
@@ -25,23 +25,18 @@ class Rope:
   original_max_position_embeddings: int = 8192
 
   @classmethod
-  def from_hf(cls, hf):
+  def from_hf(cls, fields):
     """From `rope_parameters` (transformers 5), or `rope_scaling` and a top-level `rope_theta` (transformers 4).
 
     Raises:
       InputError: another type, or a parameter that the type needs is absent.
     """
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    part = rope.get("partial_rotary_factor", 1.0)
-    if rope_type not in ROPE_FIELDS or part != 1.0:
-      raise InputError(f"rope type {rope_type!r} with partial_rotary_factor {part} is not supported (want one of "
-                       f"{', '.join(ROPE_FIELDS)} over the whole head)")
-    missing = [name for name in ROPE_FIELDS[rope_type] if name not in rope]
-    if missing:
-      raise InputError(f"rope type {rope_type!r} needs {', '.join(missing)} in config.json's rope_parameters")
-    return cls(rope_type, rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
-               **{name: rope[name] for name in ROPE_FIELDS[rope_type]})
+    rope = fields.section("rope_parameters", "rope_scaling")
+    rope_type = rope.string("rope_type" if "rope_type" in rope else "type", "default", ROPE_FIELDS)
+    rope.only(partial_rotary_factor=1)
+    theta = (rope if "rope_theta" in rope else fields).positive("rope_theta", 10000.0)
+    numbers = {name: rope.positive(name) for name in ROPE_FIELDS[rope_type]}
+    return cls(rope_type, theta, **numbers)
 
   def to_hf(self):
     """Both forms at once."""
@@ -83,10 +78,12 @@ class LlamaConfig:
   tie_embeddings: bool = False
   initializer_range: float = 0.02
   attention_dropout: float = 0.0      # of the attention probabilities, while training
+  head: str = "score"                 # or "lm": the next token's logits
   num_labels: int = 2
+  labels: tuple = ()                  # names of the classes; (): LABEL_0...
   pad_token_id: int | None = None
   bos_token_id: int | None = None
-  eos_token_id: int | None = None
+  eos_token_id: int | tuple | None = None
   dtype: str = "float32"              # of the activations
   remat: str = "none"                 # layers.REMAT_POLICIES or "none"
   unroll: bool = False                # unroll the layer scan: same numbers, longer compile
@@ -99,58 +96,44 @@ class LlamaConfig:
     return self.hidden_size
 
   @classmethod
-  def from_hf(cls, hf, **runtime):
-    """From transformers' config.json (v4 or v5)."""
-    if hf.get("hidden_act", "silu") != "silu":
-      raise InputError(f"hidden_act {hf['hidden_act']!r} is not supported by the llama family (want 'silu')")
-    if hf.get("attention_bias") or hf.get("mlp_bias") or hf.get("use_sliding_window"):
-      raise InputError("attention_bias, mlp_bias and use_sliding_window are not supported by the llama family "
-                       "(want them false in config.json)")
-    heads = hf["num_attention_heads"]
-    return cls(model_type=hf["model_type"], vocab_size=hf["vocab_size"], hidden_size=hf["hidden_size"],
-               intermediate_size=hf["intermediate_size"], num_layers=hf["num_hidden_layers"], num_heads=heads,
-               num_kv_heads=hf.get("num_key_value_heads") or heads,
-               head_dim=hf.get("head_dim") or (128 if hf["model_type"] == "qwen3" else hf["hidden_size"] // heads),
-               max_positions=hf.get("max_position_embeddings", 2048), rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-               rope=Rope.from_hf(hf),
-               sliding_window=hf.get("sliding_window", 4096) or 0 if hf["model_type"] == "mistral" else 0,
-               tie_embeddings=hf.get("tie_word_embeddings", False),
-               initializer_range=hf.get("initializer_range", 0.02),
-               attention_dropout=hf.get("attention_dropout") or 0.0, num_labels=hf.get("num_labels", 2),
-               pad_token_id=hf.get("pad_token_id"), bos_token_id=hf.get("bos_token_id"),
-               eos_token_id=hf.get("eos_token_id"), **runtime)
+  def from_hf(cls, fields, **runtime):
+    """From transformers' config.json (v4 or v5), as Fields."""
+    fields.only(hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False)
+    model_type = fields.values["model_type"]
+    heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+    kv_heads = fields.integer("num_key_value_heads", heads)
+    if heads % kv_heads:
+      raise InputError(f"{heads} attention heads must be divided by num_key_value_heads, got {kv_heads}: see the "
+                       "model's config.json, or --config.student.arch")
+    window = 0
+    if model_type == "mistral" and fields.values.get("sliding_window", 4096) is not None:  # null: no window
+      window = fields.integer("sliding_window", 4096)
+    head_dim = fields.integer("head_dim", 128 if model_type == "qwen3" else max(4, width // heads), 4)
+    if head_dim % 2:
+      raise InputError(f"head_dim {head_dim} must be even for rotary positions: see the model's config.json")
+    return cls(model_type=model_type, vocab_size=fields.integer("vocab_size"), hidden_size=width,
+               intermediate_size=fields.integer("intermediate_size"),
+               num_layers=fields.integer("num_hidden_layers", high=MOST_LAYERS), num_heads=heads, num_kv_heads=kv_heads,
+               head_dim=head_dim,
+               max_positions=fields.integer("max_position_embeddings", 2048),
+               rms_norm_eps=fields.positive("rms_norm_eps", 1e-6), rope=Rope.from_hf(fields),
+               sliding_window=window,
+               tie_embeddings=fields.flag("tie_word_embeddings", False),
+               initializer_range=fields.positive("initializer_range", 0.02),
+               attention_dropout=fields.rate("attention_dropout", 0.0), pad_token_id=fields.token("pad_token_id"),
+               bos_token_id=fields.token("bos_token_id"), eos_token_id=fields.token("eos_token_id"), **runtime)
 
   def to_hf(self):
-    """transformers' config.json of this shape as a sequence classifier, in the v5 and the v4 form at once."""
+    """transformers' config.json of this shape, in the v5 and the v4 form at once."""
     window = {"sliding_window": self.sliding_window or None} if self.model_type == "mistral" else {}
     return self.rope.to_hf() | window | {
-        "architectures": [f"{ARCHITECTURES[self.model_type]}ForSequenceClassification"], "model_type": self.model_type,
         "vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
         "num_hidden_layers": self.num_layers, "num_attention_heads": self.num_heads,
         "num_key_value_heads": self.num_kv_heads, "head_dim": self.head_dim, "hidden_act": "silu",
         "max_position_embeddings": self.max_positions, "rms_norm_eps": self.rms_norm_eps,
         "tie_word_embeddings": self.tie_embeddings, "initializer_range": self.initializer_range,
-        "attention_bias": False, "attention_dropout": self.attention_dropout,
-        "pad_token_id": self.pad_token_id, "bos_token_id": self.bos_token_id,
-        "eos_token_id": self.eos_token_id,
-    }
-
-
-# Our parameter path -> transformers' tensor name ({} is the layer number). Kernels are transposed.
-WEIGHT_MAP = (
-    ("embed_tokens/embedding", "model.embed_tokens.weight"),
-    *((f"layers/attn/{p}_proj/kernel", f"model.layers.{{}}.self_attn.{p}_proj.weight") for p in "qkvo"),
-    *((f"layers/attn/{p}_norm/scale", f"model.layers.{{}}.self_attn.{p}_norm.weight") for p in "qk"),
-    *((f"layers/attn/{p}_proj/bias", f"model.layers.{{}}.self_attn.{p}_proj.bias") for p in "qkv"),
-    *((f"layers/mlp/{p}_proj/kernel", f"model.layers.{{}}.mlp.{p}_proj.weight") for p in ("gate", "up", "down")),
-    ("layers/attn_norm/scale", "model.layers.{}.input_layernorm.weight"),
-    ("layers/mlp_norm/scale", "model.layers.{}.post_attention_layernorm.weight"),
-    ("norm/scale", "model.norm.weight"),
-    ("score/kernel", "score.weight"),
-)
-HEAD_TENSORS = r"score\..*"                                    # a module without any tensor is initialised afresh
-UNUSED_TENSORS = r"lm_head\.weight|.*rotary_emb\.inv_freq"     # a language model's output layer; a v4 buffer
-BASE_PREFIX = "model."
+        "attention_bias": False, "attention_dropout": self.attention_dropout, "pad_token_id": self.pad_token_id,
+        "bos_token_id": self.bos_token_id, "eos_token_id": self.eos_token_id}
 
 
 def rotary(positions, config):
@@ -216,7 +199,7 @@ class Block(nn.Module):
 
 
 class LlamaClassifier(nn.Module):
-  """Decoder with a `score` head (no bias) on the last real token; left or right padding give the same logits."""
+  """Decoder with its head on the last real token; left or right padding give the same logits."""
   config: LlamaConfig
   train: bool = False
 
@@ -224,18 +207,8 @@ class LlamaClassifier(nn.Module):
   def __call__(self, input_ids, attention_mask):
     """input_ids, attention_mask: [B, T] int -> ClassifierOutput."""
     c = self.config
-    embed = nn.Embed(c.vocab_size, c.hidden_size, embedding_init=nn.initializers.normal(c.initializer_range),
-                     name="embed_tokens")
-    x = embed(input_ids).astype(c.dtype)
-    T = input_ids.shape[1]
-    cos, sin = rotary(jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0), c)
-    seen = jnp.tril(jnp.ones((T, T), bool))
-    if c.sliding_window:
-      seen &= ~jnp.tril(seen, -c.sliding_window)
-    mask = seen & attention_mask.astype(bool)[:, None, None, :]
-    x = layers.layer_stack(Block, c, self.train, x, cos, sin, mask)
-    hidden = rms_norm(c, "norm")(x)
-    last = T - 1 - jnp.argmax(attention_mask[:, ::-1], axis=1)
-    features = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    logits = layers.Dense(c.num_labels, False, c.initializer_range, name="score")(features)
-    return layers.ClassifierOutput(logits, features, hidden)
+    embed_tokens = layers.embed(c, c.vocab_size, "embed_tokens")
+    x = embed_tokens(input_ids).astype(c.dtype)
+    cos, sin = rotary(layers.real_positions(attention_mask), c)
+    x = layers.layer_stack(Block, c, self.train, x, cos, sin, layers.causal_mask(attention_mask, c.sliding_window))
+    return layers.decoder_head(c, embed_tokens, rms_norm(c, "norm")(x), attention_mask)

@@ -6,34 +6,39 @@ import jax
 from flax import traverse_util
 
 from w2s_jax import InputError, sharding
-from w2s_jax.models import bert, layers, llama
+from w2s_jax.models import encoder, formats, gpt2, layers, llama
+from w2s_jax.models.fields import Fields
 
-MODULES = {"llama": llama, "bert": bert}          # family -> module with WEIGHT_MAP etc.
-CLASSIFIERS = {"llama": llama.LlamaClassifier, "bert": bert.BertClassifier}
+FAMILIES = {
+    "llama": (llama.LlamaConfig, llama.LlamaClassifier),
+    "gpt2": (gpt2.GPT2Config, gpt2.GPT2Classifier),
+    "encoder": (encoder.EncoderConfig, encoder.EncoderClassifier),
+}
+MODEL_TYPES = {"llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "llama", "gpt2": "gpt2",
+               "bert": "encoder", "roberta": "encoder", "distilbert": "encoder"}
 DTYPES = ("float32", "bfloat16", "float16")
-CONFIGS = dict.fromkeys(llama.ARCHITECTURES, llama.LlamaConfig) | {"bert": bert.BertConfig}
 
 
 def config_from_hf(hf, **runtime):
-  """LlamaConfig or BertConfig from a config.json dict; `runtime` sets fields that file does not have.
+  """LlamaConfig, GPT2Config or EncoderConfig from a config.json dict; `runtime` sets what that file does not have.
 
   Raises:
-    InputError: unknown `model_type`, or a missing field.
+    InputError: unknown `model_type`; a field that is missing, out of range, or asks for what is not implemented.
   """
-  model_type = hf.get("model_type")
-  if model_type not in CONFIGS:
-    raise InputError(f"model_type {model_type!r} is not supported (want one of {', '.join(CONFIGS)})")
-  if runtime.get("feature_width") and not hasattr(CONFIGS[model_type], "feature_width"):
-    raise InputError(f"model_type {model_type!r} cannot carry the W2S teacher's head: give an encoder as "
-                     "--config.teacher.path")
-  try:
-    config = CONFIGS[model_type].from_hf(hf, **runtime)
-  except KeyError as e:
-    raise InputError(f"the model's config.json ({model_type}) has no field {e}") from None
-  uneven = config.hidden_size % config.num_heads and not hf.get("head_dim")
-  if uneven or config.num_heads % getattr(config, "num_kv_heads", 1):
-    raise InputError(f"{config.num_heads} attention heads must divide hidden_size {config.hidden_size} and be divided "
-                     "by num_key_value_heads: see the model's config.json, --config.student.arch or .teacher.arch")
+  fields = Fields(hf)
+  model_type = fields.string("model_type", None, MODEL_TYPES)
+  config_class = FAMILIES[MODEL_TYPES[model_type]][0]
+  if "auto_map" in fields:
+    raise InputError("the model's config.json has auto_map, code of its own, which is never run: if it is a plain "
+                     f"{model_type}, delete auto_map from config.json and tokenizer_config.json")
+  for option, kind in (("feature_width", "an encoder"), ("head", "a decoder")):
+    if runtime.get(option) and not hasattr(config_class, option):
+      raise InputError(f"{option} {runtime[option]!r}: a {model_type} cannot have the head it asks for, give {kind}")
+  num_labels = fields.integer("num_labels", 2, 2, 10_000)
+  config = config_class.from_hf(fields, num_labels=num_labels, labels=fields.labels(num_labels), **runtime)
+  if config.hidden_size % config.num_heads and not (hasattr(config, "head_dim") and "head_dim" in fields):
+    raise InputError(f"{config.num_heads} attention heads must divide hidden_size {config.hidden_size}: see the "
+                     "model's config.json, --config.student.arch or .teacher.arch")
   if config.dtype not in DTYPES or config.remat not in ("none", *layers.REMAT_POLICIES):
     raise InputError(f"dtype {config.dtype!r}, remat {config.remat!r}: want dtype among {', '.join(DTYPES)} and remat "
                      f"among none, {', '.join(layers.REMAT_POLICIES)}: set --config.student.dtype, .remat")
@@ -43,7 +48,7 @@ def config_from_hf(hf, **runtime):
 @dataclasses.dataclass(frozen=True)
 class Model:
   """`params` everywhere is a nested dict of arrays; adapters that lie in it are used, see lora.py."""
-  config: llama.LlamaConfig | bert.BertConfig
+  config: llama.LlamaConfig | gpt2.GPT2Config | encoder.EncoderConfig
 
   def apply(self, params, input_ids, attention_mask, *, dropout_key=None):
     """Classifies a batch.
@@ -56,16 +61,21 @@ class Model:
     Returns:
       ClassifierOutput.
     """
-    module = CLASSIFIERS[self.config.family](self.config, train=dropout_key is not None)
+    module = FAMILIES[self.config.family][1](self.config, train=dropout_key is not None)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     return module.apply({"params": params}, input_ids, attention_mask, rngs=rngs)
 
   def lm_logits(self, params, hidden):
-    """Next-token logits [B, T, V] float32 from `ClassifierOutput.hidden`, by the tied embedding."""
-    if not getattr(self.config, "tie_embeddings", False):
+    """Next-token logits [B, T, V] float32 of every token, from `ClassifierOutput.hidden`."""
+    if "lm_head" not in params and not getattr(self.config, "tie_embeddings", False):
       raise InputError("the language-model warm-up needs a decoder with tied embeddings: set "
                        "--config.student.arch.tie_word_embeddings=True or --config.warmup.epochs=0")
-    return hidden @ params["embed_tokens"]["embedding"].T.astype(hidden.dtype)
+    table = params.get("lm_head", params.get("embed_tokens"))["embedding"]
+    return hidden @ table.T.astype(hidden.dtype)
+
+  def weight_names(self):
+    """{our parameter path: transformers' tensor name, {} for the layer number} of every leaf."""
+    return formats.weight_names(self.config, traverse_util.flatten_dict(self.abstract_params(), sep="/"))
 
   def abstract_params(self):
     """The parameter tree as ShapeDtypeStructs; allocates nothing."""
@@ -87,4 +97,4 @@ class Model:
 
   def _init(self, key):
     ids = jax.numpy.ones((1, 2), jax.numpy.int32)
-    return CLASSIFIERS[self.config.family](self.config).init(key, ids, ids)["params"]
+    return FAMILIES[self.config.family][1](self.config).init(key, ids, ids)["params"]

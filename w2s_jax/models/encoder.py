@@ -1,0 +1,179 @@
+"""Encoder classifier (BERT, RoBERTa, DistilBERT), and the W2S teacher's widening head. B batch, T tokens, D width."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from w2s_jax.models import layers
+from w2s_jax.models.fields import MOST_LAYERS
+
+# What DistilBERT calls the fields that BERT and RoBERTa have.
+DISTILBERT = {"hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidden_layers": "n_layers",
+              "num_attention_heads": "n_heads", "hidden_dropout_prob": "dropout",
+              "attention_probs_dropout_prob": "attention_dropout", "classifier_dropout": "seq_classif_dropout",
+              "hidden_act": "activation"}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+  """Shape of the network (transformers' config.json), then our head, then how we run it."""
+  model_type: str = "bert"            # roberta: positions count from padding + 1; distilbert: no token types
+  vocab_size: int = 30522
+  hidden_size: int = 768
+  intermediate_size: int = 3072
+  num_layers: int = 12
+  num_heads: int = 12
+  max_positions: int = 512            # tokens of the longest text
+  type_vocab_size: int = 2            # 0: no token types
+  layer_norm_eps: float = 1e-12
+  hidden_dropout: float = 0.1         # after the embeddings, attention and feed-forward, while training
+  attention_dropout: float = 0.1      # of the attention probabilities, while training
+  head_dropout: float = 0.1           # before the classifier (RoBERTa: and before its dense layer), while training
+  initializer_range: float = 0.02
+  num_labels: int = 2
+  labels: tuple = ()                  # names of the classes; (): LABEL_0...
+  pad_token_id: int | None = 0
+  feature_width: int = 0              # > 0: the W2S head, Linear(D -> feature_width) -> ReLU = features -> classifier
+  dtype: str = "float32"              # of the activations
+  remat: str = "none"
+  unroll: bool = False
+  lora_dropout: float = 0.0
+
+  family = "encoder"
+
+  @property
+  def feature_size(self):
+    return self.feature_width or self.hidden_size
+
+  @property
+  def position_offset(self):
+    """Rows of the position table that no text uses."""
+    return self.pad_token_id + 1 if self.model_type == "roberta" else 0
+
+  @classmethod
+  def from_hf(cls, fields, **runtime):
+    """From transformers' config.json (v4 or v5), as Fields."""
+    model_type = fields.values["model_type"]
+    names = DISTILBERT if model_type == "distilbert" else {}
+    def name(field):
+      return names.get(field, field)
+    fields.only(**{name("hidden_act"): "gelu"}, position_embedding_type="absolute", is_decoder=False,
+                add_cross_attention=False)
+    pad = fields.token("pad_token_id")
+    offset = 0
+    if model_type == "roberta":
+      pad = fields.integer("pad_token_id", 1, 0)
+      offset = pad + 1
+    hidden_dropout = fields.rate(name("hidden_dropout_prob"), 0.1)
+    return cls(
+        model_type=model_type, vocab_size=fields.integer("vocab_size"), hidden_size=fields.integer(name("hidden_size")),
+        intermediate_size=fields.integer(name("intermediate_size")),
+        num_layers=fields.integer(name("num_hidden_layers"), high=MOST_LAYERS),
+        num_heads=fields.integer(name("num_attention_heads")),
+        max_positions=fields.integer("max_position_embeddings", low=offset + 1) - offset,
+        type_vocab_size=0 if model_type == "distilbert" else fields.integer("type_vocab_size", 2),
+        layer_norm_eps=1e-12 if model_type == "distilbert" else fields.positive("layer_norm_eps", 1e-12),
+        hidden_dropout=hidden_dropout,
+        attention_dropout=fields.rate(name("attention_probs_dropout_prob"), 0.1),
+        head_dropout=fields.rate(name("classifier_dropout"), 0.2 if model_type == "distilbert" else hidden_dropout),
+        initializer_range=fields.positive("initializer_range", 0.02), pad_token_id=pad, **runtime)
+
+  def to_hf(self):
+    """transformers' config.json of this shape; with the W2S head only the backbone is theirs."""
+    fields = {"hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
+              "num_hidden_layers": self.num_layers, "num_attention_heads": self.num_heads, "hidden_act": "gelu",
+              "hidden_dropout_prob": self.hidden_dropout, "attention_probs_dropout_prob": self.attention_dropout,
+              "classifier_dropout": self.head_dropout}
+    if self.model_type == "distilbert":
+      fields = {DISTILBERT[name]: value for name, value in fields.items()}
+    else:
+      fields |= {"type_vocab_size": self.type_vocab_size, "layer_norm_eps": self.layer_norm_eps}
+    return fields | {
+        "vocab_size": self.vocab_size, "max_position_embeddings": self.max_positions + self.position_offset,
+        "initializer_range": self.initializer_range, "pad_token_id": self.pad_token_id}
+
+
+class SelfAttention(nn.Module):
+  config: EncoderConfig
+  train: bool
+
+  @nn.compact
+  def __call__(self, x, mask):
+    c = self.config
+    def dense(name):
+      return layers.Dense(c.hidden_size, True, c.initializer_range, c.lora_dropout, self.train, name=name)
+    q, k, v = (dense(name)(x).reshape(*x.shape[:2], c.num_heads, -1) for name in ("q_proj", "k_proj", "v_proj"))
+    out = layers.attention(q, k, v, mask, c.attention_dropout if self.train else 0.0)
+    return dense("o_proj")(out.reshape(x.shape))
+
+
+class MLP(nn.Module):
+  config: EncoderConfig
+  train: bool
+
+  @nn.compact
+  def __call__(self, x):
+    c = self.config
+    def dense(width, name):
+      return layers.Dense(width, True, c.initializer_range, c.lora_dropout, self.train, name=name)
+    return dense(c.hidden_size, "down_proj")(nn.gelu(dense(c.intermediate_size, "up_proj")(x), approximate=False))
+
+
+class Block(nn.Module):
+  config: EncoderConfig
+  train: bool
+
+  @nn.compact
+  def __call__(self, x, mask):
+    c = self.config
+    def add(y, name):
+      y = nn.Dropout(c.hidden_dropout, deterministic=not self.train)(y)
+      return layers.layer_norm(c.layer_norm_eps, name)(x + y).astype(x.dtype)
+    x = add(SelfAttention(c, self.train, name="attn")(x, mask), "attn_norm")
+    return add(MLP(c, self.train, name="mlp")(x), "mlp_norm"), None
+
+
+class Embeddings(nn.Module):
+  config: EncoderConfig
+
+  @nn.compact
+  def __call__(self, input_ids):
+    c = self.config
+    positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
+    if c.model_type == "roberta":  # padding sits on the padding id, real tokens count up from the one behind it
+      real = input_ids != c.pad_token_id
+      positions = jnp.cumsum(real, axis=1) * real + c.pad_token_id
+    x = layers.embed(c, c.vocab_size, "word_embeddings")(input_ids)
+    x += layers.embed(c, c.max_positions + c.position_offset, "position_embeddings")(positions)
+    if c.type_vocab_size:
+      x += layers.embed(c, c.type_vocab_size, "token_type_embeddings")(jnp.zeros_like(input_ids))
+    return layers.layer_norm(c.layer_norm_eps, "norm")(x)
+
+
+class EncoderClassifier(nn.Module):
+  """Encoder with transformers' pooler and classifier, or with the W2S widening head (`config.feature_width`)."""
+  config: EncoderConfig
+  train: bool = False
+
+  @nn.compact
+  def __call__(self, input_ids, attention_mask):
+    """input_ids, attention_mask: [B, T] int, padded on the right -> ClassifierOutput."""
+    c = self.config
+    def dropout(rate, x):
+      return nn.Dropout(rate, deterministic=not self.train)(x)
+    x = dropout(c.hidden_dropout, Embeddings(c, name="embeddings")(input_ids)).astype(c.dtype)
+    x = layers.layer_stack(Block, c, self.train, x, attention_mask.astype(bool)[:, None, None, :])
+    hidden = x.astype(jnp.float32)
+    features = hidden[:, 0]
+    def head(width, name):
+      return layers.Dense(width, True, c.initializer_range, name=name)
+    if c.feature_width:
+      pooled = features = nn.relu(head(c.feature_width, "widen")(features))
+    elif c.model_type == "distilbert":
+      pooled = nn.relu(head(c.hidden_size, "pooler")(features))
+    else:
+      pooled = dropout(c.head_dropout, features) if c.model_type == "roberta" else features
+      pooled = jnp.tanh(head(c.hidden_size, "pooler")(pooled))
+    logits = head(c.num_labels, "classifier")(dropout(c.head_dropout, pooled))
+    return layers.ClassifierOutput(logits, features, hidden)

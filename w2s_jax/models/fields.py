@@ -1,0 +1,105 @@
+"""config.json of a model directory, field by field: it may come from a stranger, and says what memory is allocated."""
+
+import re
+
+from w2s_jax import InputError
+
+MOST = 2**24               # no dimension of a real model is larger
+MOST_LAYERS = 1024
+
+
+class Fields:
+  """The fields of config.json, each read with its type and range; null counts as absent.
+
+  Raises:
+    InputError: (every method) a field that is absent without a default, of the wrong type or out of range.
+  """
+
+  def __init__(self, values, where="config.json"):
+    self.values, self.where = values, where
+
+  def __contains__(self, name):
+    return self.values.get(name) is not None
+
+  def _get(self, name, default):
+    if name in self:
+      return self.values[name]
+    if default is None:
+      raise InputError(f"the model's {self.where} has no field {name!r}")
+    return default
+
+  def _wrong(self, name, value, wanted):
+    return InputError(f"the model's {self.where}: {name} is {_short(value)}, wanted {wanted}")
+
+  def integer(self, name, default=None, low=1, high=MOST):
+    value = self._get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+      raise self._wrong(name, value, f"an integer in {low}..{high}")
+    return value
+
+  def number(self, name, default=None, low=0.0, high=1e9):
+    value = self._get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+      raise self._wrong(name, value, f"a number in {low:g}..{high:g}")
+    return float(value)
+
+  def positive(self, name, default=None):
+    """A number that something is divided by or raised from."""
+    return self.number(name, default, 1e-30)
+
+  def rate(self, name, default):
+    """A dropout rate."""
+    return self.number(name, default, 0.0, 0.99)
+
+  def flag(self, name, default):
+    value = self._get(name, default)
+    if not isinstance(value, bool):
+      raise self._wrong(name, value, "true or false")
+    return value
+
+  def string(self, name, default, among):
+    value = self._get(name, default)
+    if not isinstance(value, str) or value not in among:
+      raise self._wrong(name, value, f"one of {', '.join(among)}")
+    return value
+
+  def only(self, **wanted):
+    """The named fields must be absent or have the one value that is implemented."""
+    for name, value in wanted.items():
+      if name in self and self.values[name] != value:
+        got = f"{name} {_short(self.values[name])}"
+        raise InputError(f"the model's {self.where}: {got} is not supported (want {value!r})")
+
+  def token(self, name):
+    """A token id, several of them as a tuple, or None."""
+    value = self.values.get(name)
+    for one in value if isinstance(value, list) and len(value) < 100 else [value]:
+      if one is not None and (isinstance(one, bool) or not isinstance(one, int) or not -1 <= one <= MOST):
+        raise self._wrong(name, value, "a token id")
+    return tuple(value) if isinstance(value, list) else value
+
+  def section(self, *names):
+    """The first of these fields that is there, as Fields; empty where none is."""
+    for name in names:
+      if name in self:
+        if not isinstance(self.values[name], dict):
+          raise self._wrong(name, self.values[name], "an object")
+        return Fields(self.values[name], f"{self.where}, {name}")
+    return Fields({}, f"{self.where}, {names[0]}")
+
+  def labels(self, num_labels):
+    """Names of the classes in `id2label`, in their order; () where they are LABEL_0..., or of another number."""
+    names = self.values.get("id2label")
+    keys = {str(i): f"LABEL_{i}" for i in range(num_labels)}
+    if not isinstance(names, dict) or names == keys or set(names) != set(keys):
+      return ()
+    return tuple(str(names[key])[:200] for key in keys)
+
+
+def finite_json(value):
+  """For json.loads(parse_constant=...): Infinity and NaN are no numbers of a config."""
+  raise ValueError(f"{value} is not a JSON number")
+
+
+def _short(value):
+  return re.sub(r"\s+", " ", repr(value))[:80]

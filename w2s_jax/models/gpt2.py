@@ -1,0 +1,129 @@
+"""GPT-2 decoder: learned positions, one fused projection for q, k and v. B batch, T tokens, D width, H heads."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from w2s_jax.models import layers
+from w2s_jax.models.fields import MOST_LAYERS
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+  """Shape of the network (transformers' config.json), then how we run it."""
+  model_type: str = "gpt2"
+  vocab_size: int = 50257
+  hidden_size: int = 768
+  intermediate_size: int = 3072
+  num_layers: int = 12
+  num_heads: int = 12
+  max_positions: int = 1024
+  layer_norm_eps: float = 1e-5
+  tie_embeddings: bool = True
+  embedding_dropout: float = 0.1      # while training
+  hidden_dropout: float = 0.1         # after attention and feed-forward, while training
+  attention_dropout: float = 0.1      # of the attention probabilities, while training
+  initializer_range: float = 0.02
+  head: str = "score"                 # or "lm": the next token's logits
+  num_labels: int = 2
+  labels: tuple = ()                  # names of the classes; (): LABEL_0...
+  pad_token_id: int | None = None
+  bos_token_id: int | None = None
+  eos_token_id: int | tuple | None = None
+  dtype: str = "float32"              # of the activations
+  remat: str = "none"
+  unroll: bool = False
+  lora_dropout: float = 0.0
+
+  family = "gpt2"
+
+  @property
+  def feature_size(self):
+    return self.hidden_size
+
+  @classmethod
+  def from_hf(cls, fields, **runtime):
+    """From transformers' config.json (v4 or v5), as Fields."""
+    fields.only(activation_function="gelu_new", scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+                add_cross_attention=False)
+    width = fields.integer("n_embd")
+    return cls(vocab_size=fields.integer("vocab_size"), hidden_size=width,
+               intermediate_size=fields.integer("n_inner", 4 * width),
+               num_layers=fields.integer("n_layer", high=MOST_LAYERS), num_heads=fields.integer("n_head"),
+               max_positions=fields.integer("n_positions", 1024),
+               layer_norm_eps=fields.positive("layer_norm_epsilon", 1e-5),
+               tie_embeddings=fields.flag("tie_word_embeddings", True),
+               embedding_dropout=fields.rate("embd_pdrop", 0.1), hidden_dropout=fields.rate("resid_pdrop", 0.1),
+               attention_dropout=fields.rate("attn_pdrop", 0.1),
+               initializer_range=fields.positive("initializer_range", 0.02), pad_token_id=fields.token("pad_token_id"),
+               bos_token_id=fields.token("bos_token_id"), eos_token_id=fields.token("eos_token_id"), **runtime)
+
+  def to_hf(self):
+    return {"vocab_size": self.vocab_size, "n_embd": self.hidden_size, "n_inner": self.intermediate_size,
+            "n_layer": self.num_layers, "n_head": self.num_heads, "n_positions": self.max_positions,
+            "layer_norm_epsilon": self.layer_norm_eps, "tie_word_embeddings": self.tie_embeddings,
+            "embd_pdrop": self.embedding_dropout, "resid_pdrop": self.hidden_dropout,
+            "attn_pdrop": self.attention_dropout, "initializer_range": self.initializer_range,
+            "activation_function": "gelu_new", "pad_token_id": self.pad_token_id, "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id}
+
+
+class Attention(nn.Module):
+  config: GPT2Config
+  train: bool
+
+  @nn.compact
+  def __call__(self, x, mask):
+    c = self.config
+    def dense(width, name):
+      return layers.Dense(width, True, c.initializer_range, c.lora_dropout, self.train, name=name)
+    q, k, v = (y.reshape(*x.shape[:2], c.num_heads, -1)
+               for y in jnp.split(dense(3 * c.hidden_size, "c_attn")(x), 3, axis=-1))
+    out = layers.attention(q, k, v, mask, c.attention_dropout if self.train else 0.0)
+    return dense(c.hidden_size, "c_proj")(out.reshape(x.shape))
+
+
+class MLP(nn.Module):
+  config: GPT2Config
+  train: bool
+
+  @nn.compact
+  def __call__(self, x):
+    c = self.config
+    def dense(width, name):
+      return layers.Dense(width, True, c.initializer_range, c.lora_dropout, self.train, name=name)
+    return dense(c.hidden_size, "c_proj")(nn.gelu(dense(c.intermediate_size, "c_fc")(x)))
+
+
+class Block(nn.Module):
+  config: GPT2Config
+  train: bool
+
+  @nn.compact
+  def __call__(self, x, mask):
+    c = self.config
+    def dropped(y):
+      return nn.Dropout(c.hidden_dropout, deterministic=not self.train)(y)
+    def norm(name):
+      return layers.layer_norm(c.layer_norm_eps, name)(x).astype(x.dtype)
+    x += dropped(Attention(c, self.train, name="attn")(norm("attn_norm"), mask))
+    x += dropped(MLP(c, self.train, name="mlp")(norm("mlp_norm")))
+    return x, None
+
+
+class GPT2Classifier(nn.Module):
+  """Decoder with its head on the last real token; left or right padding give the same logits."""
+  config: GPT2Config
+  train: bool = False
+
+  @nn.compact
+  def __call__(self, input_ids, attention_mask):
+    """input_ids, attention_mask: [B, T] int -> ClassifierOutput."""
+    c = self.config
+    embed_tokens = layers.embed(c, c.vocab_size, "embed_tokens")
+    x = embed_tokens(input_ids)
+    x += layers.embed(c, c.max_positions, "position_embeddings")(layers.real_positions(attention_mask))
+    x = nn.Dropout(c.embedding_dropout, deterministic=not self.train)(x).astype(c.dtype)
+    x = layers.layer_stack(Block, c, self.train, x, layers.causal_mask(attention_mask))
+    return layers.decoder_head(c, embed_tokens, layers.layer_norm(c.layer_norm_eps, "norm")(x), attention_mask)

@@ -1,0 +1,111 @@
+"""Hugging Face model directories out: what transformers loads, written whole or not at all."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import traverse_util
+from huggingface_hub.serialization import split_state_dict_into_shards_factory
+from safetensors.numpy import save_file
+
+from w2s_jax import InputError
+from w2s_jax.models import formats
+from w2s_jax.models.load import read_json
+
+MODEL_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md")
+
+
+def _is_model_directory(directory):
+  """Whether the directory holds a model and nothing that replacing it would lose."""
+  return ((directory / "config.json").is_file() and "model_type" in read_json(directory / "config.json")
+          and all(f.is_file() and f.suffix in MODEL_SUFFIXES for f in directory.iterdir()))
+
+
+def save_pretrained(directory, model, params, tokenizer=None, id2label=None, card=None):
+  """Writes a directory that transformers loads; it appears whole or not at all.
+
+  The W2S teacher's head is no part of transformers' model: it goes to `w2s_head.safetensors` beside it.
+
+  Args:
+    directory: created; an existing model directory is replaced, any other is refused.
+    params: nested dict without adapters (`lora.merge_lora` first).
+    tokenizer: a transformers tokenizer to save along.
+    id2label: names of the classes; those that the model was loaded with, or LABEL_0..., where None.
+    card: text of the model card, README.md.
+  Raises:
+    ValueError: params hold adapters or do not fit the model.
+  """
+  c = model.config
+  names = model.weight_names()
+  leaves = traverse_util.flatten_dict(params, sep="/")
+  if set(leaves) != set(names):
+    raise ValueError(f"params do not fit the model (merge adapters first): {sorted(set(leaves) ^ set(names))}")
+  directory = Path(directory)
+  if directory.exists() and any(directory.iterdir()) and not _is_model_directory(directory):
+    raise InputError(f"{directory} exists and is not a model directory alone: give a new one")
+  checkpoint = formats.CHECKPOINTS[c.model_type]
+  widened = getattr(c, "feature_width", 0)
+  tensors, head = {}, {}                                                  # name -> where to take it from
+  for path, name in names.items():
+    for i in range(c.num_layers if "{}" in name else 1):
+      part = _Part(leaves[path], i if "{}" in name else None, formats.is_transposed(c, path))
+      if widened and re.fullmatch(formats.HEAD, path):
+        head[name] = part
+      else:                                                               # beside our head lies the backbone alone
+        tensors[name.format(i).removeprefix(checkpoint.prefix if widened else "")] = part
+  part = directory.with_name(directory.name + ".part")
+  shutil.rmtree(part, ignore_errors=True)
+  part.mkdir(parents=True)
+  if head:
+    save_file({name: one.value() for name, one in head.items()}, part / formats.HEAD_FILE, metadata={"format": "pt"})
+    (part / formats.HEAD_CONFIG).write_text(json.dumps({"feature_width": widened}))
+  shards = split_state_dict_into_shards_factory(
+      tensors, get_storage_size=lambda t: t.nbytes, get_storage_id=lambda t: None,
+      filename_pattern="model{suffix}.safetensors", max_shard_size="5GB")
+  for file, keys in shards.filename_to_tensors.items():
+    save_file({k: tensors[k].value() for k in keys}, part / file, metadata={"format": "pt"})
+  if shards.is_sharded:
+    (part / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}))
+  (part / "config.json").write_text(json.dumps(_config(c, id2label, next(iter(tensors.values())).leaf.dtype), indent=2))
+  if tokenizer is not None:
+    tokenizer.save_pretrained(part)
+  if card is not None:
+    (part / "README.md").write_text(card)
+  old = directory.with_name(directory.name + ".old")
+  if directory.exists():
+    os.replace(directory, old)
+  os.replace(part, directory)
+  if old.exists():
+    shutil.rmtree(old)
+
+
+class _Part(NamedTuple):
+  """One tensor of a file, taken out of its leaf only when it is written."""
+  leaf: jax.Array
+  layer: int | None
+  transposed: bool
+
+  @property
+  def nbytes(self):
+    return self.leaf.nbytes // (1 if self.layer is None else self.leaf.shape[0])
+
+  def value(self):
+    one = np.asarray(self.leaf if self.layer is None else self.leaf[self.layer])
+    return np.ascontiguousarray(one.T if self.transposed else one)
+
+
+def _config(config, id2label, dtype):
+  """transformers' config.json."""
+  labels = id2label or dict(enumerate(config.labels or [f"LABEL_{i}" for i in range(config.num_labels)]))
+  kind = "ForCausalLM" if getattr(config, "head", "") == "lm" else "ForSequenceClassification"
+  return config.to_hf() | {
+      "architectures": [formats.CHECKPOINTS[config.model_type].name + (
+          "Model" if getattr(config, "feature_width", 0) else kind)], "model_type": config.model_type,
+      "num_labels": config.num_labels, "id2label": {str(i): n for i, n in labels.items()},
+      "label2id": {n: i for i, n in labels.items()}, "problem_type": "single_label_classification", "dtype": str(dtype)}
