@@ -28,7 +28,7 @@ from w2s_jax.models.llama import LlamaConfig  # noqa: E402
 LLAMA = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2,
                     head_dim=8, max_positions=64, initializer_range=0.2, pad_token_id=0, tie_embeddings=True)
 BERT = EncoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, max_positions=64,
-                  hidden_dropout=0.0, attention_dropout=0.0, initializer_range=0.2)
+                  hidden_dropout=0.0, attention_dropout=0.0, head_dropout=0.0, initializer_range=0.2)
 
 
 def _with_params(config, seed):
