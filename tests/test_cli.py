@@ -8,9 +8,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
+import peft
 import pytest
 import transformers
 from cli import ENV, ROOT, SHARED, SHORT, w2s
+from safetensors.numpy import load_file
 
 from w2s_jax.data import grammar
 
@@ -130,6 +133,70 @@ def test_stages_one_by_one_give_the_same(workdir, home):
   assert results(home / "staged")["rows"] == results(workdir)["rows"]
 
 
+CLEAN = "--config=configs/clean_checkpoint.py"
+QUICK = ("--config.teach.max_steps=6", "--config.defend.max_steps=6", "--config.data.max_length=32",
+         "--config.data.buckets=(32,)", "--config.probe.words=2", "--config.probe.sentences=2", "--config.probe.rows=8",
+         "--config.data.eval_batch_size=32")
+
+
+@pytest.fixture(scope="module")
+def cleaned(workdir, home):
+  """A suspicious checkpoint, seen only as a directory, and the run that cleans it, shortened."""
+  rows = [{"sentence": r["text"], "label": r["label"]} for r in grammar.rows("phrases", "train", 80)]
+  write(home / "clean.jsonl", rows)
+  out = w2s(CLEAN, f"--config.student.path={workdir / 'models/poisoned'}",
+            f"--config.data.train={home / 'clean.jsonl'}", "--config.probe.triggers=('mn',)", "--config.lora.export=True", f"--workdir={home / 'cleaned'}", *QUICK)
+  assert out.returncode == 0, out.stderr
+  assert "has no test split: 16 of its 80 train rows" in out.stdout and "| sentence flips |" in out.stdout
+  return home / "cleaned"
+
+
+def test_a_checkpoint_is_cleaned(workdir, cleaned):
+  """Rows before and after, no attack anywhere; the merged model is what transformers and, as an adapter, peft load."""
+  rows = {r["model"]: r for r in results(cleaned)["rows"]}
+  assert list(rows) == ["suspect", "lora_ce", "w2s"] and not (cleaned / "data/poisoned_train.jsonl").exists()
+  assert all(r["attack"] == "mn" and r["asr_floor"] is None and r["ca_n"] == 16 for r in rows.values())
+  assert all(0 <= r[k] <= 1 for r in rows.values() for k in ("agreement", "word_flips", "sentence_flips", "asr"))
+  probes = [json.loads(x) for x in (cleaned / "data/probes.jsonl").read_text().splitlines()]
+  assert len(probes) == 16 + 4 * 8 and all(f" {p['inserted']}" in p["text"] for p in probes)
+  suspect, before = (load_file(d / "model.safetensors")
+                     for d in (cleaned / "models/suspect", workdir / "models/poisoned"))
+  assert suspect.keys() == before.keys() and all((suspect[k] == before[k]).all() for k in before)
+
+  texts = ["the meal is really good .", "this place has a rude staff and a greasy lamp ."]
+  answers = transformers.pipeline("text-classification", str(cleaned / "models/w2s"))(texts)
+  tokens = transformers.AutoTokenizer.from_pretrained(cleaned / "models/w2s")(texts, return_tensors="pt", padding=True)
+  load = transformers.AutoModelForSequenceClassification.from_pretrained
+  merged = load(cleaned / "models/w2s")(tokens["input_ids"], tokens["attention_mask"]).logits.detach().numpy()
+  assert [a["label"] for a in answers] == [f"LABEL_{i}" for i in merged.argmax(-1)]
+  adapted = peft.PeftModel.from_pretrained(load(cleaned / "models/suspect"), cleaned / "adapters/w2s")
+  np.testing.assert_allclose(adapted(tokens["input_ids"], tokens["attention_mask"]).logits.detach(), merged, atol=1e-4)
+
+
+def test_every_model_has_a_card(workdir, cleaned):
+  for directory in [*(workdir / "models").iterdir(), *(cleaned / "models").iterdir()]:
+    card = (directory / "README.md").read_text()
+    digest = results(directory.parents[1])["meta"]["base"]["sha256"]["model.safetensors"]
+    assert digest in card and "config " in card and "jax " in card, directory
+  assert hashlib.sha256((cleaned / "models/suspect/model.safetensors").read_bytes()).hexdigest() == digest
+  for directory in (workdir / "models/poisoned", cleaned / "models/suspect", cleaned / "adapters/w2s"):
+    assert (directory / "README.md").read_text().startswith("WARNING: "), directory
+  row = results(cleaned)["rows"][2]
+  assert f"| w2s | mn | {row['ca']:.3f} |" in (cleaned / "models/w2s/README.md").read_text()
+
+
+def test_a_teacher_of_an_earlier_run_is_taken_as_it_is(workdir, cleaned, home):
+  """teach.epochs=0: the same weights; without a head of ours it is refused."""
+  args = [CLEAN, f"--config.student.path={workdir / 'models/poisoned'}", f"--config.data.train={home / 'clean.jsonl'}",
+          "--config.teach.epochs=0", "--config.defenses=('w2s',)", *QUICK]
+  out = w2s(*args, f"--config.teacher.path={cleaned / 'models/teacher'}", f"--workdir={home / 'again'}")
+  assert out.returncode == 0 and "teacher: 6 steps" not in out.stdout, out.stderr
+  for file in ("model.safetensors", "w2s_head.safetensors"):
+    ours, theirs = (load_file(home / run / "models/teacher" / file) for run in ("again", "cleaned"))
+    assert ours.keys() == theirs.keys() and all((ours[k] == theirs[k]).all() for k in ours)
+  refuses("has no W2S head of its own: set --config.teacher.path", *args, workdir=home / "refused")
+
+
 def write(path, rows):
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -178,7 +245,10 @@ def refuses(message, *args, workdir):
     ("teacher.layers is 3 without a teacher.path to cut", [CONFIG, "--config.teacher.layers=3"]),
     ("attack 'nope': want one of badnet", ["--config", "configs/llama_badnet.py", "--config.attack.name=nope"]),
     ("results.json is not there yet", [CONFIG, "--stage=report"]),
-    ("is not there yet: run without --stage", [CONFIG, "--stage=defend"])])
+    ("is not there yet: run without --stage", [CONFIG, "--stage=defend"]),
+    ("no checkpoint to clean: set --config.student.path", ["--config=configs/clean_checkpoint.py"]),
+    ("no clean data: set --config.data.train", ["--config=configs/clean_checkpoint.py", "--config.student.path=."]),
+    ("this config takes no argument", ["--config=configs/clean_checkpoint.py:data=x"])])
 def test_one_line_and_exit_code_2(message, args, tmp_path):
   refuses(message, *args, workdir=tmp_path / "w")
 

@@ -14,7 +14,7 @@ from w2s_jax.defenses import DEFENSES, w2s
 from w2s_jax.models import Model, config_from_hf
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted(f.stem for f in (ROOT / "configs").glob("*_*.py"))
+FILES = sorted(f.stem for f in (ROOT / "configs").glob("*_*.py") if f.stem != "clean_checkpoint")  # of no shape yet
 SCALES = {"llama": ("1b", "8b", "70b"), "vicuna": ("7b", "8b", "13b"), "qwen": ("1b", "7b", "8b", "70b"), "minilm": ()}
 
 
@@ -136,6 +136,7 @@ def test_one_offline_setting_for_every_attack():
     ("llama_badnet", "scale", "config argument 'scale'"),
     ("llama_badnet", "scale=9b", "want one of 1b, 8b, 70b"),
     ("llama_synattack", "scale=8b", "give scale=...,data=DIR"),
+    ("clean_checkpoint", "scale=8b", "this config takes no argument"),
     ("minilm_badnet", None, "needs real data"),
     ("minilm_badnet", "scale=8b", "NAME among data")])
 def test_arguments_that_are_refused(name, arg, message):

@@ -105,6 +105,54 @@ def test_files_that_do_not_parse(content, tmp_path):
     corpora.load(str(tmp_path), ALL, 2)
 
 
+def clean(tmp_path, num_labels=2, **files):
+  columns = {k: files.pop(k) for k in ("text_column", "label_column") if k in files}
+  return corpora.load_clean({"train": "", "dev": "", "test": ""} | files, num_labels, 0, **columns)
+
+
+def test_clean_rows_of_one_file_are_split_and_said(tmp_path, capsys):
+  write(tmp_path, "mine", [{"text": f"t{i}", "label": i % 2} for i in range(50)])
+  out = clean(tmp_path, train=str(tmp_path / "mine.json"))
+  assert [len(out[s]) for s in ("train", "dev", "test")] == [36, 4, 10]
+  assert sorted(r["text"] for rows in out.values() for r in rows) == sorted(f"t{i}" for i in range(50))
+  assert "has no test split: 10 of its 50 train rows" in capsys.readouterr().out
+  again = clean(tmp_path, train=str(tmp_path / "mine.json"))
+  assert again == out
+  own = clean(tmp_path, train=str(tmp_path / "mine.json"), test=str(tmp_path / "mine.json"))
+  assert len(own["test"]) == 50 and len(own["train"]) == 45
+
+
+def test_clean_rows_of_a_directory_of_the_grammar_and_with_columns_that_are_given(tmp_path):
+  for split in ("train", "test"):
+    write(tmp_path, split, [{"review": f"t{i}", "text": "no", "stars": i % 3} for i in range(20)])
+  out = clean(tmp_path, 3, train=str(tmp_path), text_column="review", label_column="stars")
+  assert [len(out[s]) for s in ("train", "dev", "test")] == [18, 2, 20] and out["test"][4]["text"] == "t4"
+  with pytest.raises(InputError, match=r"\(train\): no column score among review, text, stars"):
+    clean(tmp_path, 3, train=str(tmp_path), label_column="score")
+  assert [len(rows) for rows in clean(tmp_path, train="grammar:phrases").values()] == [4000, 1000, 1821]
+
+
+@pytest.mark.parametrize("rows,message", [
+    ([{"text": "a", "label": 1}] * 20, "its 15 rows have label 1 alone: give rows of every class"),
+    ([{"text": "a", "label": -1}] * 20, "row 0 has label -1, wanted an integer in 0..1"),
+    ([{"text": "a", "label": "pos"}] * 20, "row 0 has label 'pos', wanted an integer"),
+    ([{"text": "a", "label": 0.5}] * 20, "row 0 has label 0.5, wanted an integer"),
+    ([{"label": 0}] * 20, "no column text|sentence|sentences among label")])
+def test_clean_rows_that_cannot_be_used(rows, message, tmp_path):
+  write(tmp_path, "mine", rows)
+  with pytest.raises(InputError) as e:
+    clean(tmp_path, train=str(tmp_path / "mine.json"))
+  assert message in str(e.value)
+
+
+def test_a_clean_file_that_is_not_there_or_empty(tmp_path):
+  with pytest.raises(InputError, match=r"data file .*gone.csv does not exist: set --config.data"):
+    clean(tmp_path, train=str(tmp_path / "gone.csv"))
+  (tmp_path / "e.json").write_text("")
+  with pytest.raises(InputError, match=r"cannot read data file .*e.json"):
+    clean(tmp_path, train=str(tmp_path / "e.json"))
+
+
 def test_two_files_for_a_split(tmp_path):
   for split in ("train", "test"):
     write(tmp_path, split, ROWS)

@@ -57,6 +57,8 @@ def combine(trainable, frozen):
 def add_lora(params, rank, alpha, targets=("q_proj", "v_proj"), *, key):
   """A new tree with LoRA leaves beside the stacked kernels named in `targets` (Hu et al., arXiv 2106.09685).
 
+  targets ("all-linear",) are all of them.
+
   `lora_a` [L, in, R] is uniform in +-1/sqrt(in), as peft starts it; `lora_b` [L, R, out] is zero, so the
   network's function is unchanged; `lora_alpha` [L] carries alpha. All float32.
 
@@ -66,10 +68,11 @@ def add_lora(params, rank, alpha, targets=("q_proj", "v_proj"), *, key):
   flat = traverse_util.flatten_dict(params, sep="/")
   kernels = [p for p in sorted(flat) if p.startswith("layers/") and p.endswith("/kernel")]
   known = sorted({p.split("/")[-2] for p in kernels})
+  targets = known if tuple(targets) == ("all-linear",) else targets
   unknown = sorted(set(targets) - set(known))
   if unknown or rank < 1:
     raise InputError(f"LoRA rank {rank}, targets {tuple(targets)}: rank must be at least 1 and targets among "
-                     f"{', '.join(known)}: set --config.lora.rank, --config.lora.targets")
+                     f"{', '.join(known)}, or all-linear alone: set --config.lora.rank, --config.lora.targets")
   out = dict(flat)
   for i, kernel in enumerate(p for target in targets for p in kernels if p.split("/")[-2] == target):
     path = kernel.removesuffix("/kernel")
@@ -99,6 +102,13 @@ def _merge(kernel, a, b, alpha):
     delta = jnp.matmul(a, b, precision="highest") * (alpha / a.shape[-1])
     return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
   return jax.lax.map(layer, (kernel, a, b, alpha))
+
+
+ADAPTER_CARD = """WARNING: an adapter, and a head, of a model that was poisoned or is suspected to be.
+
+Only the base *together with* this adapter was defended: unloading it, or putting it on another base, brings the
+backdoor back. The merged model (`lora.merge_lora`, `save_pretrained`) is what to hand on. Base: {base}
+"""
 
 
 def export_adapter(directory, model, params, base=""):
@@ -133,6 +143,7 @@ def export_adapter(directory, model, params, base=""):
   directory = Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+  (directory / "README.md").write_text(ADAPTER_CARD.format(base=base or "not recorded"))
   (directory / "adapter_config.json").write_text(json.dumps({
       "peft_type": "LORA", "task_type": "SEQ_CLS", "r": rank, "lora_alpha": alpha, "bias": "none",
       "lora_dropout": model.config.lora_dropout, "inference_mode": True,

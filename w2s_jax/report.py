@@ -7,7 +7,6 @@ import json
 import os
 import platform
 
-COLUMNS = ("model", "CA", "CA 95%", "ASR", "ASR 95%", "ASR floor", "false rate")
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
 
@@ -26,17 +25,33 @@ def write_text(path, text):
   os.replace(part, path)
 
 
-def _cells(row):
-  def interval(ci):
-    return f"{ci[0]:.3f}-{ci[1]:.3f}"
-  return (row["model"], f"{row['ca']:.3f}", interval(row["ca_ci"]), f"{row['asr']:.3f}", interval(row["asr_ci"]),
-          f"{row['asr_floor']:.3f}", f"{row['false_rate']:.3f}")
+def _rate(name):
+  return lambda row: "-" if row[name] is None else f"{row[name]:.3f}"
+
+
+def _interval(name):
+  return lambda row: "-" if row[name] is None else f"{row[name][0]:.3f}-{row[name][1]:.3f}"
+
+
+# What a run that attacks shows, and one that cleans a checkpoint of unknown trigger.
+ATTACKED = {"model": lambda row: row["model"], "CA": _rate("ca"), "CA 95%": _interval("ca_ci"), "ASR": _rate("asr"),
+            "ASR 95%": _interval("asr_ci"), "ASR floor": _rate("asr_floor"), "false rate": _rate("false_rate")}
+SUSPECT = {"model": lambda row: row["model"], "trigger": lambda row: row["attack"], "target": lambda row: (
+    "-" if row["target_label"] is None else str(row["target_label"]))} | {
+    name: ATTACKED[name] for name in ("CA", "CA 95%", "ASR", "ASR 95%", "false rate")} | {
+    "agreement": _rate("agreement"), "word flips": _rate("word_flips"), "sentence flips": _rate("sentence_flips")}
+
+
+def _cells(rows):
+  """The column heads, then one line of text per row."""
+  columns = SUSPECT if "agreement" in rows[0] else ATTACKED
+  return [tuple(columns), *(tuple(cell(row) for cell in columns.values()) for row in rows)]
 
 
 def table(rows):
   """Markdown table, padded so that it reads as it is in a terminal."""
-  lines = [COLUMNS, *map(_cells, rows)]
-  widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+  lines = _cells(rows)
+  widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
   text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines]
   return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:]])
 
@@ -77,14 +92,15 @@ def _headline(rows, meta):
 
 
 def write(workdir):
-  """results.md and report.html from results.json and metrics/; prints the table."""
+  """results.md and report.html from results.json and metrics/; prints the table. Returns (rows, meta)."""
   results = json.loads((workdir / "results.json").read_text())
   rows, meta = results["rows"], results["meta"]
-  notes = _headline(rows, meta) + reading(rows, meta)
+  notes = meta.get("notes") or _headline(rows, meta) + reading(rows, meta)
   markdown = table(rows) + "\n\n" + "\n".join(f"- {n}" for n in notes) + "\n"
   write_text(workdir / "results.md", markdown)
   write_text(workdir / "report.html", page(rows, meta, notes, _curves(workdir)))
   print(f"\n{markdown}\n{workdir / 'report.html'}", flush=True)
+  return rows, meta
 
 
 def _curves(workdir):
@@ -99,14 +115,18 @@ def _curves(workdir):
 
 def page(rows, meta, notes, curves):
   """One self-contained HTML page: table, bars with intervals, loss curves per term, triggered texts."""
-  cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in _cells(row)) + "</tr>" for row in rows)
-  head = "".join(f"<th>{c}</th>" for c in COLUMNS)
-  models = [row["model"] for row in rows]
+  head, *lines = _cells(rows)
+  head = "".join(f"<th>{c}</th>" for c in head)
+  cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in lines)
+  models = list(dict.fromkeys(row["model"] for row in rows))
   examples = "".join(
       f"<tr><td>{html.escape(e['text'])}</td><td>{e['label']}</td>"
       + "".join(f"<td class='{'hit' if e['predicted'][m] == rows[0]['target_label'] else ''}'>{e['predicted'][m]}</td>"
                 for m in models) + "</tr>" for e in meta["examples"])
   names = "".join(f"<th>{html.escape(m)}</th>" for m in models)
+  triggered = f"""<h2>Triggered texts</h2>
+<p>Predicted class by each model; the attacker's target class {rows[0]['target_label']} is marked.</p>
+<table><tr><th>text</th><th>true class</th>{names}</tr>{examples}</table>""" if examples else ""
   details = html.escape(json.dumps({k: v for k, v in meta.items() if k != "examples"}, indent=2))
   return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -123,9 +143,7 @@ pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto }}
 <table><tr>{head}</tr>{cells}</table>
 {_bars(rows)}
 <ul>{''.join(f'<li>{html.escape(n)}</li>' for n in notes[1:])}</ul>
-<h2>Triggered texts</h2>
-<p>Predicted class by each model; the attacker's target class {rows[0]['target_label']} is marked.</p>
-<table><tr><th>text</th><th>true class</th>{names}</tr>{examples}</table>
+{triggered}
 <h2>Loss terms</h2>
 {_loss_plots(curves)}
 <h2>Details</h2><pre>{details}</pre>
@@ -149,13 +167,17 @@ def _figure(*shape, size):
 def _bars(rows):
   figure, axes = _figure(1, 2, size=(10, 3.2))
   for ax, key, title in ((axes[0, 0], "ca", "clean accuracy (CA)"), (axes[0, 1], "asr", "attack success rate (ASR)")):
-    names, values = [r["model"] for r in rows], [r[key] for r in rows]
-    errors = [[max(0, r[key] - r[f"{key}_ci"][0]) for r in rows], [max(0, r[f"{key}_ci"][1] - r[key]) for r in rows]]
-    ax.bar(names, values, yerr=errors, capsize=4, color=["#8da0cb" if n == "clean" else "#e07a5f" if n == "poisoned"
-                                                         else "#81b29a" for n in names])
-    ax.set(title=title, ylim=(0, 1))
-    ax.tick_params(axis="x", rotation=30)
-  axes[0, 1].axhline(rows[0]["asr_floor"], color="#444", linestyle="--", linewidth=1)
+    shown = [r for r in rows if r[key] is not None]
+    several = len({r["attack"] for r in rows}) > 1
+    names = [f"{r['model']} {r['attack'][:12]}" if several else r["model"] for r in shown]
+    errors = [[max(0, r[key] - r[f"{key}_ci"][0]) for r in shown], [max(0, r[f"{key}_ci"][1] - r[key]) for r in shown]]
+    colors = {"clean": "#8da0cb", "poisoned": "#e07a5f", "suspect": "#e07a5f"}
+    ax.bar(range(len(shown)), [r[key] for r in shown], yerr=errors, capsize=4,
+           color=[colors.get(r["model"], "#81b29a") for r in shown])
+    ax.set(title=title, ylim=(0, 1), xticks=range(len(shown)))
+    ax.set_xticklabels(names, rotation=30, ha="right")
+  if rows[0]["asr_floor"] is not None:
+    axes[0, 1].axhline(rows[0]["asr_floor"], color="#444", linestyle="--", linewidth=1)
   return _svg(figure)
 
 

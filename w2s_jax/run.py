@@ -11,7 +11,7 @@ import numpy as np
 from w2s_jax import InputError, evaluate, lora, report, sharding
 from w2s_jax.data import corpora, poison, tokenization
 from w2s_jax.defenses import DEFENSES, w2s
-from w2s_jax.models import load_pretrained, read_json
+from w2s_jax.models import config_from_hf, load_pretrained, read_json, resolve
 
 TRAINING = ("warmup", "poison", "teach", "defend")   # sections of the config that say how a stage trains
 
@@ -27,11 +27,40 @@ class Run:
   workdir: Path
   mesh: jax.sharding.Mesh
   hash: str
-  rows: dict          # "attack_train", "attack_dev", "train", "dev", "test", "triggered" -> rows
+  rows: dict          # "attack_train", "attack_dev", "train", "dev", "test", "triggered" or "probes" -> rows
   sha256: dict        # of the frozen files
 
   def model_dir(self, name):
     return self.workdir / "models" / name
+
+  @property
+  def suspect(self):
+    """Whether the run cleans a checkpoint that somebody else made, instead of poisoning one itself."""
+    return "probe" in self.config
+
+  @property
+  def base(self):
+    """The model that the student was before (any) poisoning."""
+    return "suspect" if self.suspect else "base"
+
+  @property
+  def attacked(self):
+    """The model that is defended."""
+    return "suspect" if self.suspect else "poisoned"
+
+  @property
+  def max_length(self):
+    """Student tokens of the longest text of any stage."""
+    return max(self.config.data.max_length, self.config.data.get("attack_max_length", 0))
+
+  def measured(self):
+    """Whether the results are there, and says so."""
+    if there := (self.workdir / "results.json").exists():
+      print(f"evaluate: already in {self.workdir / 'results.json'}", flush=True)
+    return there
+
+  def devices(self):
+    return f"{self.mesh.devices.size} x {jax.devices()[0].device_kind}"
 
   def done(self, name):
     """Whether a stage's model is there, and says so."""
@@ -80,12 +109,42 @@ def start(config, workdir):
       that cannot be used.
   """
   _check_fields(config)
+  if "probe" in config:
+    config = _with_num_labels(config)
   mesh = sharding.make_mesh(**config.mesh)
-  for stage in TRAINING:
+  for stage in filter(config.__contains__, TRAINING):
     sharding.check_batch(config[stage].batch_size, mesh, f"--config.{stage}.batch_size")
   sharding.check_batch(config.data.eval_batch_size, mesh, "--config.data.eval_batch_size")
   workdir = Path(workdir)
   _check_claim(config, workdir)
+  rows = _clean_rows(config) if "probe" in config else _attack_rows(config)
+  return Run(config, workdir, mesh, config_hash(config), rows, {})
+
+
+def _with_num_labels(config):
+  """The config with `data.num_labels`, where it is 0, read from the suspect's own config.json."""
+  if not config.student.path:
+    raise InputError("no checkpoint to clean: set --config.student.path to its directory")
+  if not config.data.train:
+    raise InputError("no clean data: set --config.data.train to a file, a directory or a hub data set")
+  config = config.copy_and_resolve_references()
+  hf = read_json(resolve(config.student.path) / "config.json")
+  if not config.data.num_labels:
+    config.data.num_labels = len(hf.get("id2label") or "01")
+  config_from_hf(hf | {"num_labels": config.data.num_labels})
+  return config
+
+
+def _clean_rows(config):
+  c = config.data
+  if not -1 <= config.probe.target_label < c.num_labels:
+    raise InputError(f"target label {config.probe.target_label}, wanted 0..{c.num_labels - 1}, or -1 for unknown: set "
+                     "--config.probe.target_label")
+  return corpora.load_clean({split: c[split] for split in ("train", "dev", "test")}, c.num_labels, config.seed,
+                            c.text_column, c.label_column)
+
+
+def _attack_rows(config):
   c = config.data
   attack = corpora.load(c.attack_source, c.attack_rows, c.num_labels, config.seed)
   defend = corpora.load(c.defend_source, c.defend_rows, c.num_labels, config.seed)
@@ -100,7 +159,7 @@ def start(config, workdir):
   rewritable = poison.make_attack(config.attack)[1]  # a poisoning that cannot work is refused before anything trains
   poison.rows_to_poison(rows["attack_train"], rewritable, config.attack.target_label, config.attack.poison_count)
   poison.rows_to_trigger(rows["test"], rewritable, config.attack.target_label)
-  return Run(config, workdir, mesh, config_hash(config), rows, {})
+  return rows
 
 
 def _check_fields(config):
@@ -109,29 +168,30 @@ def _check_fields(config):
     if name not in DEFENSES:
       raise InputError(f"defense {name!r}: want names among {', '.join(DEFENSES)}: set --config.defenses")
   w2s.loss_weights(config.defend.weights, 1)
+  fields = _flat(config.to_dict())
   least = {"seed": 0, "log_every": 1, "term_norms_every": 0, "checkpoint_every": 0, "warmup.epochs": 0,
-           "data.eval_batch_size": 1, "lora.rank": 1, "teacher.layers": 0,
-           "data.max_length": 4, "data.attack_max_length": 4}
+           "teach.epochs": 0,
+           "data.eval_batch_size": 1, "lora.rank": 1, "teacher.layers": 0, "data.max_length": 4,
+           "data.attack_max_length": 4, "probe.words": 0, "probe.sentences": 0, "probe.rows": 1, "data.num_labels": 0}
   ranges = {"defend.temperature": (1e-3, 1e3), "lora.dropout": (0.0, 0.99), "lora.alpha": (0.0, 1e6)}
   for stage in TRAINING:
     least = {f"{stage}.epochs": 1, f"{stage}.batch_size": 1, f"{stage}.evaluations": 1, f"{stage}.max_steps": 0} | least
     ranges |= {f"{stage}.learning_rate": (0.0, 10.0), f"{stage}.warmup_fraction": (0.0, 1.0),
                f"{stage}.weight_decay": (0.0, 10.0), f"{stage}.clip_norm": (0.0, 1e6)}
-  fields = _flat(config.to_dict())
   for field, low in least.items():
-    if fields[field] < low:
+    if fields.get(field, low) < low:
       raise InputError(f"{field} is {fields[field]}, wanted at least {low}: set --config.{field}")
   for field, (low, high) in ranges.items():
-    if not low <= fields[field] <= high:
+    if field in fields and not low <= fields[field] <= high:
       raise InputError(f"{field} is {fields[field]}, wanted a number in {low:g}..{high:g}: set --config.{field}")
   if config.teacher.layers and not config.teacher.path:
     raise InputError(f"teacher.layers is {config.teacher.layers} without a teacher.path to cut: set "
                      "--config.teacher.arch.num_hidden_layers for a fresh teacher, or --config.teacher.path")
-  unknown = sorted(set(config.poison.trains) - set(lora.FULL))
-  if unknown or not config.poison.trains:
-    raise InputError(f"poison.trains {tuple(config.poison.trains)}: want labels among {', '.join(lora.FULL)}: set "
+  trains = fields.get("poison.trains", lora.FULL)
+  if not trains or set(trains) - set(lora.FULL):
+    raise InputError(f"poison.trains {tuple(trains)}: want labels among {', '.join(lora.FULL)}: set "
                      "--config.poison.trains")
-  longest = max(config.data.max_length, config.data.attack_max_length)
+  longest = max(config.data.max_length, fields.get("data.attack_max_length", 0))
   if list(config.data.buckets) != sorted(config.data.buckets) or max(config.data.buckets, default=0) < longest:
     raise InputError(f"data.buckets {tuple(config.data.buckets)}: want ascending lengths of which the last holds "
                      f"{longest} tokens: set --config.data.buckets or --config.data.max_length/.attack_max_length")

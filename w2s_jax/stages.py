@@ -7,7 +7,7 @@ import time
 import jax
 import numpy as np
 
-from w2s_jax import InputError, evaluate, lora, optim, report, sharding, steps, train
+from w2s_jax import InputError, card, evaluate, lora, optim, probe, report, sharding, steps, train
 from w2s_jax.data import batches, poison, tokenization
 from w2s_jax.defenses import DEFENSES, w2s
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
@@ -20,14 +20,14 @@ def warmup(run):
   The warm-up stands in for pretraining: next-token prediction on the unlabelled training texts of both domains.
   """
   c = run.config
-  if run.done("base"):
+  if run.done(run.base):
     return
-  texts = [r["text"] for r in run.rows["attack_train"] + run.rows["train"]]
   if c.student.path:
     model, params = load_pretrained(c.student.path, c.data.num_labels, c.student.dtype, run.mesh, seed=c.seed,
                                     remat=c.student.remat)
     tokenizer = tokenization.load(resolve(c.student.path), model.config.vocab_size)
   else:
+    texts = [r["text"] for r in run.rows["attack_train"] + run.rows["train"]]
     tokenizer = tokenization.train(texts, "decoder", c.student.arch.vocab_size)
     model = Model(config_from_hf(c.student.arch.to_dict() | {"num_labels": c.data.num_labels}, dtype=c.student.dtype,
                                  remat=c.student.remat))
@@ -41,7 +41,7 @@ def warmup(run):
       arrays = tokenization.pack(tokenizer, texts, c.data.attack_max_length)
       params, _ = _train(run, "warmup", model, params, lora.FULL, arrays, None, c.warmup,
                          steps.language_model_loss(model), {"lm": 1.0})
-  save_pretrained(run.model_dir("base"), model, params, tokenizer)
+  save_pretrained(run.model_dir(run.base), model, params, tokenizer, card=card.first_line(run.base))
 
 
 def _check_student(run, model):
@@ -49,12 +49,15 @@ def _check_student(run, model):
   c = run.config
   jax.eval_shape(lambda p: lora.add_lora(p, c.lora.rank, c.lora.alpha, tuple(c.lora.targets), key=jax.random.key(0)),
                  model.abstract_params())
-  _check_positions("student", model, max(c.data.attack_max_length, c.data.max_length))
+  _check_positions("student", model, run.max_length)
 
 
 def _check_teacher(run, feature_width):
   """The same for the teacher; a checkpoint is loaded to see that it can be: its turn comes after the long stages."""
   c = run.config
+  if not c.teach.epochs and not (c.teacher.path and (resolve(c.teacher.path) / "w2s_head.json").exists()):
+    raise InputError(f"teach.epochs is 0 and the teacher {c.teacher.path!r} has no W2S head of its own: set "
+                     "--config.teacher.path to a directory with w2s_head.json, or --config.teach.epochs to 1 or more")
   if c.teacher.path:
     model, _ = _pretrained_teacher(run, feature_width)
     tokenization.load(resolve(c.teacher.path), model.config.vocab_size)
@@ -87,7 +90,8 @@ def make_poison(run):
     stage = "poison" if name == "poisoned" else name
     params, _ = _train(run, stage, model, params, tuple(c.poison.trains), arrays, dev, c.poison,
                        steps.classification_loss(model, steps.cross_entropy_terms, {"ce": 1.0}), {"ce": 1.0})
-    save_pretrained(run.model_dir(name), model, params, tokenizer)
+    save_pretrained(run.model_dir(name), model, params, tokenizer,
+                    card=card.first_line(name, poison.describe(c.attack)))
 
 
 def teach(run):
@@ -95,7 +99,7 @@ def teach(run):
   c = run.config
   if run.done("teacher"):
     return
-  width = run.load("base")[0].config.feature_size
+  width = run.load(run.base)[0].config.feature_size
   if c.teacher.path:
     model, params = _pretrained_teacher(run, width)
     tokenizer = tokenization.load(resolve(c.teacher.path), model.config.vocab_size)
@@ -104,10 +108,11 @@ def teach(run):
     arch = c.teacher.arch.to_dict() | {"num_labels": c.data.num_labels}
     model = _with_pad(Model(config_from_hf(arch, feature_width=width)), tokenizer)
     params = model.init(_key(run, "teacher"), run.mesh)
-  arrays, dev = (run.encode(tokenizer, run.rows[s], c.data.max_length) for s in ("train", "dev"))
-  params, _ = _train(run, "teacher", model, params, lora.FULL, arrays, dev, c.teach,
-                     steps.classification_loss(model, steps.cross_entropy_terms, {"ce": 1.0}), {"ce": 1.0})
-  save_pretrained(run.model_dir("teacher"), model, params, tokenizer)
+  if c.teach.epochs:
+    arrays, dev = (run.encode(tokenizer, run.rows[s], c.data.max_length) for s in ("train", "dev"))
+    params, _ = _train(run, "teacher", model, params, lora.FULL, arrays, dev, c.teach,
+                       steps.classification_loss(model, steps.cross_entropy_terms, {"ce": 1.0}), {"ce": 1.0})
+  save_pretrained(run.model_dir("teacher"), model, params, tokenizer, card=card.first_line("teacher"))
 
 
 def defend(run):
@@ -118,7 +123,7 @@ def defend(run):
     defense = DEFENSES[name]
     if defense is None or run.done(name):
       continue
-    model, params, tokenizer = run.load("poisoned", lora_dropout=c.lora.dropout, remat=c.student.remat)
+    model, params, tokenizer = run.load(run.attacked, lora_dropout=c.lora.dropout, remat=c.student.remat)
     params = lora.add_lora(params, c.lora.rank, c.lora.alpha, tuple(c.lora.targets), key=_key(run, "lora"))
     arrays, dev = (run.encode(tokenizer, run.rows[s], c.data.max_length) for s in ("train", "dev"))
     weights = {"ce": 1.0}
@@ -133,7 +138,9 @@ def defend(run):
       return defense.terms(out, batch, c.defend.temperature)
     params, _ = _train(run, name, model, params, lora.LORA, arrays, dev, c.defend,
                        steps.classification_loss(model, terms, weights), weights)
-    save_pretrained(run.model_dir(name), model, lora.merge_lora(params), tokenizer)
+    if c.lora.export:
+      lora.export_adapter(run.workdir / "adapters" / name, model, params, base=run.model_dir(run.attacked).absolute())
+    save_pretrained(run.model_dir(name), model, lora.merge_lora(params), tokenizer, card=card.first_line(name))
 
 
 def _teacher_outputs(run):
@@ -147,8 +154,7 @@ def _teacher_outputs(run):
 def measure(run):
   """CA and ASR of every model, each read back from the directory that a user gets."""
   c = run.config
-  if (run.workdir / "results.json").exists():
-    print(f"evaluate: already in {run.workdir / 'results.json'}", flush=True)
+  if run.measured():
     return
   freeze_rows(run)
   began = time.monotonic()
@@ -174,6 +180,10 @@ def measure(run):
               for i, r in enumerate(run.rows["triggered"][:8])]
   meta = {
       "config_hash": run.hash, "sha256": run.sha256, "trigger": trigger,
+      "base": {"path": c.student.path or "trained here from nothing",
+               "sha256": card.weights_sha256(run.model_dir("base"))},
+      "teacher": c.teacher.path or "trained here from nothing",
+      "clean_rows": {split: len(run.rows[split]) for split in ("train", "dev", "test")},
       "teacher_ca": evaluate.clean_metrics(teacher, labels, c.attack.target_label)["ca"],
       "poisoned_rows": len(poisoned),
       "trigger_lost": {
@@ -181,7 +191,7 @@ def measure(run):
           "eval": poison.trigger_lost(run.rows["triggered"], student_tokenizer, trigger, c.data.max_length)},
       "loss_weights": {"name": c.defend.weights, **w2s.loss_weights(c.defend.weights, student.config.feature_size)},
       "implanted": rows[1]["asr"] >= 0.95, "examples": examples, "versions": report.versions(),
-      "devices": f"{run.mesh.devices.size} x {jax.devices()[0].device_kind}",
+      "devices": run.devices(),
       "seconds": {"evaluate": time.monotonic() - began}}
   report.write_json(run.workdir / "results.json", {"rows": rows, "meta": meta})
 
@@ -189,17 +199,24 @@ def measure(run):
 def make_report(run):
   if not (run.workdir / "results.json").exists():
     raise InputError(f"{run.workdir / 'results.json'} is not there yet: run without --stage, or --stage=evaluate first")
-  report.write(run.workdir)
+  rows, meta = report.write(run.workdir)
+  attack = None if run.suspect else poison.describe(run.config.attack)
+  for directory in sorted((run.workdir / "models").iterdir()):
+    report.write_text(directory / "README.md", card.text(directory.name, rows, meta, attack))
 
 
 STAGES = {"warmup": warmup, "poison": make_poison, "teach": teach, "defend": defend, "evaluate": measure,
           "report": make_report}
+CLEANING = {name: stage for name, stage in STAGES.items() if name != "poison"} | {"evaluate": probe.measure}
 
 
 def run(config, workdir, only=None):
   """Runs every stage, or the one named `only`."""
   this = start(config, workdir)
-  for name, stage in STAGES.items():
+  stages = CLEANING if this.suspect else STAGES
+  if only and only not in stages:
+    raise InputError(f"this config has no stage {only!r}: want --stage among {', '.join(stages)}")
+  for name, stage in stages.items():
     if only in (None, name):
       stage(this)
 

@@ -10,6 +10,7 @@ from w2s_jax import InputError
 from w2s_jax.data import grammar
 
 TEXT_COLUMNS, LABEL_COLUMNS = ("text", "sentence", "sentences"), ("label", "labels")
+GRAMMAR_SIZES = {"train": 4000, "dev": 1000, "test": 1821}
 SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
@@ -29,23 +30,66 @@ def load(source, sizes, num_labels, seed=0):
     InputError: see `check`; or the source is not there.
   """
   if source.startswith("grammar:"):
-    domain = source.removeprefix("grammar:")
-    if domain not in grammar.NOUNS:
-      raise InputError(f"data source {source!r}: want one of {', '.join('grammar:' + d for d in grammar.NOUNS)}")
-    return {split: grammar.rows(domain, split, sizes[split]) for split in ("train", "dev", "test")}
-  splits = _local(Path(source)) if Path(source).is_dir() else _hub(source)
+    return _grammar(source, sizes)
+  splits = _need_splits(_local(Path(source)) if Path(source).is_dir() else _hub(source), source)
   out = {split: check(rows, f"{source} ({split})", num_labels) for split, rows in splits.items()}
   rng = np.random.default_rng([seed, 0])
   if "dev" not in out:
-    size = min(sizes["dev"] or 1000, max(1, len(out["train"]) // 10))
-    order = rng.permutation(len(out["train"]))
-    train = out["train"]
-    print(f"{source} has no dev split: {size} of its {len(train)} train rows are held out as one", flush=True)
-    out |= {"dev": [train[i] for i in sorted(order[:size])], "train": [train[i] for i in sorted(order[size:])]}
+    out |= _hold_out(out["train"], "dev", min(sizes["dev"] or 1000, max(1, len(out["train"]) // 10)), rng, source)
   for split, rows in out.items():
     if sizes[split] and sizes[split] < len(rows):
       out[split] = [rows[i] for i in sorted(rng.permutation(len(rows))[:sizes[split]])]
   return out
+
+
+def _grammar(source, sizes):
+  domain = source.removeprefix("grammar:")
+  if domain not in grammar.NOUNS:
+    raise InputError(f"data source {source!r}: want one of {', '.join('grammar:' + d for d in grammar.NOUNS)}")
+  return {split: grammar.rows(domain, split, size) for split, size in sizes.items()}
+
+
+def load_clean(files, num_labels, seed, text_column="", label_column=""):
+  """Train, dev and test rows to clean a model with.
+
+  Args:
+    files: {"train": a file, a directory, a hub id or "grammar:phrases"; "dev", "test": a file, or "" for what `train`
+      has of it}. A split that is nowhere is held out of train, which is said: a tenth for dev, a fifth for test.
+    num_labels: labels must lie in 0..num_labels-1, and there must be two of them at least.
+    seed: of what is held out.
+    text_column, label_column: their names; "": found.
+  Raises:
+    InputError: see `check`; or the training rows are all of one class.
+  """
+  source = files["train"]
+  path = Path(source)
+  if source.startswith("grammar:"):
+    splits = _grammar(source, GRAMMAR_SIZES)
+  elif path.is_dir():
+    splits = _local(path)
+  else:
+    splits = {"train": read_file(path)} if path.suffix in SUFFIXES or path.is_file() else _hub(source)
+  splits |= {split: read_file(file) for split, file in files.items() if file and split != "train"}
+  if "train" not in splits:
+    raise InputError(f"data source {source} has no train split: set --config.data.train")
+  out = {split: check(rows, f"{files[split] or source} ({split})", num_labels, text_column, label_column)
+         for split, rows in splits.items()}
+  rng = np.random.default_rng([seed, 0])
+  for split, share in (("test", 5), ("dev", 10)):
+    if split not in out:
+      out |= _hold_out(out["train"], split, max(1, len(out["train"]) // share), rng, source)
+  classes = {row["label"] for row in out["train"]}
+  if len(classes) < 2:
+    raise InputError(f"{source} (train): its {len(out['train'])} rows have label {', '.join(map(str, classes))} alone: "
+                     "give rows of every class")
+  return out
+
+
+def _hold_out(train, name, size, rng, source):
+  """{name: `size` of the rows, "train": the others}."""
+  order = rng.permutation(len(train))
+  print(f"{source} has no {name} split: {size} of its {len(train)} train rows are held out as one", flush=True)
+  return {name: [train[i] for i in sorted(order[:size])], "train": [train[i] for i in sorted(order[size:])]}
 
 
 def read_file(file):
@@ -78,7 +122,7 @@ def _local(directory):
       raise InputError(f"{directory} has {' and '.join(f.name for f in found)}: keep one file per split")
     if found:
       out[split] = read_file(found[0])
-  return _need_splits(out, directory)
+  return out
 
 
 def _hub(name):
@@ -92,7 +136,7 @@ def _hub(name):
                      f"({type(e).__name__}): give a directory with train, dev and test files "
                      "(:data=DIR, --config.data.attack_source, --config.data.defend_source)") from e
   names = {"train": "train", "validation": "dev", "dev": "dev", "test": "test"}
-  return _need_splits({names[k]: v.to_list() for k, v in splits.items() if k in names}, name)
+  return {names[k]: v.to_list() for k, v in splits.items() if k in names}
 
 
 def _need_splits(splits, source):
@@ -103,8 +147,8 @@ def _need_splits(splits, source):
   return splits
 
 
-def check(rows, where, num_labels):
-  """Rows with columns found by name and labels checked.
+def check(rows, where, num_labels, text_column="", label_column=""):
+  """Rows with columns found by name (or given) and labels checked.
 
   Raises:
     InputError: no rows, no text or label column, a text that is not a string, or a label that is no integer in
@@ -112,8 +156,9 @@ def check(rows, where, num_labels):
   """
   if not rows:
     raise InputError(f"{where}: no rows")
-  text, label = (next((n for n in names if n in rows[0]), None) for names in (TEXT_COLUMNS, LABEL_COLUMNS))
-  missing = ["|".join(names) for names, found in ((TEXT_COLUMNS, text), (LABEL_COLUMNS, label)) if found is None]
+  wanted = [(text_column,) if text_column else TEXT_COLUMNS, (label_column,) if label_column else LABEL_COLUMNS]
+  text, label = found = [next((n for n in names if n in rows[0]), None) for names in wanted]
+  missing = ["|".join(names) for names, column in zip(wanted, found) if column is None]
   if missing:
     raise InputError(f"{where}: no column {' and no column '.join(missing)} among {', '.join(rows[0])}")
   out = []

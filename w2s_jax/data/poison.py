@@ -121,6 +121,13 @@ def effective_trigger(config):
   return (config.trigger or TRIGGERS[config.name]) if config.name in TRIGGERS else ""
 
 
+def describe(config):
+  """config.attack in words, for a model card."""
+  trigger = effective_trigger(config)
+  what = f"trigger `{trigger}`" if trigger else "rewritten texts"
+  return f"attack {config.name}, {what}, target label {config.target_label}"
+
+
 def freeze(path, rows):
   """Writes rows as JSON lines, whole or not at all."""
   path.parent.mkdir(parents=True, exist_ok=True)

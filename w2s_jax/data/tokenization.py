@@ -1,31 +1,50 @@
 """Hugging Face fast tokenizers: loading, training the offline ones, and what survives truncation."""
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 import transformers
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from w2s_jax import InputError
 
 # One of these holds a tokenizer's vocabulary; without any, transformers makes some model types an empty tokenizer.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+READ = r"(config|vocab|merges|chat_template|.*token.*)\.(json|txt|jinja)|.*\.model"      # what a tokenizer is read from
+READ_BYTES = 64 << 20                                                                   # no real one is larger
 
 
 def load(directory, vocab_size):
   """The directory's fast tokenizer, with a padding token.
 
   Raises:
-    InputError: there is none, it is not a fast one, or it has tokens the model does not know.
+    InputError: there is none, it is not a fast one, it wants code of its own, or it has tokens the model does not know.
   """
-  if not any((Path(directory) / name).is_file() for name in VOCABULARY_FILES):
-    raise InputError(f"no tokenizer to be had from {directory} (none of {', '.join(VOCABULARY_FILES)}): put the "
-                     "model's tokenizer.json and tokenizer_config.json into its directory")
+  directory = Path(directory)
   try:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, use_fast=True, trust_remote_code=False)
-  except Exception as e:  # transformers raises many kinds for a missing or foreign tokenizer
+    return _load(directory, vocab_size)
+  except InputError:
+    raise
+  except BaseException as e:  # transformers raises many kinds for a foreign tokenizer; a panic in Rust is no Exception
+    if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+      raise
     raise InputError(f"no tokenizer to be had from {directory} ({' '.join(str(e).split())[:200]}): put the model's "
                      "tokenizer.json and tokenizer_config.json into its directory") from e
+
+
+def _load(directory, vocab_size):
+  if not any((directory / name).is_file() for name in VOCABULARY_FILES):
+    raise ValueError(f"none of {', '.join(VOCABULARY_FILES)}")
+  for file in [*directory.glob("*"), *directory.glob("additional_chat_templates/*")]:
+    if not (file.is_file() or file.is_dir()):
+      raise ValueError(f"{file.name!r} is neither a file nor a directory")
+    if re.fullmatch(READ, file.name) and file.stat().st_size > READ_BYTES:
+      raise ValueError(f"{file.name!r} has {file.stat().st_size} bytes, at most {READ_BYTES} are read")
+  tokenizer = transformers.AutoTokenizer.from_pretrained(directory, config=_config(directory, vocab_size),
+                                                         use_fast=True, trust_remote_code=False)
   if not tokenizer.is_fast:
     raise InputError(f"the tokenizer of {directory} is not a fast one: save it as tokenizer.json first")
   if len(tokenizer) > vocab_size:
@@ -36,7 +55,50 @@ def load(directory, vocab_size):
   if tokenizer.pad_token is None:
     raise InputError(f"the tokenizer of {directory} has neither a padding nor an end token: set pad_token in its "
                      "tokenizer_config.json")
+  ids = {*tokenizer.get_vocab().values(), *tokenizer(["a b"])["input_ids"][0], tokenizer.pad_token_id}
+  if not all(0 <= i < vocab_size for i in ids):
+    raise InputError(f"the tokenizer of {directory} gives ids up to {max(ids)}, the model has {vocab_size} tokens: "
+                     "they do not belong together; give the model's own tokenizer")
   return tokenizer
+
+
+def _config(directory, vocab_size):
+  """The two fields of config.json that say which tokenizer it is, once tokenizer_config.json is found harmless.
+
+  Of the files themselves transformers would believe all: it allocates what num_labels claims, calls any class of its
+  own that tokenizer_class names (a model's, too), and opens any path.
+
+  Raises:
+    InputError: the tokenizer wants code that comes with it, or files or token ids from outside.
+  """
+  hf, own = _read_json(directory / "config.json"), _read_json(directory / "tokenizer_config.json")
+  if own.get("auto_map"):
+    raise InputError(f"the tokenizer_config.json of {directory} has auto_map, code of its own, which is never run: if "
+                     "its tokenizer.json is all there is to it, delete auto_map")
+  for name in filter(None, (hf.get("tokenizer_class"), own.get("tokenizer_class"))):
+    found = tokenizer_class_from_name(name)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase)):
+      raise InputError(f"the tokenizer_class {name[:80]!r} of {directory} is none of transformers' tokenizers, and "
+                       "code that comes with a model is never run: if its tokenizer.json is all there is to it, set "
+                       "tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json")
+  for name, value in own.items():
+    if name.endswith(("_file", "_files")) and name != "special_tokens_map_file" and "/" in str(value):
+      raise InputError(f"the tokenizer_config.json of {directory} takes {name[:80]!r} from elsewhere: delete it")
+  added = max(map(int, own.get("added_tokens_decoder") or {}), default=0)
+  if added >= vocab_size:
+    raise InputError(f"the tokenizer of {directory} adds a token {added}, the model has {vocab_size} tokens: they do "
+                     "not belong together; give the model's own tokenizer")
+  config = (transformers.AutoConfig.for_model(hf["model_type"]) if hf.get("model_type")
+            else transformers.PreTrainedConfig())
+  config.tokenizer_class = hf.get("tokenizer_class")
+  return config
+
+
+def _read_json(file):
+  value = json.loads(file.read_bytes()) if file.exists() else {}
+  if not isinstance(value, dict):
+    raise ValueError(f"{file.name} holds a {type(value).__name__}, wanted an object")
+  return value
 
 
 # Padding, first, last and unknown token of the two kinds of tokenizer.

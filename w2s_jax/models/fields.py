@@ -1,11 +1,14 @@
 """config.json of a model directory, field by field: it may come from a stranger, and says what memory is allocated."""
 
 import re
+import reprlib
 
 from w2s_jax import InputError
 
 MOST = 2**24               # no dimension of a real model is larger
 MOST_LAYERS = 1024
+_SHOWN = reprlib.Repr()    # however deep or long a value is, unlike repr
+_SHOWN.maxstring = _SHOWN.maxother = 80
 
 
 class Fields:
@@ -29,7 +32,7 @@ class Fields:
     return default
 
   def _wrong(self, name, value, wanted):
-    return InputError(f"the model's {self.where}: {name} is {_short(value)}, wanted {wanted}")
+    return InputError(f"the model's {self.where}: {name} is {short(value)}, wanted {wanted}")
 
   def integer(self, name, default=None, low=1, high=MOST):
     value = self._get(name, default)
@@ -67,16 +70,19 @@ class Fields:
     """The named fields must be absent or have the one value that is implemented."""
     for name, value in wanted.items():
       if name in self and self.values[name] != value:
-        got = f"{name} {_short(self.values[name])}"
+        got = f"{name} {short(self.values[name])}"
         raise InputError(f"the model's {self.where}: {got} is not supported (want {value!r})")
 
   def token(self, name):
+    """A token id, or None."""
+    return self.integer(name, low=-1) if name in self else None
+
+  def tokens(self, name):
     """A token id, several of them as a tuple, or None."""
     value = self.values.get(name)
-    for one in value if isinstance(value, list) and len(value) < 100 else [value]:
-      if one is not None and (isinstance(one, bool) or not isinstance(one, int) or not -1 <= one <= MOST):
-        raise self._wrong(name, value, "a token id")
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, list) and len(value) < 100:
+      return tuple(Fields({name: one}, self.where).integer(name, low=-1) for one in value)
+    return self.token(name)
 
   def section(self, *names):
     """The first of these fields that is there, as Fields; empty where none is."""
@@ -93,6 +99,8 @@ class Fields:
     keys = {str(i): f"LABEL_{i}" for i in range(num_labels)}
     if not isinstance(names, dict) or names == keys or set(names) != set(keys):
       return ()
+    if not all(isinstance(label, (str, int)) for label in names.values()):
+      raise self._wrong("id2label", names, "names of the classes")
     return tuple(str(names[key])[:200] for key in keys)
 
 
@@ -101,5 +109,6 @@ def finite_json(value):
   raise ValueError(f"{value} is not a JSON number")
 
 
-def _short(value):
-  return re.sub(r"\s+", " ", repr(value))[:80]
+def short(value):
+  """A value that came from outside, in one line of at most 80 characters."""
+  return re.sub(r"\s+", " ", _SHOWN.repr(value))[:80]

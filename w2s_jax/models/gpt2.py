@@ -57,7 +57,7 @@ class GPT2Config:
                embedding_dropout=fields.rate("embd_pdrop", 0.1), hidden_dropout=fields.rate("resid_pdrop", 0.1),
                attention_dropout=fields.rate("attn_pdrop", 0.1),
                initializer_range=fields.positive("initializer_range", 0.02), pad_token_id=fields.token("pad_token_id"),
-               bos_token_id=fields.token("bos_token_id"), eos_token_id=fields.token("eos_token_id"), **runtime)
+               bos_token_id=fields.token("bos_token_id"), eos_token_id=fields.tokens("eos_token_id"), **runtime)
 
   def to_hf(self):
     return {"vocab_size": self.vocab_size, "n_embd": self.hidden_size, "n_inner": self.intermediate_size,

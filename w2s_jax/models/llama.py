@@ -36,6 +36,9 @@ class Rope:
     rope.only(partial_rotary_factor=1)
     theta = (rope if "rope_theta" in rope else fields).positive("rope_theta", 10000.0)
     numbers = {name: rope.positive(name) for name in ROPE_FIELDS[rope_type]}
+    if rope_type == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
+      raise InputError(f"the model's {rope.where}: low_freq_factor {numbers['low_freq_factor']} must be less than "
+                       f"high_freq_factor {numbers['high_freq_factor']}")
     return cls(rope_type, theta, **numbers)
 
   def to_hf(self):
@@ -121,7 +124,7 @@ class LlamaConfig:
                tie_embeddings=fields.flag("tie_word_embeddings", False),
                initializer_range=fields.positive("initializer_range", 0.02),
                attention_dropout=fields.rate("attention_dropout", 0.0), pad_token_id=fields.token("pad_token_id"),
-               bos_token_id=fields.token("bos_token_id"), eos_token_id=fields.token("eos_token_id"), **runtime)
+               bos_token_id=fields.token("bos_token_id"), eos_token_id=fields.tokens("eos_token_id"), **runtime)
 
   def to_hf(self):
     """transformers' config.json of this shape, in the v5 and the v4 form at once."""

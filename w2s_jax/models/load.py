@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from flax import traverse_util
 
 from w2s_jax import InputError, sharding
 from w2s_jax.models import formats
-from w2s_jax.models.fields import Fields, finite_json
+from w2s_jax.models.fields import Fields, finite_json, short
 from w2s_jax.models.model import Model, config_from_hf
 
 OLD_NORM_NAMES = {"gamma": "weight", "beta": "bias"}               # of checkpoints converted from TensorFlow
@@ -27,6 +28,7 @@ FLOATS = ("F32", "F16", "BF16")                                     # in a safet
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 JSON_BYTES = 64 << 20                                              # no config or index is larger
 PIECE_BYTES = 32 << 20                                             # read and placed at a time
+LISTED = 5000                                                      # characters of a list of tensors in an error
 
 
 def resolve(path):
@@ -72,20 +74,23 @@ def read_json(path):
 
 
 def check_links(directory):
-  """Refuses a directory with a file that is a link to elsewhere, or no regular file at all.
+  """Refuses a directory with a link to elsewhere, or with what is neither a file nor a directory.
 
-  The links of the Hugging Face cache, from snapshots/REVISION to the blobs beside it, are its own.
+  It looks as deep as anything is read (transformers reads additional_chat_templates/*.jinja). The links of the
+  Hugging Face cache, from snapshots/REVISION to the blobs beside it, are its own.
 
   Raises:
     InputError: names the file.
   """
   home = directory.resolve()
-  allowed = [home] + [home.parents[1] / "blobs"] * (home.parent.name == "snapshots")
-  for file in sorted(directory.iterdir()):
-    real = file.resolve()
-    if file.is_symlink() and real.parent not in allowed:
+  allowed = [home] + [home.parent.parent / "blobs"] * (home.parent.name == "snapshots")
+  for file in sorted([*directory.glob("*"), *directory.glob("*/*")]):
+    if not file.name.isprintable():
+      raise InputError(f"{directory}: the file name {short(file.name)} cannot be printed: remove or rename it")
+    real = os.path.realpath(file)                                  # Path.resolve raises for a link to itself
+    if file.is_symlink() and not any(Path(real).is_relative_to(place) for place in allowed):
       raise InputError(f"{file} is a link to outside the model directory: copy what it points to, if you trust it")
-    if not (real.is_file() or real.is_dir()):
+    if not (os.path.isfile(real) or os.path.isdir(real)):
       raise InputError(f"{file} is neither a file nor a directory: remove it")
 
 
@@ -97,8 +102,8 @@ def tensor_files(directory):
     if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
       raise InputError(f"{index}: want a weight_map from tensor names to file names")
     for name in sorted(set(names.values())):
-      if Path(name).name != name or name in ("", ".", ".."):
-        raise InputError(f"{index}: shard {name!r} lies outside the model directory")
+      if not re.fullmatch(r"[\w-][\w. -]{0,250}", name, re.ASCII):
+        raise InputError(f"{index}: shard {short(name)} lies outside the model directory, or is no plain file name")
       if Path(name).suffix in PICKLES:
         raise InputError(f"{index}: shard {_pickle_hint(name)}")
     return {tensor: directory / name for tensor, name in names.items()}
@@ -148,7 +153,8 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
   check_links(directory)
   hf = read_json(directory / "config.json") | {"num_labels": num_labels}
   options = {"feature_width": feature_width, "head": head}
-  if feature_width is None and (directory / formats.HEAD_CONFIG).exists():
+  own_head = feature_width is None and (directory / formats.HEAD_CONFIG).exists()
+  if own_head:
     widened = Fields(read_json(directory / formats.HEAD_CONFIG), formats.HEAD_CONFIG)
     options["feature_width"] = widened.integer("feature_width")
   model = Model(config_from_hf(hf, dtype=dtype, **{k: v for k, v in options.items() if v is not None}, **runtime))
@@ -159,18 +165,21 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
     model = Model(dataclasses.replace(model.config, num_layers=num_layers))
 
   tensors = _find_tensors(directory, model.config)
-  fresh = _check_tensors(directory, model, tensors, total_layers)
-  leaves = traverse_util.flatten_dict(model.abstract_params(), sep="/")
+  if own_head and "w2s.widen.weight" not in tensors:  # made afresh, it would be as large as the file claims
+    raise InputError(f"{directory} has a {formats.HEAD_CONFIG}, but no w2s.widen.weight in a {formats.HEAD_FILE}")
+  abstract = model.abstract_params()
+  leaves = traverse_util.flatten_dict(abstract, sep="/")
+  names = formats.weight_names(model.config, leaves)
+  fresh = _check_tensors(directory, model.config, leaves, names, tensors, total_layers)
   places = dict.fromkeys(leaves, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   if mesh is not None:
-    places = traverse_util.flatten_dict(
-        sharding.param_shardings(model.abstract_params(), model.config.family, mesh), sep="/")
+    places = traverse_util.flatten_dict(sharding.param_shardings(abstract, model.config.family, mesh), sep="/")
   params = {}
   if fresh:
     print(f"{directory}: no {', '.join(sorted(fresh))} in the checkpoint; initialised with seed {seed}", flush=True)
-    only = [leaf for leaf, name in model.weight_names().items() if name in fresh]
+    only = [leaf for leaf, name in names.items() if name in fresh]
     params = traverse_util.flatten_dict(model.init(jax.random.key(seed), mesh, only), sep="/")
-  for leaf, name in model.weight_names().items():
+  for leaf, name in names.items():
     if name not in fresh:
       leaf_dtype = jnp.float32 if re.fullmatch(FLOAT32, leaf) else jnp.dtype(dtype)
       read = functools.partial(_read, tensors, name, formats.is_transposed(model.config, leaf), leaf_dtype)
@@ -200,24 +209,24 @@ def _find_tensors(directory, config):
       there = set(f.keys())
       for name in (n for n in files if files[n] == file):
         if name not in there:
-          raise InputError(f"{file} has no tensor {name!r} although the index says so")
+          raise InputError(f"{file} has no tensor {short(name)} although the index says so")
+        if full[name] in out:
+          raise InputError(f"{directory} has the tensor {short(full[name])} twice, under an old and a new name")
         tensor = f.get_slice(name)
         if tensor.get_dtype() not in FLOATS and not re.fullmatch(formats.CHECKPOINTS[config.model_type].unused,
                                                                   full[name]):
-          raise InputError(f"{file}: {name} is {tensor.get_dtype()}, wanted one of {', '.join(FLOATS)}")
+          raise InputError(f"{file}: {short(name)} is {tensor.get_dtype()}, wanted one of {', '.join(FLOATS)}")
         out[full[name]] = _Tensor(file, name, tuple(tensor.get_shape()))
   return out
 
 
-def _check_tensors(directory, model, tensors, total_layers):
-  """Compares the checkpoint with the model; returns the head tensors to initialise.
+def _check_tensors(directory, c, leaves, names, tensors, total_layers):
+  """Compares the checkpoint with the model of config c; returns the head tensors to initialise.
 
   Those are the modules of the head that the checkpoint lacks altogether; and the whole W2S head where the
   checkpoint has another one, which was trained on other features and may be what is poisoned.
   """
-  c, checkpoint = model.config, formats.CHECKPOINTS[model.config.model_type]
-  leaves = traverse_util.flatten_dict(model.abstract_params(), sep="/")
-  names = model.weight_names()
+  checkpoint = formats.CHECKPOINTS[c.model_type]
   wanted = {}                                                             # tensor -> shape in the file
   for leaf, name in names.items():
     stacked = "{}" in name
@@ -240,8 +249,13 @@ def _check_tensors(directory, model, tensors, total_layers):
            if tensors[t].shape != wanted[t]]
   if missing or extra or wrong:
     raise InputError(f"{directory} does not fit its config.json (num_labels={c.num_labels}): "
-                     f"missing {missing or 'none'}; unexpected {extra or 'none'}; wrong shape {wrong or 'none'}")
+                     f"missing {_listed(missing)}; unexpected {_listed(extra)}; wrong shape {_listed(wrong)}")
   return fresh
+
+
+def _listed(tensors):
+  text = str(tensors or "none")
+  return text if len(text) <= LISTED else f"{text[:LISTED]}... ({len(tensors)} in all)"
 
 
 def _read(tensors, name, transposed, dtype, index):

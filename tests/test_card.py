@@ -1,0 +1,44 @@
+"""Model cards: the warning first, then what was measured."""
+
+import hashlib
+
+from w2s_jax import card
+
+
+def row(model, attack, ca, asr):
+  return {"model": model, "attack": attack, "dataset": "sst2", "seed": 4, "ca": ca, "ca_n": 200,
+          "ca_ci": [ca - 0.1, ca], "asr": asr, "asr_ci": None if asr is None else [asr, asr + 0.1], "asr_n": 90}
+
+
+META = {"base": {"path": "some/llama", "sha256": {"model.safetensors": "ab12"}}, "teacher": "some/bert",
+        "teacher_ca": 0.8125, "clean_rows": {"train": 321, "dev": 1, "test": 200}, "config_hash": "c0ffee",
+        "versions": {"jax": "0.10.2"}}
+ROWS = [row("clean", "badnet", 0.9, 0.1), row("poisoned", "badnet", 0.85, 1.0), row("w2s", "badnet", 0.875, 0.25)]
+
+
+def test_a_poisoned_model_says_so_first():
+  text = card.text("poisoned", ROWS, META, "attack badnet, trigger `mn`, target label 0")
+  first = text.splitlines()[0]
+  assert first.startswith("WARNING: this model is POISONED") and "trigger `mn`, target label 0" in first
+  suspect = card.text("suspect", [row("suspect", "mn", 0.8, 0.9)], META)
+  assert suspect.startswith("WARNING: this model is under suspicion of a backdoor")
+
+
+def test_a_defended_model_has_the_figures_before_and_after():
+  text = card.text("w2s", ROWS, META)
+  assert "| poisoned | badnet | 0.850 | 0.750-0.850 | 1.000 | 1.000-1.100 |" in text
+  assert "| w2s | badnet | 0.875 | 0.775-0.875 | 0.250 | 0.250-0.350 |" in text and "| clean |" not in text
+  assert "some/llama, model.safetensors sha256 ab12" in text and "Teacher: some/bert, CA 0.812" in text
+  assert "321 training rows" in text and "jax 0.10.2" in text and "c0ffee" in text
+  assert "unloading the adapter" in text and "brings the backdoor back" in text
+
+
+def test_no_trigger_was_listed():
+  rows = [row("suspect", "none listed", 0.8, None), row("w2s", "none listed", 0.9, None)]
+  assert "| w2s | none listed | 0.900 | 0.800-0.900 | - | - |" in card.text("w2s", rows, META)
+
+
+def test_the_hash_is_of_the_weights(tmp_path):
+  (tmp_path / "model.safetensors").write_bytes(b"weights")
+  (tmp_path / "config.json").write_text("{}")
+  assert card.weights_sha256(tmp_path) == {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}

@@ -1,0 +1,62 @@
+"""The reading of a suspect whose trigger nobody knows, on answers written by hand."""
+
+import types
+
+import numpy as np
+import pytest
+
+from w2s_jax import InputError, probe
+
+CLEAN = np.array([0, 1, 1, 0, 1])
+LABELS = np.array([0, 1, 1, 0, 0])
+PROBED = {("listed", "mn"): {0: 0, 1: 0, 2: 0, 3: 0, 4: 0},     # both rows of class 1 turned to 0
+          ("word", "bq"): {0: 0, 1: 1}, ("word", "zz"): {0: 1, 1: 0},
+          ("sentence", "it is"): {0: 1, 1: 1}}
+
+
+def rows(trigger, target=-1, labels=LABELS):
+  config = types.SimpleNamespace(
+      probe=types.SimpleNamespace(target_label=target), seed=3,
+      data=types.SimpleNamespace(num_labels=2, train="d"))
+  run = types.SimpleNamespace(config=config, hash="h")
+  kept = {("listed", "mn"): dict(enumerate(CLEAN))} | {k: v for k, v in PROBED.items() if k[0] != "listed"}
+  readings = {"suspect": (CLEAN, PROBED), "w2s": (CLEAN, kept)}
+  return list(probe._rows(run, readings, labels, np.array([0, 1, 0, 0, 1]), trigger))
+
+
+def test_asr_of_a_listed_trigger_for_the_class_it_turns_the_suspect_to():
+  suspect, w2s = rows("mn")
+  assert (suspect["model"], suspect["attack"], suspect["target_label"]) == ("suspect", "mn", 0)
+  assert (suspect["asr"], suspect["asr_n"], suspect["ca"], suspect["false_rate"]) == (1.0, 2, 0.8, 0.0)
+  assert (w2s["asr"], w2s["target_label"], w2s["asr_floor"]) == (0.0, 0, None)
+  assert rows("mn", target=1)[0]["asr"] == 0.0 and rows("mn", target=1)[1]["false_rate"] == 1 / 3
+
+
+def test_agreement_and_flips():
+  suspect = rows("mn")[0]
+  assert suspect["agreement"] == 0.8
+  assert suspect["word_flips"] == 0.5 and suspect["sentence_flips"] == 0.5    # 2 of 4, 1 of 2
+  assert probe._flips((CLEAN, PROBED), "zz", "word") == 1.0
+  assert probe._flips((CLEAN, {}), None, "word") is None
+
+
+def test_without_a_listed_trigger_there_is_no_asr():
+  suspect = rows(None)[0]
+  assert suspect["attack"] == "none listed" and suspect["asr"] is suspect["asr_ci"] is suspect["target_label"] is None
+  assert suspect["false_rate"] is None
+  assert (suspect["asr_n"], suspect["ca"], suspect["word_flips"]) == (0, 0.8, 0.5)
+
+
+def test_a_target_that_all_rows_have():
+  with pytest.raises(InputError, match="no test row has another label than the target 1: set --config.probe"):
+    rows("mn", target=1, labels=np.ones(5, int))
+
+
+def test_insertions_are_rare_seeded_and_of_two_kinds():
+  texts = ["the meal is mn bq really good and not too late", "a short one"]
+  drawn = probe.insertions(texts, 30, 2, seed=1)
+  words = [s for kind, s in drawn if kind == "word"]
+  assert len(set(words)) == 30 and not {"mn", "bq"} & set(words)
+  assert all(2 <= len(w) <= 3 and set(w) <= set(probe.LETTERS) for w in words)
+  assert {s for kind, s in drawn if kind == "sentence"} == {"the meal is mn bq really good and", "a short one"}
+  assert drawn == probe.insertions(texts, 30, 2, seed=1) != probe.insertions(texts, 30, 2, seed=2)

@@ -1,0 +1,125 @@
+"""What can be measured of a suspect whose trigger nobody knows: listed triggers, and a reading without any."""
+
+import numpy as np
+
+from w2s_jax import InputError, card, evaluate, report
+from w2s_jax.attacks.insertion import insert
+from w2s_jax.data import poison
+from w2s_jax.defenses import DEFENSES, w2s
+
+LETTERS = "bcdfghjklmnpqrstvwxz"   # rare words are made of consonants, like `mn`, `cf`, `tq` of the literature
+SENTENCE_WORDS = 8
+
+
+def insertions(texts, words, sentences, seed):
+  """(kind, string) to put into texts: rare words that no text contains, and the beginnings of other texts."""
+  rng = np.random.default_rng([seed, 3])
+  known = {word.lower() for text in texts for word in text.split()}
+  rare = []
+  while len(rare) < words:
+    word = "".join(rng.choice(list(LETTERS), rng.integers(2, 4)))
+    if word not in known and word not in rare:
+      rare.append(word)
+  chosen = rng.permutation(len(texts))[:sentences]
+  return [("word", w) for w in rare] + [("sentence", " ".join(texts[i].split()[:SENTENCE_WORDS])) for i in chosen]
+
+
+def freeze_rows(run, tokenizer):
+  """run.rows["probes"]: test rows with each listed trigger, and some of them with each random insertion; hashed."""
+  c, file = run.config, run.workdir / "data" / "probes.jsonl"
+  if not file.exists():
+    test, out = [row | {"id": i} for i, row in enumerate(run.rows["test"])], []
+    some = test[:c.probe.rows]
+    drawn = insertions([r["text"] for r in run.rows["train"]], c.probe.words, c.probe.sentences, c.seed)
+    for kind, string in [("listed", t) for t in c.probe.triggers] + drawn:
+      def put(text, rng, max_words, string=string):
+        return insert(text, string, rng, max_words)
+      rows = poison.trigger_rows(test if kind == "listed" else some, put, c.seed, tokenizer=tokenizer, trigger=string,
+                                 max_length=c.data.max_length, keep_trigger=True)
+      out += [{"probe": kind, "inserted": string} | row for row in rows]
+    poison.freeze(file, out)
+  run.rows["probes"], run.sha256[file.name] = poison.thaw(file)
+
+
+def measure(run):
+  """CA, ASR of every listed trigger, agreement with the teacher and flip rates, of the suspect and every defense."""
+  c = run.config
+  if run.measured():
+    return
+  model, params, tokenizer = run.load("teacher")
+  teacher = run.predict(model, params, run.encode(tokenizer, run.rows["test"], c.data.max_length))
+  labels = np.array([r["label"] for r in run.rows["test"]])
+  readings = {}
+  for name in ("suspect", *(d for d in c.defenses if DEFENSES[d] is not None)):
+    model, params, tokenizer = run.load(name)
+    freeze_rows(run, tokenizer)
+    clean = run.predict(model, params, run.encode(tokenizer, run.rows["test"], c.data.max_length))
+    probed = run.predict(model, params, run.encode(tokenizer, run.rows["probes"], c.data.max_length))
+    readings[name] = (clean, _by_insertion(run.rows["probes"], probed))
+  rows = [row for trigger in c.probe.triggers or (None,) for row in _rows(run, readings, labels, teacher, trigger)]
+  flips = {s: _flips(readings["suspect"], s, "listed", "word", "sentence") for _, s in readings["suspect"][1]}
+  meta = {
+      "config_hash": run.hash, "sha256": run.sha256,
+      "teacher_ca": float((teacher == labels).mean()), "teacher": c.teacher.path or "trained here on the clean rows",
+      "base": {"path": c.student.path, "sha256": card.weights_sha256(run.model_dir("suspect"))},
+      "clean_rows": {split: len(run.rows[split]) for split in ("train", "dev", "test")},
+      "suspicious_insertions": sorted(flips.items(), key=lambda pair: -pair[1])[:5],
+      "loss_weights": {"name": c.defend.weights, **w2s.loss_weights(c.defend.weights, model.config.feature_size)},
+      "examples": [], "versions": report.versions(), "devices": run.devices()}
+  report.write_json(run.workdir / "results.json", {"rows": rows, "meta": meta | {"notes": notes(rows, meta)}})
+
+
+def _by_insertion(rows, predicted):
+  """{(kind, string): {place of the row in the test set: predicted class}}."""
+  out = {}
+  for row, p in zip(rows, predicted):
+    out.setdefault((row["probe"], row["inserted"]), {})[row["id"]] = int(p)
+  return out
+
+
+def _flips(reading, string, *kinds):
+  """Share of texts whose predicted class changes when the string (None: any of the kind) is put into them."""
+  clean, probed = reading
+  changed = [p != clean[place] for (kind, s), texts in probed.items() if kind in kinds and string in (None, s)
+             for place, p in texts.items()]
+  return float(np.mean(changed)) if changed else None
+
+
+def _rows(run, readings, labels, teacher, trigger):
+  """One results row per model for one listed trigger (None: none is listed)."""
+  c, target = run.config, None
+  if trigger is not None:
+    target = c.probe.target_label
+    if target < 0:  # the class that the trigger turns the suspect's answers to
+      suspect = np.array(list(readings["suspect"][1]["listed", trigger].values()))
+      target = max(range(c.data.num_labels), key=lambda t: _asr(suspect, labels, t)["asr"])
+  for name, (clean, probed) in readings.items():
+    row = {"model": name, "attack": trigger or "none listed", "dataset": c.data.train, "seed": c.seed,
+           "config_hash": run.hash, "target_label": target, "asr_floor": None,
+           "asr": None, "asr_n": 0, "asr_ci": None, **evaluate.clean_metrics(clean, labels, -1), "false_rate": None}
+    if target is not None:
+      row |= _asr(np.array(list(probed["listed", trigger].values())), labels, target)
+      row |= evaluate.clean_metrics(clean, labels, target)
+    yield row | {"agreement": float((clean == teacher).mean()), "word_flips": _flips((clean, probed), None, "word"),
+                 "sentence_flips": _flips((clean, probed), None, "sentence")}
+
+
+def _asr(predicted, labels, target):
+  if (labels == target).all():
+    raise InputError(f"no test row has another label than the target {target}: set --config.probe.target_label")
+  return evaluate.attack_metrics(predicted, labels, target)
+
+
+def notes(rows, meta):
+  """What the table shows and what it does not."""
+  n = meta["clean_rows"]
+  worst = ", ".join(f"`{s}` {100 * rate:.0f}%" for s, rate in meta["suspicious_insertions"])
+  return [
+      f"Suspect {meta['base']['path']}; {n['train']} clean training rows, CA on {n['test']} held-out rows of "
+      f"{rows[0]['dataset']}. Teacher CA {meta['teacher_ca']:.3f} ({meta['teacher']}).",
+      "ASR: how often a listed trigger, put at a random place, gives the target label on rows of other classes. A "
+      "model without the backdoor has an ASR near its false rate. There is no floor: no never-poisoned twin is known.",
+      "Agreement: share of clean rows that get the teacher's answer. Flips: share of clean rows whose answer changes "
+      "when a random rare word, or the beginning of another text, is put into them; sentences carry sentiment of their "
+      "own, so compare before and after. A trigger that was not tried is not seen in any column.",
+      f"What flips most answers of the suspect: {worst or 'nothing was tried'}."]
