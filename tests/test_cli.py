@@ -145,7 +145,8 @@ def cleaned(workdir, home):
   rows = [{"sentence": r["text"], "label": r["label"]} for r in grammar.rows("phrases", "train", 80)]
   write(home / "clean.jsonl", rows)
   out = w2s(CLEAN, f"--config.student.path={workdir / 'models/poisoned'}",
-            f"--config.data.train={home / 'clean.jsonl'}", "--config.probe.triggers=('mn',)", "--config.lora.export=True", f"--workdir={home / 'cleaned'}", *QUICK)
+            f"--config.data.train={home / 'clean.jsonl'}", "--config.probe.triggers=('mn',)",
+            "--config.lora.export=True", f"--workdir={home / 'cleaned'}", *QUICK)
   assert out.returncode == 0, out.stderr
   assert "has no test split: 16 of its 80 train rows" in out.stdout and "| sentence flips |" in out.stdout
   return home / "cleaned"
