@@ -45,7 +45,20 @@ def home(tmp_path_factory):
   return home
 
 
-@pytest.mark.parametrize("command", MAIN)
+CLEAN, = (c for c in MAIN if "clean_checkpoint" in c)
+
+
+def test_the_checkpoint_that_is_cleaned(home):
+  """The walk-through's second command, shortened, on what the first one left."""
+  args = shlex.split(CLEAN.replace("runs/", f"{home}/runs/"))[3:]
+  short = [f"--config.{x}" for x in ("teach.max_steps=6", "defend.max_steps=6", "data.max_length=32",
+                                     "data.buckets=(16,32)", "probe.words=2", "probe.sentences=2", "probe.rows=8")]
+  out = w2s(*args, *short)
+  assert out.returncode == 0 and "| w2s     | mn      |" in out.stdout, out.stderr
+  assert (home / "runs/cleaned/models/w2s/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", [c for c in MAIN if c != CLEAN])
 def test_main_commands(command, home):
   args = shlex.split(command)[3:]
   if "../shared/data" in command and not (SHARED / "data").is_dir():
@@ -114,9 +127,20 @@ def test_files_that_the_readme_links_to_exist():
 
 @pytest.mark.slow
 def test_the_main_job_in_full(tmp_path):
-  """The README's first run: table, files, exit code 0; implanted, and cross entropy alone reaches 0.93 CA."""
+  """The README's first run: table, files, exit code 0; implanted, and cross entropy alone reaches 0.93 CA.
+
+  Then its poisoned checkpoint is cleaned, seen only as a directory: ASR within 0.10 of the floor that the first run
+  knows, CA at most 0.02 below the suspect's.
+  """
   out = w2s("--config=configs/llama_badnet.py", f"--workdir={tmp_path / 'w'}")
   assert out.returncode == 0 and "| w2s_shuffled |" in out.stdout, out.stderr
   rows = {r["model"]: r for r in json.loads((tmp_path / "w/results.json").read_text())["rows"]}
   assert rows["poisoned"]["asr"] >= 0.95 and rows["lora_ce"]["ca"] >= 0.93
   assert abs(rows["w2s"]["ca"] - rows["lora_ce"]["ca"]) <= 0.03
+  (tmp_path / "runs").mkdir()
+  (tmp_path / "w").rename(tmp_path / "runs/llama_badnet")
+  out = w2s(*shlex.split(CLEAN.replace("runs/", f"{tmp_path}/runs/"))[3:])
+  assert out.returncode == 0, out.stderr
+  after = {r["model"]: r for r in json.loads((tmp_path / "runs/cleaned/results.json").read_text())["rows"]}
+  assert after["suspect"]["asr"] >= 0.95 and after["w2s"]["ca"] >= after["suspect"]["ca"] - 0.02
+  assert after["w2s"]["asr"] <= rows["clean"]["asr"] + 0.10

@@ -130,7 +130,8 @@ def _with_num_labels(config):
   config = config.copy_and_resolve_references()
   hf = read_json(resolve(config.student.path) / "config.json")
   if not config.data.num_labels:
-    config.data.num_labels = len(hf.get("id2label") or "01")
+    labels = hf.get("id2label")
+    config.data.num_labels = len(labels) if isinstance(labels, dict) else 2   # transformers leaves the default away
   config_from_hf(hf | {"num_labels": config.data.num_labels})
   return config
 

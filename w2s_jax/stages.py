@@ -11,6 +11,7 @@ from w2s_jax import InputError, card, evaluate, lora, optim, probe, report, shar
 from w2s_jax.data import batches, poison, tokenization
 from w2s_jax.defenses import DEFENSES, w2s
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
+from w2s_jax.models.formats import HEAD_CONFIG
 from w2s_jax.run import freeze_rows, start
 
 
@@ -55,9 +56,9 @@ def _check_student(run, model):
 def _check_teacher(run, feature_width):
   """The same for the teacher; a checkpoint is loaded to see that it can be: its turn comes after the long stages."""
   c = run.config
-  if not c.teach.epochs and not (c.teacher.path and (resolve(c.teacher.path) / "w2s_head.json").exists()):
+  if not c.teach.epochs and not (c.teacher.path and (resolve(c.teacher.path) / HEAD_CONFIG).exists()):
     raise InputError(f"teach.epochs is 0 and the teacher {c.teacher.path!r} has no W2S head of its own: set "
-                     "--config.teacher.path to a directory with w2s_head.json, or --config.teach.epochs to 1 or more")
+                     f"--config.teacher.path to a directory with {HEAD_CONFIG}, or --config.teach.epochs to 1 or more")
   if c.teacher.path:
     model, _ = _pretrained_teacher(run, feature_width)
     tokenization.load(resolve(c.teacher.path), model.config.vocab_size)
@@ -254,4 +255,7 @@ def _key(run, name):
 
 
 def _with_pad(model, tokenizer):
+  if model.config.model_type == "roberta" and model.config.pad_token_id != tokenizer.pad_token_id:
+    raise InputError(f"the roberta's positions start behind padding token {model.config.pad_token_id}, its tokenizer "
+                     f"pads with {tokenizer.pad_token_id}: give the model its own tokenizer")
   return Model(dataclasses.replace(model.config, pad_token_id=tokenizer.pad_token_id))
