@@ -353,12 +353,19 @@ def test_attention_dropout_drops_probabilities_and_nothing_else():
   np.testing.assert_array_equal(attend(0.5, jax.random.key(2)), attend(0.5, jax.random.key(2)))
 
 
-def test_dropout_of_an_encoder_follows_its_key_and_is_off_without_one(bert, make_batch):
-  model, params = bert
-  batch = make_batch(model, rows=3)
+DROPOUT = {"llama": ("attention_dropout",), "gpt2": ("embedding_dropout", "hidden_dropout", "attention_dropout"),
+           **dict.fromkeys(ENCODERS, ("hidden_dropout", "attention_dropout", "head_dropout"))}
+
+
+@pytest.mark.parametrize("family", DROPOUT)
+def test_dropout_follows_its_key_and_is_off_without_one(family, saved, make_batch):
+  _, _, model, params = saved(family, next(iter(SHAPES[family])))
+  model = Model(dataclasses.replace(model.config, **dict.fromkeys(DROPOUT[family], 0.0)))
+  batch = make_batch(model, rows=3, tokens=10)
   args = batch["input_ids"], batch["attention_mask"]
   plain = model.apply(params, *args).logits
-  for field in ("hidden_dropout", "attention_dropout"):
+  np.testing.assert_array_equal(model.apply(params, *args, dropout_key=jax.random.key(0)).logits, plain)
+  for field in DROPOUT[family]:
     dropping = Model(dataclasses.replace(model.config, **{field: 0.3}))
     one, again, other = (dropping.apply(params, *args, dropout_key=jax.random.key(i)).logits for i in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
