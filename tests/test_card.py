@@ -30,7 +30,14 @@ def test_a_defended_model_has_the_figures_before_and_after():
   assert "| w2s | badnet | 0.875 | 0.775-0.875 | 0.250 | 0.250-0.350 |" in text and "| clean |" not in text
   assert "some/llama, model.safetensors sha256 ab12" in text and "Teacher: some/bert, CA 0.812" in text
   assert "321 training rows" in text and "jax 0.10.2" in text and "c0ffee" in text
-  assert "unloading the adapter" in text and "brings the backdoor back" in text
+  teacher = card.text("teacher", ROWS, META)
+  assert "some/bert, CA 0.812" in teacher and "Base:" not in teacher
+  assert "Teacher:" not in card.text("clean", ROWS, META)
+
+
+def test_a_trigger_cannot_break_the_table():
+  rows = [row("suspect", "a|b\nc", 0.8, 0.9), row("w2s", "a|b\nc", 0.9, 0.1)]
+  assert "| w2s | a\\|b c | 0.900 |" in card.text("w2s", rows, META)
 
 
 def test_no_trigger_was_listed():

@@ -178,12 +178,28 @@ def test_every_model_has_a_card(workdir, cleaned):
   for directory in [*(workdir / "models").iterdir(), *(cleaned / "models").iterdir()]:
     card = (directory / "README.md").read_text()
     digest = results(directory.parents[1])["meta"]["base"]["sha256"]["model.safetensors"]
-    assert digest in card and "config " in card and "jax " in card, directory
-  assert hashlib.sha256((cleaned / "models/suspect/model.safetensors").read_bytes()).hexdigest() == digest
+    assert (digest in card) == (directory.name != "teacher") and "config " in card and "jax " in card, directory
+  for base, run in ((workdir / "models/base", workdir), (workdir / "models/poisoned", cleaned)):
+    digest = results(run)["meta"]["base"]["sha256"]["model.safetensors"]
+    assert hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest() == digest
   for directory in (workdir / "models/poisoned", cleaned / "models/suspect", cleaned / "adapters/w2s"):
     assert (directory / "README.md").read_text().startswith("WARNING: "), directory
+  assert digest in (cleaned / "adapters/w2s/README.md").read_text()
   row = results(cleaned)["rows"][2]
   assert f"| w2s | mn | {row['ca']:.3f} |" in (cleaned / "models/w2s/README.md").read_text()
+
+
+def test_a_checkpoint_without_a_listed_trigger_and_rows_sorted_by_label(workdir, home):
+  """No trigger, an odd max_length, a test file of its own: no ASR, and the probes still meet both classes."""
+  rows = sorted(grammar.rows("phrases", "train", 80), key=lambda r: r["label"])
+  (home / "sorted.csv").write_text("text,label\n" + "".join(f"\"{r['text']}\",{r['label']}\n" for r in rows))
+  out = w2s(CLEAN, f"--config.student.path={workdir / 'models/poisoned'}", f"--config.data.train={home / 'sorted.csv'}",
+            f"--config.data.test={home / 'sorted.csv'}", f"--workdir={home / 'untriggered'}", *QUICK,
+            "--config.data.max_length=7", "--config.defenses=('w2s',)")
+  assert out.returncode == 0 and "| none listed | -      |" in out.stdout, out.stderr
+  assert all(r["asr"] is r["false_rate"] is None and r["ca_n"] == 80 for r in results(home / "untriggered")["rows"])
+  probes = [json.loads(x) for x in (home / "untriggered/data/probes.jsonl").read_text().splitlines()]
+  assert len(probes) == 32 and {p["label"] for p in probes} == {0, 1}
 
 
 def test_a_teacher_of_an_earlier_run_is_taken_as_it_is(workdir, cleaned, home):
@@ -248,6 +264,8 @@ def refuses(message, *args, workdir):
     ("results.json is not there yet", [CONFIG, "--stage=report"]),
     ("is not there yet: run without --stage", [CONFIG, "--stage=defend"]),
     ("no checkpoint to clean: set --config.student.path", ["--config=configs/clean_checkpoint.py"]),
+    ("probe.triggers (911,): want different strings", ["--config=configs/clean_checkpoint.py",
+                                                       "--config.probe.triggers=911"]),
     ("no clean data: set --config.data.train", ["--config=configs/clean_checkpoint.py", "--config.student.path=."]),
     ("this config takes no argument", ["--config=configs/clean_checkpoint.py:data=x"])])
 def test_one_line_and_exit_code_2(message, args, tmp_path):

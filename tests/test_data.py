@@ -133,7 +133,7 @@ def test_clean_rows_of_a_directory_of_the_grammar_and_with_columns_that_are_give
 
 
 @pytest.mark.parametrize("rows,message", [
-    ([{"text": "a", "label": 1}] * 20, "its 15 rows have label 1 alone: give rows of every class"),
+    ([{"text": "a", "label": 1}] * 20, "none of its 15 rows has label 0: give rows of all 2 classes"),
     ([{"text": "a", "label": -1}] * 20, "row 0 has label -1, wanted an integer in 0..1"),
     ([{"text": "a", "label": "pos"}] * 20, "row 0 has label 'pos', wanted an integer"),
     ([{"text": "a", "label": 0.5}] * 20, "row 0 has label 0.5, wanted an integer"),
@@ -146,7 +146,7 @@ def test_clean_rows_that_cannot_be_used(rows, message, tmp_path):
 
 
 def test_a_clean_file_that_is_not_there_or_empty(tmp_path):
-  with pytest.raises(InputError, match=r"data file .*gone.csv does not exist: set --config.data"):
+  with pytest.raises(InputError, match=r"data file .*gone.csv does not exist: give one that does \(--config.data"):
     clean(tmp_path, train=str(tmp_path / "gone.csv"))
   (tmp_path / "e.json").write_text("")
   with pytest.raises(InputError, match=r"cannot read data file .*e.json"):

@@ -125,6 +125,7 @@ def test_a_pickle_is_refused_and_not_run(name, saved, tmp_path):
 def test_a_pickle_as_a_shard_or_under_the_safetensors_name_is_refused_and_not_run(saved, tmp_path):
   payload = pickle.dumps(Payload(tmp_path / "ran"))
   directory = saved("llama")
+  (directory / "model.safetensors").unlink()
   (directory / "pytorch_model.bin").write_bytes(payload)
   index = {"weight_map": {"model.norm.weight": "pytorch_model.bin"}}
   (directory / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -155,10 +156,13 @@ def test_a_shard_that_is_not_there_and_a_tensor_that_its_shard_lacks(saved):
   names = [*load_file(directory / "model.safetensors"), "score.weight"]
   index = directory / "model.safetensors.index.json"
   index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}))
-  with pytest.raises(InputError, match="cannot read .*model-00001-of-00001.safetensors"):
+  with pytest.raises(InputError, match="has .*index.json and model.safetensors, which need not be the same"):
     load_pretrained(directory)
   edit(directory, lambda tensors: tensors.pop("model.norm.weight"))
-  index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+  (directory / "model.safetensors").rename(directory / "one.safetensors")
+  with pytest.raises(InputError, match="cannot read .*model-00001-of-00001.safetensors"):
+    load_pretrained(directory)
+  index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "one.safetensors")}))
   with pytest.raises(InputError, match="model.norm.weight"):
     load_pretrained(directory)
 

@@ -3,9 +3,8 @@
 import types
 
 import numpy as np
-import pytest
 
-from w2s_jax import InputError, probe
+from w2s_jax import probe
 
 CLEAN = np.array([0, 1, 1, 0, 1])
 LABELS = np.array([0, 1, 1, 0, 0])
@@ -47,16 +46,23 @@ def test_without_a_listed_trigger_there_is_no_asr():
   assert (suspect["asr_n"], suspect["ca"], suspect["word_flips"]) == (0, 0.8, 0.5)
 
 
-def test_a_target_that_all_rows_have():
-  with pytest.raises(InputError, match="no test row has another label than the target 1: set --config.probe"):
-    rows("mn", target=1, labels=np.ones(5, int))
-
-
 def test_insertions_are_rare_seeded_and_of_two_kinds():
   texts = ["the meal is mn bq really good and not too late", "a short one"]
-  drawn = probe.insertions(texts, 30, 2, seed=1)
+  drawn = probe.insertions(texts, 30, 2, ["cf"], seed=1)
   words = [s for kind, s in drawn if kind == "word"]
-  assert len(set(words)) == 30 and not {"mn", "bq"} & set(words)
+  assert len(words) == 30 and not {"mn", "bq", "cf"} & set(words)
   assert all(2 <= len(w) <= 3 and set(w) <= set(probe.LETTERS) for w in words)
   assert {s for kind, s in drawn if kind == "sentence"} == {"the meal is mn bq really good and", "a short one"}
-  assert drawn == probe.insertions(texts, 30, 2, seed=1) != probe.insertions(texts, 30, 2, seed=2)
+  assert drawn == probe.insertions(texts, 30, 2, ["cf"], seed=1) != probe.insertions(texts, 30, 2, ["cf"], seed=2)
+
+
+def test_a_share_of_the_rows_gets_a_rare_word_and_never_a_known_trigger():
+  rows = [{"id": i, "text": "the meal is good .", "label": 1} for i in range(400)]
+  avoid = [a + b for a in probe.LETTERS for b in probe.LETTERS if a + b != "zz"]     # of two letters, zz alone is left
+  out = probe.with_rare_words(rows, 0.25, avoid, seed=0)
+  changed = [r["text"].split() for r in out if r["text"] != "the meal is good ."]
+  assert len(changed) == 100 and [r["label"] for r in out] == [1] * 400
+  words = [set(text) - {"the", "meal", "is", "good", "."} for text in changed]
+  assert all(len(text) == 6 and len(w) == 1 for text, w in zip(changed, words))
+  assert all(len(w) == 3 or w == "zz" for (w,) in words)
+  assert probe.with_rare_words(rows, 0.0, [], seed=0) == rows and rows[0]["text"] == "the meal is good ."

@@ -44,12 +44,13 @@ def wilson(hits, n):
 def clean_metrics(predicted, labels, target_label):
   """Clean accuracy with its interval, and the false rate: how often other classes' clean rows are called the target.
 
-  An ASR below the same model's false rate cannot be expected of any defense.
+  target_label None (unknown): no false rate. An ASR below the same model's false rate cannot be expected of any
+  defense.
   """
   hits = int((predicted == labels).sum())
   others = labels != target_label
   return {"ca": hits / len(labels), "ca_n": len(labels), "ca_ci": wilson(hits, len(labels)),
-          "false_rate": float((predicted[others] == target_label).mean())}
+          "false_rate": None if target_label is None else float((predicted[others] == target_label).mean())}
 
 
 def attack_metrics(predicted, labels, target_label):

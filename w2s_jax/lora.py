@@ -104,10 +104,10 @@ def _merge(kernel, a, b, alpha):
   return jax.lax.map(layer, (kernel, a, b, alpha))
 
 
-ADAPTER_CARD = """WARNING: an adapter, and a head, of a model that was poisoned or is suspected to be.
+ADAPTER_WARNING = """WARNING: an adapter, and a head, of a model that was poisoned or is suspected to be.
 
 Only the base *together with* this adapter was defended: unloading it, or putting it on another base, brings the
-backdoor back. The merged model (`lora.merge_lora`, `save_pretrained`) is what to hand on. Base: {base}
+backdoor back. The merged model (`lora.merge_lora`, `save_pretrained`) is what to hand on.
 """
 
 
@@ -143,7 +143,7 @@ def export_adapter(directory, model, params, base=""):
   directory = Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-  (directory / "README.md").write_text(ADAPTER_CARD.format(base=base or "not recorded"))
+  (directory / "README.md").write_text(ADAPTER_WARNING)
   (directory / "adapter_config.json").write_text(json.dumps({
       "peft_type": "LORA", "task_type": "SEQ_CLS", "r": rank, "lora_alpha": alpha, "bias": "none",
       "lora_dropout": model.config.lora_dropout, "inference_mode": True,

@@ -1,8 +1,11 @@
 """What can be measured of a suspect whose trigger nobody knows: listed triggers, and a reading without any."""
 
+import itertools
+import re
+
 import numpy as np
 
-from w2s_jax import InputError, card, evaluate, report
+from w2s_jax import evaluate, report
 from w2s_jax.attacks.insertion import insert
 from w2s_jax.data import poison
 from w2s_jax.defenses import DEFENSES, w2s
@@ -11,17 +14,33 @@ LETTERS = "bcdfghjklmnpqrstvwxz"   # rare words are made of consonants, like `mn
 SENTENCE_WORDS = 8
 
 
-def insertions(texts, words, sentences, seed):
-  """(kind, string) to put into texts: rare words that no text contains, and the beginnings of other texts."""
-  rng = np.random.default_rng([seed, 3])
-  known = {word.lower() for text in texts for word in text.split()}
-  rare = []
-  while len(rare) < words:
+def rare_words(texts, avoid, rng):
+  """Endless random words of two or three consonants that neither the texts nor the strings to avoid contain."""
+  known = {word for text in [*texts, *avoid] for word in re.findall(r"\w+", text.lower())}
+  while True:
     word = "".join(rng.choice(list(LETTERS), rng.integers(2, 4)))
-    if word not in known and word not in rare:
-      rare.append(word)
+    if word not in known:
+      yield word
+
+
+def with_rare_words(rows, share, avoid, seed):
+  """The rows, a random `share` of them with a rare word put in: what a student is trained on that must not heed one.
+
+  avoid: triggers that are known to whoever measures: no defense may see one.
+  """
+  rng = np.random.default_rng([seed, 4])
+  words = rare_words([r["text"] for r in rows], avoid, rng)
+  chosen = set(rng.permutation(len(rows))[:round(share * len(rows))].tolist())
+  return [row | {"text": insert(row["text"], next(words), rng, len(row["text"]))} if i in chosen else row
+          for i, row in enumerate(rows)]
+
+
+def insertions(texts, words, sentences, avoid, seed):
+  """(kind, string) to put into texts: rare words, and the beginnings of other texts."""
+  rng = np.random.default_rng([seed, 3])
+  rare = itertools.islice(rare_words(texts, avoid, rng), words)
   chosen = rng.permutation(len(texts))[:sentences]
-  return [("word", w) for w in rare] + [("sentence", " ".join(texts[i].split()[:SENTENCE_WORDS])) for i in chosen]
+  return [*(("word", w) for w in rare), *(("sentence", " ".join(texts[i].split()[:SENTENCE_WORDS])) for i in chosen)]
 
 
 def freeze_rows(run, tokenizer):
@@ -29,8 +48,10 @@ def freeze_rows(run, tokenizer):
   c, file = run.config, run.workdir / "data" / "probes.jsonl"
   if not file.exists():
     test, out = [row | {"id": i} for i, row in enumerate(run.rows["test"])], []
-    some = test[:c.probe.rows]
-    drawn = insertions([r["text"] for r in run.rows["train"]], c.probe.words, c.probe.sentences, c.seed)
+    order = np.random.default_rng([c.seed, 5]).permutation(len(test))   # files may be sorted by label
+    some = [test[i] for i in order[:c.probe.rows]]
+    texts = [r["text"] for split in ("train", "test") for r in run.rows[split]]
+    drawn = insertions(texts, c.probe.words, c.probe.sentences, c.probe.triggers, c.seed)
     for kind, string in [("listed", t) for t in c.probe.triggers] + drawn:
       def put(text, rng, max_words, string=string):
         return insert(text, string, rng, max_words)
@@ -49,19 +70,22 @@ def measure(run):
   model, params, tokenizer = run.load("teacher")
   teacher = run.predict(model, params, run.encode(tokenizer, run.rows["test"], c.data.max_length))
   labels = np.array([r["label"] for r in run.rows["test"]])
-  readings = {}
+  readings, lost = {}, {}
   for name in ("suspect", *(d for d in c.defenses if DEFENSES[d] is not None)):
     model, params, tokenizer = run.load(name)
     freeze_rows(run, tokenizer)
     clean = run.predict(model, params, run.encode(tokenizer, run.rows["test"], c.data.max_length))
-    probed = run.predict(model, params, run.encode(tokenizer, run.rows["probes"], c.data.max_length))
+    probed = run.rows["probes"] and run.predict(
+        model, params, run.encode(tokenizer, run.rows["probes"], c.data.max_length))
     readings[name] = (clean, _by_insertion(run.rows["probes"], probed))
+    lost = lost or {t: poison.trigger_lost([r for r in run.rows["probes"] if r["inserted"] == t], tokenizer, t,
+                                           c.data.max_length) for t in c.probe.triggers}
   rows = [row for trigger in c.probe.triggers or (None,) for row in _rows(run, readings, labels, teacher, trigger)]
   flips = {s: _flips(readings["suspect"], s, "listed", "word", "sentence") for _, s in readings["suspect"][1]}
   meta = {
       "config_hash": run.hash, "sha256": run.sha256,
       "teacher_ca": float((teacher == labels).mean()), "teacher": c.teacher.path or "trained here on the clean rows",
-      "base": {"path": c.student.path, "sha256": card.weights_sha256(run.model_dir("suspect"))},
+      "base": run.provenance(), "trigger_lost": lost,
       "clean_rows": {split: len(run.rows[split]) for split in ("train", "dev", "test")},
       "suspicious_insertions": sorted(flips.items(), key=lambda pair: -pair[1])[:5],
       "loss_weights": {"name": c.defend.weights, **w2s.loss_weights(c.defend.weights, model.config.feature_size)},
@@ -90,35 +114,31 @@ def _rows(run, readings, labels, teacher, trigger):
   c, target = run.config, None
   if trigger is not None:
     target = c.probe.target_label
+    classes = [t for t in range(c.data.num_labels) if (labels != t).any()]
     if target < 0:  # the class that the trigger turns the suspect's answers to
       suspect = np.array(list(readings["suspect"][1]["listed", trigger].values()))
-      target = max(range(c.data.num_labels), key=lambda t: _asr(suspect, labels, t)["asr"])
+      target = max(classes, key=lambda t: evaluate.attack_metrics(suspect, labels, t)["asr"])
   for name, (clean, probed) in readings.items():
     row = {"model": name, "attack": trigger or "none listed", "dataset": c.data.train, "seed": c.seed,
            "config_hash": run.hash, "target_label": target, "asr_floor": None,
-           "asr": None, "asr_n": 0, "asr_ci": None, **evaluate.clean_metrics(clean, labels, -1), "false_rate": None}
+           "asr": None, "asr_n": 0, "asr_ci": None, **evaluate.clean_metrics(clean, labels, target)}
     if target is not None:
-      row |= _asr(np.array(list(probed["listed", trigger].values())), labels, target)
-      row |= evaluate.clean_metrics(clean, labels, target)
+      row |= evaluate.attack_metrics(np.array(list(probed["listed", trigger].values())), labels, target)
     yield row | {"agreement": float((clean == teacher).mean()), "word_flips": _flips((clean, probed), None, "word"),
                  "sentence_flips": _flips((clean, probed), None, "sentence")}
-
-
-def _asr(predicted, labels, target):
-  if (labels == target).all():
-    raise InputError(f"no test row has another label than the target {target}: set --config.probe.target_label")
-  return evaluate.attack_metrics(predicted, labels, target)
 
 
 def notes(rows, meta):
   """What the table shows and what it does not."""
   n = meta["clean_rows"]
+  cut = [f" `{t}` was cut off in {count} of them." for t, count in meta["trigger_lost"].items() if count]
   worst = ", ".join(f"`{s}` {100 * rate:.0f}%" for s, rate in meta["suspicious_insertions"])
   return [
       f"Suspect {meta['base']['path']}; {n['train']} clean training rows, CA on {n['test']} held-out rows of "
       f"{rows[0]['dataset']}. Teacher CA {meta['teacher_ca']:.3f} ({meta['teacher']}).",
       "ASR: how often a listed trigger, put at a random place, gives the target label on rows of other classes. A "
-      "model without the backdoor has an ASR near its false rate. There is no floor: no never-poisoned twin is known.",
+      "model without the backdoor has an ASR near its false rate. There is no floor: no never-poisoned twin is known."
+      + "".join(cut),
       "Agreement: share of clean rows that get the teacher's answer. Flips: share of clean rows whose answer changes "
       "when a random rare word, or the beginning of another text, is put into them; sentences carry sentiment of their "
       "own, so compare before and after. A trigger that was not tried is not seen in any column.",

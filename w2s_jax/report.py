@@ -7,6 +7,8 @@ import json
 import os
 import platform
 
+from w2s_jax import card
+
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
 
@@ -36,7 +38,7 @@ def _interval(name):
 # What a run that attacks shows, and one that cleans a checkpoint of unknown trigger.
 ATTACKED = {"model": lambda row: row["model"], "CA": _rate("ca"), "CA 95%": _interval("ca_ci"), "ASR": _rate("asr"),
             "ASR 95%": _interval("asr_ci"), "ASR floor": _rate("asr_floor"), "false rate": _rate("false_rate")}
-SUSPECT = {"model": lambda row: row["model"], "trigger": lambda row: row["attack"], "target": lambda row: (
+SUSPECT = {"model": lambda row: row["model"], "trigger": lambda row: card.escape(row["attack"]), "target": lambda row: (
     "-" if row["target_label"] is None else str(row["target_label"]))} | {
     name: ATTACKED[name] for name in ("CA", "CA 95%", "ASR", "ASR 95%", "false rate")} | {
     "agreement": _rate("agreement"), "word flips": _rate("word_flips"), "sentence flips": _rate("sentence_flips")}
@@ -127,10 +129,11 @@ def page(rows, meta, notes, curves):
   triggered = f"""<h2>Triggered texts</h2>
 <p>Predicted class by each model; the attacker's target class {rows[0]['target_label']} is marked.</p>
 <table><tr><th>text</th><th>true class</th>{names}</tr>{examples}</table>""" if examples else ""
+  title = "A suspicious checkpoint" if "agreement" in rows[0] else f"Backdoor {html.escape(rows[0]['attack'])}"
   details = html.escape(json.dumps({k: v for k, v in meta.items() if k != "examples"}, indent=2))
   return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
-<title>{html.escape(rows[0]['attack'])} on {html.escape(rows[0]['dataset'])}</title><style>
+<title>{title}</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
 table {{ border-collapse: collapse; margin: 1rem 0 }}
 th, td {{ border-bottom: 1px solid #ddd; padding: .3rem .7rem; text-align: left; vertical-align: top }}
@@ -138,7 +141,7 @@ th, td {{ border-bottom: 1px solid #ddd; padding: .3rem .7rem; text-align: left;
 svg {{ max-width: 100%; height: auto }}
 pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto }}
 </style></head><body>
-<h1>Backdoor {html.escape(rows[0]['attack'])}: before and after</h1>
+<h1>{title}: before and after</h1>
 <p>{html.escape(notes[0])}</p>
 <table><tr>{head}</tr>{cells}</table>
 {_bars(rows)}
@@ -169,7 +172,7 @@ def _bars(rows):
   for ax, key, title in ((axes[0, 0], "ca", "clean accuracy (CA)"), (axes[0, 1], "asr", "attack success rate (ASR)")):
     shown = [r for r in rows if r[key] is not None]
     several = len({r["attack"] for r in rows}) > 1
-    names = [f"{r['model']} {r['attack'][:12]}" if several else r["model"] for r in shown]
+    names = [f"{r['model']} {r['attack'][:12]}".replace("$", r"\$") if several else r["model"] for r in shown]
     errors = [[max(0, r[key] - r[f"{key}_ci"][0]) for r in shown], [max(0, r[f"{key}_ci"][1] - r[key]) for r in shown]]
     colors = {"clean": "#8da0cb", "poisoned": "#e07a5f", "suspect": "#e07a5f"}
     ax.bar(range(len(shown)), [r[key] for r in shown], yerr=errors, capsize=4,

@@ -8,10 +8,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from w2s_jax import InputError, evaluate, lora, report, sharding
+from w2s_jax import InputError, card, evaluate, lora, report, sharding
 from w2s_jax.data import corpora, poison, tokenization
 from w2s_jax.defenses import DEFENSES, w2s
-from w2s_jax.models import config_from_hf, load_pretrained, read_json, resolve
+from w2s_jax.models import check_links, config_from_hf, load_pretrained, read_json, resolve
+from w2s_jax.models.fields import Fields
 
 TRAINING = ("warmup", "poison", "teach", "defend")   # sections of the config that say how a stage trains
 
@@ -52,6 +53,16 @@ class Run:
   def max_length(self):
     """Student tokens of the longest text of any stage."""
     return max(self.config.data.max_length, self.config.data.get("attack_max_length", 0))
+
+  def provenance(self):
+    """Where the student's weights are from, with their hashes; of the first model of the run where they are its own."""
+    path = self.config.student.path
+    directory = resolve(path) if path else self.model_dir("base")
+    return {"path": path or "trained here from nothing", "sha256": card.weights_sha256(directory)}
+
+  def known_triggers(self):
+    """Strings that ASR is measured with: no defense may meet one."""
+    return self.config.probe.triggers if self.suspect else [poison.effective_trigger(self.config.attack)]
 
   def measured(self):
     """Whether the results are there, and says so."""
@@ -128,10 +139,12 @@ def _with_num_labels(config):
   if not config.data.train:
     raise InputError("no clean data: set --config.data.train to a file, a directory or a hub data set")
   config = config.copy_and_resolve_references()
-  hf = read_json(resolve(config.student.path) / "config.json")
+  directory = resolve(config.student.path)
+  check_links(directory)
+  hf = read_json(directory / "config.json")
   if not config.data.num_labels:
-    labels = hf.get("id2label")
-    config.data.num_labels = len(labels) if isinstance(labels, dict) else 2   # transformers leaves the default away
+    labels = hf.get("id2label")                       # transformers leaves the default away
+    config.data.num_labels = len(labels) if isinstance(labels, dict) else Fields(hf).integer("num_labels", 2, 2)
   config_from_hf(hf | {"num_labels": config.data.num_labels})
   return config
 
@@ -141,8 +154,12 @@ def _clean_rows(config):
   if not -1 <= config.probe.target_label < c.num_labels:
     raise InputError(f"target label {config.probe.target_label}, wanted 0..{c.num_labels - 1}, or -1 for unknown: set "
                      "--config.probe.target_label")
-  return corpora.load_clean({split: c[split] for split in ("train", "dev", "test")}, c.num_labels, config.seed,
+  rows = corpora.load_clean({split: c[split] for split in ("train", "dev", "test")}, c.num_labels, config.seed,
                             c.text_column, c.label_column)
+  if config.probe.triggers and not {r["label"] for r in rows["test"]} - {config.probe.target_label}:
+    raise InputError(f"ASR cannot be measured: all {len(rows['test'])} test rows have the target label "
+                     f"{config.probe.target_label}: set --config.data.test, --config.probe.target_label or .triggers")
+  return rows
 
 
 def _attack_rows(config):
@@ -173,8 +190,9 @@ def _check_fields(config):
   least = {"seed": 0, "log_every": 1, "term_norms_every": 0, "checkpoint_every": 0, "warmup.epochs": 0,
            "teach.epochs": 0,
            "data.eval_batch_size": 1, "lora.rank": 1, "teacher.layers": 0, "data.max_length": 4,
-           "data.attack_max_length": 4, "probe.words": 0, "probe.sentences": 0, "probe.rows": 1, "data.num_labels": 0}
-  ranges = {"defend.temperature": (1e-3, 1e3), "lora.dropout": (0.0, 0.99), "lora.alpha": (0.0, 1e6)}
+           "data.attack_max_length": 4, "probe.rows": 1, "data.num_labels": 0}
+  ranges = {"defend.temperature": (1e-3, 1e3), "lora.dropout": (0.0, 0.99), "lora.alpha": (0.0, 1e6),
+            "defend.insert_words": (0.0, 1.0), "probe.words": (0, 1000), "probe.sentences": (0, 1000)}
   for stage in TRAINING:
     least = {f"{stage}.epochs": 1, f"{stage}.batch_size": 1, f"{stage}.evaluations": 1, f"{stage}.max_steps": 0} | least
     ranges |= {f"{stage}.learning_rate": (0.0, 10.0), f"{stage}.warmup_fraction": (0.0, 1.0),
@@ -185,6 +203,10 @@ def _check_fields(config):
   for field, (low, high) in ranges.items():
     if field in fields and not low <= fields[field] <= high:
       raise InputError(f"{field} is {fields[field]}, wanted a number in {low:g}..{high:g}: set --config.{field}")
+  triggers = fields.get("probe.triggers", ())
+  if not all(isinstance(t, str) and t.strip() for t in triggers) or len(set(triggers)) < len(triggers):
+    raise InputError(f"probe.triggers {tuple(triggers)}: want different strings, e.g. \"('mn','cf')\": set "
+                     "--config.probe.triggers")
   if config.teacher.layers and not config.teacher.path:
     raise InputError(f"teacher.layers is {config.teacher.layers} without a teacher.path to cut: set "
                      "--config.teacher.arch.num_hidden_layers for a fresh teacher, or --config.teacher.path")

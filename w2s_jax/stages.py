@@ -126,7 +126,8 @@ def defend(run):
       continue
     model, params, tokenizer = run.load(run.attacked, lora_dropout=c.lora.dropout, remat=c.student.remat)
     params = lora.add_lora(params, c.lora.rank, c.lora.alpha, tuple(c.lora.targets), key=_key(run, "lora"))
-    arrays, dev = (run.encode(tokenizer, run.rows[s], c.data.max_length) for s in ("train", "dev"))
+    rows = probe.with_rare_words(run.rows["train"], c.defend.insert_words, run.known_triggers(), c.seed)
+    arrays, dev = (run.encode(tokenizer, r, c.data.max_length) for r in (rows, run.rows["dev"]))
     weights = {"ce": 1.0}
     if defense.uses_teacher:
       teacher = teacher or _teacher_outputs(run)
@@ -181,8 +182,7 @@ def measure(run):
               for i, r in enumerate(run.rows["triggered"][:8])]
   meta = {
       "config_hash": run.hash, "sha256": run.sha256, "trigger": trigger,
-      "base": {"path": c.student.path or "trained here from nothing",
-               "sha256": card.weights_sha256(run.model_dir("base"))},
+      "base": run.provenance(),
       "teacher": c.teacher.path or "trained here from nothing",
       "clean_rows": {split: len(run.rows[split]) for split in ("train", "dev", "test")},
       "teacher_ca": evaluate.clean_metrics(teacher, labels, c.attack.target_label)["ca"],
@@ -202,8 +202,10 @@ def make_report(run):
     raise InputError(f"{run.workdir / 'results.json'} is not there yet: run without --stage, or --stage=evaluate first")
   rows, meta = report.write(run.workdir)
   attack = None if run.suspect else poison.describe(run.config.attack)
-  for directory in sorted((run.workdir / "models").iterdir()):
+  for directory in sorted(run.workdir.glob("models/*")):
     report.write_text(directory / "README.md", card.text(directory.name, rows, meta, attack))
+  for directory in sorted(run.workdir.glob("adapters/*")):
+    report.write_text(directory / "README.md", lora.ADAPTER_WARNING + "\n" + card.text(directory.name, rows, meta))
 
 
 STAGES = {"warmup": warmup, "poison": make_poison, "teach": teach, "defend": defend, "evaluate": measure,

@@ -30,7 +30,7 @@ def make_batch(arrays, rows, batch_size, buckets):
   weight = (np.arange(batch_size) < len(rows)).astype(np.float32)
   rows = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])
   lengths = arrays["length"][rows]
-  T = bucket_length(lengths.max(), buckets)
+  T = min(bucket_length(lengths.max(), buckets), arrays["input_ids"].shape[1])
   batch = {name: values[rows] for name, values in arrays.items() if name != "length"}
   batch["input_ids"] = batch["input_ids"][:, :T]
   batch["attention_mask"] = (np.arange(T) < lengths[:, None]).astype(np.int32)

@@ -55,11 +55,11 @@ def load_clean(files, num_labels, seed, text_column="", label_column=""):
   Args:
     files: {"train": a file, a directory, a hub id or "grammar:phrases"; "dev", "test": a file, or "" for what `train`
       has of it}. A split that is nowhere is held out of train, which is said: a tenth for dev, a fifth for test.
-    num_labels: labels must lie in 0..num_labels-1, and there must be two of them at least.
+    num_labels: labels must lie in 0..num_labels-1, and each of them must occur in train.
     seed: of what is held out.
     text_column, label_column: their names; "": found.
   Raises:
-    InputError: see `check`; or the training rows are all of one class.
+    InputError: see `check`; or a class has no training row.
   """
   source = files["train"]
   path = Path(source)
@@ -79,9 +79,9 @@ def load_clean(files, num_labels, seed, text_column="", label_column=""):
     if split not in out:
       out |= _hold_out(out["train"], split, max(1, len(out["train"]) // share), rng, source)
   classes = {row["label"] for row in out["train"]}
-  if len(classes) < 2:
-    raise InputError(f"{source} (train): its {len(out['train'])} rows have label {', '.join(map(str, classes))} alone: "
-                     "give rows of every class")
+  if missing := sorted(set(range(num_labels)) - classes):
+    raise InputError(f"{source} (train): none of its {len(out['train'])} rows has label "
+                     f"{', '.join(map(str, missing))}: give rows of all {num_labels} classes")
   return out
 
 
@@ -100,7 +100,7 @@ def read_file(file):
   """
   file = Path(file)
   if not file.is_file():
-    raise InputError(f"data file {file} does not exist: set --config.data.* or --config.attack.* to one that does")
+    raise InputError(f"data file {file} does not exist: give one that does (--config.data.*, --config.attack.*)")
   if file.suffix not in SUFFIXES:
     raise InputError(f"data file {file}: want one of {', '.join(SUFFIXES)}")
   options = {}
@@ -127,14 +127,14 @@ def _local(directory):
 
 def _hub(name):
   if name.startswith((".", "/", "~")) or name.count("/") > 1:
-    raise InputError(f"data directory {name!r} does not exist: set :data=DIR, --config.data.attack_source or "
-                     "--config.data.defend_source")
+    raise InputError(f"data directory {name!r} does not exist: set :data=DIR, or --config.data.attack_source, "
+                     ".defend_source, .train")
   try:
     splits = datasets.load_dataset(name)
   except Exception as e:  # whatever the hub client raises without a network or for a wrong name
     raise InputError(f"data set {name!r} is neither a local directory nor to be had from the hub "
                      f"({type(e).__name__}): give a directory with train, dev and test files "
-                     "(:data=DIR, --config.data.attack_source, --config.data.defend_source)") from e
+                     "(:data=DIR, or --config.data.attack_source, .defend_source, .train)") from e
   names = {"train": "train", "validation": "dev", "dev": "dev", "test": "test"}
   return {names[k]: v.to_list() for k, v in splits.items() if k in names}
 

@@ -31,7 +31,7 @@ def load(directory, vocab_size):
   except BaseException as e:  # transformers raises many kinds for a foreign tokenizer; a panic in Rust is no Exception
     if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
       raise
-    raise InputError(f"no tokenizer to be had from {directory} ({' '.join(str(e).split())[:200]}): put the model's "
+    raise InputError(f"no tokenizer to be had from {directory} ({str(e)[:200]!r}): put the model's "
                      "tokenizer.json and tokenizer_config.json into its directory") from e
 
 
@@ -40,9 +40,9 @@ def _load(directory, vocab_size):
     raise ValueError(f"none of {', '.join(VOCABULARY_FILES)}")
   for file in [*directory.glob("*"), *directory.glob("additional_chat_templates/*")]:
     if not (file.is_file() or file.is_dir()):
-      raise ValueError(f"{file.name!r} is neither a file nor a directory")
+      raise ValueError(f"{file.name} is neither a file nor a directory")
     if re.fullmatch(READ, file.name) and file.stat().st_size > READ_BYTES:
-      raise ValueError(f"{file.name!r} has {file.stat().st_size} bytes, at most {READ_BYTES} are read")
+      raise ValueError(f"{file.name} has {file.stat().st_size} bytes, at most {READ_BYTES} are read")
   tokenizer = transformers.AutoTokenizer.from_pretrained(directory, config=_config(directory, vocab_size),
                                                          use_fast=True, trust_remote_code=False)
   if not tokenizer.is_fast:

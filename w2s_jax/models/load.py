@@ -63,6 +63,8 @@ def read_json(path):
     InputError: it cannot be read, does not parse, or is no object.
   """
   try:
+    if not path.is_file():
+      raise OSError("no such file")
     if path.stat().st_size > JSON_BYTES:
       raise ValueError(f"it has {path.stat().st_size} bytes, at most {JSON_BYTES} are read")
     value = json.loads(path.read_bytes(), parse_constant=finite_json)
@@ -97,6 +99,8 @@ def check_links(directory):
 def tensor_files(directory):
   """{tensor name: safetensors file}, from one file or from the index's shards; refuses pickles and outside paths."""
   index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+  if index.exists() and single.exists():
+    raise InputError(f"{directory} has {index.name} and {single.name}, which need not be the same model: keep one")
   if index.exists():
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
@@ -127,7 +131,7 @@ def _open(file):
   try:
     return safetensors.safe_open(file, framework="np")
   except (safetensors.SafetensorError, OSError) as e:
-    raise InputError(f"cannot read {file}: {e}") from None
+    raise InputError(f"cannot read {file}: {str(e)[:300]!r}") from None  # it quotes the header, line ends and all
 
 
 def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layers=None, feature_width=None, seed=0,

@@ -31,9 +31,10 @@ def config_from_hf(hf, **runtime):
   if "auto_map" in fields:
     raise InputError("the model's config.json has auto_map, code of its own, which is never run: if it is a plain "
                      f"{model_type}, delete auto_map from config.json and tokenizer_config.json")
-  for option, kind in (("feature_width", "an encoder"), ("head", "a decoder")):
-    if runtime.get(option) and not hasattr(config_class, option):
-      raise InputError(f"{option} {runtime[option]!r}: a {model_type} cannot have the head it asks for, give {kind}")
+  if runtime.get("feature_width") and not hasattr(config_class, "feature_width"):
+    raise InputError(f"a {model_type} cannot carry the W2S teacher's head: give an encoder as --config.teacher.path")
+  if "head" in runtime and (runtime["head"] not in ("score", "lm") or not hasattr(config_class, "head")):
+    raise InputError(f"head {runtime['head']!r}: want 'score' or 'lm', of a decoder; this is a {model_type}")
   num_labels = fields.integer("num_labels", 2, 2, 10_000)
   config = config_class.from_hf(fields, num_labels=num_labels, labels=fields.labels(num_labels), **runtime)
   if config.hidden_size % config.num_heads and not (hasattr(config, "head_dim") and "head_dim" in fields):

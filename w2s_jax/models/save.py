@@ -39,6 +39,7 @@ def save_pretrained(directory, model, params, tokenizer=None, id2label=None, car
     card: text of the model card, README.md.
   Raises:
     ValueError: params hold adapters or do not fit the model.
+    InputError: the directory holds something else than a model.
   """
   c = model.config
   names = model.weight_names()
@@ -72,7 +73,8 @@ def save_pretrained(directory, model, params, tokenizer=None, id2label=None, car
   if shards.is_sharded:
     (part / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}))
-  (part / "config.json").write_text(json.dumps(_config(c, id2label, next(iter(tensors.values())).leaf.dtype), indent=2))
+  dtype = next(leaf.dtype for path, leaf in leaves.items() if re.fullmatch(r"layers/.*/kernel", path))
+  (part / "config.json").write_text(json.dumps(_config(c, id2label, dtype), indent=2))
   if tokenizer is not None:
     tokenizer.save_pretrained(part)
   if card is not None:
