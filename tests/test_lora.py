@@ -1,6 +1,7 @@
 """Adapters: the function they leave alone, the numbers they merge to, and peft's reading of them."""
 
 import dataclasses
+import itertools
 import json
 import warnings
 
@@ -205,12 +206,12 @@ FAMILIES = {
     **{family: ("odd", ("q_proj", "v_proj"), ALL["bert"]) for family in ("bert", "roberta", "distilbert")},
     "qwen2": ("gqa-untied-odd", ("q_proj", "v_proj"), ALL["llama"]),
 }
-QUICK = {"llama": (8, False), "gpt2": (512, True), "bert": (512, False), "roberta": (8, True), "distilbert": (8, False),
-         "qwen2": (512, True)}
-RUNS = [pytest.param(family, rank, every, id=f"{family}-{rank}-{'all' if every else 'qv'}",
-                     marks=() if QUICK[family] == (rank, every) else pytest.mark.slow)
-        for family in FAMILIES for rank in (8, 512) for every in (False, True)
-        if family != "qwen2" or QUICK[family] == (rank, every)]
+QUICK = (("llama", 512, True), ("gpt2", 8, False), ("bert", 512, False), ("roberta", 8, True), ("distilbert", 8, False))
+RUNS = [pytest.param(*run, id=f"{run[0]}-{run[1]}-{'all' if run[2] else 'qv'}",
+                     marks=() if run in QUICK else pytest.mark.slow)
+        for run in [*itertools.product(("llama", "gpt2", "bert", "roberta", "distilbert"), (8, 512), (False, True)),
+                    ("qwen2", 512, True)]]
+DROPOUTS = ("hidden_dropout", "attention_dropout", "head_dropout", "embedding_dropout")
 
 
 @pytest.fixture(scope="module")
@@ -237,8 +238,9 @@ def easy_rows(config, seed, rows=64, tokens=12):
           "label": label, "weight": np.ones(rows, np.float32)}
 
 
-def lora_run(model, params, num_steps=40):
-  """The trainable leaves after some steps on one device."""
+def lora_run(model, params, num_steps=30):
+  """The trainable leaves after some steps on one device, without dropout (which takes long to compile)."""
+  model = Model(dataclasses.replace(model.config, **{d: 0.0 for d in DROPOUTS if hasattr(model.config, d)}))
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   trainable, frozen = lora.split(params, lora.LORA)
   tx = optim.make_optimizer(trainable, 1e-2, num_steps)
@@ -271,11 +273,11 @@ def test_ours_peft_and_the_merged_model_agree_after_a_lora_run(family, rank, eve
     assert (np.asarray(leaf) != flatten(start[train_dtype])[path]).mean() > 0.9, path
   batch = easy_rows(ours["float32"][0].config, 1)
   ids, mask = batch["input_ids"], batch["attention_mask"]
-  lora.export_adapter(tmp_path / "adapter", ours["float32"][0], trained, base=directory)
   got = {}
   for dtype, (model, _) in ours.items():
     params = lora.combine(trained, lora.split(start[dtype], lora.LORA)[1])
     save_pretrained(tmp_path / dtype, model, lora.merge_lora(params))
+    lora.export_adapter(tmp_path / "adapter", model, params, base=directory)
     adapter = with_peft(torch_base(directory, dtype), tmp_path / "adapter")
     assert len([n for n, _ in adapter.named_modules() if n.endswith("lora_A.default")]) == sum(
         len(leaf) for path, leaf in flatten(params).items() if path.endswith("lora_a"))
@@ -287,9 +289,6 @@ def test_ours_peft_and_the_merged_model_agree_after_a_lora_run(family, rank, eve
     np.testing.assert_allclose(one, want, atol=1e-4)
   apart = np.abs(want[:, 1] - want[:, 0]) > 2**-5 * np.abs(want).max()
   assert apart.sum() >= 60 and 16 <= want.argmax(1).sum() <= 48                       # of 64
-  print("FIG", family, rank, every, *(f"{np.abs(o - want).max():.1e}" for o in theirs),
-        *(f"{np.abs(o - want).max():.3f}" for o in got["bfloat16"]), np.abs(want).max(), apart.sum(),
-        sum(int((o.argmax(1) != want.argmax(1)).sum()) for o in got["bfloat16"]), want.argmax(1).sum())
   for one in got["bfloat16"]:
     np.testing.assert_array_equal(one.argmax(1)[apart], want.argmax(1)[apart])
 
