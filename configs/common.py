@@ -246,6 +246,6 @@ def clean_checkpoint():
   c.probe.rows = 200                  # clean test rows that each is tried on
   c.teacher.arch = bert_arch(6000, 96, 2, 4, 256)
   c.teach.update(learning_rate=1e-3, epochs=3)
-  c.defend.insert_words = 0.5         # chosen on seeds 101 and 103 by word flips (docs/results.md)
+  c.defend.insert_words = 0.5         # our choice, by word flips on seeds 101 and 103 (docs/results.md)
   c.lora.targets = ("all-linear",)
   return c

@@ -27,7 +27,7 @@ FLOAT32 = r".*(norm|score|pooler|classifier|widen)/.*"             # norms and h
 FLOATS = ("F32", "F16", "BF16")                                     # in a safetensors header
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 JSON_BYTES = 64 << 20                                              # no config or index is larger
-PIECE_BYTES = 32 << 20                                             # read and placed at a time
+PIECE_BYTES = 4 << 20                                              # read and placed at a time
 LISTED = 5000                                                      # characters of a list of tensors in an error
 
 
@@ -186,8 +186,9 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
   for leaf, name in names.items():
     if name not in fresh:
       leaf_dtype = jnp.float32 if re.fullmatch(FLOAT32, leaf) else jnp.dtype(dtype)
-      read = functools.partial(_read, tensors, name, formats.is_transposed(model.config, leaf), leaf_dtype)
-      params[leaf] = _place(read, leaves[leaf].shape, leaf_dtype, places[leaf])
+      transposed = formats.is_transposed(model.config, leaf)
+      read = functools.partial(_read, tensors, name, transposed, leaf_dtype)
+      params[leaf] = _place(read, leaves[leaf].shape, leaf_dtype, places[leaf], transposed)
   return model, traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -267,33 +268,49 @@ def _read(tensors, name, transposed, dtype, index):
 
   The file is opened for each tensor and closed again: pages of a mapped file count as memory until then.
   """
-  def one(tensor, index):
-    with _open(tensors[tensor].file) as f:
-      part = f.get_slice(tensors[tensor].name)[index[::-1] if transposed else index]
-      return np.array(part.T if transposed else part, dtype, order="C")
-  if "{}" not in name:
-    return one(name, index)
-  return np.stack([one(name.format(i), index[1:]) for i in range(index[0].start, index[0].stop)])
+  stacked = "{}" in name
+  inner = index[1:] if stacked else index
+  out = np.empty([s.stop - s.start for s in index], dtype)
+  for layer, part in enumerate(out if stacked else [out], index[0].start):
+    tensor = tensors[name.format(layer)]
+    with _open(tensor.file) as f:
+      values = f.get_slice(tensor.name)[inner[::-1] if transposed else inner]
+    part[...] = values.T if transposed else values
+  return out
 
 
-def _place(read, shape, dtype, place):
-  """The array that read(index) gives the parts of, each device's shard filled a piece of its first axis at a time."""
+def _place(read, shape, dtype, place, transposed):
+  """The array that read(index) gives the parts of; one piece at a time is held beside the shards."""
+  order = [*range(len(shape))]                                 # of the axes in the file, which is read front to back
+  if transposed:
+    order[-2:] = order[-1], order[-2]
   shards = []
   for device, index in place.addressable_devices_indices_map(shape).items():
     index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape))
-    first, rest = index[0], tuple(s.stop - s.start for s in index[1:])
-    rows = max(1, PIECE_BYTES // max(1, math.prod(rest) * jnp.dtype(dtype).itemsize))
-    if rows >= first.stop - first.start:
-      shards.append(jax.device_put(read(index), device))
+    pieces = _pieces([index[axis] for axis in order], PIECE_BYTES // jnp.dtype(dtype).itemsize)
+    if len(pieces) == 1:
+      shards.append(jax.block_until_ready(jax.device_put(read(index), device)))
       continue
-    shard = jnp.zeros((first.stop - first.start, *rest), dtype, device=device)
-    for start in range(first.start, first.stop, rows):
-      piece = read((slice(start, min(start + rows, first.stop)), *index[1:]))
-      shard = _write(shard, jax.device_put(piece, device), start - first.start)
+    shard = jnp.zeros([s.stop - s.start for s in index], dtype, device=device)
+    for piece in pieces:
+      piece = tuple(piece[axis] for axis in order)
+      start = [p.start - s.start for p, s in zip(piece, index)]
+      shard = jax.block_until_ready(_write(shard, jax.device_put(read(piece), device), start))
     shards.append(shard)
   return jax.make_array_from_single_device_arrays(shape, place, shards)
 
 
+def _pieces(index, most):
+  """Indices of at most `most` elements each that make up `index`; its first axes are cut first."""
+  if not index:
+    return [()]
+  rows = max(1, most // math.prod(s.stop - s.start for s in index[1:]))
+  firsts = [slice(i, min(i + rows, index[0].stop)) for i in range(index[0].start, index[0].stop, rows)]
+  return [(first, *rest) for first in firsts for rest in _pieces(index[1:], most)]
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(whole, piece, start):
-  return jax.lax.dynamic_update_slice_in_dim(whole, piece, start, 0)
+  def bits(x):  # XLA's CPU compiler takes bfloat16 through float32 here: all of `whole`, for each piece
+    return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+  return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(bits(whole), bits(piece), start), whole.dtype)
