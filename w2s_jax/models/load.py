@@ -264,16 +264,13 @@ def _listed(tensors):
 
 
 def _read(tensors, name, transposed, dtype, index):
-  """The part `index` of a parameter leaf: layers stacked, kernels transposed.
-
-  The file is opened for each tensor and closed again: pages of a mapped file count as memory until then.
-  """
+  """The part `index` of a parameter leaf: layers stacked, kernels transposed."""
   stacked = "{}" in name
   inner = index[1:] if stacked else index
   out = np.empty([s.stop - s.start for s in index], dtype)
   for layer, part in enumerate(out if stacked else [out], index[0].start):
     tensor = tensors[name.format(layer)]
-    with _open(tensor.file) as f:
+    with _open(tensor.file) as f:  # and closed at once: pages of a mapped file count as memory until then
       values = f.get_slice(tensor.name)[inner[::-1] if transposed else inner]
     part[...] = values.T if transposed else values
   return out
@@ -281,9 +278,7 @@ def _read(tensors, name, transposed, dtype, index):
 
 def _place(read, shape, dtype, place, transposed):
   """The array that read(index) gives the parts of; one piece at a time is held beside the shards."""
-  order = [*range(len(shape))]                                 # of the axes in the file, which is read front to back
-  if transposed:
-    order[-2:] = order[-1], order[-2]
+  order = (*range(len(shape) - 2), -1, -2) if transposed else range(len(shape))  # of the axes in the file
   shards = []
   for device, index in place.addressable_devices_indices_map(shape).items():
     index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape))
@@ -311,6 +306,5 @@ def _pieces(index, most):
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(whole, piece, start):
-  def bits(x):  # XLA's CPU compiler takes bfloat16 through float32 here: all of `whole`, for each piece
-    return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-  return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(bits(whole), bits(piece), start), whole.dtype)
+  bits = f"uint{8 * whole.dtype.itemsize}"  # XLA on the CPU takes bfloat16 through float32, all of `whole` each time
+  return jax.lax.dynamic_update_slice(whole.view(bits), piece.view(bits), start).view(whole.dtype)
