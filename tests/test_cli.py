@@ -309,7 +309,7 @@ def test_ctrl_c(home):
   while not (stopped / "config.json").exists():
     assert process.poll() is None
     time.sleep(0.01)
-  for _ in range(30):  # one that falls into a callback of the compiler is lost there, as for a person, who presses again
+  for _ in range(30):  # one that falls into a callback of the compiler is lost there; a person presses again
     process.send_signal(signal.SIGINT)
     try:
       _, err = process.communicate(timeout=10)
@@ -388,7 +388,8 @@ def test_help_and_the_default_workdir(tmp_path):
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data (IMDB, SST-2) is not here")
 @pytest.mark.parametrize("name,attack", [
-    ("llama_insent", "insent"), ("llama_synattack", "syntactic"),        # test_readme.py runs the badnet ones
+    ("llama_insent", "insent"),                                          # test_readme.py runs the badnet ones
+    pytest.param("llama_synattack", "syntactic", marks=pytest.mark.slow),
     pytest.param("minilm_insent", "insent", marks=pytest.mark.slow),
     pytest.param("minilm_synattack", "syntactic", marks=pytest.mark.slow)])
 def test_real_data_shortened(name, attack, home):
