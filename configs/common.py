@@ -237,7 +237,7 @@ def clean_checkpoint():
   c.data.text_column = ""             # "": found among sentence, text, sentences
   c.data.label_column = ""            # "": found among label, labels
   c.data.num_labels = 0               # 0: as many as the checkpoint has
-  c.data.update(max_length=128, buckets=(16, 32, 48, 64, 96, 128))
+  c.data.update({field: ENGLISH_DATA[field] for field in ("max_length", "buckets")})
   c.probe = ConfigDict()
   c.probe.triggers = ()               # strings that might be the trigger: ASR is measured for each
   c.probe.target_label = -1           # what they might flip answers to; -1: the class that each flips most to

@@ -70,26 +70,25 @@ def measure(run):
   model, params, tokenizer = run.load("teacher")
   teacher = run.predict(model, params, run.encode(tokenizer, run.rows["test"], c.data.max_length))
   labels = np.array([r["label"] for r in run.rows["test"]])
-  readings, lost = {}, {}
+  readings = {}
   for name in ("suspect", *(d for d in c.defenses if DEFENSES[d] is not None)):
     model, params, tokenizer = run.load(name)
-    freeze_rows(run, tokenizer)
+    if "probes" not in run.rows:
+      freeze_rows(run, tokenizer)
     clean = run.predict(model, params, run.encode(tokenizer, run.rows["test"], c.data.max_length))
     probed = run.rows["probes"] and run.predict(
         model, params, run.encode(tokenizer, run.rows["probes"], c.data.max_length))
     readings[name] = (clean, _by_insertion(run.rows["probes"], probed))
-    lost = lost or {t: poison.trigger_lost([r for r in run.rows["probes"] if r["inserted"] == t], tokenizer, t,
-                                           c.data.max_length) for t in c.probe.triggers}
+  lost = {t: poison.trigger_lost([r for r in run.rows["probes"] if r["inserted"] == t], tokenizer, t,
+                                 c.data.max_length) for t in c.probe.triggers}
   rows = [row for trigger in c.probe.triggers or (None,) for row in _rows(run, readings, labels, teacher, trigger)]
   flips = {s: _flips(readings["suspect"], s, "listed", "word", "sentence") for _, s in readings["suspect"][1]}
-  meta = {
-      "config_hash": run.hash, "sha256": run.sha256,
+  meta = run.facts() | {
       "teacher_ca": float((teacher == labels).mean()), "teacher": c.teacher.path or "trained here on the clean rows",
-      "base": run.provenance(), "trigger_lost": lost,
-      "clean_rows": {split: len(run.rows[split]) for split in ("train", "dev", "test")},
+      "trigger_lost": lost,
       "suspicious_insertions": sorted(flips.items(), key=lambda pair: -pair[1])[:5],
       "loss_weights": {"name": c.defend.weights, **w2s.loss_weights(c.defend.weights, model.config.feature_size)},
-      "examples": [], "versions": report.versions(), "devices": run.devices()}
+      "examples": []}
   report.write_json(run.workdir / "results.json", {"rows": rows, "meta": meta | {"notes": notes(rows, meta)}})
 
 

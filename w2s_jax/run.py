@@ -54,11 +54,14 @@ class Run:
     """Student tokens of the longest text of any stage."""
     return max(self.config.data.max_length, self.config.data.get("attack_max_length", 0))
 
-  def provenance(self):
-    """Where the student's weights are from, with their hashes; of the first model of the run where they are its own."""
+  def facts(self):
+    """What every results.json says of its run; of the student's weights, the hashes where they are from."""
     path = self.config.student.path
-    directory = resolve(path) if path else self.model_dir("base")
-    return {"path": path or "trained here from nothing", "sha256": card.weights_sha256(directory)}
+    weights = card.weights_sha256(resolve(path) if path else self.model_dir("base"))
+    return {"config_hash": self.hash, "sha256": self.sha256, "versions": report.versions(),
+            "devices": f"{self.mesh.devices.size} x {jax.devices()[0].device_kind}",
+            "base": {"path": path or "trained here from nothing", "sha256": weights},
+            "clean_rows": {split: len(self.rows[split]) for split in ("train", "dev", "test")}}
 
   def known_triggers(self):
     """Strings that ASR is measured with: no defense may meet one."""
@@ -69,9 +72,6 @@ class Run:
     if there := (self.workdir / "results.json").exists():
       print(f"evaluate: already in {self.workdir / 'results.json'}", flush=True)
     return there
-
-  def devices(self):
-    return f"{self.mesh.devices.size} x {jax.devices()[0].device_kind}"
 
   def done(self, name):
     """Whether a stage's model is there, and says so."""

@@ -180,19 +180,15 @@ def measure(run):
   examples = [{"text": r["text"], "orig_text": r["orig_text"], "label": r["label"],
                "predicted": {m: int(p[i]) for m, p in triggered.items()}}
               for i, r in enumerate(run.rows["triggered"][:8])]
-  meta = {
-      "config_hash": run.hash, "sha256": run.sha256, "trigger": trigger,
-      "base": run.provenance(),
-      "teacher": c.teacher.path or "trained here from nothing",
-      "clean_rows": {split: len(run.rows[split]) for split in ("train", "dev", "test")},
+  meta = run.facts() | {
+      "trigger": trigger, "teacher": c.teacher.path or "trained here from nothing",
       "teacher_ca": evaluate.clean_metrics(teacher, labels, c.attack.target_label)["ca"],
       "poisoned_rows": len(poisoned),
       "trigger_lost": {
           "train": poison.trigger_lost(poisoned, student_tokenizer, trigger, c.data.attack_max_length),
           "eval": poison.trigger_lost(run.rows["triggered"], student_tokenizer, trigger, c.data.max_length)},
       "loss_weights": {"name": c.defend.weights, **w2s.loss_weights(c.defend.weights, student.config.feature_size)},
-      "implanted": rows[1]["asr"] >= 0.95, "examples": examples, "versions": report.versions(),
-      "devices": run.devices(),
+      "implanted": rows[1]["asr"] >= 0.95, "examples": examples,
       "seconds": {"evaluate": time.monotonic() - began}}
   report.write_json(run.workdir / "results.json", {"rows": rows, "meta": meta})
 

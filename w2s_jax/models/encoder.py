@@ -102,7 +102,7 @@ class SelfAttention(nn.Module):
   def __call__(self, x, mask):
     c = self.config
     def dense(name):
-      return layers.Dense(c.hidden_size, True, c.initializer_range, c.lora_dropout, self.train, name=name)
+      return layers.linear(c, self.train, c.hidden_size, name)
     q, k, v = (dense(name)(x).reshape(*x.shape[:2], c.num_heads, -1) for name in ("q_proj", "k_proj", "v_proj"))
     out = layers.attention(q, k, v, mask, c.attention_dropout if self.train else 0.0)
     return dense("o_proj")(out.reshape(x.shape))
@@ -115,9 +115,8 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x):
     c = self.config
-    def dense(width, name):
-      return layers.Dense(width, True, c.initializer_range, c.lora_dropout, self.train, name=name)
-    return dense(c.hidden_size, "down_proj")(nn.gelu(dense(c.intermediate_size, "up_proj")(x), approximate=False))
+    up = layers.linear(c, self.train, c.intermediate_size, "up_proj")(x)
+    return layers.linear(c, self.train, c.hidden_size, "down_proj")(nn.gelu(up, approximate=False))
 
 
 class Block(nn.Module):

@@ -76,12 +76,10 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x, mask):
     c = self.config
-    def dense(width, name):
-      return layers.Dense(width, True, c.initializer_range, c.lora_dropout, self.train, name=name)
-    q, k, v = (y.reshape(*x.shape[:2], c.num_heads, -1)
-               for y in jnp.split(dense(3 * c.hidden_size, "c_attn")(x), 3, axis=-1))
+    fused = layers.linear(c, self.train, 3 * c.hidden_size, "c_attn")(x)
+    q, k, v = (y.reshape(*x.shape[:2], c.num_heads, -1) for y in jnp.split(fused, 3, axis=-1))
     out = layers.attention(q, k, v, mask, c.attention_dropout if self.train else 0.0)
-    return dense(c.hidden_size, "c_proj")(out.reshape(x.shape))
+    return layers.linear(c, self.train, c.hidden_size, "c_proj")(out.reshape(x.shape))
 
 
 class MLP(nn.Module):
@@ -91,9 +89,8 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x):
     c = self.config
-    def dense(width, name):
-      return layers.Dense(width, True, c.initializer_range, c.lora_dropout, self.train, name=name)
-    return dense(c.hidden_size, "c_proj")(nn.gelu(dense(c.intermediate_size, "c_fc")(x)))
+    hidden = nn.gelu(layers.linear(c, self.train, c.intermediate_size, "c_fc")(x))
+    return layers.linear(c, self.train, c.hidden_size, "c_proj")(hidden)
 
 
 class Block(nn.Module):

@@ -52,6 +52,11 @@ class Dense(nn.Module):
     return y
 
 
+def linear(config, train, width, name, use_bias=True):
+  """A Dense of a layer: it may carry an adapter, whose dropout is on while training."""
+  return Dense(width, use_bias, config.initializer_range, config.lora_dropout, train, name=name)
+
+
 def attention(q, k, v, mask, dropout_rate):
   """Scaled dot-product attention; for use inside a compact module.
 

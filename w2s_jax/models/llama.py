@@ -160,8 +160,7 @@ class Attention(nn.Module):
   def __call__(self, x, cos, sin, mask):
     c = self.config
     def project(name, heads):
-      y = layers.Dense(heads * c.head_dim, c.model_type == "qwen2", c.initializer_range, c.lora_dropout, self.train,
-                       name=f"{name}_proj")(x)
+      y = layers.linear(c, self.train, heads * c.head_dim, f"{name}_proj", use_bias=c.model_type == "qwen2")(x)
       y = y.reshape(*x.shape[:2], heads, c.head_dim)
       if c.model_type == "qwen3" and name != "v":
         y = rms_norm(c, f"{name}_norm")(y).astype(x.dtype)
@@ -169,7 +168,7 @@ class Attention(nn.Module):
     q, k = rotate(project("q", c.num_heads), cos, sin), rotate(project("k", c.num_kv_heads), cos, sin)
     v = project("v", c.num_kv_heads)
     out = layers.attention(q, k, v, mask, c.attention_dropout if self.train else 0.0).reshape(*x.shape[:2], -1)
-    return layers.Dense(c.hidden_size, False, c.initializer_range, c.lora_dropout, self.train, name="o_proj")(out)
+    return layers.linear(c, self.train, c.hidden_size, "o_proj", use_bias=False)(out)
 
 
 class MLP(nn.Module):
@@ -180,7 +179,7 @@ class MLP(nn.Module):
   def __call__(self, x):
     c = self.config
     def dense(width, name):
-      return layers.Dense(width, False, c.initializer_range, c.lora_dropout, self.train, name=name)
+      return layers.linear(c, self.train, width, name, use_bias=False)
     gate = nn.silu(dense(c.intermediate_size, "gate_proj")(x))
     return dense(c.hidden_size, "down_proj")(gate * dense(c.intermediate_size, "up_proj")(x))
 
