@@ -80,8 +80,8 @@ ENCODERS = ("bert", "roberta", "distilbert")
 CASES = [(family, name) for family, shapes in SHAPES.items() for name in shapes]
 
 
-def torch_model(family, shape, num_labels=2, seed=0):
-  """A random transformers classifier whose norms and biases are random too, so that a swapped tensor shows."""
+def torch_model(family, shape, num_labels=2, seed=0, auto=transformers.AutoModelForSequenceClassification):
+  """A random transformers model whose norms and biases are random too, so that a swapped tensor shows."""
   common = dict(pad_token_id=0, num_labels=num_labels)
   if family != "gpt2":                                          # which has names of its own for these
     common["max_position_embeddings"] = 64
@@ -89,7 +89,7 @@ def torch_model(family, shape, num_labels=2, seed=0):
     common |= dict(hidden_size=32, intermediate_size=44, num_hidden_layers=3)
   torch.manual_seed(seed)
   config = transformers.AutoConfig.for_model(family, **(common | shape))
-  model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+  model = auto.from_config(config).eval()
   with torch.no_grad():
     for parameter in model.parameters():
       parameter.add_(0.1 * torch.randn_like(parameter))
@@ -262,21 +262,21 @@ def test_a_v4_rope_scaling_is_read(name, saved, tmp_path):
     load_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("family,name", [(f, n) for f, n in CASES if f not in ENCODERS])
+@pytest.mark.parametrize("family,name", CASES)
 def test_language_model_head(family, name, tmp_path):
-  """Every real token's logits, the last one's as the output's, and the directory is transformers' ForCausalLM."""
-  config = torch_model(family, shape_of(family, name)).config
-  torch.manual_seed(1)
-  theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+  """Every real token's logits, the pooled one's as the output's, and the directory is transformers' own class."""
+  encoder = family in ENCODERS
+  auto = transformers.AutoModelForMaskedLM if encoder else transformers.AutoModelForCausalLM
+  theirs = torch_model(family, shape_of(family, name), auto=auto, seed=1)
   theirs.save_pretrained(tmp_path / "in")
   model, params = load_pretrained(tmp_path / "in", head="lm")
-  ids, mask = padded_ids(config.vocab_size, left=True)
+  ids, mask = padded_ids(theirs.config.vocab_size, left=not encoder, pad=theirs.config.pad_token_id)
   logits = torch_outputs(theirs, ids, mask, every=True)
   out = apply(model, params, ids, mask)
   np.testing.assert_allclose(np.asarray(model.lm_logits(params, out.hidden))[mask == 1], logits[mask == 1], atol=1e-4)
-  np.testing.assert_allclose(out.logits, logits[:, -1], atol=1e-4)
+  np.testing.assert_allclose(out.logits, logits[:, 0 if encoder else -1], atol=1e-4)
   save_pretrained(tmp_path / "out", model, params)
-  again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+  again, info = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
   assert type(again) is type(theirs) and not any(info[k] for k in ("missing_keys", "unexpected_keys"))
   assert all(torch.equal(value, again.state_dict()[key]) for key, value in theirs.state_dict().items())
 

@@ -59,10 +59,11 @@ RULES = {
         (r"layers/.*/lora_b", P(None, None, "fsdp")),
         (r"layers/.*/lora_alpha", P()),
         (r"layers/.*/bias", P()),
-        (r"(embeddings/norm|layers/(attn|mlp)_norm)/(scale|bias)", P()),
-        (r"(pooler|widen)/kernel", P("fsdp", None)),                     # [D, D] and [D, W]
+        (r"(embeddings/norm|layers/(attn|mlp)_norm|lm_head/norm)/(scale|bias)", P()),
+        (r"(pooler|widen|lm_head/dense)/kernel", P("fsdp", None)),       # [D, D], [D, W] and [D, D]
         (r"classifier/kernel", P("fsdp", None)),                         # [D or W, C]
-        (r"(pooler|widen|classifier)/bias", P()),
+        (r"(pooler|widen|classifier|lm_head/dense)/bias", P()),
+        (r"lm_head/bias", P("tensor")),                                  # [V]
     ),
 }
 

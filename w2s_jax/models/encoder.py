@@ -31,6 +31,7 @@ class EncoderConfig:
   attention_dropout: float = 0.1      # of the attention probabilities, while training
   head_dropout: float = 0.1           # before the classifier (RoBERTa: and before its dense layer), while training
   initializer_range: float = 0.02
+  head: str = "classifier"            # or "lm": the logits of the masked token in a place
   num_labels: int = 2
   labels: tuple = ()                  # names of the classes; (): LABEL_0...
   pad_token_id: int | None = 0
@@ -60,6 +61,8 @@ class EncoderConfig:
       return names.get(field, field)
     fields.only(**{name("hidden_act"): "gelu"}, position_embedding_type="absolute", is_decoder=False,
                 add_cross_attention=False)
+    if runtime.get("head") == "lm":
+      fields.only(tie_word_embeddings=True)
     pad = fields.token("pad_token_id")
     offset = 0
     if model_type == "roberta":
@@ -150,6 +153,18 @@ class Embeddings(nn.Module):
     return layers.layer_norm(c.layer_norm_eps, "norm")(x)
 
 
+class MaskedLMHead(nn.Module):
+  config: EncoderConfig
+
+  @nn.compact
+  def __call__(self, hidden, table):
+    """hidden: [..., D]; table: [V, D], the word embeddings -> logits [..., V]."""
+    c = self.config
+    x = nn.gelu(layers.Dense(c.hidden_size, True, c.initializer_range, name="dense")(hidden), approximate=False)
+    x = layers.layer_norm(c.layer_norm_eps, "norm")(x)
+    return x @ table.T.astype(x.dtype) + self.param("bias", nn.initializers.zeros, (c.vocab_size,))
+
+
 class EncoderClassifier(nn.Module):
   """Encoder with transformers' pooler and classifier, or with the W2S widening head (`config.feature_width`)."""
   config: EncoderConfig
@@ -161,10 +176,14 @@ class EncoderClassifier(nn.Module):
     c = self.config
     def dropout(rate, x):
       return nn.Dropout(rate, deterministic=not self.train)(x)
-    x = dropout(c.hidden_dropout, Embeddings(c, name="embeddings")(input_ids)).astype(c.dtype)
+    embeddings = Embeddings(c, name="embeddings")
+    x = dropout(c.hidden_dropout, embeddings(input_ids)).astype(c.dtype)
     x = layers.layer_stack(Block, c, self.train, x, attention_mask.astype(bool)[:, None, None, :])
     hidden = x.astype(jnp.float32)
     features = hidden[:, 0]
+    if c.head == "lm":
+      table = embeddings.variables["params"]["word_embeddings"]["embedding"]
+      return layers.ClassifierOutput(MaskedLMHead(c, name="lm_head")(features, table), features, hidden)
     def head(width, name):
       return layers.Dense(width, True, c.initializer_range, name=name)
     if c.feature_width:

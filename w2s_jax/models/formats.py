@@ -42,8 +42,8 @@ def _decoder(name):
   }, unused=r"score\.weight|lm_head\.weight|.*rotary_emb\.inv_freq")
 
 
-def _encoder(name, prefix, embeddings, layer, modules, head, unused):
-  """modules: theirs, in the order q, k, v, o, norm, up, down, norm."""
+def _encoder(name, prefix, embeddings, layer, modules, head, lm_head, unused):
+  """modules: theirs, in the order q, k, v, o, norm, up, down, norm; lm_head: dense, norm, and where the bias is."""
   q, k, v, o, attn_norm, up, down, mlp_norm = (f"{prefix}{layer}.{{}}.{m}" for m in modules)
   return Checkpoint(name, prefix, {
       **{f"embeddings/{e}_embeddings/embedding": f"{prefix}embeddings.{e}_embeddings.weight" for e in embeddings},
@@ -52,6 +52,8 @@ def _encoder(name, prefix, embeddings, layer, modules, head, unused):
       **_modules((("embeddings/norm", f"{prefix}embeddings.LayerNorm"), ("layers/attn_norm", attn_norm),
                   ("layers/mlp_norm", mlp_norm)), "scale"),
       **_modules(head),
+      **_modules((("lm_head/dense", lm_head[0]),)), **_modules((("lm_head/norm", lm_head[1]),), "scale"),
+      "lm_head/bias": f"{lm_head[2]}.bias",
   }, unused)
 
 
@@ -71,13 +73,16 @@ CHECKPOINTS = {
     }, unused=r"score\.weight|lm_head\.weight|transformer\.h\.\d+\.attn\.(masked_)?bias", transposed=False),
     "bert": _encoder("Bert", "bert.", ("word", "position", "token_type"), "encoder.layer", _BERT,
                      (("pooler", "bert.pooler.dense"), ("classifier", "classifier")),
-                     r"bert\.embeddings\.position_ids|cls\..*"),
+                     ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions"),
+                     r"bert\.embeddings\.position_ids|bert\.pooler\.dense\..*|classifier\.(weight|bias)|cls\..*"),
     "roberta": _encoder("Roberta", "roberta.", ("word", "position", "token_type"), "encoder.layer", _BERT,
                         (("pooler", "classifier.dense"), ("classifier", "classifier.out_proj")),
-                        r"roberta\.embeddings\.position_ids|roberta\.pooler\..*|lm_head\..*"),
+                        ("lm_head.dense", "lm_head.layer_norm", "lm_head"),
+                        r"roberta\.embeddings\.position_ids|(roberta\.pooler|lm_head|classifier)\..*"),
     "distilbert": _encoder("DistilBert", "distilbert.", ("word", "position"), "transformer.layer", _DISTILBERT,
                            (("pooler", "pre_classifier"), ("classifier", "classifier")),
-                           r"distilbert\.embeddings\.position_ids|vocab_(transform|layer_norm|projector)\..*"),
+                           ("vocab_transform", "vocab_layer_norm", "vocab_projector"),
+                           r"distilbert\.embeddings\.position_ids|(vocab_(transform|layer_norm|projector)|(pre_)?classifier)\..*"),
 }
 HEAD_FILE, HEAD_CONFIG = "w2s_head.safetensors", "w2s_head.json"               # the W2S teacher's, beside its backbone
 W2S_HEAD = _modules((("widen", "w2s.widen"), ("classifier", "classifier")))

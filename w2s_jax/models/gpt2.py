@@ -25,7 +25,7 @@ class GPT2Config:
   hidden_dropout: float = 0.1         # after attention and feed-forward, while training
   attention_dropout: float = 0.1      # of the attention probabilities, while training
   initializer_range: float = 0.02
-  head: str = "score"                 # or "lm": the next token's logits
+  head: str = "classifier"            # or "lm": the next token's logits
   num_labels: int = 2
   labels: tuple = ()                  # names of the classes; (): LABEL_0...
   pad_token_id: int | None = None

@@ -107,7 +107,7 @@ def decoder_head(config, embed_tokens, hidden, attention_mask):
   of the last real token.
   """
   features = last_real_token(hidden, attention_mask)
-  if config.head == "score":
+  if config.head == "classifier":
     logits = Dense(config.num_labels, False, config.initializer_range, name="score")(features)
   else:
     table = embed_tokens if config.tie_embeddings else embed(config, config.vocab_size, "lm_head")

@@ -81,7 +81,7 @@ class LlamaConfig:
   tie_embeddings: bool = False
   initializer_range: float = 0.02
   attention_dropout: float = 0.0      # of the attention probabilities, while training
-  head: str = "score"                 # or "lm": the next token's logits
+  head: str = "classifier"            # or "lm": the next token's logits
   num_labels: int = 2
   labels: tuple = ()                  # names of the classes; (): LABEL_0...
   pad_token_id: int | None = None

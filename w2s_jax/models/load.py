@@ -146,7 +146,7 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
     num_layers: keep the first so many layers (a small teacher cut out of a larger model).
     feature_width: give an encoder the W2S teacher's head of this width; None reads it from the directory.
     seed: of a head that the checkpoint does not have (said in one line).
-    head: "lm" gives a decoder its language-model head; the output's logits are then the next token's, [B, V].
+    head: "lm" is the family's language-model head; the output's logits are then [B, V], of the pooled token.
     **runtime: remat, unroll, lora_dropout of the model's config.
   Returns:
     (Model, params): params is a nested dict of arrays.

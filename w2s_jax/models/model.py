@@ -33,8 +33,8 @@ def config_from_hf(hf, **runtime):
                      f"{model_type}, delete auto_map from config.json and tokenizer_config.json")
   if runtime.get("feature_width") and not hasattr(config_class, "feature_width"):
     raise InputError(f"a {model_type} cannot carry the W2S teacher's head: give an encoder as --config.teacher.path")
-  if "head" in runtime and (runtime["head"] not in ("score", "lm") or not hasattr(config_class, "head")):
-    raise InputError(f"head {runtime['head']!r}: want 'score' or 'lm', of a decoder; this is a {model_type}")
+  if runtime.get("head", "classifier") not in ("classifier", "lm"):
+    raise InputError(f"head {runtime['head']!r}: want 'classifier' or 'lm'")
   num_labels = fields.integer("num_labels", 2, 2, 10_000)
   config = config_class.from_hf(fields, num_labels=num_labels, labels=fields.labels(num_labels), **runtime)
   if config.hidden_size % config.num_heads and not (hasattr(config, "head_dim") and "head_dim" in fields):
@@ -67,7 +67,13 @@ class Model:
     return module.apply({"params": params}, input_ids, attention_mask, rngs=rngs)
 
   def lm_logits(self, params, hidden):
-    """Next-token logits [B, T, V] float32 of every token, from `ClassifierOutput.hidden`."""
+    """Language-model logits [B, T, V] of every token, from `ClassifierOutput.hidden`.
+
+    A decoder's are of the next token; an encoder's, with head="lm", of the token in this place.
+    """
+    if self.config.family == "encoder" and self.config.head == "lm":
+      head = encoder.MaskedLMHead(self.config)
+      return head.apply({"params": params["lm_head"]}, hidden, params["embeddings"]["word_embeddings"]["embedding"])
     if "lm_head" not in params and not getattr(self.config, "tie_embeddings", False):
       raise InputError("the language-model warm-up needs a decoder with tied embeddings: set "
                        "--config.student.arch.tie_word_embeddings=True or --config.warmup.epochs=0")

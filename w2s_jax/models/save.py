@@ -105,7 +105,9 @@ class _Part(NamedTuple):
 def _config(config, id2label, dtype):
   """transformers' config.json."""
   labels = id2label or dict(enumerate(config.labels or [f"LABEL_{i}" for i in range(config.num_labels)]))
-  kind = "ForCausalLM" if getattr(config, "head", "") == "lm" else "ForSequenceClassification"
+  kind = "ForSequenceClassification"
+  if config.head == "lm":
+    kind = "ForMaskedLM" if config.family == "encoder" else "ForCausalLM"
   return config.to_hf() | {
       "architectures": [formats.CHECKPOINTS[config.model_type].name + (
           "Model" if getattr(config, "feature_width", 0) else kind)], "model_type": config.model_type,
