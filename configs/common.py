@@ -64,6 +64,7 @@ def base(attack):
   c.data.attack_max_length = 64       # student tokens
   c.data.max_length = 32              # tokens, defended domain
   c.data.buckets = (16, 32, 48, 64)   # sequence lengths that are compiled
+  c.data.pack = True                  # train on several texts a row; False: a text a row, padded to a bucket
   c.data.eval_batch_size = 128
 
   c.student = ConfigDict()

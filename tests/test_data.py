@@ -1,5 +1,6 @@
 """Corpora, tokenizers and batches. N examples, T tokens."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -308,7 +309,8 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 
 def test_an_epoch_visits_every_example_once_and_resumes_anywhere():
-  stream = batches.train_batches(ARRAYS, 5, (4, 8, 12), 7, 0)
+  make = functools.partial(batches.make_batch, ARRAYS, batch_size=5, buckets=(4, 8, 12))
+  stream = batches.train_batches(23, 5, make, 7, 0)
   steps = [next(stream) for _ in range(10)]                      # two epochs of five
   for epoch in (steps[:5], steps[5:]):
     seen = np.concatenate([b["label"][b["weight"] > 0] for b in epoch])
@@ -316,7 +318,7 @@ def test_an_epoch_visits_every_example_once_and_resumes_anywhere():
     assert [int(b["weight"].sum()) for b in epoch] == [5, 5, 5, 5, 3]
   assert [b["label"].tolist() for b in steps[:5]] != [b["label"].tolist() for b in steps[5:]]
   for start in (1, 4, 5, 7):
-    resumed = batches.train_batches(ARRAYS, 5, (4, 8, 12), 7, start)
+    resumed = batches.train_batches(23, 5, make, 7, start)
     for want in steps[start:]:
       got = next(resumed)
       assert got.keys() == want.keys()

@@ -1,6 +1,7 @@
 """fit(): a run that was stopped and resumed is the run that was not; dev accuracy alone chooses what comes back."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import types
@@ -41,7 +42,8 @@ def rig(llama, make_batch):
 
   def fit(workdir, stop_before=None, accuracies=None, trained=trainable, tx=tx, **options):
     def batches_from(start):
-      source = batches.train_batches(arrays, 8, (12,), seed=3, start_step=start)
+      source = batches.train_batches(20, 8, functools.partial(batches.make_batch, arrays, batch_size=8, buckets=(12,)),
+                                     seed=3, start_step=start)
       for step in itertools.count(start + 1):
         if step == stop_before:
           raise KeyboardInterrupt

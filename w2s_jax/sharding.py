@@ -119,11 +119,15 @@ def batch_sharding(mesh):
   return NamedSharding(mesh, BATCH)
 
 
+def batch_shards(mesh):
+  """How many parts a batch is split into."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch(batch_size, mesh, knob):
   """Raises InputError unless `batch_size` rows can be split over the mesh's `data` x `fsdp` devices."""
-  rows = mesh.shape["data"] * mesh.shape["fsdp"]
-  if batch_size % rows:
-    raise InputError(f"batch of {batch_size} rows cannot be split over data x fsdp = {rows} devices: set {knob} to a "
+  if batch_size % (shards := batch_shards(mesh)):
+    raise InputError(f"batch of {batch_size} rows cannot be split over data x fsdp = {shards} devices: set {knob} to a "
                      "multiple of it, or --config.mesh.*")
 
 

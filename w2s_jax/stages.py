@@ -1,6 +1,7 @@
 """poison, teach, defend, evaluate: one screen each. A stage whose output is there is not run again."""
 
 import dataclasses
+import functools
 import hashlib
 import time
 
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 
 from w2s_jax import InputError, card, evaluate, lora, optim, probe, report, sharding, steps, train
-from w2s_jax.data import batches, poison, tokenization
+from w2s_jax.data import batches, packing, poison, tokenization
 from w2s_jax.defenses import DEFENSES, w2s
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
 from w2s_jax.models.formats import HEAD_CONFIG
@@ -41,7 +42,7 @@ def warmup(run):
     if c.warmup.epochs:
       arrays = tokenization.pack(tokenizer, texts, c.data.attack_max_length)
       params, _ = _train(run, "warmup", model, params, lora.FULL, arrays, None, c.warmup,
-                         steps.language_model_loss(model), {"lm": 1.0})
+                         steps.language_model_loss(model), {"lm": 1.0}, packed=False)
   save_pretrained(run.model_dir(run.base), model, params, tokenizer, card=card.first_line(run.base))
 
 
@@ -139,7 +140,7 @@ def defend(run):
     def terms(out, batch, defense=defense):
       return defense.terms(out, batch, c.defend.temperature)
     params, _ = _train(run, name, model, params, lora.LORA, arrays, dev, c.defend,
-                       steps.classification_loss(model, terms, weights), weights)
+                       steps.classification_loss(model, terms, weights), weights, packed=not defense.reads_padding)
     if c.lora.export:
       lora.export_adapter(run.workdir / "adapters" / name, model, params, base=run.model_dir(run.attacked).absolute())
     save_pretrained(run.model_dir(name), model, lora.merge_lora(params), tokenizer, card=card.first_line(name))
@@ -220,8 +221,11 @@ def run(config, workdir, only=None):
       stage(this)
 
 
-def _train(run, name, model, params, trains, arrays, dev, settings, loss, weights):
-  """One stage through `train.fit`: split by label, optimize, put the best trainable leaves back."""
+def _train(run, name, model, params, trains, arrays, dev, settings, loss, weights, packed=True):
+  """One stage through `train.fit`: split by label, optimize, put the best trainable leaves back.
+
+  packed: several texts in one row, where the loss does not read what is between them and the config wants it.
+  """
   c, family = run.config, model.config.family
   total = settings.epochs * batches.steps_per_epoch(len(arrays["length"]), settings.batch_size)
   if settings.max_steps:
@@ -232,12 +236,16 @@ def _train(run, name, model, params, trains, arrays, dev, settings, loss, weight
                             settings.weight_decay, settings.clip_norm)
   step_fn = steps.make_train_step(loss, tx, steps.state_shardings(trainable, tx, family, run.mesh),
                                   sharding.param_shardings(frozen, family, run.mesh), run.mesh)
+  make = functools.partial(batches.make_batch, arrays, batch_size=settings.batch_size, buckets=c.data.buckets)
+  if packed and c.data.pack:
+    make = packing.packer(arrays, settings.batch_size, c.data.buckets, sharding.batch_shards(run.mesh), c.seed, total,
+                          model.config.pad_token_id or 0)
   def dev_accuracy(trained):
     return (run.predict(model, lora.combine(trained, frozen), dev) == dev["label"]).mean()
   key = _key(run, "defend" if name in DEFENSES else {"clean": "poison"}.get(name, name))  # the same dropout for all
   trained, chosen = train.fit(
       name, step_fn, steps.init_state(trainable, tx, family, run.mesh), frozen,
-      lambda s: batches.train_batches(arrays, settings.batch_size, c.data.buckets, c.seed, s),
+      lambda step: batches.train_batches(len(arrays["length"]), settings.batch_size, make, c.seed, step),
       steps=total, key=key, mesh=run.mesh, eval_every=max(1, total // settings.evaluations), workdir=run.workdir,
       config_hash=run.hash, dev_accuracy=dev_accuracy if dev else None, log_every=c.log_every,
       checkpoint_every=c.checkpoint_every, term_norms=steps.make_term_norms(loss, weights),

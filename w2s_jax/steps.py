@@ -2,8 +2,8 @@
 
 A step is `(state, frozen, batch, key) -> (state, metrics)`: no config, no global, no Python randomness inside.
 Only `state.params`, the trainable subtree, is differentiated; `frozen` is read. A batch is a dict of arrays
-`input_ids` [B, T], `attention_mask` [B, T], `label` [B], `weight` [B] (0 on rows that fill up the batch) and, for
-distillation, `teacher_logits` [B, C] and `teacher_features` [B, D].
+`input_ids`, `attention_mask` [R, T], where rows hold several texts `texts` [G, B / G, 2] (Model.apply), `label` [B],
+`weight` [B] (0 on what fills up the batch) and, for distillation, `teacher_logits` [B, C], `teacher_features` [B, D].
 """
 
 from typing import Any, NamedTuple
@@ -50,7 +50,8 @@ def classification_loss(model, terms, weights):
     weights: {term: float}; the loss is the weighted sum.
   """
   def loss(trainable, frozen, batch, key):
-    out = model.apply(lora.combine(trainable, frozen), batch["input_ids"], batch["attention_mask"], dropout_key=key)
+    out = model.apply(lora.combine(trainable, frozen), batch["input_ids"], batch["attention_mask"], batch.get("texts"),
+                      dropout_key=key)
     values = terms(out, batch)
     return sum(weights[name] * value for name, value in values.items()), values
   return loss

@@ -27,26 +27,29 @@ def make_batch(arrays, rows, batch_size, buckets):
   Returns:
     dict with "input_ids", "attention_mask" [B, T'], "weight" [B] float32 and the other arrays' rows.
   """
+  batch = filled(arrays, rows, batch_size)
+  lengths = batch.pop("length")
+  T = min(bucket_length(lengths.max(), buckets), arrays["input_ids"].shape[1])
+  return batch | {"input_ids": batch["input_ids"][:, :T],
+                  "attention_mask": (np.arange(T) < lengths[:, None]).astype(np.int32)}
+
+
+def filled(arrays, rows, batch_size):
+  """The arrays' rows, and "weight" [B] float32: 0 on the copies of the first row that fill up a short batch."""
   weight = (np.arange(batch_size) < len(rows)).astype(np.float32)
   rows = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])
-  lengths = arrays["length"][rows]
-  T = min(bucket_length(lengths.max(), buckets), arrays["input_ids"].shape[1])
-  batch = {name: values[rows] for name, values in arrays.items() if name != "length"}
-  batch["input_ids"] = batch["input_ids"][:, :T]
-  batch["attention_mask"] = (np.arange(T) < lengths[:, None]).astype(np.int32)
-  return batch | {"weight": weight}
+  return {name: values[rows] for name, values in arrays.items()} | {"weight": weight}
 
 
-def train_batches(arrays, batch_size, buckets, seed, start_step):
-  """Endless batches from step `start_step` on: each epoch visits every example once, in `epoch_order`."""
-  num_examples = len(arrays["length"])
+def train_batches(num_examples, batch_size, make, seed, start_step):
+  """Endless make(rows) from step `start_step` on: each epoch visits every example once, in `epoch_order`."""
   per_epoch = steps_per_epoch(num_examples, batch_size)
   step = start_step
   while True:
     epoch, i = divmod(step, per_epoch)
     if i == 0 or step == start_step:
       order = epoch_order(seed, epoch, num_examples)
-    yield make_batch(arrays, order[i * batch_size:(i + 1) * batch_size], batch_size, buckets)
+    yield make(order[i * batch_size:(i + 1) * batch_size])
     step += 1
 
 

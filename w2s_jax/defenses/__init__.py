@@ -12,10 +12,12 @@ class Defense(NamedTuple):
   Attributes:
     terms: (ClassifierOutput, batch, temperature) -> {"ce" | "kd" | "fa": scalar}.
     uses_teacher: batches carry `teacher_logits` and `teacher_features`.
+    reads_padding: the terms depend on what is between the texts of a batch: it must be laid out a text a row.
     teacher_row: (number of examples, seed) -> [N] int, whose teacher output each example gets; None: its own.
   """
   terms: Callable
   uses_teacher: bool
+  reads_padding: bool = False
   teacher_row: Callable | None = None
 
 
@@ -23,6 +25,6 @@ DEFENSES = {
     "none": None,                                     # the poisoned model as it is: the row "poisoned"
     "lora_ce": Defense(lora_ce.terms, uses_teacher=False),
     "w2s": Defense(w2s.terms, uses_teacher=True),
-    "w2s_released": Defense(w2s_released.terms, uses_teacher=True),
+    "w2s_released": Defense(w2s_released.terms, uses_teacher=True, reads_padding=True),
     "w2s_shuffled": Defense(w2s.terms, uses_teacher=True, teacher_row=w2s_shuffled.teacher_row),
 }

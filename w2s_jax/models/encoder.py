@@ -140,12 +140,12 @@ class Embeddings(nn.Module):
   config: EncoderConfig
 
   @nn.compact
-  def __call__(self, input_ids):
+  def __call__(self, input_ids, attention_mask):
     c = self.config
-    positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
+    positions = jnp.arange(input_ids.shape[1]) - layers.text_starts(attention_mask)
     if c.model_type == "roberta":  # padding sits on the padding id, real tokens count up from the one behind it
       real = input_ids != c.pad_token_id
-      positions = jnp.cumsum(real, axis=1) * real + c.pad_token_id
+      positions = layers.count_in_text(real, attention_mask) * real + c.pad_token_id
     x = layers.embed(c, c.vocab_size, "word_embeddings")(input_ids)
     x += layers.embed(c, c.max_positions + c.position_offset, "position_embeddings")(positions)
     if c.type_vocab_size:
@@ -171,16 +171,16 @@ class EncoderClassifier(nn.Module):
   train: bool = False
 
   @nn.compact
-  def __call__(self, input_ids, attention_mask):
-    """input_ids, attention_mask: [B, T] int, padded on the right -> ClassifierOutput."""
+  def __call__(self, input_ids, attention_mask, texts=None):
+    """As Model.apply has them, padded on the right -> ClassifierOutput."""
     c = self.config
     def dropout(rate, x):
       return nn.Dropout(rate, deterministic=not self.train)(x)
     embeddings = Embeddings(c, name="embeddings")
-    x = dropout(c.hidden_dropout, embeddings(input_ids)).astype(c.dtype)
-    x = layers.layer_stack(Block, c, self.train, x, attention_mask.astype(bool)[:, None, None, :])
+    x = dropout(c.hidden_dropout, embeddings(input_ids, attention_mask)).astype(c.dtype)
+    x = layers.layer_stack(Block, c, self.train, x, layers.text_mask(attention_mask))
     hidden = x.astype(jnp.float32)
-    features = hidden[:, 0]
+    features = layers.pool(hidden, jnp.zeros((len(hidden), 1), int) if texts is None else texts[..., 0])
     if c.head == "lm":
       table = embeddings.variables["params"]["word_embeddings"]["embedding"]
       return layers.ClassifierOutput(MaskedLMHead(c, name="lm_head")(features, table), features, hidden)

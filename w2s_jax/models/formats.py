@@ -82,7 +82,8 @@ CHECKPOINTS = {
     "distilbert": _encoder("DistilBert", "distilbert.", ("word", "position"), "transformer.layer", _DISTILBERT,
                            (("pooler", "pre_classifier"), ("classifier", "classifier")),
                            ("vocab_transform", "vocab_layer_norm", "vocab_projector"),
-                           r"distilbert\.embeddings\.position_ids|(vocab_(transform|layer_norm|projector)|(pre_)?classifier)\..*"),
+                           r"distilbert\.embeddings\.position_ids"
+                           r"|(vocab_(transform|layer_norm|projector)|(pre_)?classifier)\..*"),
 }
 HEAD_FILE, HEAD_CONFIG = "w2s_head.safetensors", "w2s_head.json"               # the W2S teacher's, beside its backbone
 W2S_HEAD = _modules((("widen", "w2s.widen"), ("classifier", "classifier")))

@@ -115,12 +115,12 @@ class GPT2Classifier(nn.Module):
   train: bool = False
 
   @nn.compact
-  def __call__(self, input_ids, attention_mask):
-    """input_ids, attention_mask: [B, T] int -> ClassifierOutput."""
+  def __call__(self, input_ids, attention_mask, texts=None):
+    """As Model.apply has them -> ClassifierOutput."""
     c = self.config
     embed_tokens = layers.embed(c, c.vocab_size, "embed_tokens")
     x = embed_tokens(input_ids)
     x += layers.embed(c, c.max_positions, "position_embeddings")(layers.real_positions(attention_mask))
     x = nn.Dropout(c.embedding_dropout, deterministic=not self.train)(x).astype(c.dtype)
     x = layers.layer_stack(Block, c, self.train, x, layers.causal_mask(attention_mask))
-    return layers.decoder_head(c, embed_tokens, layers.layer_norm(c.layer_norm_eps, "norm")(x), attention_mask)
+    return layers.decoder_head(c, embed_tokens, layers.layer_norm(c.layer_norm_eps, "norm")(x), attention_mask, texts)

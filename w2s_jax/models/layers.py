@@ -1,4 +1,7 @@
-"""What every family shares: the output record, a linear layer with room for an adapter, the layer stack."""
+"""What every family shares: the output record, a linear layer with room for an adapter, masks, the layer stack.
+
+B texts, R rows, T tokens of a row, D width. A row holds one text, or several one after the other (data/packing.py).
+"""
 
 import flax.linen as nn
 import flax.struct
@@ -19,7 +22,7 @@ class ClassifierOutput:
     logits: [B, C] float32.
     features: [B, D] float32, the pooled vector after the final norm (last real token for decoders, first
       token for encoders; for the W2S teacher the widened vector).
-    hidden: [B, T, D], every token's vector after the final norm; only the released feature loss and the
+    hidden: [R, T, D], every token's vector after the final norm; only the released feature loss and the
       language-model warm-up read it.
   """
   logits: jax.Array
@@ -76,37 +79,60 @@ def attention(q, k, v, mask, dropout_rate):
   return jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(v.dtype), v)
 
 
+def text_mask(attention_mask):
+  """[R, 1, T, T] bool: a token sees the real tokens of its text; padding sees every real one, as in transformers."""
+  query, key = attention_mask[:, None, :, None], attention_mask[:, None, None, :]
+  return (key > 0) & ((query == key) | (query == 0))
+
+
 def causal_mask(attention_mask, window=0):
-  """[B, 1, T, T] bool: a token sees itself and the real tokens before it, `window` in all where that is not 0."""
+  """[R, 1, T, T] bool: of its text a token sees itself and those before it, `window` in all where that is not 0."""
   T = attention_mask.shape[1]
   seen = jnp.tril(jnp.ones((T, T), bool))
   if window:
     seen &= ~jnp.tril(seen, -window)
-  return seen & attention_mask.astype(bool)[:, None, None, :]
+  return seen & text_mask(attention_mask)
+
+
+def text_starts(attention_mask):
+  """[R, T] int: where in the row the text of each token begins; padding goes with the text before it."""
+  text = jax.lax.cummax(attention_mask, axis=1)
+  begins = text != jnp.pad(text, ((0, 0), (1, 0)))[:, :-1]
+  return jax.lax.cummax(jnp.where(begins, jnp.arange(text.shape[1]), 0), axis=1)
+
+
+def count_in_text(real, attention_mask):
+  """[R, T] int: how many tokens of its text are `real`, up to and with each."""
+  count = jnp.cumsum(real, axis=1)
+  return count - jnp.take_along_axis(count - real, text_starts(attention_mask), axis=1)
 
 
 def real_positions(attention_mask):
-  """[B, T] int: the place of each token among the real ones, so that padding on the left changes nothing."""
-  return jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
+  """[R, T] int: the place of each token among the real ones of its text, whatever is to the left of that."""
+  return jnp.maximum(count_in_text(attention_mask > 0, attention_mask) - 1, 0)
 
 
-def last_real_token(hidden, attention_mask):
-  """[B, T, D] -> [B, D]."""
-  last = attention_mask.shape[1] - 1 - jnp.argmax(attention_mask[:, ::-1], axis=1)
-  return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+def pool(hidden, places):
+  """[R, T, D] -> [B, D]: G groups of R / G rows each, and [G, B / G] places in each group's R / G * T tokens."""
+  groups = hidden.reshape(len(places), -1, hidden.shape[-1])
+  return jnp.take_along_axis(groups, places[..., None], axis=1).reshape(-1, hidden.shape[-1])
 
 
 def embed(config, size, name):
   return nn.Embed(size, config.hidden_size, embedding_init=nn.initializers.normal(config.initializer_range), name=name)
 
 
-def decoder_head(config, embed_tokens, hidden, attention_mask):
+def decoder_head(config, embed_tokens, hidden, attention_mask, texts):
   """ClassifierOutput of a decoder; for use inside a compact module.
 
   Its logits are those of the `score` head, [B, C], or with `config.head` "lm" those of the next token, [B, V]; both
   of the last real token.
   """
-  features = last_real_token(hidden, attention_mask)
+  if texts is None:
+    last = attention_mask.shape[1] - 1 - jnp.argmax(attention_mask[:, ::-1], axis=1, keepdims=True)
+  else:
+    last = texts[..., 1]
+  features = pool(hidden, last)
   if config.head == "classifier":
     logits = Dense(config.num_labels, False, config.initializer_range, name="score")(features)
   else:

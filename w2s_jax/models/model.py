@@ -51,20 +51,21 @@ class Model:
   """`params` everywhere is a nested dict of arrays; adapters that lie in it are used, see lora.py."""
   config: llama.LlamaConfig | gpt2.GPT2Config | encoder.EncoderConfig
 
-  def apply(self, params, input_ids, attention_mask, *, dropout_key=None):
+  def apply(self, params, input_ids, attention_mask, texts=None, *, dropout_key=None):
     """Classifies a batch.
 
     Args:
       params: nested dict as `init` or `load_pretrained` gives it.
-      input_ids: [B, T] int.
-      attention_mask: [B, T] int, 1 on real tokens; every row needs at least one.
+      input_ids: [R, T] int; without `texts` a row is a text.
+      attention_mask: [R, T] int, 0 on padding, 1 on a text; the texts of a row have ascending numbers.
+      texts: [G, B / G, 2] int, or None: first and last token of each text, counted through the R / G rows of its group.
       dropout_key: a JAX key turns dropout on; without one the output is deterministic.
     Returns:
       ClassifierOutput.
     """
     module = FAMILIES[self.config.family][1](self.config, train=dropout_key is not None)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    return module.apply({"params": params}, input_ids, attention_mask, rngs=rngs)
+    return module.apply({"params": params}, input_ids, attention_mask, texts, rngs=rngs)
 
   def lm_logits(self, params, hidden):
     """Language-model logits [B, T, V] of every token, from `ClassifierOutput.hidden`.

@@ -1,0 +1,135 @@
+"""Several texts in one row: the same numbers as a text a row, with little padding. R rows, T tokens, B texts."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+import test_models
+
+from w2s_jax import lora, sharding, steps
+from w2s_jax.data import batches, packing
+from w2s_jax.defenses import w2s
+
+WEIGHTS = {"ce": 1.0, "kd": 0.5, "fa": 0.1}
+saved = test_models.saved
+
+
+def arrays_for(config, lengths, max_length, seed=0):
+  """A data set of a distillation step with these text lengths."""
+  rng, pad = np.random.default_rng(seed), config.pad_token_id or 0
+  n = len(lengths)
+  ids = rng.integers(0, config.vocab_size - 1, (n, max_length)).astype(np.int32)
+  ids = np.where(np.arange(max_length) < lengths[:, None], ids + (ids >= pad), pad)
+  return {"input_ids": ids.astype(np.int32), "length": lengths, "label": rng.integers(0, 2, n).astype(np.int32),
+          "teacher_logits": rng.standard_normal((n, config.num_labels)).astype(np.float32),
+          "teacher_features": rng.standard_normal((n, config.feature_size)).astype(np.float32)}
+
+
+def both(config, lengths, rows, batch_size, groups=1, max_length=11):
+  """(padded batch, packed batch) of the same examples."""
+  arrays = arrays_for(config, lengths, max_length)
+  padded = batches.make_batch(arrays, rows, batch_size, (max_length,))
+  return padded, packing.pack_batch(arrays, rows, batch_size, max_length, range(1, batch_size + 1), groups,
+                                    config.pad_token_id or 0)
+
+
+LENGTHS = np.array([11, 2, 3, 1, 7, 5, 4, 6, 2, 9])
+
+
+@pytest.mark.parametrize("family", test_models.SHAPES)
+def test_packed_outputs_are_the_padded_ones(family, saved):
+  """Every family: logits and features of each text, one of which is a single token; some rows hold three texts."""
+  _, _, model, params = saved(family, next(iter(test_models.SHAPES[family])))
+  padded, packed = both(model.config, LENGTHS, np.arange(10), 10)
+  assert packed["input_ids"].shape == (5, 11) and (packed["attention_mask"] == 0).sum() == 5
+  want = model.apply(params, padded["input_ids"], padded["attention_mask"])
+  got = jax.jit(model.apply)(params, packed["input_ids"], packed["attention_mask"], packed["texts"])
+  assert np.ptp(want.logits) > 0.1
+  np.testing.assert_allclose(got.logits, want.logits, atol=1e-5)
+  np.testing.assert_allclose(got.features, want.features, atol=1e-5)
+
+
+def test_a_sliding_window_ends_with_its_text(saved):
+  _, _, model, params = saved("mistral", "window-3")
+  padded, packed = both(model.config, LENGTHS, np.arange(10), 10)
+  want = model.apply(params, padded["input_ids"], padded["attention_mask"])
+  got = model.apply(params, packed["input_ids"], packed["attention_mask"], packed["texts"])
+  np.testing.assert_allclose(got.features, want.features, atol=1e-5)
+
+
+def loss_and_gradient(model, params, batch):
+  trainable, frozen = lora.split(lora.add_lora(params, 4, 4.0, key=jax.random.key(0)), lora.LORA)
+  loss = steps.classification_loss(model, lambda out, batch: w2s.terms(out, batch, 2.0), WEIGHTS)
+  return jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable, frozen, batch, jax.random.key(0))
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("rows", [np.arange(10), np.array([9, 0, 4])], ids=["whole", "short"])
+def test_loss_and_gradient_are_the_padded_ones_and_do_not_depend_on_order(family, rows, request):
+  """A short batch too: what fills it up counts nothing."""
+  model, params = request.getfixturevalue(family)
+  padded, packed = both(model.config, LENGTHS, rows, 10)
+  _, turned = both(model.config, LENGTHS, rows[::-1], 10)
+  (want, want_terms), want_gradient = loss_and_gradient(model, params, padded)
+  for batch in (packed, turned):
+    (value, terms), gradient = loss_and_gradient(model, params, batch)
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    for name, term in want_terms.items():
+      np.testing.assert_allclose(terms[name], term, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(want_gradient)):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_groups_stay_on_their_device(llama):
+  """Four groups on a mesh of 2 x 2: the same outputs, and no all-gather of a hidden state."""
+  model, params = llama
+  rng = np.random.default_rng(0)
+  padded, packed = both(model.config, rng.integers(1, 12, 16), np.arange(16), 16, groups=4)
+  mesh = sharding.make_mesh(2, 2, 1, jax.devices()[:4])
+  batch = sharding.global_batch({k: packed[k] for k in ("input_ids", "attention_mask", "texts")}, mesh)
+  replicated = jax.device_put(params, sharding.replicated(mesh))
+  compiled = jax.jit(model.apply).lower(replicated, *batch.values()).compile()
+  np.testing.assert_allclose(compiled(replicated, *batch.values()).logits,
+                             model.apply(params, padded["input_ids"], padded["attention_mask"]).logits, atol=1e-5)
+  assert "all-gather" not in compiled.as_text()
+  for group in range(4):                                          # every text's place lies in its own group's rows
+    tokens = packed["input_ids"].reshape(4, -1)[group]
+    for text, (first, last) in zip(padded["input_ids"][group * 4:], packed["texts"][group]):
+      np.testing.assert_array_equal(tokens[first:last + 1], text[:last + 1 - first])
+
+
+def test_first_fit_decreasing_by_hand():
+  np.testing.assert_array_equal(packing.first_fit(np.array([3, 8, 5, 2, 1]), 10),
+                                [[1, 5], [0, 0], [1, 0], [0, 8], [1, 8]])
+
+
+SHAPE = types.SimpleNamespace(vocab_size=50, num_labels=2, feature_size=4, pad_token_id=0)
+
+
+def sst2_like(n=3000, seed=0):
+  """Text lengths with the mean, spread and bounds of SST-2 in a BERT's tokens (25, 11, 3 to 80)."""
+  return np.clip(np.random.default_rng(seed).gamma(5, 5, n).astype(int), 3, 80)
+
+
+def test_at_most_fifteen_percent_padding_in_at_most_six_shapes():
+  """Of whole epochs as they are trained, the short last batches included."""
+  lengths = sst2_like()
+  arrays = arrays_for(SHAPE, lengths, 96)
+  num_steps = 2 * batches.steps_per_epoch(len(lengths), 32)
+  make = packing.packer(arrays, 32, (32, 64, 96, 128), 1, 3, num_steps, 0)
+  stream = batches.train_batches(len(lengths), 32, make, 3, 0)
+  made = [next(stream) for _ in range(num_steps)]
+  slots = sum(b["input_ids"].size for b in made)
+  assert 1 - sum((b["attention_mask"] > 0).sum() for b in made) / slots <= 0.15
+  assert sum((b["attention_mask"] > 0).sum() for b in made) == 2 * lengths.sum()
+  assert len({b["input_ids"].shape for b in made}) <= packing.MOST_SHAPES
+  assert {b["input_ids"].shape[1] for b in made} == {96}
+
+
+def test_a_batch_larger_than_any_foreseen_still_fits():
+  lengths = np.full(64, 2)
+  counts = packing.row_counts(lengths, 8, 16, 1, seed=0, steps=8)
+  assert counts == [1, 8]
+  arrays = arrays_for(SHAPE, np.full(64, 16), 16)
+  assert packing.pack_batch(arrays, np.arange(8), 8, 16, counts, 1, 0)["input_ids"].shape == (8, 16)

@@ -1,0 +1,93 @@
+"""Several texts in one row: a batch of the same examples with little padding and few shapes.
+
+R rows of T tokens, B texts, G groups of R / G rows and B / G texts: one per shard of the batch, so that no text leaves
+its device.
+"""
+
+import numpy as np
+
+from w2s_jax.data import batches
+
+MOST_SHAPES = 6          # of one stage's step
+MOST_SIMULATED = 4096    # batches that are laid out to choose the shapes
+
+
+def first_fit(lengths, row_length):
+  """[B, 2] int, row and start of each text: first fit decreasing.
+
+  lengths: [B] int, at most row_length tokens each.
+  """
+  used, out = [], np.zeros((len(lengths), 2), int)
+  for text in np.argsort(-lengths, kind="stable"):
+    row = next((r for r, tokens in enumerate(used) if tokens + lengths[text] <= row_length), len(used))
+    used += [0] * (row == len(used))
+    out[text] = row, used[row]
+    used[row] += lengths[text]
+  return out
+
+
+def packer(arrays, batch_size, buckets, groups, seed, steps, pad_token_id):
+  """make(rows) -> packed batch, for `batches.train_batches` of a stage of so many steps; arguments as below."""
+  lengths = arrays["length"]
+  row_length = min(batches.bucket_length(lengths.max(), buckets), arrays["input_ids"].shape[1])
+  counts = row_counts(lengths, batch_size, row_length, groups, seed, steps)
+  def make(rows):
+    return pack_batch(arrays, rows, batch_size, row_length, counts, groups, pad_token_id)
+  return make
+
+
+def row_counts(lengths, batch_size, row_length, groups, seed, steps):
+  """Ascending rows per group that a stage's batches are laid out in: at most MOST_SHAPES, the last holds any batch.
+
+  They are quantiles of what the stage's own batches need.
+  """
+  needed = []
+  per_epoch = batches.steps_per_epoch(len(lengths), batch_size)
+  for step in range(min(steps, MOST_SIMULATED)):
+    if step % per_epoch == 0:
+      order = batches.epoch_order(seed, step // per_epoch, len(lengths))
+    split = _split(order[step % per_epoch * batch_size:][:batch_size], batch_size, groups)
+    needed.append(max(_rows_needed(first_fit(lengths[group], row_length)) for group in split))
+  quantiles = np.quantile(needed, np.arange(1, MOST_SHAPES) / (MOST_SHAPES - 1), method="higher")
+  return sorted({*map(int, quantiles), batch_size // groups})
+
+
+def pack_batch(arrays, rows, batch_size, row_length, counts, groups, pad_token_id):
+  """One batch as host arrays; a short one is filled up with texts of weight 0 that are no more than one token.
+
+  Args:
+    arrays: {"input_ids" [N, T'], "length" [N], and any other [N, ...]}.
+    rows: [at most batch_size] int, the examples.
+    row_length: T.
+    counts: from `row_counts`.
+    groups: G; divides batch_size.
+    pad_token_id: fills the rows up.
+  Returns:
+    dict of "input_ids", "attention_mask" [R, T] and "texts" [G, B / G, 2] as Model.apply takes them, "weight" [B]
+    float32, and the other arrays' rows [B, ...] in the order of `rows`.
+  """
+  split = _split(rows, batch_size, groups)
+  places = [first_fit(arrays["length"][group], row_length) for group in split]
+  count = batches.bucket_length(max(map(_rows_needed, places)), counts)
+  input_ids = np.full((groups, count * row_length), pad_token_id, np.int32)
+  mask = np.zeros_like(input_ids)
+  texts = np.zeros((groups, batch_size // groups, 2), np.int32)
+  for g, group in enumerate(split):
+    for i, (example, (row, start)) in enumerate(zip(group, places[g])):
+      length = arrays["length"][example]
+      first = row * row_length + start
+      input_ids[g, first:first + length] = arrays["input_ids"][example, :length]
+      mask[g, first:first + length] = start + 1
+      texts[g, i] = first, first + length - 1
+  others = {name: values for name, values in arrays.items() if name not in ("input_ids", "length")}
+  return batches.filled(others, rows, batch_size) | {
+      "input_ids": input_ids.reshape(-1, row_length), "attention_mask": mask.reshape(-1, row_length), "texts": texts}
+
+
+def _split(rows, batch_size, groups):
+  size = batch_size // groups
+  return [rows[g * size:(g + 1) * size] for g in range(groups)]
+
+
+def _rows_needed(places):
+  return int(places[:, 0].max(initial=0)) + 1
