@@ -48,4 +48,4 @@ def test_no_trigger_was_listed():
 def test_the_hash_is_of_the_weights(tmp_path):
   (tmp_path / "model.safetensors").write_bytes(b"weights")
   (tmp_path / "config.json").write_text("{}")
-  assert card.weights_sha256(tmp_path) == {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}
+  assert card.sha256(tmp_path, "*.safetensors") == {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}

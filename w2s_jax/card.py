@@ -1,6 +1,7 @@
 """Model cards: what a model directory is, what was measured of it, and the warning it needs."""
 
 import hashlib
+from pathlib import Path
 
 KINDS = {   # models/NAME of what is no defense
     "suspect": "WARNING: this model is under suspicion of a backdoor. It is a copy for comparison: do not use it.\n",
@@ -17,10 +18,10 @@ def first_line(name, attack=None):
   return KINDS.get(name, DEFENDED).format(name=name, attack=attack)
 
 
-def weights_sha256(directory):
-  """{safetensors file: sha256} of a model directory."""
+def sha256(directory, *patterns):
+  """{file name: sha256} of the directory's files that match one of the patterns."""
   out = {}
-  for file in sorted(directory.glob("*.safetensors")):
+  for file in sorted(file for pattern in patterns for file in Path(directory).glob(pattern)):
     with file.open("rb") as f:
       out[file.name] = hashlib.file_digest(f, "sha256").hexdigest()
   return out

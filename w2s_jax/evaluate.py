@@ -16,14 +16,23 @@ def _forward(model, params, input_ids, attention_mask):
   return out.logits, out.features
 
 
-def outputs(model, params, arrays, mesh, *, batch_size, buckets):
-  """Logits [N, C] and features [N, D], float32 on the host, of every row of `arrays`, in row order."""
+def _zeros(name, shape):
+  del name
+  return np.zeros(shape, np.float32)
+
+
+def outputs(model, params, arrays, mesh, *, batch_size, buckets, empty=_zeros):
+  """Logits [N, C] and features [N, D], float32 on the host, of every row of `arrays`, in row order.
+
+  empty: ("logits" or "features", shape) -> the array that is filled.
+  """
   logits = features = None
   for rows, batch in batches.eval_batches(arrays, batch_size, buckets):
     batch = sharding.global_batch({k: batch[k] for k in ("input_ids", "attention_mask")}, mesh)
     out = [np.asarray(x, np.float32)[:len(rows)] for x in _forward(model, params, **batch)]
     if logits is None:
-      logits, features = (np.zeros((len(arrays["length"]), x.shape[1]), np.float32) for x in out)
+      logits, features = (empty(name, (len(arrays["length"]), x.shape[1])) for name, x in
+                          zip(("logits", "features"), out))
     logits[rows], features[rows] = out
   return logits, features
 

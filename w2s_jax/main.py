@@ -113,7 +113,7 @@ def main(argv):
 
   from w2s_jax import stages
   workdir = Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(sys.argv)
-  jax.config.update("jax_compilation_cache_dir", str(workdir.absolute().parent / ".jax_cache"))
+  jax.config.update("jax_compilation_cache_dir", str(workdir.absolute().parent / ".w2s_cache" / "xla"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   try:
     stages.run(_CONFIG.value, workdir, _STAGE.value)

@@ -31,6 +31,11 @@ class Run:
   rows: dict          # "attack_train", "attack_dev", "train", "dev", "test", "triggered" or "probes" -> rows
   sha256: dict        # of the frozen files
 
+  @property
+  def cache(self):
+    """What runs beside this one can use too."""
+    return self.workdir.parent / ".w2s_cache"
+
   def model_dir(self, name):
     return self.workdir / "models" / name
 
@@ -57,7 +62,7 @@ class Run:
   def facts(self):
     """What every results.json says of its run; of the student's weights, the hashes where they are from."""
     path = self.config.student.path
-    weights = card.weights_sha256(resolve(path) if path else self.model_dir("base"))
+    weights = card.sha256(resolve(path) if path else self.model_dir("base"), "*.safetensors")
     return {"config_hash": self.hash, "sha256": self.sha256, "versions": report.versions(),
             "devices": f"{self.mesh.devices.size} x {jax.devices()[0].device_kind}",
             "base": {"path": path or "trained here from nothing", "sha256": weights},

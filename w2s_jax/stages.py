@@ -8,7 +8,7 @@ import time
 import jax
 import numpy as np
 
-from w2s_jax import InputError, card, evaluate, lora, optim, probe, report, sharding, steps, train
+from w2s_jax import InputError, card, evaluate, lora, optim, probe, report, sharding, steps, teacher_cache, train
 from w2s_jax.data import batches, packing, poison, tokenization
 from w2s_jax.defenses import DEFENSES, w2s
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
@@ -132,10 +132,10 @@ def defend(run):
     weights = {"ce": 1.0}
     if defense.uses_teacher:
       teacher = teacher or _teacher_outputs(run)
-      rows = np.arange(len(arrays["label"]))
+      whose = slice(None)
       if defense.teacher_row is not None:
-        rows = defense.teacher_row(len(rows), c.seed)
-      arrays |= {key: values[rows] for key, values in teacher.items()}
+        whose = defense.teacher_row(len(arrays["label"]), c.seed)
+      arrays |= {key: values[whose] for key, values in teacher.items()}
       weights = w2s.loss_weights(c.defend.weights, model.config.feature_size)
     def terms(out, batch, defense=defense):
       return defense.terms(out, batch, c.defend.temperature)
@@ -147,11 +147,14 @@ def defend(run):
 
 
 def _teacher_outputs(run):
-  """The frozen teacher's logits and features of the clean training rows, computed once for every epoch and defense."""
-  model, params, tokenizer = run.load("teacher")
-  arrays = run.encode(tokenizer, run.rows["train"], run.config.data.max_length)
-  logits, features = evaluate.outputs(model, params, arrays, run.mesh, **run.eval_shapes())
-  return {"teacher_logits": logits, "teacher_features": features}
+  """The frozen teacher's logits and features of the clean training rows, once for every epoch, seed and defense."""
+  rows, length = run.rows["train"], run.config.data.max_length
+  def compute(empty):
+    model, params, tokenizer = run.load("teacher")
+    evaluate.outputs(model, params, run.encode(tokenizer, rows, length), run.mesh, **run.eval_shapes(), empty=empty)
+  cached = teacher_cache.outputs(run.cache / "teacher", run.model_dir("teacher"), [r["text"] for r in rows], "float32",
+                                 length, compute)
+  return {f"teacher_{name}": values for name, values in cached.items()}
 
 
 def measure(run):

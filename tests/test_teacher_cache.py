@@ -1,0 +1,102 @@
+"""The teacher's outputs: computed once, the ones it would give in the step, and never another teacher's."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from w2s_jax import InputError, evaluate, sharding, teacher_cache
+from w2s_jax.data import tokenization
+from w2s_jax.models import save_pretrained
+
+TEXTS = ["a good day", "bad", "the film is not as bad as they say", "good good good"] * 3
+
+
+@pytest.fixture
+def rig(teacher, tmp_path):
+  """get(texts=..., **changed) -> cached outputs; get.computed counts the computations."""
+  model, params = teacher
+  tokenizer = tokenization.train(TEXTS, "encoder", 60)
+  save_pretrained(tmp_path / "teacher", model, params, tokenizer)
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  def get(texts=TEXTS, dtype="float32", max_length=12):
+    def compute(empty):
+      get.computed += 1
+      arrays = tokenization.encode(tokenizer, texts, max_length)
+      evaluate.outputs(model, params, arrays, mesh, batch_size=4, buckets=(8, 12), empty=empty)
+    return teacher_cache.outputs(tmp_path / "cache", tmp_path / "teacher", texts, dtype, max_length, compute)
+  get.computed, get.model, get.params, get.tokenizer = 0, model, params, tokenizer
+  return get
+
+
+def test_equal_to_the_teacher_in_the_step_and_computed_once(rig):
+  first, again = rig(), rig()
+  assert rig.computed == 1
+  assert all(isinstance(x, np.memmap) and not x.flags.writeable for x in again.values())
+  arrays = tokenization.encode(rig.tokenizer, TEXTS, 12)
+  mask = (np.arange(12) < arrays["length"][:, None]).astype(np.int32)
+  online = rig.model.apply(rig.params, arrays["input_ids"], mask)
+  for got in (first, again):
+    np.testing.assert_allclose(got["logits"], online.logits, atol=1e-6)
+    np.testing.assert_allclose(got["features"], online.features, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", [dict(texts=TEXTS[::-1]), dict(max_length=8), dict(dtype="bfloat16")])
+def test_another_key_is_another_computation(rig, change):
+  rig()
+  rig(**change)
+  assert rig.computed == 2
+
+
+def test_other_weights_or_another_tokenizer_too(rig, teacher, tmp_path):
+  rig()
+  model, params = teacher
+  save_pretrained(tmp_path / "teacher", model, jax.tree.map(lambda x: x + 1, params), rig.tokenizer)
+  rig()
+  tokenization.train(TEXTS, "encoder", 40).save_pretrained(tmp_path / "teacher")
+  rig()
+  assert rig.computed == 3
+
+
+def other_rows(directory):
+  np.save(directory / "logits.npy", np.zeros((3, 2), np.float32))
+
+
+def other_values(directory):
+  np.save(directory / "features.npy", np.load(directory / "features.npy") + 1)
+
+
+def other_key(directory):
+  made = json.loads((directory / "key.json").read_text())
+  made["key"]["dtype"] = "int8"
+  (directory / "key.json").write_text(json.dumps(made))
+
+
+def cut_off(directory):
+  (directory / "logits.npy").write_bytes((directory / "logits.npy").read_bytes()[:50])
+
+
+def pickled(directory):
+  np.save(directory / "logits.npy", np.array([{}]), allow_pickle=True)
+
+
+@pytest.mark.parametrize("change", [other_rows, other_values, other_key, cut_off, pickled,
+                                    lambda directory: (directory / "key.json").unlink()])
+def test_a_stale_or_foreign_cache_is_an_error(rig, change, tmp_path):
+  rig()
+  directory, = (tmp_path / "cache").iterdir()
+  change(directory)
+  with pytest.raises(InputError, match=r"does not hold this teacher's outputs \(.*delete it"):
+    rig()
+
+
+def test_a_computation_that_fails_leaves_nothing_that_counts(rig, tmp_path):
+  def fail(empty):
+    empty("logits", (12, 2))
+    raise MemoryError
+  with pytest.raises(MemoryError):
+    teacher_cache.outputs(tmp_path / "cache", tmp_path / "teacher", TEXTS, "float32", 12, fail)
+  assert not list((tmp_path / "cache").iterdir())
+  np.testing.assert_array_equal(rig()["logits"].shape, (12, 2))
+  assert rig.computed == 1

@@ -1,0 +1,70 @@
+"""The frozen teacher's logits and features of the clean rows: computed once, kept in files, memory-mapped."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+
+import numpy as np
+
+from w2s_jax import InputError
+from w2s_jax.card import sha256
+
+NAMES = ("logits", "features")
+
+
+def outputs(cache, teacher, texts, dtype, max_length, compute):
+  """{"logits" [N, C], "features" [N, D]}: read-only float32 maps of files, whatever N is.
+
+  Args:
+    cache: directory that runs share; made where it is not there.
+    teacher: the teacher's model directory: its weights, config and tokenizer are part of the key.
+    texts: [N] str; so are these, in their order,
+    dtype: and the teacher's dtype,
+    max_length: and the tokens at which texts are cut.
+    compute: called where nothing has this key; fills the arrays that the function it is given makes, (name, shape) ->
+      array.
+  Raises:
+    InputError: what lies under the key was made from something else, or has been changed since.
+  """
+  key = {"texts": hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest(),
+         "teacher": sha256(teacher, "*.safetensors", "*.json"), "dtype": dtype, "max_length": max_length}
+  directory = cache / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+  if not directory.exists():
+    cache.mkdir(parents=True, exist_ok=True)
+    part = tempfile.mkdtemp(prefix="part-", dir=cache)
+    try:
+      compute(lambda name, shape: np.lib.format.open_memmap(f"{part}/{name}.npy", "w+", np.float32, shape))
+      _finish(part, directory, key)
+    finally:
+      shutil.rmtree(part, ignore_errors=True)
+  return _open(directory, key, len(texts))
+
+
+def _finish(part, directory, key):
+  """The files appear whole or not at all; where another run was faster, its files are as good."""
+  files = sha256(part, "*.npy")
+  with open(f"{part}/key.json", "w") as f:
+    json.dump({"key": key, "files": files}, f)
+  try:
+    os.rename(part, directory)
+  except OSError:
+    if not directory.exists():
+      raise
+
+
+def _open(directory, key, rows):
+  try:
+    made = json.loads((directory / "key.json").read_text())
+    arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in NAMES}
+    fits = made == {"key": key, "files": sha256(directory, "*.npy")} and all(len(a) == rows for a in arrays.values())
+  except (OSError, ValueError, KeyError) as e:
+    raise _foreign(directory, e) from None
+  if not fits:
+    raise _foreign(directory, "made from another teacher or other texts, or changed since")
+  return arrays
+
+
+def _foreign(directory, why):
+  return InputError(f"{directory} does not hold this teacher's outputs ({why}): delete it, they are computed again")
