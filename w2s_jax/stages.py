@@ -38,7 +38,7 @@ def warmup(run):
   _check_teacher(run, model.config.feature_size)
   run.claim()
   if not c.student.path:
-    params = model.init(_key(run, "student"), run.mesh)
+    params = model.init(stream_key(c.seed, "student"), run.mesh)
     if c.warmup.epochs:
       arrays = tokenization.pack(tokenizer, texts, c.data.attack_max_length)
       params, _ = _train(run, "warmup", model, params, lora.FULL, arrays, None, c.warmup,
@@ -109,7 +109,7 @@ def teach(run):
     tokenizer = tokenization.train([r["text"] for r in run.rows["train"]], "encoder", c.teacher.arch.vocab_size)
     arch = c.teacher.arch.to_dict() | {"num_labels": c.data.num_labels}
     model = _with_pad(Model(config_from_hf(arch, feature_width=width)), tokenizer)
-    params = model.init(_key(run, "teacher"), run.mesh)
+    params = model.init(stream_key(c.seed, "teacher"), run.mesh)
   if c.teach.epochs:
     arrays, dev = (run.encode(tokenizer, run.rows[s], c.data.max_length) for s in ("train", "dev"))
     params, _ = _train(run, "teacher", model, params, lora.FULL, arrays, dev, c.teach,
@@ -126,7 +126,7 @@ def defend(run):
     if defense is None or run.done(name):
       continue
     model, params, tokenizer = run.load(run.attacked, lora_dropout=c.lora.dropout, remat=c.student.remat)
-    params = lora.add_lora(params, c.lora.rank, c.lora.alpha, tuple(c.lora.targets), key=_key(run, "lora"))
+    params = lora.add_lora(params, c.lora.rank, c.lora.alpha, tuple(c.lora.targets), key=stream_key(c.seed, "lora"))
     rows = probe.with_rare_words(run.rows["train"], c.defend.insert_words, run.known_triggers(), c.seed)
     arrays, dev = (run.encode(tokenizer, r, c.data.max_length) for r in (rows, run.rows["dev"]))
     weights = {"ce": 1.0}
@@ -245,7 +245,7 @@ def _train(run, name, model, params, trains, arrays, dev, settings, loss, weight
                           model.config.pad_token_id or 0)
   def dev_accuracy(trained):
     return (run.predict(model, lora.combine(trained, frozen), dev) == dev["label"]).mean()
-  key = _key(run, "defend" if name in DEFENSES else {"clean": "poison"}.get(name, name))  # the same dropout for all
+  key = stream_key(c.seed, "defend" if name in DEFENSES else {"clean": "poison"}.get(name, name))  # one for all of them
   trained, chosen = train.fit(
       name, step_fn, steps.init_state(trainable, tx, family, run.mesh), frozen,
       lambda step: batches.train_batches(len(arrays["length"]), settings.batch_size, make, c.seed, step),
@@ -258,9 +258,9 @@ def _train(run, name, model, params, trains, arrays, dev, settings, loss, weight
   return lora.combine(trained, frozen), chosen
 
 
-def _key(run, name):
+def stream_key(seed, name):
   """The stage's own random stream; the adapters of every defense start alike."""
-  return jax.random.fold_in(jax.random.key(run.config.seed), int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))
+  return jax.random.fold_in(jax.random.key(seed), int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))
 
 
 def _with_pad(model, tokenizer):

