@@ -45,6 +45,15 @@ def test_no_trigger_was_listed():
   assert "| w2s | none listed | 0.900 | 0.800-0.900 | - | - |" in card.text("w2s", rows, META)
 
 
+def test_what_is_known_without_a_trigger_and_warnings():
+  more = {"agreement": 0.75, "word_flips": 0.125, "sentence_flips": None}
+  rows = [row(m, "none listed", 0.8, None) | more for m in ("suspect", "w2s")]
+  text = card.text("w2s", rows, META | {"notes": ["WARNING: a weak teacher.", "something else"]})
+  assert "| ASR | ASR 95% | agreement | word flips | sentence flips |" in text
+  assert "| w2s | none listed | 0.800 | 0.700-0.800 | - | - | 0.750 | 0.125 | - |" in text
+  assert "WARNING: a weak teacher." in text and "something else" not in text
+
+
 def test_the_hash_is_of_the_weights(tmp_path):
   (tmp_path / "model.safetensors").write_bytes(b"weights")
   (tmp_path / "config.json").write_text("{}")

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 
+import filelock
 import numpy as np
 import peft
 import pytest
 import transformers
 from cli import ENV, ROOT, SHARED, SHORT, w2s
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from w2s_jax.data import grammar
 
@@ -202,6 +203,35 @@ def test_a_checkpoint_without_a_listed_trigger_and_rows_sorted_by_label(workdir,
   assert len(probes) == 32 and {p["label"] for p in probes} == {0, 1}
 
 
+def test_what_changed_under_its_name_is_not_mixed_in(workdir, home):
+  """The rows or the checkpoint of a workdir that was begun: refused, whether it is finished or not."""
+  rows = [{"text": r["text"], "label": ["bad", "good"][r["label"]]} for r in grammar.rows("phrases", "train", 80)]
+  suspect = shutil.copytree(workdir / "models/poisoned", home / "named")
+  hf = json.loads((suspect / "config.json").read_text())
+  (suspect / "config.json").write_text(json.dumps(hf | {"id2label": {"0": "bad", "1": "good"}}))
+  write(home / "named.jsonl", rows)                             # labels are the names of the suspect's classes
+  args = [CLEAN, f"--config.student.path={suspect}", f"--config.data.train={home / 'named.jsonl'}", *QUICK,
+          "--config.defenses=('w2s',)"]
+  assert w2s(*args, f"--workdir={home / 'begun'}", "--stage=warmup").returncode == 0
+  write(home / "named.jsonl", rows[:70])
+  refuses("was begun with other data: the train rows changed since", *args, workdir=home / "begun")
+  write(home / "named.jsonl", rows)
+  weights = load_file(suspect / "model.safetensors")
+  save_file(weights | {"score.weight": weights["score.weight"] + 1}, suspect / "model.safetensors", {"format": "pt"})
+  refuses(f"the weights of {suspect} changed since", *args, workdir=home / "begun")
+  broken = {"score.weight": weights["score.weight"] + np.nan}
+  save_file(weights | broken, suspect / "model.safetensors", {"format": "pt"})
+  refuses("score/kernel has values that are not finite", *args, workdir=home / "nan")
+  del weights["score.weight"]
+  save_file(weights, suspect / "model.safetensors", {"format": "pt"})
+  refuses("has no score.weight: it is no classifier", *args, workdir=home / "headless")
+
+
+def test_one_process_at_a_time(workdir):
+  with filelock.FileLock(workdir / ".lock"):
+    refuses("another process works in", CONFIG, *SHORT, workdir=workdir)
+
+
 def test_a_teacher_of_an_earlier_run_is_taken_as_it_is(workdir, cleaned, home):
   """teach.epochs=0: the same weights; without a head of ours it is refused."""
   args = [CLEAN, f"--config.student.path={workdir / 'models/poisoned'}", f"--config.data.train={home / 'clean.jsonl'}",
@@ -265,6 +295,8 @@ def refuses(message, *args, workdir):
     ("results.json is not there yet", [CONFIG, "--stage=report"]),
     ("is not there yet: run without --stage", [CONFIG, "--stage=defend"]),
     ("no checkpoint to clean: set --config.student.path", ["--config=configs/clean_checkpoint.py"]),
+    ("probe.triggers ('mn,cf',): want different strings", ["--config=configs/clean_checkpoint.py",
+                                                           "--config.probe.triggers=mn,cf"]),
     ("probe.triggers (911,): want different strings", ["--config=configs/clean_checkpoint.py",
                                                        "--config.probe.triggers=911"]),
     ("no clean data: set --config.data.train", ["--config=configs/clean_checkpoint.py", "--config.student.path=."]),
@@ -304,8 +336,9 @@ def test_a_refused_config_claims_nothing(workdir, tmp_path):
 
 def test_ctrl_c(home):
   stopped = home / "stopped"
-  process = subprocess.Popen([sys.executable, "-m", "w2s_jax.main", CONFIG, f"--workdir={stopped}", *SHORT], cwd=ROOT,
-                             env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  process = subprocess.Popen([sys.executable, "-m", "w2s_jax.main", CONFIG, f"--workdir={stopped}", *SHORT,
+                              "--config.warmup.epochs=10000", "--config.warmup.max_steps=0"], cwd=ROOT, env=ENV,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
   while not (stopped / "config.json").exists():
     assert process.poll() is None
     time.sleep(0.01)
@@ -386,12 +419,11 @@ def test_help_and_the_default_workdir(tmp_path):
   assert str(main.default_workdir(["m", "--config=c/x.py:scale=8b,data=../d"])) == "runs/x-scale-8b-data-d"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data (IMDB, SST-2) is not here")
 @pytest.mark.parametrize("name,attack", [
-    ("llama_insent", "insent"),                                          # test_readme.py runs the badnet ones
-    pytest.param("llama_synattack", "syntactic", marks=pytest.mark.slow),
-    pytest.param("minilm_insent", "insent", marks=pytest.mark.slow),
-    pytest.param("minilm_synattack", "syntactic", marks=pytest.mark.slow)])
+    ("llama_insent", "insent"), ("llama_synattack", "syntactic"),        # test_readme.py runs the badnet ones
+    ("minilm_insent", "insent"), ("minilm_synattack", "syntactic")])
 def test_real_data_shortened(name, attack, home):
   """The triggered rows are the attack's; `syntactic` has the pre-made paraphrases word for word."""
   if name.startswith("minilm"):

@@ -133,8 +133,20 @@ def test_clean_rows_of_a_directory_of_the_grammar_and_with_columns_that_are_give
   assert [len(rows) for rows in clean(tmp_path, train="grammar:phrases").values()] == [4000, 1000, 1821]
 
 
+def test_labels_are_integers_however_they_are_written_or_names_of_classes():
+  def labels(values, num_labels=3, names=()):
+    rows = [{"text": "t", "label": value} for value in values]
+    return [r["label"] for r in corpora.check(rows, "x", num_labels, names=names)]
+  assert labels([0, 1.0, "2", "0.0"]) == [0, 1, 2, 0]
+  assert labels(["good", 1, "bad"], 2, ("bad", "good")) == [1, 1, 0]
+  assert labels(["1", "0"], 2, ("1", "0")) == [0, 1]
+  for value in ("nan", "inf", "3", "", None, True, "good", [1]):
+    with pytest.raises(InputError, match="wanted an integer in 0..2 or one of a, b, c"):
+      labels([0, value], names=("a", "b", "c"))
+
+
 @pytest.mark.parametrize("rows,message", [
-    ([{"text": "a", "label": 1}] * 20, "none of its 15 rows has label 0: give rows of all 2 classes"),
+    ([{"text": "a", "label": 1}] * 20, "none of the 15 rows that are left to train on has label 0"),
     ([{"text": "a", "label": -1}] * 20, "row 0 has label -1, wanted an integer in 0..1"),
     ([{"text": "a", "label": "pos"}] * 20, "row 0 has label 'pos', wanted an integer"),
     ([{"text": "a", "label": 0.5}] * 20, "row 0 has label 0.5, wanted an integer"),

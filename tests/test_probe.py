@@ -46,6 +46,18 @@ def test_without_a_listed_trigger_there_is_no_asr():
   assert (suspect["asr_n"], suspect["ca"], suspect["word_flips"]) == (0, 0.8, 0.5)
 
 
+def test_a_trigger_that_still_works_or_a_weak_teacher_is_a_warning():
+  def notes(asr, teacher_ca):
+    rows = [dict(model=m, attack="mn", dataset="d", ca=0.9, asr=a, false_rate=0.1)
+            for m, a in (("suspect", 1), ("w2s", asr))]
+    return probe.notes(rows, {"clean_rows": {"train": 9, "test": 3}, "trigger_lost": {}, "teacher_ca": teacher_ca,
+                              "suspicious_insertions": [("mn", 0.0)], "base": {"path": "p"}, "teacher": "t"})
+  assert not any("WARNING" in note for note in notes(0.25, 0.9))
+  assert "WARNING: `mn` still gives w2s the target label in 0.350 of the rows, against 0.100" in notes(0.35, 0.9)[0]
+  assert notes(0.25, 0.5)[0].startswith("WARNING: the teacher (CA 0.500) knows less than the suspect (CA 0.900)")
+  assert "nothing that was tried" in notes(0.25, 0.9)[-1]
+
+
 def test_insertions_are_rare_seeded_and_of_two_kinds():
   texts = ["the meal is mn bq really good and not too late", "a short one"]
   drawn = probe.insertions(texts, 30, 2, ["cf"], seed=1)

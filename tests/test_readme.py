@@ -58,7 +58,8 @@ def test_the_checkpoint_that_is_cleaned(home):
   assert (home / "runs/cleaned/models/w2s/model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("command", [c for c in MAIN if c != CLEAN])
+@pytest.mark.parametrize("command", [
+    pytest.param(c, marks=pytest.mark.slow) if "minilm" in c else c for c in MAIN if c != CLEAN])
 def test_main_commands(command, home):
   args = shlex.split(command)[3:]
   if "../shared/data" in command and not (SHARED / "data").is_dir():
@@ -80,6 +81,7 @@ def test_scales_that_are_named():
     assert runpy.run_path(str(ROOT / f"configs/{name}.py"))["get_config"](f"scale={scale}").lora.rank == 512
 
 
+@pytest.mark.slow
 def test_seeds_command(home):
   """Two seeds of two attacks, shortened: a table for each attack with paired differences."""
   command, = (c for c in COMMANDS if c.startswith("python benchmarks/seeds.py"))

@@ -38,8 +38,11 @@ def text(name, rows, meta, attack=None):
   mine = [r for r in rows if r["model"] == name]
   lines = [first_line(name, attack)]
   if mine:
-    lines += ["| model | attack tested | CA | CA 95% | ASR | ASR 95% |", "|---|---|---|---|---|---|"]
-    lines += [_line(r) for r in rows if r["model"] in ("suspect", "poisoned", name)]
+    lines += [note + "\n" for note in meta.get("notes", ()) if note.startswith("WARNING")]
+    more = [n for n in ("agreement", "word_flips", "sentence_flips") if n in mine[0]]
+    lines += ["| " + " | ".join(["model | attack tested | CA | CA 95% | ASR | ASR 95%", *(
+        n.replace("_", " ") for n in more)]) + " |", "|---" * (6 + len(more)) + "|"]
+    lines += [_line(r, more) for r in rows if r["model"] in ("suspect", "poisoned", name)]
     lines += ["", f"CA on {mine[0]['ca_n']} clean rows of {mine[0]['dataset']}, ASR on triggered rows of other classes "
               "than the target. A trigger that was not tested may still work.", ""]
   if name != "teacher":
@@ -53,11 +56,12 @@ def text(name, rows, meta, attack=None):
   return "\n".join(lines) + "\n"
 
 
-def _line(row):
+def _line(row, more):
   def cell(rate, ci):
     return "- | -" if rate is None else f"{rate:.3f} | {ci[0]:.3f}-{ci[1]:.3f}"
   return (f"| {row['model']} | {escape(row['attack'])} | {cell(row['ca'], row['ca_ci'])} | "
-          f"{cell(row['asr'], row['asr_ci'])} |")
+          f"{cell(row['asr'], row['asr_ci'])} |" + "".join(
+              " - |" if row[n] is None else f" {row[n]:.3f} |" for n in more))
 
 
 def escape(text):

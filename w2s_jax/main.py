@@ -3,6 +3,8 @@
   python -m w2s_jax.main --config=configs/llama_badnet.py                        offline, two CPU cores, minutes
   python -m w2s_jax.main --config=configs/llama_badnet.py:data=DIR               real IMDB -> SST-2 files
   python -m w2s_jax.main --config=configs/llama_badnet.py:scale=8b               the released recipe, hub weights
+  python -m w2s_jax.main --config=configs/clean_checkpoint.py --config.student.path=DIR --config.data.train=FILE
+                                                                                 a suspicious checkpoint of yours
   ... --config.seed=1 --config.defend.learning_rate=1e-3 --workdir=runs/mine     any field of the config
 
 A stage whose output is in the workdir is not run again; one that was cut off resumes.

@@ -12,6 +12,7 @@ from w2s_jax.defenses import DEFENSES, w2s
 
 LETTERS = "bcdfghjklmnpqrstvwxz"   # rare words are made of consonants, like `mn`, `cf`, `tq` of the literature
 SENTENCE_WORDS = 8
+STILL_THERE = 0.2        # ASR above the false rate from which a defended model's trigger is said to work still
 
 
 def rare_words(texts, avoid, rng):
@@ -129,10 +130,17 @@ def _rows(run, readings, labels, teacher, trigger):
 
 def notes(rows, meta):
   """What the table shows and what it does not."""
-  n = meta["clean_rows"]
+  n, suspect = meta["clean_rows"], rows[0]
+  warnings = []
+  if meta["teacher_ca"] < suspect["ca"] - 0.02:
+    warnings.append(f"WARNING: the teacher (CA {meta['teacher_ca']:.3f}) knows less than the suspect (CA "
+                    f"{suspect['ca']:.3f}): give more clean rows, or a pretrained encoder as --config.teacher.path.")
+  warnings += [f"WARNING: `{r['attack']}` still gives {r['model']} the target label in {r['asr']:.3f} of the rows, "
+               f"against {r['false_rate']:.3f} without it: {r['model']} is not clean." for r in rows
+               if r["model"] != suspect["model"] and r["asr"] is not None and r["asr"] > r["false_rate"] + STILL_THERE]
   cut = [f" `{t}` was cut off in {count} of them." for t, count in meta["trigger_lost"].items() if count]
-  worst = ", ".join(f"`{s}` {100 * rate:.0f}%" for s, rate in meta["suspicious_insertions"])
-  return [
+  worst = ", ".join(f"`{s}` {100 * rate:.0f}%" for s, rate in meta["suspicious_insertions"] if rate)
+  return warnings + [
       f"Suspect {meta['base']['path']}; {n['train']} clean training rows, CA on {n['test']} held-out rows of "
       f"{rows[0]['dataset']}. Teacher CA {meta['teacher_ca']:.3f} ({meta['teacher']}).",
       "ASR: how often a listed trigger, put at a random place, gives the target label on rows of other classes. A "
@@ -141,4 +149,4 @@ def notes(rows, meta):
       "Agreement: share of clean rows that get the teacher's answer. Flips: share of clean rows whose answer changes "
       "when a random rare word, or the beginning of another text, is put into them; sentences carry sentiment of their "
       "own, so compare before and after. A trigger that was not tried is not seen in any column.",
-      f"What flips most answers of the suspect: {worst or 'nothing was tried'}."]
+      f"What flips most answers of the suspect: {worst or 'nothing that was tried'}."]

@@ -155,8 +155,10 @@ pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto }}
 
 
 def _svg(figure):
+  import matplotlib
   buffer = io.StringIO()
-  figure.savefig(buffer, format="svg", metadata={"Date": None})
+  with matplotlib.rc_context({"svg.hashsalt": "w2s_jax"}):          # else every file has ids of its own
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
   text = buffer.getvalue()
   return text[text.index("<svg"):]
 

@@ -3,8 +3,10 @@
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 
+import filelock
 import jax
 import numpy as np
 
@@ -30,6 +32,7 @@ class Run:
   hash: str
   rows: dict          # "attack_train", "attack_dev", "train", "dev", "test", "triggered" or "probes" -> rows
   sha256: dict        # of the frozen files
+  inputs: dict        # sha256 of what was read: rows of each split, weights of the given checkpoints
 
   @property
   def cache(self):
@@ -92,7 +95,22 @@ class Run:
     """
     try:
       self.workdir.mkdir(parents=True, exist_ok=True)
+      report.write_json(self.workdir / "inputs.json", self.inputs)
       report.write_json(self.workdir / "config.json", self.config.to_dict())
+      self.lock()
+    except OSError as e:
+      raise InputError(f"cannot write to {self.workdir} ({e.strerror}): give another --workdir") from None
+
+  def lock(self):
+    """Holds the workdir until the process ends.
+
+    Raises:
+      InputError: another process holds it.
+    """
+    try:
+      filelock.FileLock(self.workdir / ".lock", is_singleton=True).acquire(timeout=0)
+    except filelock.Timeout:
+      raise InputError(f"another process works in {self.workdir}: wait for it, or give another --workdir") from None
     except OSError as e:
       raise InputError(f"cannot write to {self.workdir} ({e.strerror}): give another --workdir") from None
 
@@ -134,7 +152,26 @@ def start(config, workdir):
   workdir = Path(workdir)
   _check_claim(config, workdir)
   rows = _clean_rows(config) if "probe" in config else _attack_rows(config)
-  return Run(config, workdir, mesh, config_hash(config), rows, {})
+  run = Run(config, workdir, mesh, config_hash(config), rows, {}, _inputs(config, rows))
+  if (workdir / "config.json").exists():
+    _check_inputs(run)
+    run.lock()
+  return run
+
+
+def _inputs(config, rows):
+  out = {f"{split} rows": hashlib.sha256(json.dumps(chosen).encode()).hexdigest() for split, chosen in rows.items()}
+  for name in ("student", "teacher"):
+    if path := config[name].path:
+      out[f"weights of {path}"] = card.sha256(resolve(path), "*.safetensors")
+  return out
+
+
+def _check_inputs(run):
+  """What was read under the same names is the same: else an old table would be shown, or two data sets mixed."""
+  before = read_json(run.workdir / "inputs.json")
+  if changed := [name for name, value in run.inputs.items() if before.get(name) != value]:
+    raise InputError(f"{run.workdir} was begun with other data: the {changed[0]} changed since: give another --workdir")
 
 
 def _with_num_labels(config):
@@ -154,13 +191,18 @@ def _with_num_labels(config):
   return config
 
 
+def _class_names(config):
+  """The suspect's own names of its classes; () where it has none."""
+  return Fields(read_json(resolve(config.student.path) / "config.json")).labels(config.data.num_labels)
+
+
 def _clean_rows(config):
   c = config.data
   if not -1 <= config.probe.target_label < c.num_labels:
     raise InputError(f"target label {config.probe.target_label}, wanted 0..{c.num_labels - 1}, or -1 for unknown: set "
                      "--config.probe.target_label")
   rows = corpora.load_clean({split: c[split] for split in ("train", "dev", "test")}, c.num_labels, config.seed,
-                            c.text_column, c.label_column)
+                            c.text_column, c.label_column, _class_names(config))
   if config.probe.triggers and not {r["label"] for r in rows["test"]} - {config.probe.target_label}:
     raise InputError(f"ASR cannot be measured: all {len(rows['test'])} test rows have the target label "
                      f"{config.probe.target_label}: set --config.data.test, --config.probe.target_label or .triggers")
@@ -209,7 +251,8 @@ def _check_fields(config):
     if field in fields and not low <= fields[field] <= high:
       raise InputError(f"{field} is {fields[field]}, wanted a number in {low:g}..{high:g}: set --config.{field}")
   triggers = fields.get("probe.triggers", ())
-  if not all(isinstance(t, str) and t.strip() for t in triggers) or len(set(triggers)) < len(triggers):
+  if (not all(isinstance(t, str) and t.strip() for t in triggers) or len(set(triggers)) < len(triggers)
+      or any(re.fullmatch(r"[\[(].*|\S+(,\S+)+", t) for t in triggers)):  # how a list looks that was not read as one
     raise InputError(f"probe.triggers {tuple(triggers)}: want different strings, e.g. \"('mn','cf')\": set "
                      "--config.probe.triggers")
   if config.teacher.layers and not config.teacher.path:

@@ -6,7 +6,9 @@ import hashlib
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from w2s_jax import InputError, card, evaluate, lora, optim, probe, report, sharding, steps, teacher_cache, train
 from w2s_jax.data import batches, packing, poison, tokenization
@@ -25,8 +27,12 @@ def warmup(run):
   if run.done(run.base):
     return
   if c.student.path:
-    model, params = load_pretrained(c.student.path, c.data.num_labels, c.student.dtype, run.mesh, seed=c.seed,
-                                    remat=c.student.remat)
+    model, params = load_pretrained(c.student.path, c.data.num_labels, c.student.dtype, run.mesh,
+                                    seed=None if run.suspect else c.seed, remat=c.student.remat)
+    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+      if not jnp.isfinite(leaf).all():
+        raise InputError(f"{c.student.path}: {path} has values that are not finite: set --config.student.path to "
+                         "another checkpoint")
     tokenizer = tokenization.load(resolve(c.student.path), model.config.vocab_size)
   else:
     texts = [r["text"] for r in run.rows["attack_train"] + run.rows["train"]]

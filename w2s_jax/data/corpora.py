@@ -49,7 +49,7 @@ def _grammar(source, sizes):
   return {split: grammar.rows(domain, split, size) for split, size in sizes.items()}
 
 
-def load_clean(files, num_labels, seed, text_column="", label_column=""):
+def load_clean(files, num_labels, seed, text_column="", label_column="", names=()):
   """Train, dev and test rows to clean a model with.
 
   Args:
@@ -58,6 +58,7 @@ def load_clean(files, num_labels, seed, text_column="", label_column=""):
     num_labels: labels must lie in 0..num_labels-1, and each of them must occur in train.
     seed: of what is held out.
     text_column, label_column: their names; "": found.
+    names: of the classes, which labels may be too.
   Raises:
     InputError: see `check`; or a class has no training row.
   """
@@ -72,16 +73,16 @@ def load_clean(files, num_labels, seed, text_column="", label_column=""):
   splits |= {split: read_file(file) for split, file in files.items() if file and split != "train"}
   if "train" not in splits:
     raise InputError(f"data source {source} has no train split: set --config.data.train")
-  out = {split: check(rows, f"{files[split] or source} ({split})", num_labels, text_column, label_column)
-         for split, rows in splits.items()}
+  out = {split: check(rows, f"{files[split] or source} ({split})", num_labels, text_column, label_column,
+                      names) for split, rows in splits.items()}
   rng = np.random.default_rng([seed, 0])
   for split, share in (("test", 5), ("dev", 10)):
     if split not in out:
       out |= _hold_out(out["train"], split, max(1, len(out["train"]) // share), rng, source)
   classes = {row["label"] for row in out["train"]}
   if missing := sorted(set(range(num_labels)) - classes):
-    raise InputError(f"{source} (train): none of its {len(out['train'])} rows has label "
-                     f"{', '.join(map(str, missing))}: give rows of all {num_labels} classes")
+    raise InputError(f"{source}: none of the {len(out['train'])} rows that are left to train on has label "
+                     f"{', '.join(map(str, missing))}: give more rows, of all {num_labels} classes")
   return out
 
 
@@ -147,12 +148,12 @@ def _need_splits(splits, source):
   return splits
 
 
-def check(rows, where, num_labels, text_column="", label_column=""):
+def check(rows, where, num_labels, text_column="", label_column="", names=()):
   """Rows with columns found by name (or given) and labels checked.
 
   Raises:
-    InputError: no rows, no text or label column, a text that is not a string, or a label that is no integer in
-      range.
+    InputError: no rows, no text or label column, a text that is not a string, or a label that is neither an integer in
+      range (as a number or text) nor one of the classes' names.
   """
   if not rows:
     raise InputError(f"{where}: no rows")
@@ -160,13 +161,26 @@ def check(rows, where, num_labels, text_column="", label_column=""):
   text, label = found = [next((n for n in names if n in rows[0]), None) for names in wanted]
   missing = ["|".join(names) for names, column in zip(wanted, found) if column is None]
   if missing:
-    raise InputError(f"{where}: no column {' and no column '.join(missing)} among {', '.join(rows[0])}")
+    raise InputError(f"{where}: no column {' and no column '.join(missing)} among {', '.join(rows[0])}: rename "
+                     "yours, or give their names (clean_checkpoint: --config.data.text_column, .label_column)")
   out = []
   for i, row in enumerate(rows):
     if not isinstance(row[text], str) or not row[text].strip():
       raise InputError(f"{where}: row {i} has {text} {row[text]!r}, wanted a non-empty string")
-    if isinstance(row[label], bool) or not isinstance(row[label], int) or not 0 <= row[label] < num_labels:
-      raise InputError(f"{where}: row {i} has {label} {row[label]!r}, wanted an integer in 0..{num_labels - 1} "
-                       "(hub test sets with hidden labels have -1): give labelled data or set --config.data.num_labels")
-    out.append({"id": i, "text": row[text], "label": row[label]})
+    if (number := _label(row[label], num_labels, names)) is None:
+      named = f" or one of {', '.join(names)}" if names else ""
+      raise InputError(f"{where}: row {i} has {label} {row[label]!r}, wanted an integer in 0..{num_labels - 1}{named} "
+                       "(hub test sets with hidden labels have -1): give rows of the model's own classes")
+    out.append({"id": i, "text": row[text], "label": number})
   return out
+
+
+def _label(value, num_labels, names):
+  """The class, or None where it is none."""
+  if value in names:
+    return names.index(value)
+  try:
+    number = None if isinstance(value, bool) else float(value)
+  except (TypeError, ValueError):
+    return None
+  return int(number) if number in range(num_labels) else None

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from w2s_jax import InputError
 from w2s_jax.models import formats
-from w2s_jax.models.load import read_json
+from w2s_jax.models.files import read_json
 
 MODEL_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md")
 
@@ -79,6 +79,8 @@ def save_pretrained(directory, model, params, tokenizer=None, id2label=None, car
     tokenizer.save_pretrained(part)
   if card is not None:
     (part / "README.md").write_text(card)
+  for file in part.iterdir():
+    file.chmod(0o644)                                                     # safetensors makes its own private
   old = directory.with_name(directory.name + ".old")
   if directory.exists():
     os.replace(directory, old)
