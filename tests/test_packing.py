@@ -133,3 +133,16 @@ def test_a_batch_larger_than_any_foreseen_still_fits():
   assert counts == [1, 8]
   arrays = arrays_for(SHAPE, np.full(64, 16), 16)
   assert packing.pack_batch(arrays, np.arange(8), 8, 16, counts, 1, 0)["input_ids"].shape == (8, 16)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_evaluation_covers_every_row_once_in_one_shape(groups):
+  arrays = arrays_for(SHAPE, sst2_like(320), 96)
+  seen = list(packing.eval_batches(arrays, 32, (32, 96), groups, 0))
+  assert sorted(np.concatenate([rows for rows, _ in seen])) == list(range(320))
+  shape, = {batch["input_ids"].shape for _, batch in seen}
+  assert sum((batch["attention_mask"] > 0).sum() for _, batch in seen) == arrays["length"].sum()
+  assert groups > 1 or arrays["length"].sum() / (len(seen) * np.prod(shape)) > 0.75
+  for rows, batch in seen:
+    np.testing.assert_array_equal(batch["label"][:len(rows)], arrays["label"][rows])
+    np.testing.assert_array_equal(batch["weight"], np.arange(32) < len(rows))

@@ -7,12 +7,12 @@ import numpy as np
 import scipy.stats
 
 from w2s_jax import sharding
-from w2s_jax.data import batches
+from w2s_jax.data import packing
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(model, params, input_ids, attention_mask):
-  out = model.apply(params, input_ids, attention_mask)
+def _forward(model, params, input_ids, attention_mask, texts):
+  out = model.apply(params, input_ids, attention_mask, texts)
   return out.logits, out.features
 
 
@@ -26,15 +26,22 @@ def outputs(model, params, arrays, mesh, *, batch_size, buckets, empty=_zeros):
 
   empty: ("logits" or "features", shape) -> the array that is filled.
   """
-  logits = features = None
-  for rows, batch in batches.eval_batches(arrays, batch_size, buckets):
-    batch = sharding.global_batch({k: batch[k] for k in ("input_ids", "attention_mask")}, mesh)
-    out = [np.asarray(x, np.float32)[:len(rows)] for x in _forward(model, params, **batch)]
-    if logits is None:
-      logits, features = (empty(name, (len(arrays["length"]), x.shape[1])) for name, x in
-                          zip(("logits", "features"), out))
-    logits[rows], features[rows] = out
-  return logits, features
+  made = {}
+  def write(rows, out):
+    for name, values in zip(("logits", "features"), out):
+      if name not in made:
+        made[name] = empty(name, (len(arrays["length"]), values.shape[1]))
+      made[name][rows] = np.asarray(values, np.float32)[:len(rows)]
+  before = None
+  for rows, batch in packing.eval_batches(arrays, batch_size, buckets, sharding.batch_shards(mesh),
+                                          model.config.pad_token_id or 0):
+    batch = sharding.global_batch({k: batch[k] for k in ("input_ids", "attention_mask", "texts")}, mesh)
+    out = _forward(model, params, **batch)
+    if before:  # is fetched while this one is computed
+      write(*before)
+    before = rows, out
+  write(*before)
+  return made["logits"], made["features"]
 
 
 def predictions(model, params, arrays, mesh, **shapes):

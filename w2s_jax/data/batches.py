@@ -51,11 +51,3 @@ def train_batches(num_examples, batch_size, make, seed, start_step):
       order = epoch_order(seed, epoch, num_examples)
     yield make(order[i * batch_size:(i + 1) * batch_size])
     step += 1
-
-
-def eval_batches(arrays, batch_size, buckets):
-  """(rows, batch) over every example once, shortest first, so that batches are little padded."""
-  order = np.argsort(arrays["length"], kind="stable")
-  for i in range(0, len(order), batch_size):
-    rows = order[i:i + batch_size]
-    yield rows, make_batch(arrays, rows, batch_size, buckets)

@@ -28,12 +28,26 @@ def first_fit(lengths, row_length):
 
 def packer(arrays, batch_size, buckets, groups, seed, steps, pad_token_id):
   """make(rows) -> packed batch, for `batches.train_batches` of a stage of so many steps; arguments as below."""
-  lengths = arrays["length"]
-  row_length = min(batches.bucket_length(lengths.max(), buckets), arrays["input_ids"].shape[1])
-  counts = row_counts(lengths, batch_size, row_length, groups, seed, steps)
+  row_length = _row_length(arrays, buckets)
+  counts = row_counts(arrays["length"], batch_size, row_length, groups, seed, steps)
   def make(rows):
     return pack_batch(arrays, rows, batch_size, row_length, counts, groups, pad_token_id)
   return make
+
+
+def eval_batches(arrays, batch_size, buckets, groups, pad_token_id):
+  """(rows, packed batch) over every example once, in an order that mixes lengths; all batches have one shape."""
+  row_length, lengths = _row_length(arrays, buckets), arrays["length"]
+  order = batches.epoch_order(0, 0, len(lengths))
+  chosen = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+  needed = max(_most_rows(lengths, _split(rows, batch_size, groups), row_length) for rows in chosen)
+  unit = max(1, batch_size // groups // 32)  # rounded up, so that data sets alike share a compiled shape
+  for rows in chosen:
+    yield rows, pack_batch(arrays, rows, batch_size, row_length, [-(-needed // unit) * unit], groups, pad_token_id)
+
+
+def _row_length(arrays, buckets):
+  return min(batches.bucket_length(arrays["length"].max(), buckets), arrays["input_ids"].shape[1])
 
 
 def row_counts(lengths, batch_size, row_length, groups, seed, steps):
@@ -47,7 +61,7 @@ def row_counts(lengths, batch_size, row_length, groups, seed, steps):
     if step % per_epoch == 0:
       order = batches.epoch_order(seed, step // per_epoch, len(lengths))
     split = _split(order[step % per_epoch * batch_size:][:batch_size], batch_size, groups)
-    needed.append(max(_rows_needed(first_fit(lengths[group], row_length)) for group in split))
+    needed.append(_most_rows(lengths, split, row_length))
   quantiles = np.quantile(needed, np.arange(1, MOST_SHAPES) / (MOST_SHAPES - 1), method="higher")
   return sorted({*map(int, quantiles), batch_size // groups})
 
@@ -91,3 +105,7 @@ def _split(rows, batch_size, groups):
 
 def _rows_needed(places):
   return int(places[:, 0].max(initial=0)) + 1
+
+
+def _most_rows(lengths, split, row_length):
+  return max(_rows_needed(first_fit(lengths[group], row_length)) for group in split)

@@ -140,9 +140,11 @@ class Embeddings(nn.Module):
   config: EncoderConfig
 
   @nn.compact
-  def __call__(self, input_ids, attention_mask):
+  def __call__(self, input_ids, attention_mask, packed):
     c = self.config
-    positions = jnp.arange(input_ids.shape[1]) - layers.text_starts(attention_mask)
+    positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
+    if packed:  # else padding on the left is counted, as in transformers
+      positions -= layers.text_starts(attention_mask)
     if c.model_type == "roberta":  # padding sits on the padding id, real tokens count up from the one behind it
       real = input_ids != c.pad_token_id
       positions = layers.count_in_text(real, attention_mask) * real + c.pad_token_id
@@ -177,7 +179,7 @@ class EncoderClassifier(nn.Module):
     def dropout(rate, x):
       return nn.Dropout(rate, deterministic=not self.train)(x)
     embeddings = Embeddings(c, name="embeddings")
-    x = dropout(c.hidden_dropout, embeddings(input_ids, attention_mask)).astype(c.dtype)
+    x = dropout(c.hidden_dropout, embeddings(input_ids, attention_mask, texts is not None)).astype(c.dtype)
     x = layers.layer_stack(Block, c, self.train, x, layers.text_mask(attention_mask))
     hidden = x.astype(jnp.float32)
     features = layers.pool(hidden, jnp.zeros((len(hidden), 1), int) if texts is None else texts[..., 0])

@@ -1,0 +1,127 @@
+"""What one distillation step costs: seconds and the compiler's FLOPs over sizes, lengths and ranks, as JSON lines.
+
+  python benchmarks/step.py [--sizes=1m,5m,20m] [--lengths=32,128] [--ranks=8,48] [--rows=8] [--steps=10]
+
+Rank 0 is full fine-tuning. The last line has the slope of log seconds over log FLOPs of all of them: near 1 where the
+cost is the arithmetic's, above 1 where larger steps are worse, far below 1 where a fixed cost hides what grows. The
+FLOPs are counted on the same step with its layers unrolled: of a loop the compiler counts one turn.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from configs import common  # noqa: E402
+from w2s_jax import lora, optim, sharding, steps  # noqa: E402
+from w2s_jax.defenses import w2s  # noqa: E402
+from w2s_jax.models import Model, config_from_hf  # noqa: E402
+
+SIZES = {   # vocabulary, width, layers, heads, key-value heads, feed-forward width
+    "1m": (2048, 128, 4, 4, 2, 344), "5m": (4096, 256, 5, 4, 4, 688), "20m": (8000, 384, 10, 6, 6, 1024),
+    "60m": (16000, 640, 10, 10, 10, 1712), "1b": (128256, 2048, 16, 32, 8, 8192),
+    "8b": (128256, 4096, 32, 32, 8, 14336)}
+WEIGHTS = {"ce": 1.0, "kd": 1.0, "fa": 0.01}
+TARGETS = ("q_proj", "v_proj")
+
+
+def student(size, **runtime):
+  arch = common.llama_arch(*SIZES[size], positions=8192, std=0.02)
+  return Model(config_from_hf(arch.to_dict() | {"num_labels": 2, "pad_token_id": 0}, **runtime))
+
+
+def with_adapters(params, rank):
+  return lora.add_lora(params, rank, float(rank), TARGETS, key=jax.random.key(1)) if rank else params
+
+
+def make_step(model, params, rank, mesh):
+  """(step, trainable, frozen, optimizer) of W2S; `params` may be abstract. Frozen kernels keep their dtype."""
+  trainable, frozen = lora.split(params, lora.LORA if rank else lora.FULL)
+  tx = optim.make_optimizer(trainable, 1e-4, 1000)
+  loss = steps.classification_loss(model, lambda out, batch: w2s.terms(out, batch, 2.0), WEIGHTS)
+  family = model.config.family
+  step = steps.make_train_step(loss, tx, steps.state_shardings(trainable, tx, family, mesh),
+                               sharding.param_shardings(frozen, family, mesh), mesh)
+  return step, trainable, frozen, tx
+
+
+def random_batch(config, rows, length, seed=0):
+  """Full rows of one text each: every slot is a token."""
+  rng = np.random.default_rng(seed)
+  return {"input_ids": rng.integers(1, config.vocab_size, (rows, length)).astype(np.int32),
+          "attention_mask": np.ones((rows, length), np.int32), "label": rng.integers(0, 2, rows).astype(np.int32),
+          "weight": np.ones(rows, np.float32), "teacher_logits": rng.standard_normal((rows, 2)).astype(np.float32),
+          "teacher_features": rng.standard_normal((rows, config.feature_size)).astype(np.float32)}
+
+
+def lowered(model, rank, rows, length, mesh):
+  """The step of abstract parameters, lowered: nothing is allocated, however large the model."""
+  params = jax.eval_shape(lambda p: with_adapters(p, rank), model.abstract_params())
+  step, trainable, frozen, tx = make_step(model, params, rank, mesh)
+  frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.config.dtype), frozen)
+  state = jax.eval_shape(lambda p: steps.TrainState(jnp.zeros((), jnp.int32), p, tx.init(p)), trainable)
+  batch = {k: jax.ShapeDtypeStruct((rows, *shape), dtype) for k, shape, dtype in (
+      ("input_ids", (length,), "int32"), ("attention_mask", (length,), "int32"), ("label", (), "int32"),
+      ("weight", (), "float32"), ("teacher_logits", (2,), "float32"),
+      ("teacher_features", (model.config.feature_size,), "float32"))}
+  return step.lower(state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def timed_steps(model, rank, rows, length, mesh, num_steps):
+  """(seconds to compile and run the first step, median seconds of the others)."""
+  params = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(model.config.dtype), model.init(key)))(jax.random.key(0))
+  step, trainable, frozen, tx = make_step(model, with_adapters(params, rank), rank, mesh)
+  trainable = jax.tree.map(lambda x: x.astype("float32"), trainable)
+  state = steps.init_state(trainable, tx, model.config.family, mesh)
+  frozen = jax.device_put(frozen, sharding.param_shardings(frozen, model.config.family, mesh))
+  del params, trainable
+  batch = sharding.global_batch(random_batch(model.config, rows, length), mesh)
+  seconds = []
+  for _ in range(num_steps + 1):
+    start = time.perf_counter()
+    state, metrics = step(state, frozen, batch, jax.random.key(0))
+    jax.block_until_ready(metrics)
+    seconds.append(time.perf_counter() - start)
+  return seconds[0], statistics.median(seconds[1:])
+
+
+def numbers(text):
+  return [int(x) for x in text.split(",")]
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--sizes", default="1m,5m,20m,60m", help=f"among {', '.join(SIZES)}")
+  parser.add_argument("--lengths", type=numbers, default=[32, 128])
+  parser.add_argument("--ranks", type=numbers, default=[0, 8, 48], help="of the adapters on q and v")
+  parser.add_argument("--rows", type=int, default=8, help="of a batch")
+  parser.add_argument("--steps", type=int, default=10, help="that are timed")
+  parser.add_argument("--dtype", default="float32", help="of the frozen base and the activations")
+  args = parser.parse_args()
+  mesh = sharding.make_mesh()
+  points = []
+  for size in args.sizes.split(","):
+    model = student(size, dtype=args.dtype)
+    unrolled = Model(dataclasses.replace(model.config, unroll=True))
+    for length in args.lengths:
+      for rank in args.ranks:
+        flops = lowered(unrolled, rank, args.rows, length, mesh).cost_analysis()["flops"]
+        first, seconds = timed_steps(model, rank, args.rows, length, mesh, args.steps)
+        points.append((flops, seconds))
+        print(json.dumps({"size": size, "length": length, "rank": rank, "flops": flops, "first_s": round(first, 3),
+                          "step_s": seconds, "flops_per_s": flops / seconds}), flush=True)
+  if len(points) > 1:
+    print(json.dumps({"slope": float(np.polyfit(*np.log(np.array(points)).T, 1)[0])}))
+
+
+if __name__ == "__main__":
+  main()
