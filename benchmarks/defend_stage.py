@@ -71,13 +71,13 @@ def padding_share(arrays, steps):
   return {"packed": 1 - tokens / slots, "padded": 1 - tokens / padded}
 
 
-def our_command(directory, workdir, data, epochs, max_steps, stage):
+def our_command(directory, workdir, data, epochs, max_steps, stage, log_every=LOG_EVERY):
   fields = {
       "student.path": directory / "student", "teacher.path": directory / "teacher", "teach.epochs": 0,
       "data.train": data, "defenses": "('w2s',)", "defend.epochs": epochs, "defend.evaluations": epochs,
       "defend.max_steps": max_steps, "defend.insert_words": 0.0, "defend.weights": "agnostic",
       "defend.learning_rate": LEARNING_RATE, "lora.rank": RANK, "lora.alpha": float(RANK), "lora.targets": TARGETS,
-      "term_norms_every": 0, "checkpoint_every": 0, "log_every": LOG_EVERY, "seed": SEED}
+      "term_norms_every": 0, "checkpoint_every": 0, "log_every": log_every, "seed": SEED}
   return [sys.executable, "-m", "w2s_jax.main", f"--config={ROOT / 'configs/clean_checkpoint.py'}",
           f"--workdir={workdir}", f"--stage={stage}", *(f"--config.{k}={v}" for k, v in fields.items())]
 
@@ -104,13 +104,14 @@ def main():
   parser.add_argument("--directory", type=Path, default=Path("runs/benchmark"), help="where all files go")
   parser.add_argument("--rounds", type=int, default=5, help="alternating runs of each")
   parser.add_argument("--epochs", type=int, default=5)
+  parser.add_argument("--max-steps", type=int, default=0, help="cut the work short; 0: all epochs")
   parser.add_argument("--quick", action="store_true", help="a tenth of the work: half an epoch, one round")
   parser.add_argument("--peers", default="pytorch,tunix", help="comma-separated; empty: ours alone")
   parser.add_argument("--pytorch-python", default=sys.executable)
   parser.add_argument("--tunix-python", default=sys.executable)
   parser.add_argument("--json", action="store_true", help="print one JSON object")
   args = parser.parse_args()
-  epochs, max_steps, rounds = (1, 108, 1) if args.quick else (args.epochs, 0, args.rounds)
+  epochs, max_steps, rounds = (1, 108, 1) if args.quick else (args.epochs, args.max_steps, args.rounds)
   directory = args.directory.absolute()
   directory.mkdir(parents=True, exist_ok=True)
   steps, share = prepare(directory, args.data, epochs, max_steps)
@@ -143,10 +144,12 @@ def main():
       result[who] = {"error": log[-1] if log else "no output"}
     else:
       result[who] = {key: statistics.median(one[key] for one in ones) for key in ones[0] if key != "rc"}
-      if who != "ours":
+      if who != "ours" and "error" not in result["ours"]:
         result[f"wall_ratio_{who}"] = result["ours"]["wall_s"] / result[who]["wall_s"]
         result[f"loss_gap_{who}"] = abs(result["ours"]["loss"] / result[who]["loss"] - 1)
   print(json.dumps(result) if args.json else json.dumps(result, indent=2))
+  if "error" in result["ours"]:
+    sys.exit(f"our own run failed: {result['ours']['error']}")
   if result.get("loss_gap_pytorch", 0) > 0.05:
     sys.exit("the losses differ by more than 5%: this was not the same work")
 
