@@ -6,6 +6,7 @@ Every run is a process of its own, from its start to its end: imports, compilati
 take turns with us, round after round. PyTorch works as it is done today (peer_pytorch.py): transformers and peft, the
 teacher run in every step, batches padded to their longest text. --tunix-python names the interpreter of a virtual
 environment with google-tunix, --pytorch-python of one with torch and peft; a peer that cannot run says why.
+A run that is in --directory with the same job is not run again: hours of rounds can be stopped and continued.
 README.md here says how to read the output.
 """
 
@@ -115,7 +116,11 @@ def main():
   directory = args.directory.absolute()
   directory.mkdir(parents=True, exist_ok=True)
   steps, share = prepare(directory, args.data, epochs, max_steps)
-  shutil.rmtree(directory / "ours", ignore_errors=True)
+  job = (directory / "job.json").read_bytes()
+  if not (directory / "done.json").exists() or (directory / "done.json").read_bytes() != job:
+    for who in ("ours", "pytorch", "tunix"):
+      shutil.rmtree(directory / who, ignore_errors=True)
+    (directory / "done.json").write_bytes(job)                         # the job that the runs in there are of
   for stage in ("warmup", "teach"):
     command = our_command(directory, directory / "ours/first", args.data, epochs, max_steps, stage)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -123,11 +128,15 @@ def main():
   for i in range(rounds):
     for who in runs:
       out = directory / who / str(i)
+      if (out / "result.json").exists():
+        runs[who].append(json.loads((out / "result.json").read_text()))
+        continue
+      shutil.rmtree(out, ignore_errors=True)
       if who == "ours":
         shutil.copytree(directory / "ours/first", out / "run")   # alone in its parent: no cache of an earlier round
         command = our_command(directory, out / "run", args.data, epochs, max_steps, "defend")
       else:
-        out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True)
         python = args.pytorch_python if who == "pytorch" else args.tunix_python
         command = [python, ROOT / f"benchmarks/peer_{who}.py", directory, out]
       one = timed(command, out / "log.txt")
@@ -135,6 +144,7 @@ def main():
         metrics = out / ("run/metrics/w2s.jsonl" if who == "ours" else "metrics.jsonl")
         one["loss"] = last_epoch_loss(metrics, steps, epochs)
         one["accuracy"] = max(json.loads(line).get("dev_accuracy", 0) for line in metrics.read_text().splitlines())
+        (out / "result.json").write_text(json.dumps(one))
       runs[who].append(one)
       print(f"{who} {i}: {one}", file=sys.stderr, flush=True)
   result = {"steps": steps, "padding_share": share["packed"], "padding_share_padded": share["padded"]}
