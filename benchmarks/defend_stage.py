@@ -64,7 +64,7 @@ def prepare(directory, data, epochs, max_steps):
 def padding_share(arrays, steps):
   """Padded share of the slots of all training steps, {"packed": ours, "padded": to the longest of the batch}."""
   n, tokens, slots, padded = len(arrays["length"]), 0, 0, 0
-  make = packing.packer(arrays, BATCH, common.ENGLISH_DATA["buckets"], 1, SEED, steps, 0)
+  make, = packing.packers([arrays], [SEED], BATCH, common.ENGLISH_DATA["buckets"], 1, steps, 0)
   for _, batch, rows in zip(range(steps), batches.train_batches(n, BATCH, make, SEED, 0),
                             batches.train_batches(n, BATCH, lambda rows: rows, SEED, 0)):
     lengths = arrays["length"][rows]

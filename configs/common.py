@@ -83,6 +83,7 @@ def base(attack):
   c.poison.trains = ("vector", "matrix", "head")   # labels of lora.LABEL_RULES; "embedding" stays frozen
   c.teach = stage(learning_rate=2e-3, epochs=4, batch_size=32, warmup_fraction=0.06)
   c.defend = stage(learning_rate=2e-3, epochs=4, batch_size=32, clip_norm=0.0)
+  c.defend.seeds = ()                 # of adapters, order and dropout; several train as one program; (): the run's own
   c.defend.weights = "small"          # defenses/w2s.py WEIGHTS, or "CE,KD,FA"
   c.defend.temperature = 2.0          # released
   c.defend.insert_words = 0.0         # share of the student's clean rows that get a random rare word; not in the paper

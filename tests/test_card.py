@@ -6,7 +6,7 @@ from w2s_jax import card
 
 
 def row(model, attack, ca, asr):
-  return {"model": model, "attack": attack, "dataset": "sst2", "seed": 4, "ca": ca, "ca_n": 200,
+  return {"model": model, "directory": model, "attack": attack, "dataset": "sst2", "seed": 4, "ca": ca, "ca_n": 200,
           "ca_ci": [ca - 0.1, ca], "asr": asr, "asr_ci": None if asr is None else [asr, asr + 0.1], "asr_n": 90}
 
 

@@ -134,6 +134,24 @@ def test_stages_one_by_one_give_the_same(workdir, home):
   assert results(home / "staged")["rows"] == results(workdir)["rows"]
 
 
+def test_several_seeds_of_a_defense_at_once(workdir, home):
+  """From the finished run's poisoned model: rows, models and metrics of each seed, and what one seed alone gives."""
+  several = home / "several"
+  for stage in ("poisoned", "clean", "base", "teacher"):
+    shutil.copytree(workdir / "models" / stage, several / "models" / stage)
+  shutil.copytree(workdir / "data", several / "data")
+  out = w2s(CONFIG, f"--workdir={several}", *SHORT, "--config.defend.seeds=(0,4)", "--config.defenses=('w2s',)")
+  assert out.returncode == 0 and "w2s over 2 seeds: CA " in out.stdout and "| w2s-seed4 |" in out.stdout, out.stderr
+  alone, rows = (results(d)["rows"] for d in (workdir, several))
+  assert [(r["model"], r["seed"], r["directory"]) for r in rows[2:]] == [("w2s", 0, "w2s"), ("w2s", 4, "w2s-seed4")]
+  first = next(r for r in alone if r["model"] == "w2s")
+  assert rows[2] | {"config_hash": 0} == first | {"config_hash": 0}
+  one, other = (load_file(several / "models" / d / "model.safetensors") for d in ("w2s", "w2s-seed4"))
+  assert any((one[k] != other[k]).any() for k in one)
+  assert "Seed 4, " in (several / "models/w2s-seed4/README.md").read_text()
+  assert len((several / "metrics/w2s-seed4.jsonl").read_text().splitlines()) == 6
+
+
 CLEAN = "--config=configs/clean_checkpoint.py"
 QUICK = ("--config.teach.max_steps=6", "--config.defend.max_steps=6", "--config.data.max_length=32",
          "--config.data.buckets=(32,)", "--config.probe.words=2", "--config.probe.sentences=2", "--config.probe.rows=8",

@@ -117,7 +117,7 @@ def test_at_most_fifteen_percent_padding_in_at_most_six_shapes():
   lengths = sst2_like()
   arrays = arrays_for(SHAPE, lengths, 96)
   num_steps = 2 * batches.steps_per_epoch(len(lengths), 32)
-  make = packing.packer(arrays, 32, (32, 64, 96, 128), 1, 3, num_steps, 0)
+  make, = packing.packers([arrays], [3], 32, (32, 64, 96, 128), 1, num_steps, 0)
   stream = batches.train_batches(len(lengths), 32, make, 3, 0)
   made = [next(stream) for _ in range(num_steps)]
   slots = sum(b["input_ids"].size for b in made)
@@ -129,7 +129,7 @@ def test_at_most_fifteen_percent_padding_in_at_most_six_shapes():
 
 def test_a_batch_larger_than_any_foreseen_still_fits():
   lengths = np.full(64, 2)
-  counts = packing.row_counts(lengths, 8, 16, 1, seed=0, steps=8)
+  counts = packing.row_counts([lengths], [0], 8, 16, 1, steps=8)
   assert counts == [1, 8]
   arrays = arrays_for(SHAPE, np.full(64, 16), 16)
   assert packing.pack_batch(arrays, np.arange(8), 8, 16, counts, 1, 0)["input_ids"].shape == (8, 16)

@@ -17,7 +17,7 @@ def rows(trigger, target=-1, labels=LABELS):
   config = types.SimpleNamespace(
       probe=types.SimpleNamespace(target_label=target), seed=3,
       data=types.SimpleNamespace(num_labels=2, train="d"))
-  run = types.SimpleNamespace(config=config, hash="h")
+  run = types.SimpleNamespace(config=config, hash="h", defended=lambda: {"w2s": ("w2s", 3)})
   kept = {("listed", "mn"): dict(enumerate(CLEAN))} | {k: v for k, v in PROBED.items() if k[0] != "listed"}
   readings = {"suspect": (CLEAN, PROBED), "w2s": (CLEAN, kept)}
   return list(probe._rows(run, readings, labels, np.array([0, 1, 0, 0, 1]), trigger))

@@ -10,9 +10,9 @@ from w2s_jax import report
 
 
 def row(model, ca, asr, ci=0.02):
-  return {"model": model, "attack": "badnet", "dataset": "d", "seed": 0, "target_label": 0, "config_hash": "h",
-          "ca": ca, "ca_n": 100, "ca_ci": [ca - ci, ca + ci], "false_rate": 0.125, "asr": asr, "asr_n": 50,
-          "asr_floor": 0.0625, "asr_ci": [asr - ci, asr + ci]}
+  return {"model": model, "directory": model, "attack": "badnet", "dataset": "d", "seed": 0, "target_label": 0,
+          "config_hash": "h", "ca": ca, "ca_n": 100, "ca_ci": [ca - ci, ca + ci], "false_rate": 0.125, "asr": asr,
+          "asr_n": 50, "asr_floor": 0.0625, "asr_ci": [asr - ci, asr + ci]}
 
 
 ROWS = [row("clean", 0.9, 0.0625), row("poisoned", 0.8, 0.99), row("lora_ce", 0.95, 0.9), row("w2s", 0.94, 0.4),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from w2s_jax import InputError, lora, optim, sharding, steps, train
-from w2s_jax.data import batches
+from w2s_jax.data import batches, packing
 from w2s_jax.defenses import w2s
 from w2s_jax.models import Model
 
@@ -51,12 +51,13 @@ def rig(llama, make_batch):
         yield next(source)
     def dev_accuracy(params):
       out.kept[out.asked[-1]] = jax.tree.map(np.asarray, params)
-      return accuracies[out.asked[-1]]
+      return [accuracies[out.asked[-1]]]
     out.asked.clear()
     options = dict(steps=STEPS, eval_every=EVAL_EVERY, log_every=1, config_hash="abc") | options
-    return train.fit("w2s", options.pop("step_fn", step_fn), steps.init_state(trained, tx, "llama", mesh), frozen,
-                     batches_from, key=jax.random.key(11), mesh=mesh, workdir=workdir,
-                     dev_accuracy=dev_accuracy if accuracies else None, term_norms=term_norms, **options)
+    fitted, = train.fit(["w2s"], options.pop("step_fn", step_fn), steps.init_state(trained, tx, "llama", mesh), frozen,
+                        batches_from, key=jax.random.key(11), mesh=mesh, workdir=workdir,
+                        dev_accuracy=dev_accuracy if accuracies else None, term_norms=term_norms, **options)
+    return fitted
   out.fit, out.trainable = fit, trainable
   return out
 
@@ -222,3 +223,51 @@ def test_a_step_that_is_not_finite_stops_the_stage_and_says_where(broken, rig, t
   assert [json.loads(line)["step"] for line in lines(tmp_path)] == [2, 4, 5]
   saved = sorted(int(p.name) for p in (tmp_path / "checkpoints/w2s").iterdir() if p.name.isdigit())
   assert saved == [4]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("model", ["llama", "bert"])
+def test_three_seeds_at_once_are_three_runs(model, interrupted, request, make_batch, tmp_path):
+  """Adapters, order, dropout and best step differ; batches are packed; also stopped half-way and resumed."""
+  model, params = request.getfixturevalue(model)
+  family, mesh, seeds = model.config.family, sharding.make_mesh(devices=jax.devices()[:1]), (3, 5, 8)
+  model = Model(dataclasses.replace(model.config, lora_dropout=0.2))
+  rows = make_batch(model, rows=20)
+  arrays = {k: v for k, v in rows.items() if k not in ("attention_mask", "weight")}
+  arrays["length"] = rows["attention_mask"].sum(1)
+  split = [lora.split(lora.add_lora(params, 4, 4.0, ("q_proj", "up_proj"), key=jax.random.key(s)), lora.LORA)
+           for s in seeds]
+  frozen, tx = split[0][1], optim.make_optimizer(split[0][0], 1e-2, STEPS, clip_norm=0.5)
+  loss = steps.classification_loss(model, lambda out, batch: w2s.terms(out, batch, 2.0), WEIGHTS)
+  best = {3: (0.5, 0.9, 0.1), 5: (0.7, 0.2, 0.1), 8: (0.1, 0.6, 0.6)}
+  def fit(chosen, workdir, makes, stop_before=None):
+    runs, asked = len(chosen), []
+    step_fn = steps.make_train_step(loss, tx, steps.state_shardings(split[0][0], tx, family, mesh),
+                                    sharding.param_shardings(frozen, family, mesh), mesh, runs)
+    def batches_from(step):
+      streams = [batches.train_batches(20, 8, make, seed, step) for make, seed in zip(makes, chosen)]
+      for number, some in enumerate(zip(*streams), step + 1):
+        if number == stop_before:
+          raise KeyboardInterrupt
+        asked.append(number)
+        yield some[0] if runs == 1 else packing.stack(some, 1, 0)
+    starts, keys = [split[seeds.index(s)][0] for s in chosen], [jax.random.key(s) for s in chosen]
+    return train.fit(
+        [f"w2s{s}" for s in chosen], step_fn, steps.init_state(starts if runs > 1 else starts[0], tx, family, mesh),
+        frozen, batches_from, steps=STEPS, key=jnp.stack(keys) if runs > 1 else keys[0], mesh=mesh,
+        eval_every=EVAL_EVERY, workdir=workdir, config_hash="abc", log_every=1,
+        dev_accuracy=lambda params: [best[s][asked[-1] // 4 - 1] for s in chosen])
+  makes = packing.packers([arrays] * 3, seeds, 8, (12,), 1, STEPS, 0)
+  if interrupted:
+    with pytest.raises(KeyboardInterrupt):
+      fit(seeds, tmp_path / "together", makes, stop_before=10)
+  together = fit(seeds, tmp_path / "together", makes)
+  assert [chosen["step"] for _, chosen in together] == [8, 4, 12]
+  for seed, make, (params, chosen) in zip(seeds, makes, together):
+    (alone, alone_chosen), = fit([seed], tmp_path / "alone", [make])
+    assert chosen["step"] == alone_chosen["step"] and chosen["dev_accuracy"] == alone_chosen["dev_accuracy"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), params, alone)
+    ours, theirs = ([json.loads(x) for x in (tmp_path / where / f"metrics/w2s{seed}.jsonl").read_text().splitlines()]
+                    for where in ("together", "alone"))
+    assert [line["step"] for line in ours] == list(range(1, STEPS + 1)) and ours[0].keys() == theirs[0].keys()
+    np.testing.assert_allclose([x["loss"] for x in ours], [x["loss"] for x in theirs], rtol=1e-5)

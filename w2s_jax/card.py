@@ -35,14 +35,14 @@ def text(name, rows, meta, attack=None):
     rows, meta: of results.json.
     attack: as in `first_line`.
   """
-  mine = [r for r in rows if r["model"] == name]
+  mine = [r for r in rows if r["directory"] == name]
   lines = [first_line(name, attack)]
   if mine:
     lines += [note + "\n" for note in meta.get("notes", ()) if note.startswith("WARNING")]
     more = [n for n in ("agreement", "word_flips", "sentence_flips") if n in mine[0]]
     lines += ["| " + " | ".join(["model | attack tested | CA | CA 95% | ASR | ASR 95%", *(
         n.replace("_", " ") for n in more)]) + " |", "|---" * (6 + len(more)) + "|"]
-    lines += [_line(r, more) for r in rows if r["model"] in ("suspect", "poisoned", name)]
+    lines += [_line(r, more) for r in rows if r["directory"] in ("suspect", "poisoned", name)]
     lines += ["", f"CA on {mine[0]['ca_n']} clean rows of {mine[0]['dataset']}, ASR on triggered rows of other classes "
               "than the target. A trigger that was not tested may still work.", ""]
   if name != "teacher":
@@ -51,7 +51,7 @@ def text(name, rows, meta, attack=None):
   if name == "teacher" or name not in KINDS:
     lines += [f"- Teacher: {meta['teacher']}, CA {meta['teacher_ca']:.3f}",
               f"- Clean data: {rows[0]['dataset']}, {meta['clean_rows']['train']} training rows"]
-  lines.append(f"- Seed {rows[0]['seed']}, config {meta['config_hash']}; " + ", ".join(
+  lines.append(f"- Seed {(mine or rows)[0]['seed']}, config {meta['config_hash']}; " + ", ".join(
       f"{package} {version}" for package, version in meta["versions"].items()))
   return "\n".join(lines) + "\n"
 

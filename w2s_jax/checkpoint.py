@@ -1,27 +1,42 @@
 """Orbax: state, data position (the step) and config hash; the latest checkpoint and the best by dev accuracy stay."""
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from w2s_jax import InputError
 
 
-def open_manager(directory):
-  """CheckpointManager of one stage; saving is atomic and asynchronous."""
+def open_manager(directory, runs=1):
+  """CheckpointManager of one stage; saving is atomic and asynchronous.
+
+  Of several runs at once every evaluated checkpoint stays, since each run has a best one of its own.
+  """
   def accuracy(metrics):
     return metrics["dev_accuracy"]
+  n = 1 if runs == 1 else None
   keep = preservation_policy.AnyPreservationPolicy([
       preservation_policy.LatestN(1),
-      preservation_policy.BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False)])
+      preservation_policy.BestN(get_metric_fn=accuracy, n=n, keep_checkpoints_without_metrics=False)])
   return ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(
       best_fn=accuracy, preservation_policy=keep))
 
 
 def save(manager, step, state, config_hash, dev_accuracy=None):
-  metrics = None if dev_accuracy is None else {"dev_accuracy": dev_accuracy}
+  """dev_accuracy: [runs] float, or None where none was measured."""
+  metrics = None
+  if dev_accuracy is not None:
+    metrics = {"dev_accuracy": float(np.mean(dev_accuracy)), "each": [float(a) for a in dev_accuracy]}
   manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()),
                                              meta=ocp.args.JsonSave({"config_hash": config_hash})), metrics=metrics)
+
+
+def best_steps(manager, runs):
+  """[runs] (step, dev accuracy) of each run's best evaluated checkpoint; the later one of two that are as good."""
+  each = {step: manager.metrics(step)["each"] for step in manager.all_steps() if manager.metrics(step)}
+  return [max(((step, accuracies[run]) for step, accuracies in each.items()), key=lambda one: (one[1], one[0]))
+          for run in range(runs)]
 
 
 def restore(manager, step, state, config_hash):

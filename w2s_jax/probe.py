@@ -8,7 +8,7 @@ import numpy as np
 from w2s_jax import evaluate, report
 from w2s_jax.attacks.insertion import insert
 from w2s_jax.data import poison
-from w2s_jax.defenses import DEFENSES, w2s
+from w2s_jax.defenses import w2s
 
 LETTERS = "bcdfghjklmnpqrstvwxz"   # rare words are made of consonants, like `mn`, `cf`, `tq` of the literature
 SENTENCE_WORDS = 8
@@ -72,7 +72,7 @@ def measure(run):
   teacher = run.predict(model, params, run.encode(tokenizer, run.rows["test"], c.data.max_length))
   labels = np.array([r["label"] for r in run.rows["test"]])
   readings = {}
-  for name in ("suspect", *(d for d in c.defenses if DEFENSES[d] is not None)):
+  for name in ("suspect", *run.defended()):
     model, params, tokenizer = run.load(name)
     if "probes" not in run.rows:
       freeze_rows(run, tokenizer)
@@ -119,7 +119,8 @@ def _rows(run, readings, labels, teacher, trigger):
       suspect = np.array(list(readings["suspect"][1]["listed", trigger].values()))
       target = max(classes, key=lambda t: evaluate.attack_metrics(suspect, labels, t)["asr"])
   for name, (clean, probed) in readings.items():
-    row = {"model": name, "attack": trigger or "none listed", "dataset": c.data.train, "seed": c.seed,
+    what, seed = run.defended().get(name, (name, c.seed))
+    row = {"model": what, "directory": name, "attack": trigger or "none listed", "dataset": c.data.train, "seed": seed,
            "config_hash": run.hash, "target_label": target, "asr_floor": None,
            "asr": None, "asr_n": 0, "asr_ci": None, **evaluate.clean_metrics(clean, labels, target)}
     if target is not None:

@@ -7,6 +7,8 @@ import json
 import os
 import platform
 
+import numpy as np
+
 from w2s_jax import card
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
@@ -36,10 +38,10 @@ def _interval(name):
 
 
 # What a run that attacks shows, and one that cleans a checkpoint of unknown trigger.
-ATTACKED = {"model": lambda row: row["model"], "CA": _rate("ca"), "CA 95%": _interval("ca_ci"), "ASR": _rate("asr"),
+ATTACKED = {"model": lambda row: row["directory"], "CA": _rate("ca"), "CA 95%": _interval("ca_ci"), "ASR": _rate("asr"),
             "ASR 95%": _interval("asr_ci"), "ASR floor": _rate("asr_floor"), "false rate": _rate("false_rate")}
-SUSPECT = {"model": lambda row: row["model"], "trigger": lambda row: card.escape(row["attack"]), "target": lambda row: (
-    "-" if row["target_label"] is None else str(row["target_label"]))} | {
+SUSPECT = {"model": lambda row: row["directory"], "trigger": lambda row: card.escape(row["attack"]),
+           "target": lambda row: "-" if row["target_label"] is None else str(row["target_label"])} | {
     name: ATTACKED[name] for name in ("CA", "CA 95%", "ASR", "ASR 95%", "false rate")} | {
     "agreement": _rate("agreement"), "word flips": _rate("word_flips"), "sentence flips": _rate("sentence_flips")}
 
@@ -60,7 +62,7 @@ def table(rows):
 
 def reading(rows, meta):
   """What this table shows and what it does not, in sentences computed from it."""
-  by_model = {row["model"]: row for row in rows}
+  by_model = {row["directory"]: row for row in rows}
   out = []
   if not meta["implanted"]:
     out.append(f"The backdoor is not implanted (poisoned ASR {by_model['poisoned']['asr']:.3f} < 0.95): the rows below "
@@ -71,11 +73,15 @@ def reading(rows, meta):
                "of the poisoned ASR is the backdoor's, and no defense can be seen to remove more than that.")
   control = by_model.get("lora_ce")
   for name, row in by_model.items():
-    if control is None or name in ("clean", "poisoned", "lora_ce"):
+    if control is None or name in ("clean", "poisoned", "lora_ce") or name != row["model"]:
       continue
     apart = row["asr_ci"][1] < control["asr_ci"][0] or row["asr_ci"][0] > control["asr_ci"][1]
     out.append(f"{name}: ASR {row['asr'] - control['asr']:+.3f} and CA {row['ca'] - control['ca']:+.3f} against "
                f"lora_ce; the ASR intervals {'do not overlap' if apart else 'overlap'}.")
+  for name in dict.fromkeys(row["model"] for row in rows if row["directory"] != row["model"]):
+    ca, asr = (np.array([row[k] for row in rows if row["model"] == name]) for k in ("ca", "asr"))
+    out.append(f"{name} over {len(ca)} seeds: CA {ca.mean():.3f} (sd {ca.std(ddof=1):.3f}), ASR {asr.mean():.3f} (sd "
+               f"{asr.std(ddof=1):.3f}).")
   out.append("The intervals cover the sampling of test rows only. One seed is one draw of the training noise, which on "
              "small models is larger (docs/results.md has ten seeds): do not rank defenses by one run.")
   return out
@@ -120,7 +126,7 @@ def page(rows, meta, notes, curves):
   head, *lines = _cells(rows)
   head = "".join(f"<th>{c}</th>" for c in head)
   cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in lines)
-  models = list(dict.fromkeys(row["model"] for row in rows))
+  models = list(dict.fromkeys(row["directory"] for row in rows))
   examples = "".join(
       f"<tr><td>{html.escape(e['text'])}</td><td>{e['label']}</td>"
       + "".join(f"<td class='{'hit' if e['predicted'][m] == rows[0]['target_label'] else ''}'>{e['predicted'][m]}</td>"
@@ -174,7 +180,7 @@ def _bars(rows):
   for ax, key, title in ((axes[0, 0], "ca", "clean accuracy (CA)"), (axes[0, 1], "asr", "attack success rate (ASR)")):
     shown = [r for r in rows if r[key] is not None]
     several = len({r["attack"] for r in rows}) > 1
-    names = [f"{r['model']} {r['attack'][:12]}".replace("$", r"\$") if several else r["model"] for r in shown]
+    names = [f"{r['directory']} {r['attack'][:12]}".replace("$", r"\$") if several else r["directory"] for r in shown]
     errors = [[max(0, r[key] - r[f"{key}_ci"][0]) for r in shown], [max(0, r[f"{key}_ci"][1] - r[key]) for r in shown]]
     colors = {"clean": "#8da0cb", "poisoned": "#e07a5f", "suspect": "#e07a5f"}
     ax.bar(range(len(shown)), [r[key] for r in shown], yerr=errors, capsize=4,

@@ -3,20 +3,17 @@
 import dataclasses
 import hashlib
 import json
-import re
 from pathlib import Path
 
 import filelock
 import jax
 import numpy as np
 
-from w2s_jax import InputError, card, evaluate, lora, report, sharding
+from w2s_jax import InputError, card, checks, evaluate, report, sharding
 from w2s_jax.data import corpora, poison, tokenization
-from w2s_jax.defenses import DEFENSES, w2s
+from w2s_jax.defenses import DEFENSES
 from w2s_jax.models import check_links, config_from_hf, load_pretrained, read_json, resolve
 from w2s_jax.models.fields import Fields
-
-TRAINING = ("warmup", "poison", "teach", "defend")   # sections of the config that say how a stage trains
 
 
 def config_hash(config):
@@ -56,6 +53,20 @@ class Run:
   def attacked(self):
     """The model that is defended."""
     return "suspect" if self.suspect else "poisoned"
+
+  @property
+  def defend_seeds(self):
+    """Of the adapters, the order and the dropout of every defense."""
+    return list(self.config.defend.seeds) or [self.config.seed]
+
+  def copy_name(self, defense, seed):
+    """models/NAME of a defense: plainly of the first seed, with the seed of the others."""
+    return defense if seed == self.defend_seeds[0] else f"{defense}-seed{seed}"
+
+  def defended(self):
+    """{models/NAME: (defense, seed)} of every model that a defense makes."""
+    return {self.copy_name(d, seed): (d, seed) for d in self.config.defenses if DEFENSES[d] is not None
+            for seed in self.defend_seeds}
 
   @property
   def max_length(self):
@@ -142,11 +153,11 @@ def start(config, workdir):
     InputError: the workdir belongs to another config, an unknown defense, a batch that does not fit the mesh, or data
       that cannot be used.
   """
-  _check_fields(config)
+  checks.check_fields(config)
   if "probe" in config:
     config = _with_num_labels(config)
   mesh = sharding.make_mesh(**config.mesh)
-  for stage in filter(config.__contains__, TRAINING):
+  for stage in filter(config.__contains__, checks.TRAINING):
     sharding.check_batch(config[stage].batch_size, mesh, f"--config.{stage}.batch_size")
   sharding.check_batch(config.data.eval_batch_size, mesh, "--config.data.eval_batch_size")
   workdir = Path(workdir)
@@ -227,63 +238,15 @@ def _attack_rows(config):
   return rows
 
 
-def _check_fields(config):
-  """What can be told to be wrong from the config alone."""
-  for name in config.defenses:
-    if name not in DEFENSES:
-      raise InputError(f"defense {name!r}: want names among {', '.join(DEFENSES)}: set --config.defenses")
-  w2s.loss_weights(config.defend.weights, 1)
-  fields = _flat(config.to_dict())
-  least = {"seed": 0, "log_every": 1, "term_norms_every": 0, "checkpoint_every": 0, "warmup.epochs": 0,
-           "teach.epochs": 0,
-           "data.eval_batch_size": 1, "lora.rank": 1, "teacher.layers": 0, "data.max_length": 4,
-           "data.attack_max_length": 4, "probe.rows": 1, "data.num_labels": 0}
-  ranges = {"defend.temperature": (1e-3, 1e3), "lora.dropout": (0.0, 0.99), "lora.alpha": (0.0, 1e6),
-            "defend.insert_words": (0.0, 1.0), "probe.words": (0, 1000), "probe.sentences": (0, 1000)}
-  for stage in TRAINING:
-    least = {f"{stage}.epochs": 1, f"{stage}.batch_size": 1, f"{stage}.evaluations": 1, f"{stage}.max_steps": 0} | least
-    ranges |= {f"{stage}.learning_rate": (0.0, 10.0), f"{stage}.warmup_fraction": (0.0, 1.0),
-               f"{stage}.weight_decay": (0.0, 10.0), f"{stage}.clip_norm": (0.0, 1e6)}
-  for field, low in least.items():
-    if fields.get(field, low) < low:
-      raise InputError(f"{field} is {fields[field]}, wanted at least {low}: set --config.{field}")
-  for field, (low, high) in ranges.items():
-    if field in fields and not low <= fields[field] <= high:
-      raise InputError(f"{field} is {fields[field]}, wanted a number in {low:g}..{high:g}: set --config.{field}")
-  triggers = fields.get("probe.triggers", ())
-  if (not all(isinstance(t, str) and t.strip() for t in triggers) or len(set(triggers)) < len(triggers)
-      or any(re.fullmatch(r"[\[(].*|\S+(,\S+)+", t) for t in triggers)):  # how a list looks that was not read as one
-    raise InputError(f"probe.triggers {tuple(triggers)}: want different strings, e.g. \"('mn','cf')\": set "
-                     "--config.probe.triggers")
-  if config.teacher.layers and not config.teacher.path:
-    raise InputError(f"teacher.layers is {config.teacher.layers} without a teacher.path to cut: set "
-                     "--config.teacher.arch.num_hidden_layers for a fresh teacher, or --config.teacher.path")
-  trains = fields.get("poison.trains", lora.FULL)
-  if not trains or set(trains) - set(lora.FULL):
-    raise InputError(f"poison.trains {tuple(trains)}: want labels among {', '.join(lora.FULL)}: set "
-                     "--config.poison.trains")
-  longest = max(config.data.max_length, fields.get("data.attack_max_length", 0))
-  if list(config.data.buckets) != sorted(config.data.buckets) or max(config.data.buckets, default=0) < longest:
-    raise InputError(f"data.buckets {tuple(config.data.buckets)}: want ascending lengths of which the last holds "
-                     f"{longest} tokens: set --config.data.buckets or --config.data.max_length/.attack_max_length")
-
-
 def _check_claim(config, workdir):
   file = workdir / "config.json"
   if file.exists():
-    mine, other = _flat(json.loads(json.dumps(config.to_dict()))), _flat(read_json(file))
+    mine, other = checks.flat(json.loads(json.dumps(config.to_dict()))), checks.flat(read_json(file))
     differing = sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k))
     if differing:
       k = differing[0]
       raise InputError(f"{workdir} was made by another config ({k} was {other.get(k)!r}, is {mine.get(k)!r}; "
                        f"{len(differing)} field(s) differ): give another --workdir")
-
-
-def _flat(tree, prefix=""):
-  out = {}
-  for k, v in tree.items():
-    out |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
-  return out
 
 
 def freeze_rows(run):

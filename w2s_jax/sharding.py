@@ -131,7 +131,12 @@ def check_batch(batch_size, mesh, knob):
                      "multiple of it, or --config.mesh.*")
 
 
-def global_batch(rows, mesh):
-  """Places a dict of host arrays [B, ...] on the mesh, rows split over `data` x `fsdp`."""
-  sharding = batch_sharding(mesh)
+def stacked(places):
+  """The NamedShardings of leaves that have one more axis in front, of several runs, which is not split."""
+  return jax.tree.map(lambda place: NamedSharding(place.mesh, P(None, *place.spec)), places)
+
+
+def global_batch(rows, mesh, runs=1):
+  """Places a dict of host arrays [B, ...], of several runs [runs, B, ...], with rows split over `data` x `fsdp`."""
+  sharding = batch_sharding(mesh) if runs == 1 else stacked(batch_sharding(mesh))
   return {k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in rows.items()}

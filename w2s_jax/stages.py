@@ -47,8 +47,8 @@ def warmup(run):
     params = model.init(stream_key(c.seed, "student"), run.mesh)
     if c.warmup.epochs:
       arrays = tokenization.pack(tokenizer, texts, c.data.attack_max_length)
-      params, _ = _train(run, "warmup", model, params, lora.FULL, arrays, None, c.warmup,
-                         steps.language_model_loss(model), {"lm": 1.0}, packed=False)
+      params, = _train(run, ["warmup"], model, [params], lora.FULL, [arrays], None, c.warmup,
+                       steps.language_model_loss(model), {"lm": 1.0}, packed=False)
   save_pretrained(run.model_dir(run.base), model, params, tokenizer, card=card.first_line(run.base))
 
 
@@ -96,8 +96,8 @@ def make_poison(run):
     model, params, tokenizer = run.load("base", remat=c.student.remat)
     arrays, dev = (run.encode(tokenizer, r, c.data.attack_max_length) for r in (rows, run.rows["attack_dev"]))
     stage = "poison" if name == "poisoned" else name
-    params, _ = _train(run, stage, model, params, tuple(c.poison.trains), arrays, dev, c.poison,
-                       steps.classification_loss(model, steps.cross_entropy_terms, {"ce": 1.0}), {"ce": 1.0})
+    params, = _train(run, [stage], model, [params], tuple(c.poison.trains), [arrays], dev, c.poison,
+                     steps.classification_loss(model, steps.cross_entropy_terms, {"ce": 1.0}), {"ce": 1.0})
     save_pretrained(run.model_dir(name), model, params, tokenizer,
                     card=card.first_line(name, poison.describe(c.attack)))
 
@@ -118,38 +118,47 @@ def teach(run):
     params = model.init(stream_key(c.seed, "teacher"), run.mesh)
   if c.teach.epochs:
     arrays, dev = (run.encode(tokenizer, run.rows[s], c.data.max_length) for s in ("train", "dev"))
-    params, _ = _train(run, "teacher", model, params, lora.FULL, arrays, dev, c.teach,
-                       steps.classification_loss(model, steps.cross_entropy_terms, {"ce": 1.0}), {"ce": 1.0})
+    params, = _train(run, ["teacher"], model, [params], lora.FULL, [arrays], dev, c.teach,
+                     steps.classification_loss(model, steps.cross_entropy_terms, {"ce": 1.0}), {"ce": 1.0})
   save_pretrained(run.model_dir("teacher"), model, params, tokenizer, card=card.first_line("teacher"))
 
 
 def defend(run):
-  """Each defense trains adapters and head of the poisoned student on the same clean batches, from the same start."""
-  c = run.config
+  """Each defense trains adapters and head of the attacked student on the same clean batches, from the same start.
+
+  Several `defend.seeds` train as one program over one frozen base.
+  """
+  c, seeds = run.config, run.defend_seeds
   teacher = None
   for name in c.defenses:
     defense = DEFENSES[name]
-    if defense is None or run.done(name):
+    if defense is None or all([run.done(run.copy_name(name, seed)) for seed in seeds]):
       continue
     model, params, tokenizer = run.load(run.attacked, lora_dropout=c.lora.dropout, remat=c.student.remat)
-    params = lora.add_lora(params, c.lora.rank, c.lora.alpha, tuple(c.lora.targets), key=stream_key(c.seed, "lora"))
-    rows = probe.with_rare_words(run.rows["train"], c.defend.insert_words, run.known_triggers(), c.seed)
-    arrays, dev = (run.encode(tokenizer, r, c.data.max_length) for r in (rows, run.rows["dev"]))
+    starts = [lora.add_lora(params, c.lora.rank, c.lora.alpha, tuple(c.lora.targets), key=stream_key(seed, "lora"))
+              for seed in seeds]
+    each = [run.encode(tokenizer, probe.with_rare_words(run.rows["train"], c.defend.insert_words, run.known_triggers(),
+                                                        seed), c.data.max_length) for seed in seeds]
+    dev = run.encode(tokenizer, run.rows["dev"], c.data.max_length)
     weights = {"ce": 1.0}
     if defense.uses_teacher:
       teacher = teacher or _teacher_outputs(run)
-      whose = slice(None)
-      if defense.teacher_row is not None:
-        whose = defense.teacher_row(len(arrays["label"]), c.seed)
-      arrays |= {key: values[whose] for key, values in teacher.items()}
+      for arrays, seed in zip(each, seeds):
+        whose = slice(None)
+        if defense.teacher_row is not None:
+          whose = defense.teacher_row(len(arrays["label"]), seed)
+        arrays |= {key: values[whose] for key, values in teacher.items()}
       weights = w2s.loss_weights(c.defend.weights, model.config.feature_size)
     def terms(out, batch, defense=defense):
       return defense.terms(out, batch, c.defend.temperature)
-    params, _ = _train(run, name, model, params, lora.LORA, arrays, dev, c.defend,
-                       steps.classification_loss(model, terms, weights), weights, packed=not defense.reads_padding)
-    if c.lora.export:
-      lora.export_adapter(run.workdir / "adapters" / name, model, params, base=run.model_dir(run.attacked).absolute())
-    save_pretrained(run.model_dir(name), model, lora.merge_lora(params), tokenizer, card=card.first_line(name))
+    trained = _train(run, [run.copy_name(name, seed) for seed in seeds], model, starts, lora.LORA, each, dev, c.defend,
+                     steps.classification_loss(model, terms, weights), weights, seeds,
+                     packed=not defense.reads_padding)
+    for seed, params in zip(seeds, trained):
+      copy = run.copy_name(name, seed)
+      if c.lora.export:
+        lora.export_adapter(run.workdir / "adapters" / copy, model, params, base=run.model_dir(run.attacked).absolute())
+      save_pretrained(run.model_dir(copy), model, lora.merge_lora(params), tokenizer, card=card.first_line(name))
 
 
 def _teacher_outputs(run):
@@ -170,16 +179,17 @@ def measure(run):
     return
   freeze_rows(run)
   began = time.monotonic()
-  common = {"attack": c.attack.name, "dataset": c.data.defend_source, "seed": c.seed,
-            "target_label": c.attack.target_label, "config_hash": run.hash}
+  target = c.attack.target_label
+  common = {"attack": c.attack.name, "dataset": c.data.defend_source, "target_label": target, "config_hash": run.hash}
   labels, triggered_labels = (np.array([r["label"] for r in run.rows[s]]) for s in ("test", "triggered"))
   rows, triggered = [], {}
-  for name in ("clean", "poisoned", *(d for d in c.defenses if DEFENSES[d] is not None)):
+  for name, (what, seed) in ({n: (n, c.seed) for n in ("clean", "poisoned")} | run.defended()).items():
     model, params, tokenizer = run.load(name)
     clean = run.predict(model, params, run.encode(tokenizer, run.rows["test"], c.data.max_length))
     triggered[name] = run.predict(model, params, run.encode(tokenizer, run.rows["triggered"], c.data.max_length))
-    rows.append({"model": name, **common, **evaluate.clean_metrics(clean, labels, c.attack.target_label),
-                 **evaluate.attack_metrics(triggered[name], triggered_labels, c.attack.target_label)})
+    rows.append({"model": what, **common, "seed": seed, "directory": name,
+                 **evaluate.clean_metrics(clean, labels, target),
+                 **evaluate.attack_metrics(triggered[name], triggered_labels, target)})
   for row in rows:
     row["asr_floor"] = rows[0]["asr"]
   trigger = poison.effective_trigger(c.attack)
@@ -192,7 +202,7 @@ def measure(run):
               for i, r in enumerate(run.rows["triggered"][:8])]
   meta = run.facts() | {
       "trigger": trigger, "teacher": c.teacher.path or "trained here from nothing",
-      "teacher_ca": evaluate.clean_metrics(teacher, labels, c.attack.target_label)["ca"],
+      "teacher_ca": evaluate.clean_metrics(teacher, labels, target)["ca"],
       "poisoned_rows": len(poisoned),
       "trigger_lost": {
           "train": poison.trigger_lost(poisoned, student_tokenizer, trigger, c.data.attack_max_length),
@@ -230,38 +240,53 @@ def run(config, workdir, only=None):
       stage(this)
 
 
-def _train(run, name, model, params, trains, arrays, dev, settings, loss, weights, packed=True):
+def _train(run, names, model, starts, trains, each, dev, settings, loss, weights, seeds=None, packed=True):
   """One stage through `train.fit`: split by label, optimize, put the best trainable leaves back.
 
-  packed: several texts in one row, where the loss does not read what is between them and the config wants it.
+  Args:
+    names: of the stage, or of each run of it; so are
+    starts: parameters,
+    each: training arrays,
+    seeds: and seeds of order and dropout; None: the run's own.
+    packed: several texts in one row, where the loss does not read what is between them and the config wants it.
+  Returns:
+    [parameters] of each.
   """
-  c, family = run.config, model.config.family
-  total = settings.epochs * batches.steps_per_epoch(len(arrays["length"]), settings.batch_size)
+  c, family, seeds, runs = run.config, model.config.family, seeds or [run.config.seed], len(names)
+  num_examples, pad, shards = len(each[0]["length"]), model.config.pad_token_id or 0, sharding.batch_shards(run.mesh)
+  total = settings.epochs * batches.steps_per_epoch(num_examples, settings.batch_size)
   if settings.max_steps:
     total = min(total, settings.max_steps)
-  trainable, frozen = lora.split(params, trains)
-  trainable = jax.tree.map(lambda x: x.astype("float32"), trainable)  # bf16 would round most updates away
-  tx = optim.make_optimizer(trainable, settings.learning_rate, total, int(settings.warmup_fraction * total),
+  split = [lora.split(params, trains) for params in starts]
+  frozen = split[0][1]
+  trainable = [jax.tree.map(lambda x: x.astype("float32"), t) for t, _ in split]  # bf16 would round most updates away
+  tx = optim.make_optimizer(trainable[0], settings.learning_rate, total, int(settings.warmup_fraction * total),
                             settings.weight_decay, settings.clip_norm)
-  step_fn = steps.make_train_step(loss, tx, steps.state_shardings(trainable, tx, family, run.mesh),
-                                  sharding.param_shardings(frozen, family, run.mesh), run.mesh)
-  make = functools.partial(batches.make_batch, arrays, batch_size=settings.batch_size, buckets=c.data.buckets)
+  step_fn = steps.make_train_step(loss, tx, steps.state_shardings(trainable[0], tx, family, run.mesh),
+                                  sharding.param_shardings(frozen, family, run.mesh), run.mesh, runs)
+  makes = [functools.partial(batches.make_batch, arrays, batch_size=settings.batch_size, buckets=c.data.buckets)
+           for arrays in each]
   if packed and c.data.pack:
-    make = packing.packer(arrays, settings.batch_size, c.data.buckets, sharding.batch_shards(run.mesh), c.seed, total,
-                          model.config.pad_token_id or 0)
+    makes = packing.packers(each, seeds, settings.batch_size, c.data.buckets, shards, total, pad)
+  def batches_from(step):
+    streams = [batches.train_batches(num_examples, settings.batch_size, make, seed, step)
+               for make, seed in zip(makes, seeds)]
+    return streams[0] if runs == 1 else (packing.stack(some, shards, pad) for some in zip(*streams))
   def dev_accuracy(trained):
-    return (run.predict(model, lora.combine(trained, frozen), dev) == dev["label"]).mean()
-  key = stream_key(c.seed, "defend" if name in DEFENSES else {"clean": "poison"}.get(name, name))  # one for all of them
-  trained, chosen = train.fit(
-      name, step_fn, steps.init_state(trainable, tx, family, run.mesh), frozen,
-      lambda step: batches.train_batches(len(arrays["length"]), settings.batch_size, make, c.seed, step),
-      steps=total, key=key, mesh=run.mesh, eval_every=max(1, total // settings.evaluations), workdir=run.workdir,
-      config_hash=run.hash, dev_accuracy=dev_accuracy if dev else None, log_every=c.log_every,
-      checkpoint_every=c.checkpoint_every, term_norms=steps.make_term_norms(loss, weights),
-      term_norms_every=c.term_norms_every)
-  print(f"{name}: {total} steps in {chosen['seconds']:.0f} s, " + (
-      f"dev accuracy {chosen['dev_accuracy']:.4f} at step {chosen['step']}" if dev else "last step kept"), flush=True)
-  return lora.combine(trained, frozen), chosen
+    alone = [trained] if runs == 1 else [jax.tree.map(lambda x, i=i: x[i], trained) for i in range(runs)]
+    return [(run.predict(model, lora.combine(one, frozen), dev) == dev["label"]).mean() for one in alone]
+  stream = "defend" if trains == lora.LORA else {"clean": "poison"}.get(names[0], names[0])   # one for all defenses
+  keys = [stream_key(seed, stream) for seed in seeds]
+  state = steps.init_state(trainable[0] if runs == 1 else trainable, tx, family, run.mesh)
+  fitted = train.fit(
+      names, step_fn, state, frozen, batches_from, steps=total, key=keys[0] if runs == 1 else jax.numpy.stack(keys),
+      mesh=run.mesh, eval_every=max(1, total // settings.evaluations), workdir=run.workdir, config_hash=run.hash,
+      dev_accuracy=dev_accuracy if dev else None, log_every=c.log_every, checkpoint_every=c.checkpoint_every,
+      term_norms=steps.make_term_norms(loss, weights, runs), term_norms_every=c.term_norms_every)
+  for name, (_, chosen) in zip(names, fitted):
+    print(f"{name}: {total} steps in {chosen['seconds']:.0f} s, " + (
+        f"dev accuracy {chosen['dev_accuracy']:.4f} at step {chosen['step']}" if dev else "last step kept"), flush=True)
+  return [lora.combine(trained, frozen) for trained, _ in fitted]
 
 
 def stream_key(seed, name):

@@ -22,10 +22,16 @@ class TrainState(NamedTuple):
 
 
 def init_state(params, tx, family, mesh):
-  """TrainState at step 0 placed on the mesh: optimizer moments lie where their parameters lie."""
-  places = state_shardings(params, tx, family, mesh)
+  """TrainState at step 0 placed on the mesh: optimizer moments lie where their parameters lie.
+
+  params: nested dict; or a list of them, one per run of `make_train_step`.
+  """
+  places = state_shardings(params[0] if isinstance(params, list) else params, tx, family, mesh)
   def init(params):  # a copy: the steps donate the state, and the caller keeps its parameters
     return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), tx.init(params))
+  if isinstance(params, list):
+    params, init = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params), jax.vmap(init)
+    places = sharding.stacked(places)
   return jax.jit(init, out_shardings=places)(params)
 
 
@@ -74,8 +80,11 @@ def language_model_loss(model):
   return loss
 
 
-def make_train_step(loss, tx, state_places, frozen_places, mesh):
+def make_train_step(loss, tx, state_places, frozen_places, mesh, runs=1):
   """The jitted step; the state is donated.
+
+  With runs > 1 it trains so many at once over one frozen base: every leaf of state, batch, key and metrics has an axis
+  of that size in front, and each run is what it would be alone.
 
   Args:
     loss: as `classification_loss` returns it.
@@ -91,16 +100,19 @@ def make_train_step(loss, tx, state_places, frozen_places, mesh):
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     metrics = {"loss": value, **terms, "grad_norm": optax.tree_utils.tree_norm(grads)}
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
-  everywhere = sharding.replicated(mesh)
-  return jax.jit(step, in_shardings=(state_places, frozen_places, sharding.batch_sharding(mesh), everywhere),
+  everywhere, batch_places = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+  if runs > 1:
+    step = jax.vmap(step, in_axes=(0, None, 0, 0))
+    state_places, batch_places = sharding.stacked((state_places, batch_places))
+  return jax.jit(step, in_shardings=(state_places, frozen_places, batch_places, everywhere),
                  out_shardings=(state_places, everywhere), donate_argnums=0)
 
 
-def make_term_norms(loss, weights):
-  """Jitted (state, frozen, batch, key) -> {"grad_norm/TERM": norm of that weighted term's own gradient}."""
+def make_term_norms(loss, weights, runs=1):
+  """Jitted (state, frozen, batch, key) -> {"grad_norm/TERM": norm of that weighted term's own gradient}, as above."""
   def norms(state, frozen, batch, key):
     key = jax.random.fold_in(key, state.step)
     def term(params, name):
       return weights[name] * loss(params, frozen, batch, key)[1][name]
     return {f"grad_norm/{name}": optax.tree_utils.tree_norm(jax.grad(term)(state.params, name)) for name in weights}
-  return jax.jit(norms)
+  return jax.jit(norms if runs == 1 else jax.vmap(norms, in_axes=(0, None, 0, 0)))

@@ -4,6 +4,9 @@ R rows of T tokens, B texts, G groups of R / G rows and B / G texts: one per sha
 its device.
 """
 
+import functools
+import itertools
+
 import numpy as np
 
 from w2s_jax.data import batches
@@ -26,13 +29,27 @@ def first_fit(lengths, row_length):
   return out
 
 
-def packer(arrays, batch_size, buckets, groups, seed, steps, pad_token_id):
-  """make(rows) -> packed batch, for `batches.train_batches` of a stage of so many steps; arguments as below."""
-  row_length = _row_length(arrays, buckets)
-  counts = row_counts(arrays["length"], batch_size, row_length, groups, seed, steps)
-  def make(rows):
-    return pack_batch(arrays, rows, batch_size, row_length, counts, groups, pad_token_id)
-  return make
+def packers(each, seeds, batch_size, buckets, groups, steps, pad_token_id):
+  """[make(rows) -> packed batch] for `batches.train_batches` of each run, of so many steps; arguments as below.
+
+  each: arrays of each run; their batches come in the same few shapes.
+  """
+  row_length = max(_row_length(arrays, buckets) for arrays in each)
+  counts = row_counts([arrays["length"] for arrays in each], seeds, batch_size, row_length, groups, steps)
+  return [functools.partial(pack_batch, arrays, batch_size=batch_size, row_length=row_length, counts=counts,
+                            groups=groups, pad_token_id=pad_token_id) for arrays in each]
+
+
+def stack(runs, groups, pad_token_id):
+  """Batches of several runs as one, every array [runs, ...]: rows are added and lengthened up to the largest's."""
+  R, T = np.max([batch["input_ids"].shape for batch in runs], axis=0)
+  def widened(rows, fill):
+    rows = rows.reshape(groups, -1, rows.shape[1])
+    more = ((0, 0), (0, R // groups - rows.shape[1]), (0, T - rows.shape[2]))
+    return np.pad(rows, more, constant_values=fill).reshape(R, T)
+  fills = {"input_ids": pad_token_id, "attention_mask": 0}
+  return {name: np.stack([widened(batch[name], fills[name]) if name in fills else batch[name] for batch in runs])
+          for name in runs[0]}
 
 
 def eval_batches(arrays, batch_size, buckets, groups, pad_token_id):
@@ -50,18 +67,22 @@ def _row_length(arrays, buckets):
   return min(batches.bucket_length(arrays["length"].max(), buckets), arrays["input_ids"].shape[1])
 
 
-def row_counts(lengths, batch_size, row_length, groups, seed, steps):
+def row_counts(lengths, seeds, batch_size, row_length, groups, steps):
   """Ascending rows per group that a stage's batches are laid out in: at most MOST_SHAPES, the last holds any batch.
 
   They are quantiles of what the stage's own batches need.
+
+  Args:
+    lengths: [N] int of each run.
+    seeds: of each run's order.
+    steps: of the stage.
   """
   needed = []
-  per_epoch = batches.steps_per_epoch(len(lengths), batch_size)
-  for step in range(min(steps, MOST_SIMULATED)):
-    if step % per_epoch == 0:
-      order = batches.epoch_order(seed, step // per_epoch, len(lengths))
-    split = _split(order[step % per_epoch * batch_size:][:batch_size], batch_size, groups)
-    needed.append(_most_rows(lengths, split, row_length))
+  for mine, seed in zip(lengths, seeds):
+    def rows_needed(rows, mine=mine):
+      return _most_rows(mine, _split(rows, batch_size, groups), row_length)
+    stream = batches.train_batches(len(mine), batch_size, rows_needed, seed, 0)
+    needed += itertools.islice(stream, min(steps, MOST_SIMULATED // len(seeds)))
   quantiles = np.quantile(needed, np.arange(1, MOST_SHAPES) / (MOST_SHAPES - 1), method="higher")
   return sorted({*map(int, quantiles), batch_size // groups})
 
