@@ -17,6 +17,7 @@ from cli import ENV, ROOT, SHARED, SHORT, w2s
 from safetensors.numpy import load_file, save_file
 
 from w2s_jax.data import grammar
+from w2s_jax.run import Run
 
 CONFIG = "--config=configs/llama_badnet.py"
 DEFENSES = ("lora_ce", "w2s", "w2s_released", "w2s_shuffled")
@@ -248,6 +249,13 @@ def test_what_changed_under_its_name_is_not_mixed_in(workdir, home):
 def test_one_process_at_a_time(workdir):
   with filelock.FileLock(workdir / ".lock"):
     refuses("another process works in", CONFIG, *SHORT, workdir=workdir)
+  mine = Run(None, workdir, None, "", {}, {}, {})
+  mine.lock()
+  mine.lock()
+  with pytest.raises(filelock.Timeout):                         # it is held, not only taken
+    filelock.FileLock(workdir / ".lock").acquire(timeout=0)
+  del mine
+  filelock.FileLock(workdir / ".lock").acquire(timeout=0)
 
 
 def test_a_teacher_of_an_earlier_run_is_taken_as_it_is(workdir, cleaned, home):

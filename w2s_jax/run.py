@@ -30,6 +30,7 @@ class Run:
   rows: dict          # "attack_train", "attack_dev", "train", "dev", "test", "triggered" or "probes" -> rows
   sha256: dict        # of the frozen files
   inputs: dict        # sha256 of what was read: rows of each split, weights of the given checkpoints
+  held: object = None  # the workdir's lock
 
   @property
   def cache(self):
@@ -106,20 +107,22 @@ class Run:
     """
     try:
       self.workdir.mkdir(parents=True, exist_ok=True)
+      self.lock()
+      _check_claim(self.config, self.workdir)          # another process may have been faster
       report.write_json(self.workdir / "inputs.json", self.inputs)
       report.write_json(self.workdir / "config.json", self.config.to_dict())
-      self.lock()
     except OSError as e:
       raise InputError(f"cannot write to {self.workdir} ({e.strerror}): give another --workdir") from None
 
   def lock(self):
-    """Holds the workdir until the process ends.
+    """Holds the workdir as long as this object lives; twice is as good as once.
 
     Raises:
       InputError: another process holds it.
     """
     try:
-      filelock.FileLock(self.workdir / ".lock", is_singleton=True).acquire(timeout=0)
+      self.held = filelock.FileLock(self.workdir / ".lock", is_singleton=True)
+      self.held.acquire(timeout=0)
     except filelock.Timeout:
       raise InputError(f"another process works in {self.workdir}: wait for it, or give another --workdir") from None
     except OSError as e:
