@@ -42,6 +42,7 @@ def test_the_program_of_a_step_does_not_grow_with_the_layers():
   assert sizes[0] == sizes[1]
 
 
+@pytest.mark.slow
 def test_the_accelerator_benchmark_on_what_there_is():
   *lines, best = json_lines("accelerator.py", "--size=1m", "--rank=8", "--length=16", "--rows=2", "--remats=none,full",
                             "--steps=2", "--dtype=float32")

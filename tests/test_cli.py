@@ -135,6 +135,7 @@ def test_stages_one_by_one_give_the_same(workdir, home):
   assert results(home / "staged")["rows"] == results(workdir)["rows"]
 
 
+@pytest.mark.slow
 def test_several_seeds_of_a_defense_at_once(workdir, home):
   """From the finished run's poisoned model: rows, models and metrics of each seed, and what one seed alone gives."""
   several = home / "several"

@@ -59,7 +59,7 @@ def test_the_checkpoint_that_is_cleaned(home):
 
 
 @pytest.mark.parametrize("command", [
-    pytest.param(c, marks=pytest.mark.slow) if "minilm" in c else c for c in MAIN if c != CLEAN])
+    pytest.param(c, marks=pytest.mark.slow) if "data=../shared" in c else c for c in MAIN if c != CLEAN])
 def test_main_commands(command, home):
   args = shlex.split(command)[3:]
   if "../shared/data" in command and not (SHARED / "data").is_dir():

@@ -225,8 +225,9 @@ def test_a_step_that_is_not_finite_stops_the_stage_and_says_where(broken, rig, t
   assert saved == [4]
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
-@pytest.mark.parametrize("model", ["llama", "bert"])
+@pytest.mark.parametrize("model,interrupted", [
+    ("llama", True), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", False), ("bert", False),
+                                                                                ("bert", True)))])
 def test_three_seeds_at_once_are_three_runs(model, interrupted, request, make_batch, tmp_path):
   """Adapters, order, dropout and best step differ; batches are packed; also stopped half-way and resumed."""
   model, params = request.getfixturevalue(model)

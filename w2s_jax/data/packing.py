@@ -12,6 +12,7 @@ import numpy as np
 from w2s_jax.data import batches
 
 MOST_SHAPES = 6          # of one stage's step
+STEPS_PER_SHAPE = 50     # a shape that serves fewer is not worth compiling
 MOST_SIMULATED = 4096    # batches that are laid out to choose the shapes
 
 
@@ -83,7 +84,8 @@ def row_counts(lengths, seeds, batch_size, row_length, groups, steps):
       return _most_rows(mine, _split(rows, batch_size, groups), row_length)
     stream = batches.train_batches(len(mine), batch_size, rows_needed, seed, 0)
     needed += itertools.islice(stream, min(steps, MOST_SIMULATED // len(seeds)))
-  quantiles = np.quantile(needed, np.arange(1, MOST_SHAPES) / (MOST_SHAPES - 1), method="higher")
+  shapes = min(MOST_SHAPES - 1, 1 + steps // STEPS_PER_SHAPE)
+  quantiles = np.quantile(needed, np.arange(1, shapes + 1) / shapes, method="higher")
   return sorted({*map(int, quantiles), batch_size // groups})
 
 
