@@ -129,6 +129,7 @@ def test_a_killed_run_resumes_to_the_same_results(workdir, home):
   assert (killed / "metrics/w2s.jsonl").read_text() == (workdir / "metrics/w2s.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_stages_one_by_one_give_the_same(workdir, home):
   for stage in ("warmup", "poison", "teach", "defend", "evaluate", "report"):
     assert w2s(CONFIG, f"--workdir={home / 'staged'}", f"--stage={stage}", *SHORT).returncode == 0
@@ -210,6 +211,7 @@ def test_every_model_has_a_card(workdir, cleaned):
   assert f"| w2s | mn | {row['ca']:.3f} |" in (cleaned / "models/w2s/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_a_listed_trigger_and_rows_sorted_by_label(workdir, home):
   """No trigger, an odd max_length, a test file of its own: no ASR, and the probes still meet both classes."""
   rows = sorted(grammar.rows("phrases", "train", 80), key=lambda r: r["label"])
@@ -363,9 +365,11 @@ def test_a_refused_config_claims_nothing(workdir, tmp_path):
 
 def test_ctrl_c(home):
   stopped = home / "stopped"
+  def heed():  # a job in the background of a shell is started deaf to it, and so would be its children
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
   process = subprocess.Popen([sys.executable, "-m", "w2s_jax.main", CONFIG, f"--workdir={stopped}", *SHORT,
                               "--config.warmup.epochs=10000", "--config.warmup.max_steps=0"], cwd=ROOT, env=ENV,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
   while not (stopped / "config.json").exists():
     assert process.poll() is None
     time.sleep(0.01)
