@@ -37,7 +37,7 @@ WIDTH, SEED, LOG_EVERY = 384, 0, 10
 
 
 def prepare(directory, data, epochs, max_steps):
-  """What all share: student, teacher and first adapter as model directories, job.json, and our workdir to copy."""
+  """What all share: student, teacher and first adapter as model directories, and job.json."""
   rows = corpora.load_clean({"train": data, "dev": "", "test": ""}, 2, SEED, "", "")
   tokenizer = tokenization.train([r["text"] for r in rows["train"]], "decoder", 8000)
   arch = common.llama_arch(8000, WIDTH, 10, 6, 6, 1024, positions=LENGTH, std=0.02)
@@ -83,6 +83,12 @@ def our_command(directory, workdir, data, epochs, max_steps, stage, log_every=LO
           f"--workdir={workdir}", f"--stage={stage}", *(f"--config.{k}={v}" for k, v in fields.items())]
 
 
+def prepare_workdir(*args, **kwargs):
+  """Runs the stages of `our_command` that come before the defense, which are not timed."""
+  for stage in ("warmup", "teach"):
+    subprocess.run(our_command(*args, stage, **kwargs), check=True, stdout=subprocess.DEVNULL)
+
+
 def timed(command, log):
   """{"wall_s", "peak_rss_mib", "rc"} of a process, from its start to its end."""
   start = time.perf_counter()
@@ -121,9 +127,7 @@ def main():
     for who in ("ours", "pytorch", "tunix"):
       shutil.rmtree(directory / who, ignore_errors=True)
     (directory / "done.json").write_bytes(job)                         # the job that the runs in there are of
-  for stage in ("warmup", "teach"):
-    command = our_command(directory, directory / "ours/first", args.data, epochs, max_steps, stage)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+  prepare_workdir(directory, directory / "ours/first", args.data, epochs, max_steps)
   runs = {"ours": []} | {peer: [] for peer in filter(None, args.peers.split(","))}
   for i in range(rounds):
     for who in runs:

@@ -40,14 +40,12 @@ def main():
   shutil.rmtree(directory, ignore_errors=True)
   directory.mkdir(parents=True)
   defend_stage.prepare(directory, args.data, epochs=1, max_steps=0)
-  def command(workdir, stage):
-    return defend_stage.our_command(directory, workdir, args.data, 1, 0, stage, log_every=1)
-  for stage in ("warmup", "teach"):
-    subprocess.run(command(directory / "ours/prepared", stage), check=True, stdout=subprocess.DEVNULL)
+  defend_stage.prepare_workdir(directory, directory / "ours/prepared", args.data, 1, 0, log_every=1)
   seconds = []
   for start in ("first", "second"):
     workdir = shutil.copytree(directory / "ours/prepared", directory / "starts" / start)
-    seconds.append(seconds_to_first_step(command(workdir, "defend"), workdir / "metrics/w2s.jsonl"))
+    command = defend_stage.our_command(directory, workdir, args.data, 1, 0, "defend", log_every=1)
+    seconds.append(seconds_to_first_step(command, workdir / "metrics/w2s.jsonl"))
   print(json.dumps({"first_s": round(seconds[0], 2), "second_s": round(seconds[1], 2),
                     "ratio": round(seconds[1] / seconds[0], 3)}))
 

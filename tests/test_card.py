@@ -3,6 +3,7 @@
 import hashlib
 
 from w2s_jax import card
+from w2s_jax.models import sha256
 
 
 def row(model, attack, ca, asr):
@@ -57,4 +58,4 @@ def test_what_is_known_without_a_trigger_and_warnings():
 def test_the_hash_is_of_the_weights(tmp_path):
   (tmp_path / "model.safetensors").write_bytes(b"weights")
   (tmp_path / "config.json").write_text("{}")
-  assert card.sha256(tmp_path, "*.safetensors") == {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}
+  assert sha256(tmp_path, "*.safetensors") == {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}

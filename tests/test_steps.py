@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from benchmarks import step as step_benchmark
 from w2s_jax import lora, optim, sharding, steps
 from w2s_jax.defenses import w2s
 from w2s_jax.models import Model
@@ -97,31 +98,16 @@ def test_optimizer_state_is_for_adapters_and_head_only(family, head, request):
   assert set(flatten(state.params)) == trained
 
 
-def step_flops(config, trains):
+def step_flops(config, rank):
   """The compiler's count for one W2S step of 32 rows of 32 tokens; nothing is allocated."""
-  model, mesh = Model(config), single_device()
-  params = model.abstract_params()
-  if trains == lora.LORA:
-    params = jax.eval_shape(with_adapters, params)
-  trainable, frozen = lora.split(params, trains)
-  tx = optim.make_optimizer(trainable, 1e-3, 10)
-  state = jax.eval_shape(lambda p: steps.TrainState(jnp.zeros((), jnp.int32), p, tx.init(p)), trainable)
-  step = steps.make_train_step(w2s_loss(model), tx, steps.state_shardings(trainable, tx, "llama", mesh),
-                               sharding.param_shardings(frozen, "llama", mesh), mesh)
-  def rows(dtype, *shape):
-    return jax.ShapeDtypeStruct((32, *shape), dtype)
-  batch = {"input_ids": rows("int32", 32), "attention_mask": rows("int32", 32), "label": rows("int32"),
-           "weight": rows("float32"), "teacher_logits": rows("float32", 2),
-           "teacher_features": rows("float32", config.hidden_size)}
-  compiled = step.lower(state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0))).compile()
-  return compiled.cost_analysis()["flops"]
+  return step_benchmark.lowered(Model(config), rank, 32, 32, single_device()).compile().cost_analysis()["flops"]
 
 
 def test_a_lora_step_costs_at_most_70_percent_of_full_fine_tuning(llama):
   """Rank 8 on q and v, same model and batch. Unrolled: XLA counts the body of a loop once, however often it runs."""
   config = dataclasses.replace(llama[0].config, hidden_size=256, intermediate_size=688, head_dim=64, num_layers=2,
                                unroll=True)
-  adapters, full = step_flops(config, lora.LORA), step_flops(config, lora.FULL)
+  adapters, full = step_flops(config, 8), step_flops(config, 0)
   # All layers are counted: forward, to the inputs and to the kernels, 2 FLOPs per weight and token each time.
   kernels = 2 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 688)
   assert full > 3 * 2 * kernels * 32 * 32

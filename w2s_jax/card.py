@@ -1,8 +1,5 @@
 """Model cards: what a model directory is, what was measured of it, and the warning it needs."""
 
-import hashlib
-from pathlib import Path
-
 KINDS = {   # models/NAME of what is no defense
     "suspect": "WARNING: this model is under suspicion of a backdoor. It is a copy for comparison: do not use it.\n",
     "poisoned": "WARNING: this model is POISONED on purpose, for research ({attack}). Do not use it otherwise.\n",
@@ -16,15 +13,6 @@ DEFENDED = "A model with a (suspected) backdoor after the defense {name} of w2s_
 def first_line(name, attack=None):
   """The first line of the card of models/NAME; `attack` is what was done to a poisoned one."""
   return KINDS.get(name, DEFENDED).format(name=name, attack=attack)
-
-
-def sha256(directory, *patterns):
-  """{file name: sha256} of the directory's files that match one of the patterns."""
-  out = {}
-  for file in sorted(file for pattern in patterns for file in Path(directory).glob(pattern)):
-    with file.open("rb") as f:
-      out[file.name] = hashlib.file_digest(f, "sha256").hexdigest()
-  return out
 
 
 def text(name, rows, meta, attack=None):

@@ -34,7 +34,7 @@ def save(manager, step, state, config_hash, dev_accuracy=None):
 
 def best_steps(manager, runs):
   """[runs] (step, dev accuracy) of each run's best evaluated checkpoint; the later one of two that are as good."""
-  each = {step: manager.metrics(step)["each"] for step in manager.all_steps() if manager.metrics(step)}
+  each = {step: metrics["each"] for step in manager.all_steps() if (metrics := manager.metrics(step))}
   return [max(((step, accuracies[run]) for step, accuracies in each.items()), key=lambda one: (one[1], one[0]))
           for run in range(runs)]
 

@@ -9,10 +9,10 @@ import filelock
 import jax
 import numpy as np
 
-from w2s_jax import InputError, card, checks, evaluate, report, sharding
+from w2s_jax import InputError, checks, evaluate, report, sharding
 from w2s_jax.data import corpora, poison, tokenization
 from w2s_jax.defenses import DEFENSES
-from w2s_jax.models import check_links, config_from_hf, load_pretrained, read_json, resolve
+from w2s_jax.models import check_links, config_from_hf, load_pretrained, read_json, resolve, sha256
 from w2s_jax.models.fields import Fields
 
 
@@ -77,7 +77,7 @@ class Run:
   def facts(self):
     """What every results.json says of its run; of the student's weights, the hashes where they are from."""
     path = self.config.student.path
-    weights = card.sha256(resolve(path) if path else self.model_dir("base"), "*.safetensors")
+    weights = self.inputs[_weights_of(path)] if path else sha256(self.model_dir("base"), "*.safetensors")
     return {"config_hash": self.hash, "sha256": self.sha256, "versions": report.versions(),
             "devices": f"{self.mesh.devices.size} x {jax.devices()[0].device_kind}",
             "base": {"path": path or "trained here from nothing", "sha256": weights},
@@ -177,8 +177,12 @@ def _inputs(config, rows):
   out = {f"{split} rows": hashlib.sha256(json.dumps(chosen).encode()).hexdigest() for split, chosen in rows.items()}
   for name in ("student", "teacher"):
     if path := config[name].path:
-      out[f"weights of {path}"] = card.sha256(resolve(path), "*.safetensors")
+      out[_weights_of(path)] = sha256(resolve(path), "*.safetensors")
   return out
+
+
+def _weights_of(path):
+  return f"weights of {path}"
 
 
 def _check_inputs(run):

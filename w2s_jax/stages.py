@@ -279,7 +279,7 @@ def _train(run, names, model, starts, trains, each, dev, settings, loss, weights
   keys = [stream_key(seed, stream) for seed in seeds]
   state = steps.init_state(trainable[0] if runs == 1 else trainable, tx, family, run.mesh)
   fitted = train.fit(
-      names, step_fn, state, frozen, batches_from, steps=total, key=keys[0] if runs == 1 else jax.numpy.stack(keys),
+      names, step_fn, state, frozen, batches_from, steps=total, key=keys[0] if runs == 1 else jnp.stack(keys),
       mesh=run.mesh, eval_every=max(1, total // settings.evaluations), workdir=run.workdir, config_hash=run.hash,
       dev_accuracy=dev_accuracy if dev else None, log_every=c.log_every, checkpoint_every=c.checkpoint_every,
       term_norms=steps.make_term_norms(loss, weights, runs), term_norms_every=c.term_norms_every)

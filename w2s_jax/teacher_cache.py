@@ -9,7 +9,7 @@ import tempfile
 import numpy as np
 
 from w2s_jax import InputError
-from w2s_jax.card import sha256
+from w2s_jax.models import sha256
 
 NAMES = ("logits", "features")
 

@@ -1,5 +1,6 @@
 """The files of a model directory, which may be a stranger's: where they are, and which are opened."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -117,3 +118,12 @@ def open_tensors(file):
     return safetensors.safe_open(file, framework="np")
   except (safetensors.SafetensorError, OSError) as e:
     raise InputError(f"cannot read {file}: {str(e)[:300]!r}") from None  # it quotes the header, line ends and all
+
+
+def sha256(directory, *patterns):
+  """{file name: sha256} of the directory's files that match one of the patterns."""
+  out = {}
+  for file in sorted(file for pattern in patterns for file in Path(directory).glob(pattern)):
+    with file.open("rb") as f:
+      out[file.name] = hashlib.file_digest(f, "sha256").hexdigest()
+  return out
