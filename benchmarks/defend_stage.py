@@ -6,7 +6,8 @@ Every run is a process of its own, from its start to its end: imports, compilati
 take turns with us, round after round. PyTorch works as it is done today (peer_pytorch.py): transformers and peft, the
 teacher run in every step, batches padded to their longest text. --tunix-python names the interpreter of a virtual
 environment with google-tunix, --pytorch-python of one with torch and peft; a peer that cannot run says why.
-A run that is in --directory with the same job is not run again: hours of rounds can be stopped and continued.
+A run that is in --directory with the same job is not run again: hours of rounds can be stopped and continued. Who needs
+the machine meanwhile sends the running peer SIGSTOP, and SIGCONT later: the time between does not count.
 README.md here says how to read the output.
 """
 
@@ -90,13 +91,20 @@ def prepare_workdir(*args, **kwargs):
 
 
 def timed(command, log):
-  """{"wall_s", "peak_rss_mib", "rc"} of a process, from its start to its end."""
-  start = time.perf_counter()
+  """{"wall_s", "peak_rss_mib", "rc"} of a process, from its start to its end, less the time it stood stopped."""
+  now = time.perf_counter
+  start = now()
   with open(log, "w") as f:
     process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, cwd=ROOT)
-    _, status, usage = os.wait4(process.pid, 0)
-  return {"wall_s": time.perf_counter() - start, "peak_rss_mib": usage.ru_maxrss / 1024,
-          "rc": os.waitstatus_to_exitcode(status)}
+    while True:
+      _, status, usage = os.wait4(process.pid, os.WUNTRACED | os.WCONTINUED)
+      if os.WIFSTOPPED(status):
+        stopped = now()
+      elif os.WIFCONTINUED(status):
+        start += now() - stopped
+      else:
+        break
+  return {"wall_s": now() - start, "peak_rss_mib": usage.ru_maxrss / 1024, "rc": os.waitstatus_to_exitcode(status)}
 
 
 def last_epoch_loss(file, steps, epochs):
