@@ -93,6 +93,7 @@ def base(attack):
   c.lora.alpha = 16.0
   c.lora.dropout = 0.0
   c.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # "all-linear": all
+  c.lora.quantize = ""                # "int8", "int4", "nf4": bits of the frozen layers while adapters train (qwix)
   c.lora.export = False               # also write adapters/DEFENSE, which peft loads onto the attacked model
 
   c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))   # devices per axis; -1: those that are left

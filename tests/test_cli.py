@@ -136,13 +136,35 @@ def test_stages_one_by_one_give_the_same(workdir, home):
   assert results(home / "staged")["rows"] == results(workdir)["rows"]
 
 
+def before_the_defenses(workdir, new):
+  """`new` as a workdir that has come so far, from a finished run."""
+  for stage in ("poisoned", "clean", "base", "teacher"):
+    shutil.copytree(workdir / "models" / stage, new / "models" / stage)
+  shutil.copytree(workdir / "data", new / "data")
+  return new
+
+
+@pytest.mark.slow
+def test_a_defense_over_a_quantized_base(workdir, home):
+  """From the finished run's poisoned model: another w2s model, each kernel near what the exact base gives."""
+  pytest.importorskip("qwix", reason="pip install qwix (jax < 0.11.1)", exc_type=Exception)
+  quantized = before_the_defenses(workdir, home / "quantized")
+  out = w2s(CONFIG, f"--workdir={quantized}", *SHORT, "--config.lora.quantize=int8", "--config.defenses=('w2s',)")
+  assert out.returncode == 0, out.stderr
+  assert [r["model"] for r in results(quantized)["rows"]] == ["clean", "poisoned", "w2s"]
+  exact, few_bits = (load_file(d / "models/w2s/model.safetensors") for d in (workdir, quantized))
+  for name, values in exact.items():
+    assert few_bits[name].dtype == values.dtype
+    if "_proj" in name:
+      assert 0 < np.abs(few_bits[name] - values).max() < 0.03 * np.abs(values).max(), name
+  refuses("a layer has 160 input features, int4 wants a multiple of 64", CONFIG, "--config.lora.quantize=int4",
+          workdir=home / "refused")
+
+
 @pytest.mark.slow
 def test_several_seeds_of_a_defense_at_once(workdir, home):
   """From the finished run's poisoned model: rows, models and metrics of each seed, and what one seed alone gives."""
-  several = home / "several"
-  for stage in ("poisoned", "clean", "base", "teacher"):
-    shutil.copytree(workdir / "models" / stage, several / "models" / stage)
-  shutil.copytree(workdir / "data", several / "data")
+  several = before_the_defenses(workdir, home / "several")
   out = w2s(CONFIG, f"--workdir={several}", *SHORT, "--config.defend.seeds=(0,4)", "--config.defenses=('w2s',)")
   assert out.returncode == 0 and "w2s over 2 seeds: CA " in out.stdout and "| w2s-seed4 |" in out.stdout, out.stderr
   alone, rows = (results(d)["rows"] for d in (workdir, several))
@@ -312,6 +334,7 @@ def refuses(message, *args, workdir):
     ("5 attention heads must be divided by num_key_value_heads, got 2", [
         CONFIG, "--config.student.arch.num_attention_heads=5"]),
     ("LoRA rank 16, targets ('nope',)", [CONFIG, "--config.lora.targets=('nope',)"]),
+    ("lora.quantize 'int3': want one of int8, int4, nf4", [CONFIG, "--config.lora.quantize=int3"]),
     ("the teacher has 8 positions, texts have up to 32", [CONFIG, "--config.teacher.arch.max_position_embeddings=8"]),
     ("defend.temperature is 0.0, wanted a number in 0.001..1000", [CONFIG, "--config.defend.temperature=0.0"]),
     ("lora.dropout is 1.5, wanted a number in 0..0.99", [CONFIG, "--config.lora.dropout=1.5"]),

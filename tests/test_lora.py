@@ -16,7 +16,7 @@ from flax import traverse_util
 from test_models import SHAPES, torch_model
 
 from w2s_jax import InputError, lora, optim, sharding, steps
-from w2s_jax.models import Model, load_pretrained, save_pretrained
+from w2s_jax.models import Model, layers, load_pretrained, save_pretrained
 
 ALL = {"llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
        "bert": ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")}
@@ -298,3 +298,17 @@ def test_there_is_nothing_to_export_without_adapters(llama, tmp_path):
   with pytest.raises(InputError, match="hold no adapter"):
     lora.export_adapter(tmp_path / "adapter", model, params)
   assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("tokens,rank,width_in,width_out", [
+    (64, 32, 32, 32), (8, 32, 32, 32), (512, 24, 32, 64), (512, 2, 32, 64)])
+def test_an_adapters_product_costs_what_the_cheaper_order_costs(tokens, rank, width_in, width_out):
+  """By the compiler's count, forward; both orders give x A B."""
+  shapes = (tokens, width_in), (width_in, rank), (rank, width_out)
+  x, a, b = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+  flops = jax.jit(layers.adapter_product).lower(x, a, b).compile().cost_analysis()["flops"]
+  through_rank = 2 * tokens * rank * (width_in + width_out)
+  through_delta = 2 * width_in * width_out * (rank + tokens)
+  assert flops == pytest.approx(min(through_rank, through_delta), rel=0.01)
+  np.testing.assert_allclose(layers.adapter_product(x, a, b), np.asarray(x) @ np.asarray(a) @ np.asarray(b), rtol=1e-3,
+                             atol=1e-3)

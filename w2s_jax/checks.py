@@ -4,6 +4,7 @@ import re
 
 from w2s_jax import InputError, lora
 from w2s_jax.defenses import DEFENSES, w2s
+from w2s_jax.models import quantized
 
 TRAINING = ("warmup", "poison", "teach", "defend")   # sections of the config that say how a stage trains
 
@@ -42,6 +43,8 @@ def check_fields(config):
   seeds = list(config.defend.seeds)
   if len(set(seeds)) < len(seeds) or not all(isinstance(s, int) and s >= 0 for s in seeds):
     raise InputError(f"defend.seeds {tuple(seeds)}: want different integers of at least 0: set --config.defend.seeds")
+  if config.lora.quantize:
+    quantized.check(config.lora.quantize)
   trains = fields.get("poison.trains", lora.FULL)
   if not trains or set(trains) - set(lora.FULL):
     raise InputError(f"poison.trains {tuple(trains)}: want labels among {', '.join(lora.FULL)}: set "

@@ -4,7 +4,6 @@ import functools
 
 import jax
 import numpy as np
-import scipy.stats
 
 from w2s_jax import sharding
 from w2s_jax.data import packing
@@ -53,6 +52,7 @@ def wilson(hits, n):
   """[low, high]: Wilson's 95% interval of a rate; [0, 1] where n is 0."""
   if not n:
     return [0.0, 1.0]
+  import scipy.stats  # half a second that the training stages do not wait for
   interval = scipy.stats.binomtest(int(hits), int(n)).proportion_ci(method="wilson")
   return [float(interval.low), float(interval.high)]
 

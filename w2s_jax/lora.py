@@ -15,7 +15,7 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from w2s_jax import InputError, sharding
-from w2s_jax.models import formats
+from w2s_jax.models import formats, quantized
 
 # Parameter path -> label; the first full match wins, no catch-all on purpose.
 LABEL_RULES = (
@@ -86,12 +86,18 @@ def add_lora(params, rank, alpha, targets=("q_proj", "v_proj"), *, key):
 
 
 def merge_lora(params):
-  """A new tree without adapters: kernel + A B alpha / R, computed in float32 and kept in the kernel's dtype."""
+  """A new tree without adapters: kernel + A B alpha / R, computed in float32 and kept in the kernel's dtype.
+
+  Kernels of a quantized base become plain ones, on the host: all together may be more than the device holds.
+  """
   flat = traverse_util.flatten_dict(params, sep="/")
   out = {p: leaf for p, leaf in flat.items() if not p.rsplit("/", 1)[-1].startswith("lora_")}
-  for path in (p.removesuffix("/lora_a") for p in flat if p.endswith("/lora_a")):
-    a, b, alpha = (flat[f"{path}/{name}"] for name in ("lora_a", "lora_b", "lora_alpha"))
-    out[f"{path}/kernel"] = _merge(flat[f"{path}/kernel"], a, b, alpha)
+  for path in (p.removesuffix("/kernel") for p in out if p.endswith("/kernel")):
+    kernel = flat[f"{path}/kernel"]
+    if f"{path}/lora_a" in flat:
+      out[f"{path}/kernel"] = _merge(kernel, *(flat[f"{path}/{name}"] for name in ("lora_a", "lora_b", "lora_alpha")))
+    if quantized.is_quantized(kernel):
+      out[f"{path}/kernel"] = jax.device_get(jax.jit(quantized.dequantize)(out[f"{path}/kernel"]))
   return traverse_util.unflatten_dict(out, sep="/")
 
 
@@ -100,7 +106,7 @@ def _merge(kernel, a, b, alpha):
   def layer(leaves):
     kernel, a, b, alpha = leaves
     delta = jnp.matmul(a, b, precision="highest") * (alpha / a.shape[-1])
-    return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+    return (quantized.dequantize(kernel.astype(jnp.float32)) + delta).astype(kernel.dtype)
   return jax.lax.map(layer, (kernel, a, b, alpha))
 
 

@@ -99,16 +99,29 @@ def param_shardings(params, family, mesh):
   Raises:
     InputError: a mesh axis does not divide the dimension it is laid on; names the leaf and both numbers.
   """
-  out = {}
-  for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
-    spec = match(path, RULES[family])
-    for size, axes in zip(leaf.shape, spec):
+  flat = traverse_util.flatten_dict(params, sep="/")
+  return traverse_util.unflatten_dict({path: leaf_sharding(path, leaf, family, mesh) for path, leaf in flat.items()},
+                                      sep="/")
+
+
+def leaf_sharding(path, leaf, family, mesh):
+  """NamedSharding of one leaf; of a quantized one for each of its arrays, which all have the leaf's axes.
+
+  Raises: as `param_shardings`.
+  """
+  spec = match(path, RULES[family])
+  def place(array):
+    axes_split = []
+    for size, whole, axes in zip(array.shape, leaf.shape, spec):
       parts = int(np.prod([mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ())]))
-      if size % parts:
-        raise InputError(f"{path} {tuple(leaf.shape)}: dimension {size} is not divisible by mesh axis {axes}={parts}: "
+      if size == 1 < whole:                             # one scale for the whole axis
+        axes = None
+      elif size % parts:
+        raise InputError(f"{path} {tuple(array.shape)}: dimension {size} is not divisible by mesh axis {axes}={parts}: "
                          "set --config.mesh.data/.fsdp/.tensor")
-    out[path] = NamedSharding(mesh, spec)
-  return traverse_util.unflatten_dict(out, sep="/")
+      axes_split.append(axes)
+    return NamedSharding(mesh, P(*axes_split))
+  return jax.tree.map(place, leaf)
 
 
 def replicated(mesh):

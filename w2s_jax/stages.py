@@ -13,7 +13,7 @@ from flax import traverse_util
 from w2s_jax import InputError, card, evaluate, lora, optim, probe, report, sharding, steps, teacher_cache, train
 from w2s_jax.data import batches, packing, poison, tokenization
 from w2s_jax.defenses import DEFENSES, w2s
-from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
+from w2s_jax.models import Model, config_from_hf, load_pretrained, quantized, resolve, save_pretrained
 from w2s_jax.models.formats import HEAD_CONFIG
 from w2s_jax.run import freeze_rows, start
 
@@ -54,9 +54,13 @@ def warmup(run):
 
 def _check_student(run, model):
   """What only the student's shape tells to be wrong, before anything trains."""
-  c = run.config
+  c, params = run.config, model.abstract_params()
   jax.eval_shape(lambda p: lora.add_lora(p, c.lora.rank, c.lora.alpha, tuple(c.lora.targets), key=jax.random.key(0)),
-                 model.abstract_params())
+                 params)
+  for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+    if c.lora.quantize and quantized.is_layer_kernel(path):
+      few_bits = jax.eval_shape(functools.partial(quantized.quantize, name=c.lora.quantize), leaf)
+      sharding.leaf_sharding(path, few_bits, model.config.family, run.mesh)
   _check_positions("student", model, run.max_length)
 
 
@@ -134,7 +138,8 @@ def defend(run):
     defense = DEFENSES[name]
     if defense is None or all([run.done(run.copy_name(name, seed)) for seed in seeds]):
       continue
-    model, params, tokenizer = run.load(run.attacked, lora_dropout=c.lora.dropout, remat=c.student.remat)
+    model, params, tokenizer = run.load(run.attacked, lora_dropout=c.lora.dropout, remat=c.student.remat,
+                                        quantize=c.lora.quantize)
     starts = [lora.add_lora(params, c.lora.rank, c.lora.alpha, tuple(c.lora.targets), key=stream_key(seed, "lora"))
               for seed in seeds]
     each = [run.encode(tokenizer, probe.with_rare_words(run.rows["train"], c.defend.insert_words, run.known_triggers(),

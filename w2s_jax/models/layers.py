@@ -3,10 +3,14 @@
 B texts, R rows, T tokens of a row, D width. A row holds one text, or several one after the other (data/packing.py).
 """
 
+import math
+
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+from w2s_jax.models import quantized
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -45,14 +49,22 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x):
     kernel = self.param("kernel", nn.initializers.normal(self.init_std), (x.shape[-1], self.features))
-    y = x @ kernel.astype(x.dtype)
+    y = quantized.product(x, kernel)
     if self.has_variable("params", "lora_a"):
       a, b, alpha = (self.get_variable("params", name) for name in ("lora_a", "lora_b", "lora_alpha"))
       h = nn.Dropout(self.lora_dropout, deterministic=not self.train)(x)
-      y += (h @ a.astype(x.dtype)) @ b.astype(x.dtype) * (alpha / a.shape[-1]).astype(x.dtype)
+      y += adapter_product(h, a, b) * (alpha / a.shape[-1]).astype(x.dtype)
     if self.use_bias:
       y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
     return y
+
+
+def adapter_product(x, a, b):
+  """x A B in x's dtype, [..., in] by [in, R] by [R, out], in the order that takes fewer multiplications."""
+  tokens, (width_in, rank), width_out = math.prod(x.shape[:-1]), a.shape, b.shape[1]
+  if (tokens + rank) * width_in * width_out < tokens * rank * (width_in + width_out):
+    return x @ (a @ b).astype(x.dtype)
+  return (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
 
 
 def linear(config, train, width, name, use_bias=True):

@@ -13,7 +13,7 @@ import numpy as np
 from flax import traverse_util
 
 from w2s_jax import InputError, sharding
-from w2s_jax.models import files, formats
+from w2s_jax.models import files, formats, quantized
 from w2s_jax.models.fields import Fields, short
 from w2s_jax.models.model import Model, config_from_hf
 
@@ -25,7 +25,7 @@ LISTED = 5000                                                      # characters 
 
 
 def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layers=None, feature_width=None, seed=0,
-                    head=None, **runtime):
+                    head=None, quantize="", **runtime):
   """Loads a model directory or hub id, a piece at a time: what it takes above the arrays themselves is small.
 
   Args:
@@ -37,6 +37,7 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
     feature_width: give an encoder the W2S teacher's head of this width; None reads it from the directory.
     seed: of a head that the checkpoint does not have (said in one line); None: that is an error.
     head: "lm" is the family's language-model head; the output's logits are then [B, V], of the pooled token.
+    quantize: "int8", "int4" or "nf4": layer kernels become models/quantized.py's, each as soon as it is read.
     **runtime: remat, unroll, lora_dropout of the model's config.
   Returns:
     (Model, params): params is a nested dict of arrays.
@@ -81,6 +82,8 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
       transposed = formats.is_transposed(model.config, leaf)
       read = functools.partial(_read, tensors, name, transposed, leaf_dtype)
       params[leaf] = _place(read, leaves[leaf].shape, leaf_dtype, places[leaf], transposed)
+      if quantize and quantized.is_layer_kernel(leaf):
+        params[leaf] = _quantized(params[leaf], leaf, quantize, model.config.family, mesh)
   return model, traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -185,6 +188,14 @@ def _place(read, shape, dtype, place, transposed):
       shard = jax.block_until_ready(_write(shard, jax.device_put(read(piece), device), start))
     shards.append(shard)
   return jax.make_array_from_single_device_arrays(shape, place, shards)
+
+
+def _quantized(kernel, path, name, family, mesh):
+  make = functools.partial(quantized.quantize, name=name)
+  places = None
+  if mesh is not None:
+    places = sharding.leaf_sharding(path, jax.eval_shape(make, kernel), family, mesh)
+  return jax.jit(make, out_shardings=places, donate_argnums=0)(kernel)
 
 
 def _pieces(index, most):

@@ -1,0 +1,66 @@
+"""A frozen base of 8 or 4 bits: layer kernels as qwix's QArray, made exact values again where they are multiplied.
+
+L layers. qwix is an extra (w2s_jax[quantize]) and imported only where a kernel is quantized.
+"""
+
+import re
+
+import jax
+
+from w2s_jax import InputError
+
+KERNEL = r"layers/.*/kernel"           # [L, in, out]: what is quantized; embeddings, norms, biases and heads are not
+TILE = 64                              # input features that share a scale in 4 bits (QLoRA, arXiv 2305.14314)
+BITS = {"int8": 8, "int4": 4, "nf4": 4}
+
+
+def check(name):
+  """Raises InputError unless `name` is in BITS and qwix is there."""
+  if name not in BITS:
+    raise InputError(f"lora.quantize {name!r}: want one of {', '.join(BITS)}, or '' for none: set "
+                     "--config.lora.quantize")
+  try:
+    import qwix  # noqa: F401
+  except Exception as e:  # its import of flax.nnx breaks with what jax changes: not always an ImportError
+    raise InputError(f"lora.quantize={name} needs qwix ({str(e)[:100]}): pip install 'qwix>=0.1.8,<0.2' 'jax<0.11', "
+                     "or --config.lora.quantize=''") from e
+
+
+def quantize(kernel, name):
+  """[L, in, out] float -> QArray of the same shape; its scales have the kernel's dtype.
+
+  int8 has a scale for each layer and output feature, int4 and nf4 one more for every TILE input features.
+
+  Raises:
+    InputError: TILE does not divide the input features.
+  """
+  import qwix
+  if BITS[name] == 8:
+    return qwix.quantize(kernel, name, channelwise_axes=(0, 2))
+  if kernel.shape[1] % TILE:
+    raise InputError(f"a layer has {kernel.shape[1]} input features, {name} wants a multiple of {TILE}: set "
+                     "--config.lora.quantize=int8")
+  return qwix.quantize(kernel, name, channelwise_axes=(0, 2), tiled_axes={1: TILE})
+
+
+def is_quantized(kernel):
+  return hasattr(kernel, "qvalue")
+
+
+def dequantize(kernel):
+  """An array of the dtype of its scales; anything else as it is."""
+  if not is_quantized(kernel):
+    return kernel
+  import qwix
+  return qwix.dequantize(kernel)
+
+
+def is_layer_kernel(path):
+  return re.fullmatch(KERNEL, path) is not None
+
+
+def product(x, kernel):
+  """x [..., in] times a kernel [in, out] in x's dtype; the values of a quantized one are not kept for the way back."""
+  def times(x, kernel):
+    return x @ dequantize(kernel.astype(x.dtype))
+  return (jax.checkpoint(times, prevent_cse=False) if is_quantized(kernel) else times)(x, kernel)
