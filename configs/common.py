@@ -97,6 +97,7 @@ def base(attack):
   c.lora.export = False               # also write adapters/DEFENSE, which peft loads onto the attacked model
 
   c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))   # devices per axis; -1: those that are left
+  c.steps_per_dispatch = 1            # steps that go to the device at once; more where a step takes milliseconds
   c.log_every = 10                    # steps
   c.checkpoint_every = 250            # steps, besides those at dev evaluations; 0: only those
   c.term_norms_every = 50             # steps between gradient norms of each loss term; 0: never

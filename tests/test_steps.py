@@ -211,3 +211,20 @@ def test_language_model_loss_in_numpy(llama, make_batch):
           for b in range(7) for t in range(11) if batch["attention_mask"][b, t + 1]]
   np.testing.assert_allclose(value, np.mean(nats), rtol=1e-5)
   assert terms["lm"] == value
+
+
+def test_steps_past_the_count_leave_the_state_alone(llama, make_batch):
+  """Five batches and a count of three: the state after three, what three calls of the step give."""
+  model, params = llama
+  mesh = single_device()
+  step, state, frozen = prepare(model, with_adapters(params), lora.LORA, mesh)
+  host = [make_batch(model, seed=i) for i in range(5)]
+  _, want = run(step, jax.tree.map(jnp.copy, state), frozen, host[:3], mesh)
+  trainable = lora.split(with_adapters(params), lora.LORA)[0]
+  tx = optim.make_optimizer(trainable, 1e-2, 50, clip_norm=1.0)
+  steps_fn = steps.make_train_steps(step, steps.state_shardings(trainable, tx, "llama", mesh),
+                                    sharding.param_shardings(frozen, "llama", mesh), mesh)
+  batches = sharding.global_batch({k: np.stack([b[k] for b in host]) for k in host[0]}, mesh, 1)
+  got, metrics = steps_fn(state, frozen, batches, jax.random.key(7), 3)
+  assert int(got.step) == 3 and metrics["loss"].shape == (5,)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), got, want)

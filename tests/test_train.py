@@ -18,6 +18,7 @@ from w2s_jax.models import Model
 
 STEPS, EVAL_EVERY = 12, 4
 WEIGHTS = {"ce": 1.0, "kd": 0.5, "fa": 0.1}
+stack = functools.partial(packing.stack, groups=1, pad_token_id=0)
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,8 @@ def rig(llama, make_batch):
   trainable, frozen = lora.split(lora.add_lora(llama[1], 4, 4.0, key=jax.random.key(0)), lora.LORA)
   tx = optim.make_optimizer(trainable, 1e-2, STEPS)
   loss = steps.classification_loss(model, lambda out, batch: w2s.terms(out, batch, 2.0), WEIGHTS)
-  step_fn = steps.make_train_step(loss, tx, steps.state_shardings(trainable, tx, "llama", mesh),
-                                  sharding.param_shardings(frozen, "llama", mesh), mesh)
+  places = steps.state_shardings(trainable, tx, "llama", mesh), sharding.param_shardings(frozen, "llama", mesh), mesh
+  steps_fn = steps.make_train_steps(steps.make_train_step(loss, tx, *places), *places)
   term_norms = steps.make_term_norms(loss, WEIGHTS)
   out = types.SimpleNamespace(kept={}, asked=[], mesh=mesh)
 
@@ -54,8 +55,8 @@ def rig(llama, make_batch):
       return [accuracies[out.asked[-1]]]
     out.asked.clear()
     options = dict(steps=STEPS, eval_every=EVAL_EVERY, log_every=1, config_hash="abc") | options
-    fitted, = train.fit(["w2s"], options.pop("step_fn", step_fn), steps.init_state(trained, tx, "llama", mesh), frozen,
-                        batches_from, key=jax.random.key(11), mesh=mesh, workdir=workdir,
+    fitted, = train.fit(["w2s"], options.pop("steps_fn", steps_fn), steps.init_state(trained, tx, "llama", mesh),
+                        frozen, batches_from, stack, key=jax.random.key(11), mesh=mesh, workdir=workdir,
                         dev_accuracy=dev_accuracy if accuracies else None, term_norms=term_norms, **options)
     return fitted
   out.fit, out.trainable = fit, trainable
@@ -104,6 +105,23 @@ def test_resumed_is_uninterrupted(stop_before, resumes_at, rig, uninterrupted, t
   assert lines(tmp_path) == want_lines
   same(params, want_params)
   assert {k: chosen[k] for k in ("step", "dev_accuracy")} == {k: want_chosen[k] for k in ("step", "dev_accuracy")}
+
+
+@pytest.mark.parametrize("per_dispatch", [2, 5, 100])
+def test_several_steps_in_one_dispatch_are_those_steps(per_dispatch, rig, uninterrupted, tmp_path):
+  """Lines, term norms, evaluations and checkpoints at the same steps with the same values; stopped and resumed, too."""
+  whole, params, chosen = uninterrupted
+  options = dict(accuracies=ACCURACIES, steps_per_dispatch=per_dispatch, **NORMS)
+  with pytest.raises(KeyboardInterrupt):
+    rig.fit(tmp_path, stop_before=8, **options)
+  assert [json.loads(line)["step"] for line in lines(tmp_path)][-1] in (5, 6)
+  got, got_chosen = rig.fit(tmp_path, **options)
+  assert got_chosen["step"] == chosen["step"]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, params)
+  ours, theirs = ([json.loads(line) for line in some] for some in (lines(tmp_path), whole))
+  assert [line.keys() for line in ours] == [line.keys() for line in theirs]
+  for mine, other in zip(ours, theirs):
+    np.testing.assert_allclose([*mine.values()], [*other.values()], rtol=1e-5)
 
 
 def test_resuming_twice(rig, uninterrupted, tmp_path):
@@ -215,11 +233,12 @@ def test_a_checkpoint_of_another_config_with_other_shapes_is_refused_alike(rig, 
 @pytest.mark.parametrize("broken", ["loss", "grad_norm"])
 def test_a_step_that_is_not_finite_stops_the_stage_and_says_where(broken, rig, tmp_path):
   """No line and no checkpoint of that step remains, though it was no step to be logged."""
-  def step_fn(state, frozen, batch, key):
+  def steps_fn(state, frozen, batches, key, count):
     step = state.step + 1
-    return state._replace(step=step), {"loss": 1.0, "grad_norm": 1.0, broken: jnp.where(step < 6, 1.0, jnp.nan)}
+    fine = jnp.ones(1)
+    return state._replace(step=step), {"loss": fine, "grad_norm": fine, broken: jnp.where(step < 6, fine, jnp.nan)}
   with pytest.raises(FloatingPointError, match=r"w2s: loss .*nan.* at step 6: lower the learning rate"):
-    rig.fit(tmp_path, step_fn=step_fn, log_every=5, checkpoint_every=2, eval_every=100)
+    rig.fit(tmp_path, steps_fn=steps_fn, log_every=5, checkpoint_every=2, eval_every=100)
   assert [json.loads(line)["step"] for line in lines(tmp_path)] == [2, 4, 5]
   saved = sorted(int(p.name) for p in (tmp_path / "checkpoints/w2s").iterdir() if p.name.isdigit())
   assert saved == [4]
@@ -241,28 +260,30 @@ def test_three_seeds_at_once_are_three_runs(model, interrupted, request, make_ba
   frozen, tx = split[0][1], optim.make_optimizer(split[0][0], 1e-2, STEPS, clip_norm=0.5)
   loss = steps.classification_loss(model, lambda out, batch: w2s.terms(out, batch, 2.0), WEIGHTS)
   best = {3: (0.5, 0.9, 0.1), 5: (0.7, 0.2, 0.1), 8: (0.1, 0.6, 0.6)}
-  def fit(chosen, workdir, makes, stop_before=None):
+  def fit(chosen, workdir, makes, stop_before=None, per_dispatch=1):
     runs, asked = len(chosen), []
-    step_fn = steps.make_train_step(loss, tx, steps.state_shardings(split[0][0], tx, family, mesh),
-                                    sharding.param_shardings(frozen, family, mesh), mesh, runs)
+    places = (steps.state_shardings(split[0][0], tx, family, mesh),
+              sharding.param_shardings(frozen, family, mesh), mesh, runs)
+    steps_fn = steps.make_train_steps(steps.make_train_step(loss, tx, *places), *places)
     def batches_from(step):
       streams = [batches.train_batches(20, 8, make, seed, step) for make, seed in zip(makes, chosen)]
       for number, some in enumerate(zip(*streams), step + 1):
         if number == stop_before:
           raise KeyboardInterrupt
         asked.append(number)
-        yield some[0] if runs == 1 else packing.stack(some, 1, 0)
+        yield some[0] if runs == 1 else stack(some)
     starts, keys = [split[seeds.index(s)][0] for s in chosen], [jax.random.key(s) for s in chosen]
     return train.fit(
-        [f"w2s{s}" for s in chosen], step_fn, steps.init_state(starts if runs > 1 else starts[0], tx, family, mesh),
-        frozen, batches_from, steps=STEPS, key=jnp.stack(keys) if runs > 1 else keys[0], mesh=mesh,
+        [f"w2s{s}" for s in chosen], steps_fn, steps.init_state(starts if runs > 1 else starts[0], tx, family, mesh),
+        frozen, batches_from, stack, steps=STEPS, steps_per_dispatch=per_dispatch,
+        key=jnp.stack(keys) if runs > 1 else keys[0], mesh=mesh,
         eval_every=EVAL_EVERY, workdir=workdir, config_hash="abc", log_every=1,
         dev_accuracy=lambda params: [best[s][asked[-1] // 4 - 1] for s in chosen])
   makes = packing.packers([arrays] * 3, seeds, 8, (12,), 1, STEPS, 0)
   if interrupted:
     with pytest.raises(KeyboardInterrupt):
-      fit(seeds, tmp_path / "together", makes, stop_before=10)
-  together = fit(seeds, tmp_path / "together", makes)
+      fit(seeds, tmp_path / "together", makes, stop_before=10, per_dispatch=3)
+  together = fit(seeds, tmp_path / "together", makes, per_dispatch=3)
   assert [chosen["step"] for _, chosen in together] == [8, 4, 12]
   for seed, make, (params, chosen) in zip(seeds, makes, together):
     (alone, alone_chosen), = fit([seed], tmp_path / "alone", [make])

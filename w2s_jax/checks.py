@@ -1,10 +1,16 @@
-"""What can be told to be wrong from a config alone."""
+"""What is wrong with a config: told from it alone, and from the student's and the teacher's shapes."""
 
+import functools
 import re
 
-from w2s_jax import InputError, lora
+import jax
+from flax import traverse_util
+
+from w2s_jax import InputError, lora, sharding
+from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, w2s
-from w2s_jax.models import quantized
+from w2s_jax.models import Model, config_from_hf, quantized, resolve
+from w2s_jax.models.formats import HEAD_CONFIG
 
 TRAINING = ("warmup", "poison", "teach", "defend")   # sections of the config that say how a stage trains
 
@@ -16,10 +22,9 @@ def check_fields(config):
       raise InputError(f"defense {name!r}: want names among {', '.join(DEFENSES)}: set --config.defenses")
   w2s.loss_weights(config.defend.weights, 1)
   fields = flat(config.to_dict())
-  least = {"seed": 0, "log_every": 1, "term_norms_every": 0, "checkpoint_every": 0, "warmup.epochs": 0,
-           "teach.epochs": 0,
-           "data.eval_batch_size": 1, "lora.rank": 1, "teacher.layers": 0, "data.max_length": 4,
-           "data.attack_max_length": 4, "probe.rows": 1, "data.num_labels": 0}
+  least = {"seed": 0, "log_every": 1, "steps_per_dispatch": 1, "term_norms_every": 0, "checkpoint_every": 0,
+           "warmup.epochs": 0, "teach.epochs": 0, "data.eval_batch_size": 1, "lora.rank": 1, "teacher.layers": 0,
+           "data.max_length": 4, "data.attack_max_length": 4, "probe.rows": 1, "data.num_labels": 0}
   ranges = {"defend.temperature": (1e-3, 1e3), "lora.dropout": (0.0, 0.99), "lora.alpha": (0.0, 1e6),
             "defend.insert_words": (0.0, 1.0), "probe.words": (0, 1000), "probe.sentences": (0, 1000)}
   for stage in TRAINING:
@@ -53,6 +58,38 @@ def check_fields(config):
   if list(config.data.buckets) != sorted(config.data.buckets) or max(config.data.buckets, default=0) < longest:
     raise InputError(f"data.buckets {tuple(config.data.buckets)}: want ascending lengths of which the last holds "
                      f"{longest} tokens: set --config.data.buckets or --config.data.max_length/.attack_max_length")
+
+
+def check_student(run, model):
+  """What only the student's shape tells to be wrong, before anything trains."""
+  c, params = run.config, model.abstract_params()
+  jax.eval_shape(lambda p: lora.add_lora(p, c.lora.rank, c.lora.alpha, tuple(c.lora.targets), key=jax.random.key(0)),
+                 params)
+  for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+    if c.lora.quantize and quantized.is_layer_kernel(path):
+      few_bits = jax.eval_shape(functools.partial(quantized.quantize, name=c.lora.quantize), leaf)
+      sharding.leaf_sharding(path, few_bits, model.config.family, run.mesh)
+  _check_positions("student", model, run.max_length)
+
+
+def check_teacher(run, feature_width):
+  """The same for the teacher; a checkpoint is loaded to see that it can be: its turn comes after the long stages."""
+  c = run.config
+  if not c.teach.epochs and not (c.teacher.path and (resolve(c.teacher.path) / HEAD_CONFIG).exists()):
+    raise InputError(f"teach.epochs is 0 and the teacher {c.teacher.path!r} has no W2S head of its own: set "
+                     f"--config.teacher.path to a directory with {HEAD_CONFIG}, or --config.teach.epochs to 1 or more")
+  if c.teacher.path:
+    model, _ = run.pretrained_teacher(feature_width)
+    tokenization.load(resolve(c.teacher.path), model.config.vocab_size)
+  else:
+    model = Model(config_from_hf(c.teacher.arch.to_dict(), feature_width=feature_width))
+  _check_positions("teacher", model, c.data.max_length)
+
+
+def _check_positions(name, model, length):
+  if model.config.max_positions < length:
+    raise InputError(f"the {name} has {model.config.max_positions} positions, texts have up to {length} tokens: lower "
+                     "--config.data.max_length/.attack_max_length")
 
 
 def flat(tree, prefix=""):

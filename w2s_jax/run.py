@@ -138,6 +138,12 @@ class Run:
     model, params = load_pretrained(path, c.data.num_labels, dtype, self.mesh, **kwargs)
     return model, params, tokenization.load(path, model.config.vocab_size)
 
+  def pretrained_teacher(self, feature_width):
+    """(model, params) of the checkpoint that the teacher is made from, with a W2S head of that width."""
+    c = self.config
+    return load_pretrained(c.teacher.path, c.data.num_labels, mesh=self.mesh, feature_width=feature_width,
+                           num_layers=c.teacher.layers or None, seed=c.seed)
+
   def encode(self, tokenizer, rows, max_length):
     arrays = tokenization.encode(tokenizer, [r["text"] for r in rows], max_length)
     return arrays | {"label": np.array([r["label"] for r in rows], np.int32)}

@@ -145,11 +145,13 @@ def check_batch(batch_size, mesh, knob):
 
 
 def stacked(places):
-  """The NamedShardings of leaves that have one more axis in front, of several runs, which is not split."""
+  """The NamedShardings of leaves that have one more axis in front, of runs or steps, which is not split."""
   return jax.tree.map(lambda place: NamedSharding(place.mesh, P(None, *place.spec)), places)
 
 
-def global_batch(rows, mesh, runs=1):
-  """Places a dict of host arrays [B, ...], of several runs [runs, B, ...], with rows split over `data` x `fsdp`."""
-  sharding = batch_sharding(mesh) if runs == 1 else stacked(batch_sharding(mesh))
-  return {k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in rows.items()}
+def global_batch(rows, mesh, axes_in_front=0):
+  """Places a dict of host arrays [..., B, ...] with rows split over `data` x `fsdp`, and nothing else."""
+  place = batch_sharding(mesh)
+  for _ in range(axes_in_front):
+    place = stacked(place)
+  return {k: jax.make_array_from_process_local_data(place, np.asarray(v)) for k, v in rows.items()}

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from w2s_jax import InputError, card, evaluate, lora, optim, probe, report, sharding, steps, teacher_cache, train
+from w2s_jax import InputError, card, checks, evaluate, lora, optim, probe, report, sharding, steps, teacher_cache
 from w2s_jax.data import batches, packing, poison, tokenization
 from w2s_jax.defenses import DEFENSES, w2s
-from w2s_jax.models import Model, config_from_hf, load_pretrained, quantized, resolve, save_pretrained
-from w2s_jax.models.formats import HEAD_CONFIG
+from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
 from w2s_jax.run import freeze_rows, start
+from w2s_jax.train import fit
 
 
 def warmup(run):
@@ -40,8 +40,8 @@ def warmup(run):
     model = Model(config_from_hf(c.student.arch.to_dict() | {"num_labels": c.data.num_labels}, dtype=c.student.dtype,
                                  remat=c.student.remat))
   model = _with_pad(model, tokenizer)
-  _check_student(run, model)
-  _check_teacher(run, model.config.feature_size)
+  checks.check_student(run, model)
+  checks.check_teacher(run, model.config.feature_size)
   run.claim()
   if not c.student.path:
     params = model.init(stream_key(c.seed, "student"), run.mesh)
@@ -50,44 +50,6 @@ def warmup(run):
       params, = _train(run, ["warmup"], model, [params], lora.FULL, [arrays], None, c.warmup,
                        steps.language_model_loss(model), {"lm": 1.0}, packed=False)
   save_pretrained(run.model_dir(run.base), model, params, tokenizer, card=card.first_line(run.base))
-
-
-def _check_student(run, model):
-  """What only the student's shape tells to be wrong, before anything trains."""
-  c, params = run.config, model.abstract_params()
-  jax.eval_shape(lambda p: lora.add_lora(p, c.lora.rank, c.lora.alpha, tuple(c.lora.targets), key=jax.random.key(0)),
-                 params)
-  for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
-    if c.lora.quantize and quantized.is_layer_kernel(path):
-      few_bits = jax.eval_shape(functools.partial(quantized.quantize, name=c.lora.quantize), leaf)
-      sharding.leaf_sharding(path, few_bits, model.config.family, run.mesh)
-  _check_positions("student", model, run.max_length)
-
-
-def _check_teacher(run, feature_width):
-  """The same for the teacher; a checkpoint is loaded to see that it can be: its turn comes after the long stages."""
-  c = run.config
-  if not c.teach.epochs and not (c.teacher.path and (resolve(c.teacher.path) / HEAD_CONFIG).exists()):
-    raise InputError(f"teach.epochs is 0 and the teacher {c.teacher.path!r} has no W2S head of its own: set "
-                     f"--config.teacher.path to a directory with {HEAD_CONFIG}, or --config.teach.epochs to 1 or more")
-  if c.teacher.path:
-    model, _ = _pretrained_teacher(run, feature_width)
-    tokenization.load(resolve(c.teacher.path), model.config.vocab_size)
-  else:
-    model = Model(config_from_hf(c.teacher.arch.to_dict(), feature_width=feature_width))
-  _check_positions("teacher", model, c.data.max_length)
-
-
-def _pretrained_teacher(run, feature_width):
-  c = run.config
-  return load_pretrained(c.teacher.path, c.data.num_labels, mesh=run.mesh, feature_width=feature_width,
-                         num_layers=c.teacher.layers or None, seed=c.seed)
-
-
-def _check_positions(name, model, length):
-  if model.config.max_positions < length:
-    raise InputError(f"the {name} has {model.config.max_positions} positions, texts have up to {length} tokens: lower "
-                     "--config.data.max_length/.attack_max_length")
 
 
 def make_poison(run):
@@ -113,7 +75,7 @@ def teach(run):
     return
   width = run.load(run.base)[0].config.feature_size
   if c.teacher.path:
-    model, params = _pretrained_teacher(run, width)
+    model, params = run.pretrained_teacher(width)
     tokenizer = tokenization.load(resolve(c.teacher.path), model.config.vocab_size)
   else:
     tokenizer = tokenization.train([r["text"] for r in run.rows["train"]], "encoder", c.teacher.arch.vocab_size)
@@ -130,13 +92,16 @@ def teach(run):
 def defend(run):
   """Each defense trains adapters and head of the attacked student on the same clean batches, from the same start.
 
-  Several `defend.seeds` train as one program over one frozen base.
+  Several `defend.seeds` train as one program over one frozen base, but not where a loss reads the padding: that would
+  be as long as the longest text of all their batches.
   """
-  c, seeds = run.config, run.defend_seeds
-  teacher = None
-  for name in c.defenses:
-    defense = DEFENSES[name]
-    if defense is None or all([run.done(run.copy_name(name, seed)) for seed in seeds]):
+  c, teacher = run.config, None
+  defenses = {name: DEFENSES[name] for name in c.defenses if DEFENSES[name] is not None}
+  parts = [(name, seeds) for name, defense in defenses.items() for seeds in (
+      [[seed] for seed in run.defend_seeds] if defense.reads_padding else [run.defend_seeds])]
+  for name, seeds in parts:
+    defense = defenses[name]
+    if all([run.done(run.copy_name(name, seed)) for seed in seeds]):
       continue
     model, params, tokenizer = run.load(run.attacked, lora_dropout=c.lora.dropout, remat=c.student.remat,
                                         quantize=c.lora.quantize)
@@ -246,14 +211,15 @@ def run(config, workdir, only=None):
 
 
 def _train(run, names, model, starts, trains, each, dev, settings, loss, weights, seeds=None, packed=True):
-  """One stage through `train.fit`: split by label, optimize, put the best trainable leaves back.
+  """One stage through `fit`: split by label, optimize, put the best trainable leaves back.
 
   Args:
     names: of the stage, or of each run of it; so are
     starts: parameters,
     each: training arrays,
     seeds: and seeds of order and dropout; None: the run's own.
-    packed: several texts in one row, where the loss does not read what is between them and the config wants it.
+    packed: several texts in one row, where the loss does not read what is between them and the config wants it; and
+      several steps in one dispatch, for which their batches are filled up alike.
   Returns:
     [parameters] of each.
   """
@@ -267,24 +233,27 @@ def _train(run, names, model, starts, trains, each, dev, settings, loss, weights
   trainable = [jax.tree.map(lambda x: x.astype("float32"), t) for t, _ in split]  # bf16 would round most updates away
   tx = optim.make_optimizer(trainable[0], settings.learning_rate, total, int(settings.warmup_fraction * total),
                             settings.weight_decay, settings.clip_norm)
-  step_fn = steps.make_train_step(loss, tx, steps.state_shardings(trainable[0], tx, family, run.mesh),
-                                  sharding.param_shardings(frozen, family, run.mesh), run.mesh, runs)
+  places = (steps.state_shardings(trainable[0], tx, family, run.mesh),
+            sharding.param_shardings(frozen, family, run.mesh), run.mesh, runs)
+  steps_fn = steps.make_train_steps(steps.make_train_step(loss, tx, *places), *places)
   makes = [functools.partial(batches.make_batch, arrays, batch_size=settings.batch_size, buckets=c.data.buckets)
            for arrays in each]
   if packed and c.data.pack:
     makes = packing.packers(each, seeds, settings.batch_size, c.data.buckets, shards, total, pad)
+  stack = functools.partial(packing.stack, groups=shards, pad_token_id=pad)
   def batches_from(step):
     streams = [batches.train_batches(num_examples, settings.batch_size, make, seed, step)
                for make, seed in zip(makes, seeds)]
-    return streams[0] if runs == 1 else (packing.stack(some, shards, pad) for some in zip(*streams))
+    return streams[0] if runs == 1 else map(stack, zip(*streams))
   def dev_accuracy(trained):
     alone = [trained] if runs == 1 else [jax.tree.map(lambda x, i=i: x[i], trained) for i in range(runs)]
     return [(run.predict(model, lora.combine(one, frozen), dev) == dev["label"]).mean() for one in alone]
   stream = "defend" if trains == lora.LORA else {"clean": "poison"}.get(names[0], names[0])   # one for all defenses
   keys = [stream_key(seed, stream) for seed in seeds]
   state = steps.init_state(trainable[0] if runs == 1 else trainable, tx, family, run.mesh)
-  fitted = train.fit(
-      names, step_fn, state, frozen, batches_from, steps=total, key=keys[0] if runs == 1 else jnp.stack(keys),
+  fitted = fit(
+      names, steps_fn, state, frozen, batches_from, stack, steps=total,
+      steps_per_dispatch=c.steps_per_dispatch if packed else 1, key=keys[0] if runs == 1 else jnp.stack(keys),
       mesh=run.mesh, eval_every=max(1, total // settings.evaluations), workdir=run.workdir, config_hash=run.hash,
       dev_accuracy=dev_accuracy if dev else None, log_every=c.log_every, checkpoint_every=c.checkpoint_every,
       term_norms=steps.make_term_norms(loss, weights, runs), term_norms_every=c.term_norms_every)

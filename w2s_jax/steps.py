@@ -108,6 +108,30 @@ def make_train_step(loss, tx, state_places, frozen_places, mesh, runs=1):
                  out_shardings=(state_places, everywhere), donate_argnums=0)
 
 
+def make_train_steps(step, state_places, frozen_places, mesh, runs=1):
+  """The jitted loop of `step` over several batches, in one dispatch; the state is donated.
+
+  The first `count` batches are taken, the others leave the state as it is: so a stage's last few steps need no program
+  of their own.
+
+  Args:
+    step: from `make_train_step`, with the same further arguments.
+  Returns:
+    (state, frozen, batches, key, count) -> (state, metrics): batches and metrics have an axis of steps in front.
+  """
+  def steps(state, frozen, batches, key, count):
+    def one(state, numbered):
+      number, batch = numbered
+      new, metrics = step(state, frozen, batch, key)
+      return jax.tree.map(lambda new, old: jnp.where(number < count, new, old), new, state), metrics
+    return jax.lax.scan(one, state, (jnp.arange(len(batches["weight"])), batches))
+  everywhere, batch_places = sharding.replicated(mesh), sharding.stacked(sharding.batch_sharding(mesh))
+  if runs > 1:
+    state_places, batch_places = sharding.stacked((state_places, batch_places))
+  return jax.jit(steps, in_shardings=(state_places, frozen_places, batch_places, everywhere, everywhere),
+                 out_shardings=(state_places, everywhere), donate_argnums=0)
+
+
 def make_term_norms(loss, weights, runs=1):
   """Jitted (state, frozen, batch, key) -> {"grad_norm/TERM": norm of that weighted term's own gradient}, as above."""
   def norms(state, frozen, batch, key):

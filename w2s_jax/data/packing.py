@@ -41,16 +41,16 @@ def packers(each, seeds, batch_size, buckets, groups, steps, pad_token_id):
                             groups=groups, pad_token_id=pad_token_id) for arrays in each]
 
 
-def stack(runs, groups, pad_token_id):
-  """Batches of several runs as one, every array [runs, ...]: rows are added and lengthened up to the largest's."""
-  R, T = np.max([batch["input_ids"].shape for batch in runs], axis=0)
+def stack(several, groups, pad_token_id):
+  """Batches of several runs or steps as one, with an axis of them in front: rows are added up to the largest's."""
+  *front, R, T = np.max([batch["input_ids"].shape for batch in several], axis=0)
   def widened(rows, fill):
-    rows = rows.reshape(groups, -1, rows.shape[1])
-    more = ((0, 0), (0, R // groups - rows.shape[1]), (0, T - rows.shape[2]))
-    return np.pad(rows, more, constant_values=fill).reshape(R, T)
+    rows = rows.reshape(*front, groups, -1, rows.shape[-1])
+    more = (*((0, 0) for _ in range(len(front) + 1)), (0, R // groups - rows.shape[-2]), (0, T - rows.shape[-1]))
+    return np.pad(rows, more, constant_values=fill).reshape(*front, R, T)
   fills = {"input_ids": pad_token_id, "attention_mask": 0}
-  return {name: np.stack([widened(batch[name], fills[name]) if name in fills else batch[name] for batch in runs])
-          for name in runs[0]}
+  return {name: np.stack([widened(batch[name], fills[name]) if name in fills else batch[name] for batch in several])
+          for name in several[0]}
 
 
 def eval_batches(arrays, batch_size, buckets, groups, pad_token_id):
