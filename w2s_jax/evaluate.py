@@ -9,10 +9,11 @@ from w2s_jax import sharding
 from w2s_jax.data import packing
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _forward(model, params, input_ids, attention_mask, texts):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def forward(model, mesh, params, input_ids, attention_mask, texts):
   out = model.apply(params, input_ids, attention_mask, texts)
-  return out.logits, out.features
+  everywhere = sharding.replicated(mesh)             # each process reads all of it
+  return jax.lax.with_sharding_constraint((out.logits, out.features), (everywhere, everywhere))
 
 
 def _zeros(name, shape):
@@ -35,7 +36,7 @@ def outputs(model, params, arrays, mesh, *, batch_size, buckets, empty=_zeros):
   for rows, batch in packing.eval_batches(arrays, batch_size, buckets, sharding.batch_shards(mesh),
                                           model.config.pad_token_id or 0):
     batch = sharding.global_batch({k: batch[k] for k in ("input_ids", "attention_mask", "texts")}, mesh)
-    out = _forward(model, params, **batch)
+    out = forward(model, mesh, params, **batch)
     if before:  # is fetched while this one is computed
       write(*before)
     before = rows, out

@@ -14,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from w2s_jax import InputError, sharding
+from w2s_jax import InputError, processes, sharding
 from w2s_jax.models import formats, quantized
 
 # Parameter path -> label; the first full match wins, no catch-all on purpose.
@@ -54,7 +54,7 @@ def combine(trainable, frozen):
   return traverse_util.unflatten_dict(traverse_util.flatten_dict(frozen) | traverse_util.flatten_dict(trainable))
 
 
-def add_lora(params, rank, alpha, targets=("q_proj", "v_proj"), *, key):
+def add_lora(params, rank, alpha, targets=("q_proj", "v_proj"), *, key, places=None):
   """A new tree with LoRA leaves beside the stacked kernels named in `targets` (Hu et al., arXiv 2106.09685).
 
   targets ("all-linear",) are all of them.
@@ -62,6 +62,8 @@ def add_lora(params, rank, alpha, targets=("q_proj", "v_proj"), *, key):
   `lora_a` [L, in, R] is uniform in +-1/sqrt(in), as peft starts it; `lora_b` [L, R, out] is zero, so the
   network's function is unchanged; `lora_alpha` [L] carries alpha. All float32.
 
+  Args:
+    places: new leaves (abstract) -> their NamedShardings: each is created where it belongs. None: on one device.
   Raises:
     InputError: a target that no layer has, or a rank below 1.
   """
@@ -73,16 +75,21 @@ def add_lora(params, rank, alpha, targets=("q_proj", "v_proj"), *, key):
   if unknown or rank < 1:
     raise InputError(f"LoRA rank {rank}, targets {tuple(targets)}: rank must be at least 1 and targets among "
                      f"{', '.join(known)}, or all-linear alone: set --config.lora.rank, --config.lora.targets")
-  out = dict(flat)
-  for i, kernel in enumerate(p for target in targets for p in kernels if p.split("/")[-2] == target):
-    path = kernel.removesuffix("/kernel")
-    layers, width_in, width_out = flat[kernel].shape
-    bound = 1 / math.sqrt(width_in)
-    out[f"{path}/lora_a"] = jax.random.uniform(jax.random.fold_in(key, i), (layers, width_in, rank), jnp.float32,
-                                               -bound, bound)
-    out[f"{path}/lora_b"] = jnp.zeros((layers, rank, width_out), jnp.float32)
-    out[f"{path}/lora_alpha"] = jnp.full((layers,), alpha, jnp.float32)
-  return traverse_util.unflatten_dict(out, sep="/")
+  chosen = [p for target in targets for p in kernels if p.split("/")[-2] == target]
+  def create(key):
+    new = {}
+    for i, kernel in enumerate(chosen):
+      path = kernel.removesuffix("/kernel")
+      layers, width_in, width_out = flat[kernel].shape
+      bound = 1 / math.sqrt(width_in)
+      new[f"{path}/lora_a"] = jax.random.uniform(jax.random.fold_in(key, i), (layers, width_in, rank), jnp.float32,
+                                                 -bound, bound)
+      new[f"{path}/lora_b"] = jnp.zeros((layers, rank, width_out), jnp.float32)
+      new[f"{path}/lora_alpha"] = jnp.full((layers,), alpha, jnp.float32)
+    return traverse_util.unflatten_dict(new, sep="/")
+  if places is not None:
+    places = places(jax.eval_shape(create, key))
+  return combine(jax.jit(create, out_shardings=places)(key), params)
 
 
 def merge_lora(params):
@@ -97,7 +104,7 @@ def merge_lora(params):
     if f"{path}/lora_a" in flat:
       out[f"{path}/kernel"] = _merge(kernel, *(flat[f"{path}/{name}"] for name in ("lora_a", "lora_b", "lora_alpha")))
     if quantized.is_quantized(kernel):
-      out[f"{path}/kernel"] = jax.device_get(jax.jit(quantized.dequantize)(out[f"{path}/kernel"]))
+      out[f"{path}/kernel"] = processes.fetch(jax.jit(quantized.dequantize)(out[f"{path}/kernel"]))
   return traverse_util.unflatten_dict(out, sep="/")
 
 
@@ -138,14 +145,16 @@ def export_adapter(directory, model, params, base=""):
   for path in adapted:
     module = names[f"{path}/kernel"].removesuffix(".weight")
     for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
-      for layer, value in enumerate(np.asarray(flat[f"{path}/{ours}"])):
+      for layer, value in enumerate(processes.fetch(flat[f"{path}/{ours}"])):
         tensors[f"base_model.model.{module.format(layer)}.{theirs}.weight"] = np.ascontiguousarray(value.T)
   heads = [p for p in flat if p in names and sharding.match(p, LABEL_RULES) == "head"]
   for path in heads:
-    value = np.asarray(flat[path])
+    value = processes.fetch(flat[path])
     tensors[f"base_model.model.{names[path]}"] = np.ascontiguousarray(value.T if path.endswith("kernel") else value)
   prefix = formats.CHECKPOINTS[model.config.model_type].prefix
   rank, alpha = flat[f"{adapted[0]}/lora_a"].shape[-1], float(flat[f"{adapted[0]}/lora_alpha"][0])
+  if not processes.writes():
+    return
   directory = Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -9,7 +9,7 @@ import platform
 
 import numpy as np
 
-from w2s_jax import card
+from w2s_jax import card, processes
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
@@ -23,10 +23,12 @@ def write_json(path, value):
 
 
 def write_text(path, text):
-  """The file appears whole or not at all."""
-  part = path.with_name(path.name + ".part")
-  part.write_text(text)
-  os.replace(part, path)
+  """The file appears whole or not at all; every process comes here, process 0 writes."""
+  with processes.writing(path) as mine:
+    if mine:
+      part = path.with_name(path.name + ".part")
+      part.write_text(text)
+      os.replace(part, path)
 
 
 def _rate(name):

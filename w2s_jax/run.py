@@ -9,7 +9,7 @@ import filelock
 import jax
 import numpy as np
 
-from w2s_jax import InputError, checks, evaluate, report, sharding
+from w2s_jax import InputError, checks, evaluate, processes, report, sharding
 from w2s_jax.data import corpora, poison, tokenization
 from w2s_jax.defenses import DEFENSES
 from w2s_jax.models import check_links, config_from_hf, load_pretrained, read_json, resolve, sha256
@@ -108,18 +108,20 @@ class Run:
     try:
       self.workdir.mkdir(parents=True, exist_ok=True)
       self.lock()
-      _check_claim(self.config, self.workdir)          # another process may have been faster
+      _check_claim(self.config, self.workdir)          # another run may have been faster
       report.write_json(self.workdir / "inputs.json", self.inputs)
       report.write_json(self.workdir / "config.json", self.config.to_dict())
     except OSError as e:
       raise InputError(f"cannot write to {self.workdir} ({e.strerror}): give another --workdir") from None
 
   def lock(self):
-    """Holds the workdir as long as this object lives; twice is as good as once.
+    """Process 0 holds the workdir as long as this object lives; twice is as good as once.
 
     Raises:
       InputError: another process holds it.
     """
+    if not processes.writes():
+      return
     try:
       self.held = filelock.FileLock(self.workdir / ".lock", is_singleton=True)
       self.held.acquire(timeout=0)

@@ -154,4 +154,6 @@ def global_batch(rows, mesh, axes_in_front=0):
   place = batch_sharding(mesh)
   for _ in range(axes_in_front):
     place = stacked(place)
-  return {k: jax.make_array_from_process_local_data(place, np.asarray(v)) for k, v in rows.items()}
+  def put(values):  # of the rows, which every process has, its devices get theirs
+    return jax.make_array_from_callback(values.shape, place, lambda index: values[index])
+  return {k: put(np.asarray(v)) for k, v in rows.items()}

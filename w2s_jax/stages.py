@@ -105,8 +105,9 @@ def defend(run):
       continue
     model, params, tokenizer = run.load(run.attacked, lora_dropout=c.lora.dropout, remat=c.student.remat,
                                         quantize=c.lora.quantize)
-    starts = [lora.add_lora(params, c.lora.rank, c.lora.alpha, tuple(c.lora.targets), key=stream_key(seed, "lora"))
-              for seed in seeds]
+    places = functools.partial(sharding.param_shardings, family=model.config.family, mesh=run.mesh)
+    starts = [lora.add_lora(params, c.lora.rank, c.lora.alpha, tuple(c.lora.targets), key=stream_key(seed, "lora"),
+                            places=places) for seed in seeds]
     each = [run.encode(tokenizer, probe.with_rare_words(run.rows["train"], c.defend.insert_words, run.known_triggers(),
                                                         seed), c.data.max_length) for seed in seeds]
     dev = run.encode(tokenizer, run.rows["dev"], c.data.max_length)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import tqdm
 
-from w2s_jax import checkpoint, sharding
+from w2s_jax import checkpoint, processes, sharding
 
 
 def fit(names, steps_fn, state, frozen, batches_from, stack, *, steps, key, mesh, eval_every, workdir, config_hash,
@@ -36,6 +36,8 @@ def fit(names, steps_fn, state, frozen, batches_from, stack, *, steps, key, mesh
     checkpoint_every: steps between further checkpoints; 0 for none.
     term_norms: (state, frozen, batch, key) -> {name: gradient norm of one loss term}, logged every
       `term_norms_every` steps (0: never).
+  Raises:
+    processes.Stopped: SIGTERM came, and a checkpoint of the last step was saved.
   Returns:
     [(trainable parameters, {"step", "dev_accuracy", "seconds"} of the choice)] of each name.
   """
@@ -44,15 +46,15 @@ def fit(names, steps_fn, state, frozen, batches_from, stack, *, steps, key, mesh
     done = manager.latest_step() or 0
     if done:
       state = checkpoint.restore(manager, done, state, config_hash)
-    main_process = jax.process_index() == 0
+    writes = processes.writes()
     files = [workdir / "metrics" / f"{one}.jsonl" for one in names]
-    for file in files if main_process else ():
+    for file in files if writes else ():
       _cut(file, done)
     began = time.monotonic()
     batches = batches_from(done)
-    bar = tqdm.tqdm(total=steps, initial=done, desc=name, unit="step", disable=not main_process or None)
-    with bar, contextlib.ExitStack() as open_files:
-      logs = [open_files.enter_context(open(file if main_process else "/dev/null", "a")) for file in files]
+    bar = tqdm.tqdm(total=steps, initial=done, desc=name, unit="step", disable=not writes or None)
+    with bar, processes.stop_signal() as stop, contextlib.ExitStack() as open_files:
+      logs = [open_files.enter_context(open(file if writes else "/dev/null", "a")) for file in files]
       while done < steps:
         count = min(steps_per_dispatch, steps - done, *(every - done % every for every in (
             eval_every, checkpoint_every, term_norms_every) if every))
@@ -82,8 +84,12 @@ def fit(names, steps_fn, state, frozen, batches_from, stack, *, steps, key, mesh
           for run, log in enumerate(logs):
             log.write(json.dumps({"step": first + i} | {k: float(v[run]) for k, v in line.items()}) + "\n")
             log.flush()
-        if saving:
-          checkpoint.save(manager, done, state, config_hash, line.get("dev_accuracy"))
+        stopping = stop(done) and done < steps
+        if saving or stopping:
+          checkpoint.save(manager, done, state, config_hash, line.get("dev_accuracy") if saving else None)
+        if stopping:
+          manager.wait_until_finished()
+          raise processes.Stopped(f"{name}: stopped by SIGTERM, saved at step {done} of {steps}")
     manager.wait_until_finished()
     best = checkpoint.best_steps(manager, runs) if dev_accuracy is not None else [(steps, None)] * runs
     out, states = [], {steps: state}

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from w2s_jax import InputError
+from w2s_jax import InputError, processes
 from w2s_jax.attacks import ATTACKS, TRIGGERS
 from w2s_jax.data import corpora, tokenization
 
@@ -129,11 +129,13 @@ def describe(config):
 
 
 def freeze(path, rows):
-  """Writes rows as JSON lines, whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_suffix(".part")
-  part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-  os.replace(part, path)
+  """Writes rows as JSON lines, whole or not at all; every process comes here, process 0 writes."""
+  with processes.writing(path) as mine:
+    if mine:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      part = path.with_suffix(".part")
+      part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+      os.replace(part, path)
 
 
 def thaw(path):

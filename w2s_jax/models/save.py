@@ -13,7 +13,7 @@ from flax import traverse_util
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
-from w2s_jax import InputError
+from w2s_jax import InputError, processes
 from w2s_jax.models import formats
 from w2s_jax.models.files import copy_transposed, read_json
 
@@ -59,17 +59,29 @@ def save_pretrained(directory, model, params, tokenizer=None, id2label=None, car
         head[name] = part
       else:                                                               # beside our head lies the backbone alone
         tensors[name.format(i).removeprefix(checkpoint.prefix if widened else "")] = part
-  part = directory.with_name(directory.name + ".part")
-  shutil.rmtree(part, ignore_errors=True)
-  part.mkdir(parents=True)
-  if head:
-    save_file({name: one.value() for name, one in head.items()}, part / formats.HEAD_FILE, metadata={"format": "pt"})
-    (part / formats.HEAD_CONFIG).write_text(json.dumps({"feature_width": widened}))
   shards = split_state_dict_into_shards_factory(
       tensors, get_storage_size=lambda t: t.nbytes, get_storage_id=lambda t: None,
       filename_pattern="model{suffix}.safetensors", max_shard_size="5GB")
-  for file, keys in shards.filename_to_tensors.items():
-    save_file({k: tensors[k].value() for k in keys}, part / file, metadata={"format": "pt"})
+  files = {formats.HEAD_FILE: head} if head else {}
+  files |= {file: {k: tensors[k] for k in keys} for file, keys in shards.filename_to_tensors.items()}
+  part = directory.with_name(directory.name + ".part")
+  if processes.writes():
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+  for file, parts in files.items():
+    values = {name: one.value() for name, one in parts.items()}           # from all processes
+    if processes.writes():
+      save_file(values, part / file, metadata={"format": "pt"})
+  if processes.writes():
+    _finish(part, directory, model, shards, bool(head), leaves, tokenizer, id2label, card)
+  processes.wait(f"saved {directory}")
+
+
+def _finish(part, directory, model, shards, headed, leaves, tokenizer, id2label, card):
+  """Writes what is beside the tensors, and puts `part` in the directory's place."""
+  c = model.config
+  if headed:
+    (part / formats.HEAD_CONFIG).write_text(json.dumps({"feature_width": c.feature_width}))
   if shards.is_sharded:
     (part / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}))
@@ -100,7 +112,7 @@ class _Part(NamedTuple):
     return self.leaf.nbytes // (1 if self.layer is None else self.leaf.shape[0])
 
   def value(self):
-    one = np.asarray(self.leaf if self.layer is None else self.leaf[self.layer])
+    one = processes.fetch(self.leaf if self.layer is None else self.leaf[self.layer])
     if not self.transposed:
       return np.ascontiguousarray(one)
     out = np.empty(one.shape[::-1], one.dtype)

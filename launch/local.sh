@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Starts N processes of w2s_jax.main on this machine, which train as one program:
+#   launch/local.sh N --config=configs/llama_badnet.py [any flag of w2s_jax.main]
+# With NVIDIA GPUs each process takes one. On CPUs set JAX_NUM_CPU_DEVICES for several devices in each process.
+# Nothing here needs editing; PORT=... chooses the coordinator's port. Ends with the code of the first that failed.
+set -euo pipefail
+n=${1:?usage: launch/local.sh N --config=... [flags]}
+shift
+port=${PORT:-$((20000 + RANDOM % 20000))}
+pids=()
+trap 'kill "${pids[@]}" 2>/dev/null || true' INT TERM
+for ((i = 0; i < n; i++)); do
+  if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then export CUDA_VISIBLE_DEVICES=$i; fi
+  "${PYTHON:-python}" -m w2s_jax.main --coordinator_address="localhost:$port" --num_processes="$n" --process_id="$i" \
+    "$@" &
+  pids+=($!)
+done
+code=0
+for pid in "${pids[@]}"; do
+  wait "$pid" || { rc=$?; [ "$code" -ne 0 ] || code=$rc; }
+done
+exit "$code"

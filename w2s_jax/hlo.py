@@ -1,0 +1,63 @@
+"""What a compiled program says of its collectives: kind, bytes, and how often they are run."""
+
+import math
+import re
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BITS = {"pred": 8, "bf16": 16}                                                # others end in their number of bits
+COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
+CALLED = re.compile(r"(?:body|calls|to_apply|condition|true_computation|false_computation)=%?([\w.\-]+)")
+BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+INSTRUCTION = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(KINDS)})(?:-start)?\(")
+ARRAY = re.compile(r"(pred|bf16|[suf]\d+\w*)\[([\d,]*)\]")
+
+
+def collectives(text):
+  """[(kind, bytes, times, in_loop)] of every collective in the text of a compiled module, on one device.
+
+  Bytes are those of the result (of its largest part, where it is started and awaited apart); `times` counts the turns
+  of the loops around it, where the compiler knows them; `in_loop` says whether there is one.
+  """
+  computations, entry = _computations(text)
+  out = []
+  def walk(name, times, in_loop):
+    for line in computations.get(name, ()):
+      if found := INSTRUCTION.search(line):
+        out.append((found[2], max(map(_bytes, ARRAY.findall(found[1])), default=0), times, in_loop))
+      loop = " while(" in line
+      trips = int(TRIPS.search(line)[1]) if loop and TRIPS.search(line) else 1
+      called = CALLED.findall(line) + [name.strip(" %") for some in BRANCHES.findall(line) for name in some.split(",")]
+      for inner in called:
+        walk(inner, times * trips, in_loop or loop)
+  walk(entry, 1, False)
+  return out
+
+
+def totals(found):
+  """{kind: {"count", "bytes"}} of what `collectives` found, each as often as it is run."""
+  out = {}
+  for kind, size, times, _ in found:
+    one = out.setdefault(kind, {"count": 0, "bytes": 0})
+    one["count"] += times
+    one["bytes"] += size * times
+  return out
+
+
+def _computations(text):
+  """({name: lines}, name of the entry)."""
+  computations, entry, name = {}, None, None
+  for line in text.splitlines():
+    if not line.startswith(" ") and (head := COMPUTATION.match(line)):
+      name = head[1]
+      computations[name] = []
+      entry = name if line.startswith("ENTRY") else entry
+    elif name is not None:
+      computations[name].append(line)
+  return computations, entry
+
+
+def _bytes(array):
+  dtype, shape = array
+  bits = BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])
+  return math.prod(int(n) for n in shape.split(",") if n) * bits // 8

@@ -1,0 +1,232 @@
+"""Does it fit, before paying: the real steps compiled ahead of time for a TPU slice that is not here.
+
+  python -m w2s_jax.plan --config=configs/llama_badnet.py:scale=8b --topology=v5e:4x4
+  ... --mesh=1,16,1 --batch=128 --length=512 --remat=dots        other than the config's
+  ... --search                                                   meshes, remat policies, batch sizes: the best that fits
+  ... --json                                                     one object
+
+XLA's own TPU compiler does it, on a machine without a TPU: pip install 'jax[tpu]'. Without it the steps are compiled
+for a mesh of so many CPUs, whose memory is not the chip's. Times are estimates from the chip's published peak figures.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import json
+import math
+import os
+import re
+import sys
+
+from absl import app, flags
+
+from w2s_jax import InputError, command
+
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "CHIP:SHAPE, e.g. v5e:4x4, v5p:4x4x4, v6e:2x4, v4:2x2x1.")
+_MESH = flags.DEFINE_string("mesh", None, "DATA,FSDP,TENSOR, one of them -1; the config's by default.")
+_BATCH = flags.DEFINE_integer("batch", None, "Rows of a step, over all chips; the config's by default.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", None, "Tokens of a row; the config's by default.", lower_bound=4)
+_REMAT = flags.DEFINE_string("remat", None, "none, dots or full; the config's by default.")
+_STEP = flags.DEFINE_list("step", ["defend", "poison", "evaluate"], "Which steps; a search is of the first.")
+_SEARCH = flags.DEFINE_bool("search", False, "Try mesh shapes, remat policies and batch sizes.")
+_JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """Published figures of one chip (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e)."""
+  flops: float               # bfloat16, per second
+  hbm: float                 # bytes
+  hbm_bandwidth: float       # bytes per second
+  link_bandwidth: float      # between chips, bytes per second, all links together
+
+
+CHIPS = {"v4": Chip(275e12, 32 * GIB, 1228e9, 300e9), "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
+         "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9), "v6e": Chip(918e12, 32 * GIB, 1640e9, 448e9)}
+USABLE = 0.984               # of the HBM: 15.75 of v5e's 16 GiB, as the compiler says when it refuses
+
+
+def parse_topology(text):
+  """("v5e", 16) of "v5e:4x4"."""
+  chip, _, shape = text.partition(":")
+  if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
+    raise InputError(f"topology {text!r}: want CHIP:SHAPE with CHIP among {', '.join(CHIPS)}, e.g. v5e:4x4")
+  return chip, math.prod(map(int, shape.split("x")))
+
+
+def devices_of(text):
+  """The slice's devices, which are not here; CPUs in their place where there is no TPU compiler.
+
+  Returns:
+    (devices, whether they are TPUs).
+  """
+  import jax
+  _, chips = parse_topology(text)
+  if importlib.util.find_spec("libtpu") is None:
+    print("no TPU compiler here (pip install 'jax[tpu]'): planned for CPUs, whose memory is not the chip's",
+          file=sys.stderr)
+    if chips > len(jax.devices()):
+      raise InputError(f"{chips} chips, but this process has {len(jax.devices())} CPU devices: set "
+                       f"JAX_NUM_CPU_DEVICES={chips}, or pip install 'jax[tpu]'")
+    return jax.devices()[:chips], False
+  from jax.experimental import topologies
+  one = {"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {}
+  try:
+    with _silent():
+      return topologies.get_topology_desc(platform="tpu", topology_name=text, **one).devices, True
+  except Exception as e:  # the compiler's own kinds
+    raise InputError(f"topology {text!r} is none that the TPU compiler knows ({str(e).splitlines()[0][:200]})") from e
+
+
+@contextlib.contextmanager
+def _silent():
+  """libtpu writes to the file descriptor of stderr that there is no TPU here."""
+  saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+  os.dup2(null, 2)
+  try:
+    yield
+  finally:
+    os.dup2(saved, 2)
+    os.close(saved)
+    os.close(null)
+
+
+def plan_step(name, config, mesh, B, T, topology, tpu=True):
+  """What one step takes on each chip, by the compiler: the fields of --json, or `fits` False with what it said."""
+  import jax
+
+  from w2s_jax import abstract, hlo
+  chip = CHIPS[parse_topology(topology)[0]]
+  chips = mesh.devices.size
+  model = abstract.student(config)
+  out = {"step": name, "topology": topology, "chips": chips, "mesh": dict(mesh.shape), "batch": B, "length": T,
+         "remat": config.student.remat, "compiler": "tpu" if tpu else "cpu"}
+  lowered = abstract.lower(name, config, mesh, B, T, model)
+  try:
+    with _silent():
+      compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as e:
+    if "RESOURCE_EXHAUSTED" not in str(e):
+      raise
+    return out | {"fits": False, "per_chip": {"hbm": chip.hbm}, "error": str(e).splitlines()[0]}
+  memory = compiled.memory_analysis()
+  per_chip = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
+              "output": memory.output_size_in_bytes - memory.alias_size_in_bytes}
+  per_chip |= {"total": sum(per_chip.values()), "hbm": chip.hbm}
+  found = hlo.collectives(compiled.as_text())
+  flops, nbytes = _work(name, config, mesh, B, T, model)
+  moved = sum(one["bytes"] for one in hlo.totals(found).values())
+  seconds = {"arithmetic": flops / chip.flops, "bandwidth": nbytes / chip.hbm_bandwidth,
+             "links": moved / chip.link_bandwidth}
+  return out | {
+      "fits": per_chip["total"] <= USABLE * chip.hbm, "per_chip": per_chip, "flops": flops, "bytes": nbytes,
+      "collectives": hlo.totals(found), "collectives_outside_loops": hlo.totals([c for c in found if not c[3]]),
+      "seconds": seconds, "step_seconds_estimate": max(seconds.values())}
+
+
+def _work(name, config, mesh, B, T, model):
+  """(FLOPs, bytes of HBM traffic) per chip by the compiler's count.
+
+  Of a loop it counts one turn; so one and two layers are compiled without a loop, and the difference taken for each of
+  the others.
+  """
+  from w2s_jax import abstract
+  from w2s_jax.models import Model
+  counts = []
+  for layers in (1, 2):
+    small = Model(dataclasses.replace(model.config, num_layers=layers, unroll=True))
+    with _silent():
+      cost = abstract.lower(name, config, mesh, B, T, small).compile().cost_analysis()
+    counts.append((cost["flops"], cost["bytes accessed"]))
+  return tuple(one + (model.config.num_layers - 1) * (two - one) for one, two in zip(*counts))
+
+
+def search(name, config, devices, B, T, topology, tpu):
+  """The plans that were tried, best first: most rows per estimated second among those that fit.
+
+  Meshes that give each tensor axis at most 8 chips; of each the first remat policy that fits, from keeping all to
+  keeping nothing; the batch as it is, then halved and doubled.
+  """
+  from w2s_jax import sharding
+  chips, tried = len(devices), []
+  shapes = [(data, chips // data // tensor, tensor) for tensor in (1, 2, 4, 8) for data in (1, 2, 4, 8)
+            if chips % (data * tensor) == 0]
+  for rows, shape in itertools.product(dict.fromkeys((B, 2 * B, B // 2)), shapes):
+    if not rows or rows % (shape[0] * shape[1]):
+      continue
+    for remat in ("none", "dots", "full"):
+      changed = config.copy_and_resolve_references()
+      changed.student.remat = remat
+      try:
+        one = plan_step(name, changed, sharding.make_mesh(*shape, devices=devices), rows, T, topology, tpu)
+      except InputError:                            # a leaf that this mesh does not divide
+        break
+      tried.append(one)
+      print(f"  mesh {shape} batch {rows} remat {remat}: {_verdict(one)}", file=sys.stderr, flush=True)
+      if one["fits"]:
+        break
+  return sorted(tried, key=lambda one: -one["batch"] / one["step_seconds_estimate"] if one["fits"] else 0)
+
+
+def _verdict(one):
+  if "error" in one:
+    return f"does not fit: {one['error']}"
+  used = f"{one['per_chip']['total'] / GIB:.2f} of {one['per_chip']['hbm'] / GIB:.0f} GiB"
+  return (f"{'fits' if one['fits'] else 'does not fit'}, {used}, about {one['step_seconds_estimate']:.3f} s a step "
+          "(estimate)")
+
+
+def text(one):
+  """A plan in lines."""
+  mesh = ", ".join(f"{axis} {size}" for axis, size in one["mesh"].items())
+  lines = [f"{one['step']}: {one['topology']} ({one['chips']} chips), mesh {mesh}; {one['batch']} rows of "
+           f"{one['length']} tokens, remat {one['remat']}", f"  {_verdict(one)}"]
+  if "error" in one:
+    return "\n".join(lines)
+  memory = ", ".join(f"{name} {one['per_chip'][name] / GIB:.2f}" for name in ("arguments", "temporaries", "output"))
+  lines.append(f"  GiB per chip: {memory}")
+  lines.append(f"  per chip and step: {one['flops'] / 1e12:.2f} TFLOP, {one['bytes'] / 1e9:.1f} GB of HBM traffic")
+  lines += [f"  {kind}: {c['count']} times, {c['bytes'] / 1e9:.2f} GB" for kind, c in one["collectives"].items()]
+  bound = max(one["seconds"], key=one["seconds"].get)
+  lines.append(f"  estimate, from published peaks: {one['step_seconds_estimate']:.3f} s a step, bound by {bound} ("
+               + ", ".join(f"{name} {s:.3f} s" for name, s in one["seconds"].items()) + ")")
+  return "\n".join(lines)
+
+
+def main(argv):
+  del argv
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  import jax
+  jax.config.update("jax_platforms", "cpu")
+
+  from w2s_jax import sharding
+  try:
+    config = command.CONFIG.value
+    if _REMAT.value:
+      config.student.remat = _REMAT.value
+    if unknown := set(_STEP.value) - {"defend", "poison", "evaluate"}:
+      raise InputError(f"--step={','.join(sorted(unknown))}: want defend, poison and evaluate, or some of them")
+    B, T = _BATCH.value or config.defend.batch_size, _LENGTH.value or config.data.max_length
+    devices, tpu = devices_of(_TOPOLOGY.value)
+    if _SEARCH.value:
+      plans = search(_STEP.value[0], config, devices, B, T, _TOPOLOGY.value, tpu)[:1]
+      if not plans or not plans[0]["fits"]:
+        raise InputError(f"nothing that was tried fits {_TOPOLOGY.value}: a larger --topology, a smaller --batch or "
+                         "--length, or --config.lora.quantize=int8")
+    else:
+      sizes = _MESH.value.split(",") if _MESH.value else [config.mesh[axis] for axis in sharding.AXES]
+      if len(sizes) != 3 or not all(re.fullmatch(r"-?\d+", str(size)) for size in sizes):
+        raise InputError(f"--mesh={_MESH.value}: want three numbers, DATA,FSDP,TENSOR")
+      mesh = sharding.make_mesh(*map(int, sizes), devices=devices)
+      names = [name for name in _STEP.value if name != "poison" or "poison" in config]
+      plans = [plan_step(name, config, mesh, B, T, _TOPOLOGY.value, tpu) for name in names]
+    print(json.dumps(plans[0] | {"steps": plans}) if _JSON.value else "\n".join(map(text, plans)))
+  except InputError as e:
+    command.fail(e, command.DEBUG.value)
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=functools.partial(command.parse, doc=__doc__))
