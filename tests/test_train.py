@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
+import signal
 import types
 
 import jax
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from w2s_jax import InputError, lora, optim, sharding, steps, train
+from w2s_jax import InputError, lora, optim, processes, sharding, steps, train
 from w2s_jax.data import batches, packing
 from w2s_jax.defenses import w2s
 from w2s_jax.models import Model
@@ -41,13 +43,14 @@ def rig(llama, make_batch):
   term_norms = steps.make_term_norms(loss, WEIGHTS)
   out = types.SimpleNamespace(kept={}, asked=[], mesh=mesh)
 
-  def fit(workdir, stop_before=None, accuracies=None, trained=trainable, tx=tx, **options):
+  def fit(workdir, stop_before=None, accuracies=None, trained=trainable, tx=tx, at_step=None, **options):
     def batches_from(start):
       source = batches.train_batches(20, 8, functools.partial(batches.make_batch, arrays, batch_size=8, buckets=(12,)),
                                      seed=3, start_step=start)
       for step in itertools.count(start + 1):
         if step == stop_before:
           raise KeyboardInterrupt
+        (at_step or {}).get(step, lambda: None)()
         out.asked.append(step)
         yield next(source)
     def dev_accuracy(params):
@@ -122,6 +125,18 @@ def test_several_steps_in_one_dispatch_are_those_steps(per_dispatch, rig, uninte
   assert [line.keys() for line in ours] == [line.keys() for line in theirs]
   for mine, other in zip(ours, theirs):
     np.testing.assert_allclose([*mine.values()], [*other.values()], rtol=1e-5)
+
+
+def test_sigterm_saves_and_what_follows_resumes(rig, uninterrupted, tmp_path):
+  """The signal comes while step 7's batch is made: that step is done, saved though it is none to be saved, and kept."""
+  before = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(processes.Stopped, match="saved at step 7 of 12"):
+    rig.fit(tmp_path, accuracies=ACCURACIES, at_step={7: lambda: os.kill(os.getpid(), signal.SIGTERM)}, **NORMS)
+  assert signal.getsignal(signal.SIGTERM) is before
+  assert (tmp_path / "checkpoints/w2s/7").is_dir()
+  params, _ = rig.fit(tmp_path, accuracies=ACCURACIES, **NORMS)
+  assert rig.asked[0] == 8 and lines(tmp_path) == uninterrupted[0]
+  same(params, uninterrupted[1])
 
 
 def test_resuming_twice(rig, uninterrupted, tmp_path):

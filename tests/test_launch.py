@@ -1,0 +1,150 @@
+"""The scripts that start a run elsewhere, as far as this machine can tell; and several processes, here."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from cli import ENV, ROOT, SHORT, w2s
+
+LAUNCH = ROOT / "launch"
+CONFIG = "--config=configs/llama_badnet.py"
+
+
+@pytest.mark.parametrize("script", ["local.sh", "tpu_pod.sh", "slurm.sbatch"])
+def test_shellcheck_finds_nothing(script):
+  shellcheck = Path(sys.executable).with_name("shellcheck")
+  out = subprocess.run([shellcheck, "--shell=bash", LAUNCH / script], capture_output=True, text=True)
+  assert out.returncode == 0, out.stdout
+
+
+def test_every_script_says_what_to_edit():
+  for script in LAUNCH.iterdir():
+    assert re.search(r"^# .*([Ee]dit)", "\n".join(script.read_text().splitlines()[:12]), re.M), script.name
+
+
+# What Kubernetes requires of a Job's pods and JobSet of a set (jobset.x-k8s.io/v1alpha2), and nothing else is there.
+def _object(**properties):
+  optional = {name.removesuffix("_") for name in properties if name.endswith("_")}
+  properties = {name.removesuffix("_"): schema for name, schema in properties.items()}
+  return {"type": "object", "properties": properties, "additionalProperties": False,
+          "required": sorted(set(properties) - optional)}
+
+
+NAME, TEXT, COUNT = {"type": "string", "pattern": "^[a-z0-9-]{1,63}$"}, {"type": "string"}, {"type": "integer"}
+STRINGS = {"type": "object", "additionalProperties": TEXT}
+POD = _object(
+    restartPolicy={"enum": ["Never", "OnFailure"]}, terminationGracePeriodSeconds=COUNT, nodeSelector=STRINGS,
+    containers={"type": "array", "minItems": 1, "items": _object(
+        name=NAME, image=TEXT, command={"type": "array", "items": TEXT},
+        resources=_object(limits={"type": "object", "additionalProperties": COUNT}),
+        volumeMounts={"type": "array", "items": _object(name=NAME, mountPath=TEXT)})},
+    volumes={"type": "array", "items": _object(name=NAME, persistentVolumeClaim=_object(claimName=NAME))})
+JOB = _object(parallelism=COUNT, completions=COUNT, backoffLimit=COUNT, template=_object(spec=POD))
+JOBSET = _object(
+    apiVersion={"const": "jobset.x-k8s.io/v1alpha2"}, kind={"const": "JobSet"}, metadata=_object(name=NAME),
+    spec=_object(failurePolicy=_object(maxRestarts=COUNT), replicatedJobs={"type": "array", "minItems": 1, "items": (
+        _object(name=NAME, replicas=COUNT, template=_object(spec=JOB)))}))
+
+
+def test_the_jobset_is_one():
+  jobset = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+  jsonschema.validate(jobset, JOBSET)
+  job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+  pod = job["template"]["spec"]
+  assert job["parallelism"] == job["completions"]
+  assert {v["name"] for v in pod["volumes"]} == {m["name"] for m in pod["containers"][0]["volumeMounts"]}
+  command = pod["containers"][0]["command"]
+  out = w2s(*(a for a in command[3:] if a.startswith("--config")), "--config.seed=-1")   # is read, and refused for this
+  assert out.returncode == 2 and "seed is -1" in out.stderr
+
+
+@pytest.mark.parametrize("args,message", [
+    (["--num_processes=2"], "of several processes each needs --coordinator_address, --process_id too"),
+    (["--process_id=0", "--coordinator_address=localhost:1"], "each needs --num_processes too")])
+def test_half_of_what_several_processes_need_is_refused(args, message, tmp_path):
+  out = w2s(CONFIG, f"--workdir={tmp_path}", *args)
+  assert out.returncode == 2 and message in out.stderr and "Traceback" not in out.stderr
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory):
+  """A workdir that has come as far as the defenses."""
+  workdir = tmp_path_factory.mktemp("launch") / "run"
+  for stage in ("warmup", "poison", "teach"):
+    assert w2s(CONFIG, f"--workdir={workdir}", *SHORT, f"--stage={stage}").returncode == 0
+  return workdir
+
+
+def fork(poisoned, name):
+  """A copy of it that any further flags may claim."""
+  new = poisoned.with_name(name)
+  shutil.copytree(poisoned, new, ignore=shutil.ignore_patterns("config.json", "inputs.json", "checkpoints", ".lock"),
+                  ignore_dangling_symlinks=True)
+  for directory in (poisoned / "models").iterdir():
+    shutil.copy(directory / "config.json", new / "models" / directory.name)
+  return new
+
+
+def compiled_steps(workdir):
+  """What XLA compiled of the training step so far, for this workdir and those beside it."""
+  return {f.name for f in (workdir.parent / ".w2s_cache/xla").glob("jit_steps-*-cache")}
+
+
+def losses(workdir):
+  return [json.loads(line)["loss"] for line in (workdir / "metrics/w2s.jsonl").read_text().splitlines()]
+
+
+DEFEND = ("--stage=defend", "--config.defenses=('w2s',)", "--config.defend.epochs=10", "--config.term_norms_every=0")
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_devices_are_one_device(poisoned):
+  """Twenty steps through launch/local.sh: the losses of one process with one device, and one compiled step."""
+  flags = [*(f for f in SHORT if "defend.max_steps" not in f), *DEFEND]
+  alone, together = fork(poisoned, "alone"), fork(poisoned, "together")
+  assert w2s(CONFIG, f"--workdir={alone}", *flags).returncode == 0
+  before = compiled_steps(together)
+  out = subprocess.run(["launch/local.sh", "2", CONFIG, f"--workdir={together}", *flags, "--config.mesh.data=2",
+                        "--config.mesh.fsdp=2", "--config.mesh.tensor=2"], cwd=ROOT, capture_output=True, text=True,
+                       env=ENV | {"JAX_NUM_CPU_DEVICES": "4", "PYTHON": sys.executable})
+  assert out.returncode == 0, out.stderr[-3000:]
+  assert len(losses(alone)) == len(losses(together)) == 20
+  for one, other in zip(losses(alone), losses(together)):
+    assert other == pytest.approx(one, rel=1e-5)
+  assert len(compiled_steps(together) - before) == 1
+  assert out.stdout.count("w2s: 20 steps") == 1                    # of two processes one speaks
+  assert {f.name for f in (together / "models/w2s").iterdir()} == {f.name for f in (alone / "models/w2s").iterdir()}
+
+
+@pytest.mark.slow
+def test_where_one_of_two_processes_is_killed_the_other_stops(poisoned):
+  """Within a minute, with a code that is not 0 and a line that says why."""
+  workdir = fork(poisoned, "killed")
+  flags = [*(f for f in SHORT if "defend.max_steps" not in f), *DEFEND[:2], "--config.defend.epochs=1000"]
+  command = [sys.executable, "-m", "w2s_jax.main", CONFIG, f"--workdir={workdir}", *flags,
+             "--coordinator_address=localhost:28173", "--num_processes=2"]
+  with open(workdir / "stderr", "w") as err:
+    both = [subprocess.Popen([*command, f"--process_id={i}"], cwd=ROOT, env=ENV, stderr=err, stdout=err)
+            for i in range(2)]
+    try:
+      metrics = workdir / "metrics/w2s.jsonl"
+      deadline = time.monotonic() + 300
+      while not (metrics.exists() and metrics.read_text()):
+        assert time.monotonic() < deadline and all(p.poll() is None for p in both), (workdir / "stderr").read_text()
+        time.sleep(0.5)
+      both[1].send_signal(signal.SIGKILL)
+      start = time.monotonic()
+      assert both[0].wait(60) != 0 and time.monotonic() - start < 60
+    finally:
+      for process in both:
+        process.kill()
+  assert re.search(r"another process|task.*(died|disconnect|heartbeat|unhealthy)|[Cc]onnection (closed|reset)",
+                   (workdir / "stderr").read_text())
