@@ -11,7 +11,8 @@ from w2s_jax.data import packing
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def forward(model, mesh, params, input_ids, attention_mask, texts):
-  out = model.apply(params, input_ids, attention_mask, texts)
+  with sharding.on(mesh):
+    out = model.apply(params, input_ids, attention_mask, texts)
   everywhere = sharding.replicated(mesh)             # each process reads all of it
   return jax.lax.with_sharding_constraint((out.logits, out.features), (everywhere, everywhere))
 

@@ -9,6 +9,9 @@ COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 CALLED = re.compile(r"(?:body|calls|to_apply|condition|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+CHANNEL = re.compile(r"channel_id=\d+")
 INSTRUCTION = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(KINDS)})(?:-start)?\(")
 ARRAY = re.compile(r"(pred|bf16|[suf]\d+\w*)\[([\d,]*)\]")
 
@@ -20,18 +23,29 @@ def collectives(text):
   of the loops around it, where the compiler knows them; `in_loop` says whether there is one.
   """
   computations, entry = _computations(text)
-  out = []
+  out, channels = [], set()
   def walk(name, times, in_loop):
     for line in computations.get(name, ()):
-      if found := INSTRUCTION.search(line):
+      channel = CHANNEL.search(line)
+      if (found := INSTRUCTION.search(line)) and (channel is None or channel[0] not in channels):
+        channels.update([channel[0]] if channel else [])   # the pieces of one that runs beside a fusion share theirs
         out.append((found[2], max(map(_bytes, ARRAY.findall(found[1])), default=0), times, in_loop))
       loop = " while(" in line
-      trips = int(TRIPS.search(line)[1]) if loop and TRIPS.search(line) else 1
+      trips = _trips(line, computations) if loop else 1
       called = CALLED.findall(line) + [name.strip(" %") for some in BRANCHES.findall(line) for name in some.split(",")]
       for inner in called:
         walk(inner, times * trips, in_loop or loop)
   walk(entry, 1, False)
   return out
+
+
+def _trips(line, computations):
+  """Turns of a loop: what the compiler noted, or else the one number that its condition compares with; 1 otherwise."""
+  if noted := TRIPS.search(line):
+    return int(noted[1])
+  condition = computations.get(CONDITION.search(line)[1], ())
+  bounds = [int(found[1]) for other in condition if (found := BOUND.search(other))]
+  return bounds[0] if len(bounds) == 1 else 1
 
 
 def totals(found):

@@ -144,6 +144,21 @@ def check_batch(batch_size, mesh, knob):
                      "multiple of it, or --config.mesh.*")
 
 
+def on(mesh):
+  """A context for what is traced for this mesh: `split_rows` goes by it."""
+  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def split_rows(x):
+  """x [R, ...] with its rows split as the batch's are, and nothing else; outside `on` x as it is.
+
+  Without being told so XLA would rather split the width of activations as the kernels' is (over `fsdp`), have every
+  device compute all rows, and sum over devices what is a hundred times a layer's kernels where batches are large.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return x if mesh.empty else jax.lax.with_sharding_constraint(x, BATCH)
+
+
 def stacked(places):
   """The NamedShardings of leaves that have one more axis in front, of runs or steps, which is not split."""
   return jax.tree.map(lambda place: NamedSharding(place.mesh, P(None, *place.spec)), places)

@@ -96,7 +96,8 @@ def make_train_step(loss, tx, state_places, frozen_places, mesh, runs=1):
   """
   def step(state, frozen, batch, key):
     key = jax.random.fold_in(key, state.step)
-    (value, terms), grads = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch, key)
+    with sharding.on(mesh):
+      (value, terms), grads = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch, key)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     metrics = {"loss": value, **terms, "grad_norm": optax.tree_utils.tree_norm(grads)}
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics

@@ -5,6 +5,7 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
+from w2s_jax import sharding
 from w2s_jax.models import layers
 from w2s_jax.models.fields import MOST_LAYERS
 
@@ -128,7 +129,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, mask):
-    c = self.config
+    c, x = self.config, sharding.split_rows(x)
     def add(y, name):
       y = nn.Dropout(c.hidden_dropout, deterministic=not self.train)(y)
       return layers.layer_norm(c.layer_norm_eps, name)(x + y).astype(x.dtype)

@@ -6,7 +6,7 @@ import math
 import flax.linen as nn
 import jax.numpy as jnp
 
-from w2s_jax import InputError
+from w2s_jax import InputError, sharding
 from w2s_jax.models import layers
 from w2s_jax.models.fields import MOST_LAYERS
 
@@ -194,7 +194,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, cos, sin, mask):
-    c = self.config
+    c, x = self.config, sharding.split_rows(x)
     x += Attention(c, self.train, name="attn")(rms_norm(c, "attn_norm")(x).astype(x.dtype), cos, sin, mask)
     x += MLP(c, self.train, name="mlp")(rms_norm(c, "mlp_norm")(x).astype(x.dtype))
     return x, None
