@@ -4,11 +4,10 @@ import runpy
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
 from flax import traverse_util
 
-from w2s_jax import InputError, lora, optim, sharding, steps
+from w2s_jax import InputError, abstract, lora, sharding, steps
 from w2s_jax.attacks import ATTACKS
 from w2s_jax.defenses import DEFENSES, w2s
 from w2s_jax.models import Model, config_from_hf
@@ -30,56 +29,36 @@ def variants():
     yield from ((name, arg) for arg in [*offline, "data=D", *scales])
 
 
-def student_of(c):
-  return Model(config_from_hf(c.student.arch.to_dict() | {"num_labels": c.data.num_labels}, dtype=c.student.dtype,
-                              remat=c.student.remat, lora_dropout=c.lora.dropout))
+def unchanged(step, state, frozen, batch):
+  """Metric names of an abstract step that keeps every shape and dtype of its state."""
+  after, metrics = jax.eval_shape(step, state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0)))
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+  assert all(value.shape == () for value in metrics.values())
+  return set(metrics)
 
 
 @pytest.mark.parametrize("name,arg", list(variants()))
 def test_abstract_evaluation(name, arg):
-  """Labels and rules cover every leaf on 2 x 2 x 2 devices; the distillation step keeps every shape."""
+  """Labels and rules cover every leaf on 2 x 2 x 2 devices; every stage's step keeps every shape."""
   c = config(name, arg)
-  model, mesh = student_of(c), sharding.make_mesh(2, 2, 2)
-  family, c_model = model.config.family, model.config
+  model, mesh = abstract.student(c), sharding.make_mesh(2, 2, 2)
   assert c.attack.name in ATTACKS and set(c.defenses) <= set(DEFENSES)
-  params = jax.eval_shape(lambda p: lora.add_lora(p, c.lora.rank, c.lora.alpha, tuple(c.lora.targets),
-                                                  key=jax.random.key(0)), model.abstract_params())
-  trainable, frozen = lora.split(params, lora.LORA)
-  assert set(jax.tree.leaves(lora.label_tree(trainable))) == {"adapter", "head"}
-  assert not {"adapter", "head"} & set(jax.tree.leaves(lora.label_tree(frozen)))
-  tx = optim.make_optimizer(trainable, c.defend.learning_rate, 10)
-  state = jax.eval_shape(lambda p: steps.TrainState(jnp.zeros((), jnp.int32), p, tx.init(p)), trainable)
-  weights = w2s.loss_weights(c.defend.weights, c_model.feature_size)
-  loss = steps.classification_loss(model, lambda out, b: w2s.terms(out, b, c.defend.temperature), weights)
-  step = steps.make_train_step(loss, tx, steps.state_shardings(trainable, tx, family, mesh),
-                               sharding.param_shardings(frozen, family, mesh), mesh)
   B, T = c.defend.batch_size, c.data.max_length
-  def rows(dtype, *shape):
-    return jax.ShapeDtypeStruct((B, *shape), dtype)
-  batch = {"input_ids": rows("int32", T), "attention_mask": rows("int32", T), "label": rows("int32"),
-           "weight": rows("float32"), "teacher_logits": rows("float32", c.data.num_labels),
-           "teacher_features": rows("float32", c_model.feature_size)}
-  after, metrics = jax.eval_shape(step, state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0)))
-  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
-  assert {k: v.shape for k, v in metrics.items()} == dict.fromkeys(("loss", "ce", "kd", "fa", "grad_norm"), ())
+  step, state, frozen = abstract.defend_step(c, model, mesh)
+  assert set(jax.tree.leaves(lora.label_tree(state.params))) == {"adapter", "head"}
+  assert not {"adapter", "head"} & set(jax.tree.leaves(lora.label_tree(frozen)))
+  assert unchanged(step, state, frozen, abstract.batch(model, B, T, True)) == {"loss", "ce", "kd", "fa", "grad_norm"}
 
-  teacher = Model(config_from_hf(c.teacher.arch.to_dict(), feature_width=c_model.feature_size))
-  tree = teacher.abstract_params()
+  teacher = Model(config_from_hf(c.teacher.arch.to_dict(), feature_width=model.config.feature_size))
   ids = jax.ShapeDtypeStruct((B, T), "int32")
-  out = jax.eval_shape(teacher.apply, tree, ids, ids)
-  assert out.features.shape == (B, c_model.feature_size) and out.logits.shape == (B, c.data.num_labels)
+  out = jax.eval_shape(teacher.apply, teacher.abstract_params(), ids, ids)
+  assert out.features.shape == (B, model.config.feature_size) and out.logits.shape == (B, c.data.num_labels)
   assert set(c.poison.trains) <= set(lora.FULL) and "head" in c.poison.trains
   for network, settings, labels in ((teacher, c.teach, lora.FULL), (model, c.poison, tuple(c.poison.trains))):
-    trains, fixed = lora.split(network.abstract_params(), labels)
-    assert set(jax.tree.leaves(lora.label_tree(trains))) == set(labels)
-    tx, family = optim.make_optimizer(trains, settings.learning_rate, 10), network.config.family
-    state = jax.eval_shape(lambda p: steps.TrainState(jnp.zeros((), jnp.int32), p, tx.init(p)), trains)
-    step = steps.make_train_step(
-        steps.classification_loss(network, steps.cross_entropy_terms, {"ce": 1.0}), tx,
-        steps.state_shardings(trains, tx, family, mesh), sharding.param_shardings(fixed, family, mesh), mesh)
-    after, metrics = jax.eval_shape(step, state, fixed, batch, jax.eval_shape(lambda: jax.random.key(0)))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    assert {k: v.shape for k, v in metrics.items()} == dict.fromkeys(("loss", "ce", "grad_norm"), ())
+    step, state, fixed = abstract.train_step(network, network.abstract_params(), labels, steps.cross_entropy_terms,
+                                             {"ce": 1.0}, settings.learning_rate, mesh)
+    assert set(jax.tree.leaves(lora.label_tree(state.params))) == set(labels)
+    assert unchanged(step, state, fixed, abstract.batch(network, B, T, False)) == {"loss", "ce", "grad_norm"}
 
 
 def parameters(model):
@@ -89,7 +68,7 @@ def parameters(model):
 def test_sizes_are_the_published_ones():
   """Classifier heads and no output layer: Llama-3-8B 8.03e9 - 0.525e9, Vicuna-7B 6.74e9 - 0.131e9, ..."""
   def size(name, arg):
-    return parameters(student_of(config(name, arg)))
+    return parameters(abstract.student(config(name, arg)))
   assert abs(size("llama_badnet", "scale=8b") - 7.505e9) < 1e7
   assert abs(size("llama_badnet", "scale=70b") - 69.5e9) < 1e8
   assert abs(size("vicuna_badnet", "scale=8b") - 6.607e9) < 1e7
@@ -110,8 +89,7 @@ def test_the_released_recipe(name, attack, weights):
   assert (c.teach.learning_rate, c.teach.batch_size, c.teach.epochs, c.teach.warmup_fraction) == (2e-5, 32, 5, 0.06)
   assert c.data.max_length == c.data.attack_max_length == 128 and c.defend.temperature == 2.0
   assert w2s.loss_weights(c.defend.weights, 4096) == dict(zip(("ce", "kd", "fa"), weights))
-  adapters, _ = lora.split(jax.eval_shape(
-      lambda p: lora.add_lora(p, 512, 512.0, key=jax.random.key(0)), student_of(c).abstract_params()), ("adapter",))
+  adapters, _ = lora.split(abstract.adapted(c, abstract.student(c).abstract_params()), ("adapter",))
   if name.startswith("llama"):
     assert sum(x.size for x in jax.tree.leaves(adapters)) == 218_103_808      # the released run's ~218M
 

@@ -20,7 +20,7 @@ import os
 import re
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from w2s_jax import InputError, command
 
@@ -57,6 +57,11 @@ def parse_topology(text):
   return chip, math.prod(map(int, shape.split("x")))
 
 
+def tpu_compiler():
+  """Whether XLA's TPU compiler is installed."""
+  return importlib.util.find_spec("libtpu") is not None
+
+
 def devices_of(text):
   """The slice's devices, which are not here; CPUs in their place where there is no TPU compiler.
 
@@ -65,7 +70,7 @@ def devices_of(text):
   """
   import jax
   _, chips = parse_topology(text)
-  if importlib.util.find_spec("libtpu") is None:
+  if not tpu_compiler():
     print("no TPU compiler here (pip install 'jax[tpu]'): planned for CPUs, whose memory is not the chip's",
           file=sys.stderr)
     if chips > len(jax.devices()):
@@ -111,7 +116,9 @@ def plan_step(name, config, mesh, B, T, topology, tpu=True):
   except jax.errors.JaxRuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e):
       raise
-    return out | {"fits": False, "per_chip": {"hbm": chip.hbm}, "error": str(e).splitlines()[0]}
+    unknown = dict.fromkeys(("arguments", "temporaries", "output", "total"))
+    return out | {"fits": False, "per_chip": unknown | {"hbm": chip.hbm}, "flops": None, "collectives": {},
+                  "step_seconds_estimate": None, "error": str(e).splitlines()[0]}
   memory = compiled.memory_analysis()
   per_chip = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
               "output": memory.output_size_in_bytes - memory.alias_size_in_bytes}
@@ -198,6 +205,7 @@ def text(one):
 
 def main(argv):
   del argv
+  logging.set_verbosity(logging.ERROR)
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   import jax
   jax.config.update("jax_platforms", "cpu")

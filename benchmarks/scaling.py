@@ -1,0 +1,77 @@
+"""What fits where: plan's verdicts on the distillation step, as the Markdown table of docs/scaling.md.
+
+  pip install 'jax[tpu]' && python benchmarks/scaling.py [--only=v5e:4x4]
+
+Exits with 1 where a program gathers a whole stacked kernel, all layers at once: kernels must come a layer at a time.
+"""
+
+import argparse
+import os
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import jax  # noqa: E402
+
+jax.config.update("jax_platforms", "cpu")
+
+from w2s_jax import abstract, plan, sharding  # noqa: E402
+
+MODELS = {"Llama-3-8B": ("llama_badnet", "scale=8b"), "Llama-3-70B": ("llama_badnet", "scale=70b"),
+          "Qwen2.5-7B": ("qwen_badnet", "scale=7b")}
+SMALL, LARGE = (32, 128), (128, 512)                       # rows, tokens
+# Rows are split over fsdp as far as they go, what is left of the chips is tensor.
+CASES = [("Llama-3-8B", topology, batch) for topology in ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:16x16")
+         for batch in (SMALL, LARGE)]
+CASES += [("Llama-3-70B", topology, batch) for topology in ("v5p:4x4x4", "v5e:16x16") for batch in (SMALL, LARGE)]
+CASES += [("Qwen2.5-7B", "v6e:2x4", batch) for batch in (SMALL, LARGE)]
+
+
+def layer_bytes(config):
+  """Of the largest kernel, one layer of it."""
+  layers = jax.tree.leaves(abstract.student(config).abstract_params()["layers"])
+  return max(leaf.size // leaf.shape[0] * 2 for leaf in layers)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--only", help="this topology alone")
+  args = parser.parse_args()
+  print("| model | slice | mesh data, fsdp, tensor | rows x tokens | remat | fits "
+        "| GiB per chip: arguments + temporaries | of | TFLOP per chip "
+        "| gathers, GB | other collectives, GB | gathered outside loops, GB | s a step (estimate) |")
+  print("|" + "---|" * 13)
+  wrong = []
+  for name, topology, (B, T) in CASES:
+    if args.only not in (None, topology):
+      continue
+    file, argument = MODELS[name]
+    config = runpy.run_path(str(ROOT / f"configs/{file}.py"))["get_config"](argument)
+    devices, _ = plan.devices_of(topology)
+    fsdp = min(B, len(devices))
+    shape = (1, fsdp, len(devices) // fsdp)
+    one = plan.plan_step("defend", config, sharding.make_mesh(*shape, devices=devices), B, T, topology)
+    cells = [name, topology, ", ".join(map(str, shape)), f"{B} x {T}", config.student.remat,
+             "yes" if one["fits"] else "no"]
+    if "error" in one:
+      cells += [one["error"].partition(": ")[2].rstrip("."), f"{one['per_chip']['hbm'] / plan.GIB:.0f}", *["-"] * 5]
+    else:
+      memory, moved = one["per_chip"], {kind: c["bytes"] / 1e9 for kind, c in one["collectives"].items()}
+      outside = one["collectives_outside_loops"].get("all-gather", {"bytes": 0})["bytes"]
+      if outside > layer_bytes(config):
+        wrong.append(cells)
+      cells += [f"{memory['arguments'] / plan.GIB:.2f} + {memory['temporaries'] / plan.GIB:.2f}",
+                f"{memory['hbm'] / plan.GIB:.0f}", f"{one['flops'] / 1e12:.1f}", f"{moved.get('all-gather', 0):.1f}",
+                f"{sum(moved.values()) - moved.get('all-gather', 0):.2f}", f"{outside / 1e9:.3f}",
+                f"{one['step_seconds_estimate']:.2f}"]
+    print("| " + " | ".join(cells) + " |", flush=True)
+  if wrong:
+    sys.exit(f"gather more than a layer's kernel outside loops: {wrong}")
+
+
+if __name__ == "__main__":
+  main()
