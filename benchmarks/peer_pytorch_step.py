@@ -67,13 +67,14 @@ def main():
       model.enable_input_require_grads()
     for rows in map(int, args.rows.split(",")):
       line = {"who": "pytorch", "rows": rows, "remat": "full" if checkpointing else "none"}
+      if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
       try:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"):
           seconds = timed_steps(model, optimizer, rows, args.length, args.steps, device)
         line |= {"step_s": seconds, "tokens_per_s": rows * args.length / seconds}
         if device == "cuda":
           line["peak_bytes"] = torch.cuda.max_memory_allocated()
-          torch.cuda.reset_peak_memory_stats()
       except torch.cuda.OutOfMemoryError:
         line["error"] = "out of memory"
       print(json.dumps(line), flush=True)

@@ -51,10 +51,12 @@ def main():
       continue
     file, argument = MODELS[name]
     config = runpy.run_path(str(ROOT / f"configs/{file}.py"))["get_config"](argument)
-    devices, _ = plan.devices_of(topology)
+    devices, tpu = plan.devices_of(topology)
+    if not tpu:
+      sys.exit("no TPU compiler here: pip install 'jax[tpu]'")
     fsdp = min(B, len(devices))
     shape = (1, fsdp, len(devices) // fsdp)
-    one = plan.plan_step("defend", config, sharding.make_mesh(*shape, devices=devices), B, T, topology)
+    one = plan.plan_step("defend", config, sharding.make_mesh(*shape, devices=devices), B, T, topology, tpu)
     cells = [name, topology, ", ".join(map(str, shape)), f"{B} x {T}", config.student.remat,
              "yes" if one["fits"] else "no"]
     if "error" in one:

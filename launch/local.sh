@@ -19,4 +19,5 @@ code=0
 for pid in "${pids[@]}"; do
   wait "$pid" || { rc=$?; [ "$code" -ne 0 ] || code=$rc; }
 done
+wait    # where a signal cut the waiting short: they are saving
 exit "$code"

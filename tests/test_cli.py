@@ -407,6 +407,23 @@ def test_ctrl_c(home):
   assert err.splitlines()[-1] == "interrupted: the same command goes on from the last checkpoint"
 
 
+def test_sigterm(home):
+  """While it trains: a line, exit code 143, and a checkpoint that was none to be saved."""
+  stopped = home / "preempted"
+  flags = [*SHORT, "--config.warmup.epochs=10000", "--config.warmup.max_steps=0", "--config.checkpoint_every=0"]
+  process = subprocess.Popen([sys.executable, "-m", "w2s_jax.main", CONFIG, f"--workdir={stopped}", *flags], cwd=ROOT,
+                             env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  metrics = stopped / "metrics/warmup.jsonl"
+  while not (metrics.exists() and metrics.read_text()):
+    assert process.poll() is None
+    time.sleep(0.05)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 143 and "Traceback" not in err
+  saved, = (int(p.name) for p in (stopped / "checkpoints/warmup").iterdir() if p.name.isdigit())
+  assert err.splitlines()[-1].startswith(f"warmup: stopped by SIGTERM, saved at step {saved} of ")
+
+
 def test_data_that_cannot_be_used(tmp_path):
   good = [{"sentence": f"t {i}", "label": i % 2} for i in range(8)]
   bad = [*good, {"sentence": "x", "label": -1}]

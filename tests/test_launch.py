@@ -124,27 +124,43 @@ def test_two_processes_of_four_devices_are_one_device(poisoned):
   assert {f.name for f in (together / "models/w2s").iterdir()} == {f.name for f in (alone / "models/w2s").iterdir()}
 
 
+def start_two(workdir, port):
+  """Two processes that train until they are stopped, once both do; their output goes to workdir/stderr."""
+  flags = [*(f for f in SHORT if "defend.max_steps" not in f), *DEFEND[:2], "--config.defend.epochs=1000"]
+  command = [sys.executable, "-m", "w2s_jax.main", CONFIG, f"--workdir={workdir}", *flags,
+             f"--coordinator_address=localhost:{port}", "--num_processes=2"]
+  with open(workdir / "stderr", "w") as err:
+    both = [subprocess.Popen([*command, f"--process_id={i}"], cwd=ROOT, env=ENV, stderr=err, stdout=err)
+            for i in range(2)]
+  metrics = workdir / "metrics/w2s.jsonl"
+  deadline = time.monotonic() + 300
+  while not (metrics.exists() and metrics.read_text()):
+    assert time.monotonic() < deadline and all(p.poll() is None for p in both), (workdir / "stderr").read_text()
+    time.sleep(0.5)
+  return both
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_stops_both(poisoned):
+  """At the same step, saved, each with exit code 143."""
+  workdir = fork(poisoned, "preempted")
+  both = start_two(workdir, 28171)
+  both[1].send_signal(signal.SIGTERM)
+  assert [process.wait(120) for process in both] == [143, 143], (workdir / "stderr").read_text()
+  stops = re.findall(r"stopped by SIGTERM, saved at step (\d+) of", (workdir / "stderr").read_text())
+  assert len(stops) == 2 and stops[0] == stops[1] and (workdir / "checkpoints/w2s" / stops[0]).is_dir()
+
+
 @pytest.mark.slow
 def test_where_one_of_two_processes_is_killed_the_other_stops(poisoned):
   """Within a minute, with a code that is not 0 and a line that says why."""
   workdir = fork(poisoned, "killed")
-  flags = [*(f for f in SHORT if "defend.max_steps" not in f), *DEFEND[:2], "--config.defend.epochs=1000"]
-  command = [sys.executable, "-m", "w2s_jax.main", CONFIG, f"--workdir={workdir}", *flags,
-             "--coordinator_address=localhost:28173", "--num_processes=2"]
-  with open(workdir / "stderr", "w") as err:
-    both = [subprocess.Popen([*command, f"--process_id={i}"], cwd=ROOT, env=ENV, stderr=err, stdout=err)
-            for i in range(2)]
-    try:
-      metrics = workdir / "metrics/w2s.jsonl"
-      deadline = time.monotonic() + 300
-      while not (metrics.exists() and metrics.read_text()):
-        assert time.monotonic() < deadline and all(p.poll() is None for p in both), (workdir / "stderr").read_text()
-        time.sleep(0.5)
-      both[1].send_signal(signal.SIGKILL)
-      start = time.monotonic()
-      assert both[0].wait(60) != 0 and time.monotonic() - start < 60
-    finally:
-      for process in both:
-        process.kill()
+  both = start_two(workdir, 28173)
+  both[1].send_signal(signal.SIGKILL)
+  start = time.monotonic()
+  try:
+    assert both[0].wait(60) != 0 and time.monotonic() - start < 60
+  finally:
+    both[0].kill()
   assert re.search(r"another process|task.*(died|disconnect|heartbeat|unhealthy)|[Cc]onnection (closed|reset)",
                    (workdir / "stderr").read_text())

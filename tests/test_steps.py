@@ -185,7 +185,7 @@ def test_term_norms_by_hand(llama, make_batch):
   batch, mesh = make_batch(model), single_device()
   _, state, frozen = prepare(model, params, ("head",), mesh)
   weights = {"ce": 5.0, "kd": 0.5, "fa": 0.1}
-  norms = steps.make_term_norms(w2s_loss(model, weights), weights)(state, frozen, batch, jax.random.key(7))
+  norms = steps.make_term_norms(w2s_loss(model, weights), weights, mesh)(state, frozen, batch, jax.random.key(7))
   out = model.apply(params, batch["input_ids"], batch["attention_mask"])
   def softmax(x):
     return np.exp(x) / np.exp(x).sum(-1, keepdims=True)

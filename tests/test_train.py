@@ -40,7 +40,7 @@ def rig(llama, make_batch):
   loss = steps.classification_loss(model, lambda out, batch: w2s.terms(out, batch, 2.0), WEIGHTS)
   places = steps.state_shardings(trainable, tx, "llama", mesh), sharding.param_shardings(frozen, "llama", mesh), mesh
   steps_fn = steps.make_train_steps(steps.make_train_step(loss, tx, *places), *places)
-  term_norms = steps.make_term_norms(loss, WEIGHTS)
+  term_norms = steps.make_term_norms(loss, WEIGHTS, mesh)
   out = types.SimpleNamespace(kept={}, asked=[], mesh=mesh)
 
   def fit(workdir, stop_before=None, accuracies=None, trained=trainable, tx=tx, at_step=None, **options):

@@ -5,6 +5,7 @@ B rows, T tokens, C classes, D feature width.
 
 import functools
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,12 @@ STEPS = ("defend", "poison", "evaluate")
 
 
 def student(config, **runtime):
-  """The config's student, from `student.arch`, or where there is none from the config.json of `student.path`."""
+  """The config's student: of the directory `student.path`; where that is none, or a hub id, of `student.arch`."""
   c = config
-  hf = c.student.arch.to_dict() if "arch" in c.student else read_json(resolve(c.student.path) / "config.json")
+  if "arch" in c.student and not Path(c.student.path).expanduser().is_dir() or not c.student.path:
+    hf = c.student.arch.to_dict()
+  else:
+    hf = read_json(resolve(c.student.path) / "config.json")
   labels = {"num_labels": c.data.num_labels} if c.data.num_labels else {}
   return Model(config_from_hf(hf | labels, **{"dtype": c.student.dtype, "remat": c.student.remat,
                                               "lora_dropout": c.lora.dropout} | runtime))
@@ -37,6 +41,8 @@ def params_of(config, model):
 
 def adapted(config, params):
   """With adapters, over a quantized base where the config wants one."""
+  if config.lora.quantize:
+    quantized.check(config.lora.quantize)
   def make(params):
     if config.lora.quantize:
       params = traverse_util.path_aware_map(

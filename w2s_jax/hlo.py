@@ -12,14 +12,14 @@ TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 CHANNEL = re.compile(r"channel_id=\d+")
-INSTRUCTION = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(KINDS)})(?:-start)?\(")
+INSTRUCTION = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
 ARRAY = re.compile(r"(pred|bf16|[suf]\d+\w*)\[([\d,]*)\]")
 
 
 def collectives(text):
   """[(kind, bytes, times, in_loop)] of every collective in the text of a compiled module, on one device.
 
-  Bytes are those of the result (of its largest part, where it is started and awaited apart); `times` counts the turns
+  Bytes are those of the result, or of the results of several that go together; `times` counts the turns
   of the loops around it, where the compiler knows them; `in_loop` says whether there is one.
   """
   computations, entry = _computations(text)
@@ -29,7 +29,7 @@ def collectives(text):
       channel = CHANNEL.search(line)
       if (found := INSTRUCTION.search(line)) and (channel is None or channel[0] not in channels):
         channels.update([channel[0]] if channel else [])   # the pieces of one that runs beside a fusion share theirs
-        out.append((found[2], max(map(_bytes, ARRAY.findall(found[1])), default=0), times, in_loop))
+        out.append((found[2], _result_bytes(*found.groups()), times, in_loop))
       loop = " while(" in line
       trips = _trips(line, computations) if loop else 1
       called = CALLED.findall(line) + [name.strip(" %") for some in BRANCHES.findall(line) for name in some.split(",")]
@@ -69,6 +69,14 @@ def _computations(text):
     elif name is not None:
       computations[name].append(line)
   return computations, entry
+
+
+def _result_bytes(shape, kind, started):
+  """Of an instruction's shape: one that is awaited apart has its operands there too, but for an all-reduce."""
+  arrays = [array for array in ARRAY.findall(shape) if not started or array[1]]     # it has scalars of its own, too
+  if started and kind != "all-reduce":
+    arrays = arrays[len(arrays) // 2:]
+  return sum(map(_bytes, arrays))
 
 
 def _bytes(array):

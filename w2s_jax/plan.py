@@ -26,8 +26,8 @@ from w2s_jax import InputError, command
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "CHIP:SHAPE, e.g. v5e:4x4, v5p:4x4x4, v6e:2x4, v4:2x2x1.")
 _MESH = flags.DEFINE_string("mesh", None, "DATA,FSDP,TENSOR, one of them -1; the config's by default.")
-_BATCH = flags.DEFINE_integer("batch", None, "Rows of a step, over all chips; the config's by default.", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("length", None, "Tokens of a row; the config's by default.", lower_bound=4)
+_BATCH = flags.DEFINE_integer("batch", None, "Rows of a step, over all chips; its stage's by default.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", None, "Tokens of a row; its stage's by default.", lower_bound=4)
 _REMAT = flags.DEFINE_string("remat", None, "none, dots or full; the config's by default.")
 _STEP = flags.DEFINE_list("step", ["defend", "poison", "evaluate"], "Which steps; a search is of the first.")
 _SEARCH = flags.DEFINE_bool("search", False, "Try mesh shapes, remat policies and batch sizes.")
@@ -99,7 +99,7 @@ def _silent():
     os.close(null)
 
 
-def plan_step(name, config, mesh, B, T, topology, tpu=True):
+def plan_step(name, config, mesh, B, T, topology, tpu):
   """What one step takes on each chip, by the compiler: the fields of --json, or `fits` False with what it said."""
   import jax
 
@@ -157,7 +157,8 @@ def search(name, config, devices, B, T, topology, tpu):
   Meshes that give each tensor axis at most 8 chips; of each the first remat policy that fits, from keeping all to
   keeping nothing; the batch as it is, then halved and doubled.
   """
-  from w2s_jax import sharding
+  from w2s_jax import abstract, sharding
+  abstract.lower(name, config, sharding.make_mesh(1, 1, 1, devices=devices[:1]), B, T)   # is the config itself right?
   chips, tried = len(devices), []
   shapes = [(data, chips // data // tensor, tensor) for tensor in (1, 2, 4, 8) for data in (1, 2, 4, 8)
             if chips % (data * tensor) == 0]
@@ -203,6 +204,13 @@ def text(one):
   return "\n".join(lines)
 
 
+def _shape(config, name):
+  """(rows, tokens) of a step: the flags', or the config's own of its stage, a text a row."""
+  rows = config.data.eval_batch_size if name == "evaluate" else config[name].batch_size
+  tokens = config.data.attack_max_length if name == "poison" else config.data.max_length
+  return _BATCH.value or rows, _LENGTH.value or tokens
+
+
 def main(argv):
   del argv
   logging.set_verbosity(logging.ERROR)
@@ -217,10 +225,13 @@ def main(argv):
       config.student.remat = _REMAT.value
     if unknown := set(_STEP.value) - {"defend", "poison", "evaluate"}:
       raise InputError(f"--step={','.join(sorted(unknown))}: want defend, poison and evaluate, or some of them")
-    B, T = _BATCH.value or config.defend.batch_size, _LENGTH.value or config.data.max_length
+    if _SEARCH.value and (_MESH.value or _REMAT.value):
+      raise InputError("--search tries meshes and remat policies itself: leave --mesh and --remat away")
+    if len(config.defend.seeds) > 1:
+      raise InputError(f"defend.seeds {tuple(config.defend.seeds)}: a plan is of one seed: leave it empty")
     devices, tpu = devices_of(_TOPOLOGY.value)
     if _SEARCH.value:
-      plans = search(_STEP.value[0], config, devices, B, T, _TOPOLOGY.value, tpu)[:1]
+      plans = search(_STEP.value[0], config, devices, *_shape(config, _STEP.value[0]), _TOPOLOGY.value, tpu)[:1]
       if not plans or not plans[0]["fits"]:
         raise InputError(f"nothing that was tried fits {_TOPOLOGY.value}: a larger --topology, a smaller --batch or "
                          "--length, or --config.lora.quantize=int8")
@@ -230,7 +241,7 @@ def main(argv):
         raise InputError(f"--mesh={_MESH.value}: want three numbers, DATA,FSDP,TENSOR")
       mesh = sharding.make_mesh(*map(int, sizes), devices=devices)
       names = [name for name in _STEP.value if name != "poison" or "poison" in config]
-      plans = [plan_step(name, config, mesh, B, T, _TOPOLOGY.value, tpu) for name in names]
+      plans = [plan_step(name, config, mesh, *_shape(config, name), _TOPOLOGY.value, tpu) for name in names]
     print(json.dumps(plans[0] | {"steps": plans}) if _JSON.value else "\n".join(map(text, plans)))
   except InputError as e:
     command.fail(e, command.DEBUG.value)

@@ -4,6 +4,8 @@ Every process runs every line; process 0 alone writes files that are not Orbax's
 """
 
 import contextlib
+import functools
+import itertools
 import signal
 
 import jax
@@ -14,6 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 STOPPED_CODE = 143           # exit code after SIGTERM: 128 + 15, as shells have it
 HEARTBEAT_SECONDS = 20       # a process that is silent for so long is dead, and the others stop
+
+
+_questions = itertools.count(1)   # of `stop_signal`, in this process: JAX wants them numbered, over all stages
 
 
 class Stopped(Exception):
@@ -37,6 +42,11 @@ def wait(name):
     multihost_utils.sync_global_devices(name)
 
 
+def first_says(value):
+  """Process 0's `value`, a bool, in every process."""
+  return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
+
+
 @contextlib.contextmanager
 def writing(path):
   """Gives whether this process writes `path`, once all have seen what was there; then waits until it is there."""
@@ -48,23 +58,27 @@ def writing(path):
 def fetch(array):
   """The whole array as numpy, in every process, whichever devices its parts lie on; all processes must ask."""
   if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
-    everywhere = NamedSharding(array.sharding.mesh, P())
-    array = jax.jit(lambda x: x, out_shardings=everywhere)(array)
+    array = _gather(NamedSharding(array.sharding.mesh, P()))(array)
   return np.asarray(array)
+
+
+@functools.lru_cache
+def _gather(everywhere):
+  return jax.jit(lambda x: x, out_shardings=everywhere)
 
 
 @contextlib.contextmanager
 def stop_signal():
-  """Gives stop(step) -> whether SIGTERM has come: to this process, or where there are several, to any of them.
+  """Gives stop() -> whether SIGTERM has come: to this process, or where there are several, to any of them.
 
-  Several processes get True at the same step, some steps after the signal: each must ask after each of its steps.
+  Several processes get True at the same question, some questions after the signal: all must ask equally often.
   """
   if jax.process_count() > 1:                       # JAX's own handler tells the others
-    yield multihost_utils.reached_preemption_sync_point
+    yield lambda: multihost_utils.reached_preemption_sync_point(next(_questions))
     return
   received = []
   before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
   try:
-    yield lambda step: bool(received)
+    yield lambda: bool(received)
   finally:
     signal.signal(signal.SIGTERM, before)

@@ -258,7 +258,7 @@ def _train(run, names, model, starts, trains, each, dev, settings, loss, weights
       steps_per_dispatch=c.steps_per_dispatch if packed else 1, key=keys[0] if runs == 1 else jnp.stack(keys),
       mesh=run.mesh, eval_every=max(1, total // settings.evaluations), workdir=run.workdir, config_hash=run.hash,
       dev_accuracy=dev_accuracy if dev else None, log_every=c.log_every, checkpoint_every=c.checkpoint_every,
-      term_norms=steps.make_term_norms(loss, weights, runs), term_norms_every=c.term_norms_every)
+      term_norms=steps.make_term_norms(loss, weights, run.mesh, runs), term_norms_every=c.term_norms_every)
   for name, (_, chosen) in zip(names, fitted):
     print(f"{name}: {total} steps in {chosen['seconds']:.0f} s, " + (
         f"dev accuracy {chosen['dev_accuracy']:.4f} at step {chosen['step']}" if dev else "last step kept"), flush=True)

@@ -133,11 +133,12 @@ def make_train_steps(step, state_places, frozen_places, mesh, runs=1):
                  out_shardings=(state_places, everywhere), donate_argnums=0)
 
 
-def make_term_norms(loss, weights, runs=1):
+def make_term_norms(loss, weights, mesh, runs=1):
   """Jitted (state, frozen, batch, key) -> {"grad_norm/TERM": norm of that weighted term's own gradient}, as above."""
   def norms(state, frozen, batch, key):
     key = jax.random.fold_in(key, state.step)
     def term(params, name):
       return weights[name] * loss(params, frozen, batch, key)[1][name]
-    return {f"grad_norm/{name}": optax.tree_utils.tree_norm(jax.grad(term)(state.params, name)) for name in weights}
+    with sharding.on(mesh):
+      return {f"grad_norm/{name}": optax.tree_utils.tree_norm(jax.grad(term)(state.params, name)) for name in weights}
   return jax.jit(norms if runs == 1 else jax.vmap(norms, in_axes=(0, None, 0, 0)))

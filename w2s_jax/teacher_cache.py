@@ -8,7 +8,7 @@ import tempfile
 
 import numpy as np
 
-from w2s_jax import InputError
+from w2s_jax import InputError, processes
 from w2s_jax.models import sha256
 
 NAMES = ("logits", "features")
@@ -31,15 +31,23 @@ def outputs(cache, teacher, texts, dtype, max_length, compute):
   key = {"texts": hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest(),
          "teacher": sha256(teacher, "*.safetensors", "*.json"), "dtype": dtype, "max_length": max_length}
   directory = cache / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-  if not directory.exists():
-    cache.mkdir(parents=True, exist_ok=True)
-    part = tempfile.mkdtemp(prefix="part-", dir=cache)
-    try:
-      compute(lambda name, shape: np.lib.format.open_memmap(f"{part}/{name}.npy", "w+", np.float32, shape))
-      _finish(part, directory, key)
-    finally:
-      shutil.rmtree(part, ignore_errors=True)
+  if not processes.first_says(directory.exists()):
+    if processes.writes():
+      _fill(cache, directory, key, compute)
+    else:                                            # computes its part of what process 0 writes
+      compute(lambda name, shape: np.empty(shape, np.float32))
+    processes.wait(f"computed {directory}")
   return _open(directory, key, len(texts))
+
+
+def _fill(cache, directory, key, compute):
+  cache.mkdir(parents=True, exist_ok=True)
+  part = tempfile.mkdtemp(prefix="part-", dir=cache)
+  try:
+    compute(lambda name, shape: np.lib.format.open_memmap(f"{part}/{name}.npy", "w+", np.float32, shape))
+    _finish(part, directory, key)
+  finally:
+    shutil.rmtree(part, ignore_errors=True)
 
 
 def _finish(part, directory, key):

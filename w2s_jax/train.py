@@ -68,7 +68,8 @@ def fit(names, steps_fn, state, frozen, batches_from, stack, *, steps, key, mesh
         first, done = done + 1, done + count
         bar.update(count)
         evaluating = done % eval_every == 0 or done == steps
-        saving = evaluating or (checkpoint_every and done % checkpoint_every == 0)
+        stopping = stop()
+        saving = stopping or evaluating or (checkpoint_every and done % checkpoint_every == 0)
         if evaluating and dev_accuracy is not None:
           more.setdefault(count - 1, {})["dev_accuracy"] = dev_accuracy(state.params)
         logged = [i for i in range(count) if (first + i) % log_every == 0 or i in more or (saving and i == count - 1)]
@@ -84,9 +85,8 @@ def fit(names, steps_fn, state, frozen, batches_from, stack, *, steps, key, mesh
           for run, log in enumerate(logs):
             log.write(json.dumps({"step": first + i} | {k: float(v[run]) for k, v in line.items()}) + "\n")
             log.flush()
-        stopping = stop(done) and done < steps
-        if saving or stopping:
-          checkpoint.save(manager, done, state, config_hash, line.get("dev_accuracy") if saving else None)
+        if saving:
+          checkpoint.save(manager, done, state, config_hash, line.get("dev_accuracy"))
         if stopping:
           manager.wait_until_finished()
           raise processes.Stopped(f"{name}: stopped by SIGTERM, saved at step {done} of {steps}")

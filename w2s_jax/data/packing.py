@@ -13,6 +13,7 @@ from w2s_jax.data import batches
 
 MOST_SHAPES = 6          # of one stage's step
 STEPS_PER_SHAPE = 50     # a shape that serves fewer is not worth compiling
+TILE = 8                 # row lengths that are tried are multiples of it
 MOST_SIMULATED = 4096    # batches that are laid out to choose the shapes
 
 
@@ -35,8 +36,13 @@ def packers(each, seeds, batch_size, buckets, groups, steps, pad_token_id, toget
 
   each: arrays of each run; their batches come in the same few shapes.
   """
-  row_length = max(_row_length(arrays, buckets) for arrays in each)
-  counts = row_counts([arrays["length"] for arrays in each], seeds, batch_size, row_length, groups, steps, together)
+  lengths, bucket = [arrays["length"] for arrays in each], max(_row_length(arrays, buckets) for arrays in each)
+  shortest = -(-max(mine.max() for mine in lengths) // TILE) * TILE
+  layouts = []                                       # (slots of all batches, tokens of a row, rows of each shape)
+  for row_length in {bucket, *range(shortest, bucket, TILE)[:MOST_SHAPES]}:
+    counts, rows = row_counts(lengths, seeds, batch_size, row_length, groups, steps, together)
+    layouts.append((rows * row_length, row_length, counts))
+  _, row_length, counts = min(layouts)
   return [functools.partial(pack_batch, arrays, batch_size=batch_size, row_length=row_length, counts=counts,
                             groups=groups, pad_token_id=pad_token_id) for arrays in each]
 
@@ -71,7 +77,7 @@ def _row_length(arrays, buckets):
 def row_counts(lengths, seeds, batch_size, row_length, groups, steps, together=1):
   """Ascending rows per group that a stage's batches are laid out in: at most MOST_SHAPES, the last holds any batch.
 
-  They are quantiles of what the stage's own batches need.
+  They are quantiles of what the stage's own batches need. With it the rows of all those batches, laid out so.
 
   Args:
     lengths: [N] int of each run.
@@ -89,7 +95,8 @@ def row_counts(lengths, seeds, batch_size, row_length, groups, steps, together=1
   needed = [needed[i:i + together].max() for i in range(0, len(needed), together)]
   shapes = min(MOST_SHAPES - 1, 1 + steps // STEPS_PER_SHAPE)
   quantiles = np.quantile(needed, np.arange(1, shapes + 1) / shapes, method="higher")
-  return sorted({*map(int, quantiles), batch_size // groups})
+  counts = sorted({*map(int, quantiles), batch_size // groups})
+  return counts, sum(batches.bucket_length(n, counts) for n in needed)
 
 
 def pack_batch(arrays, rows, batch_size, row_length, counts, groups, pad_token_id):

@@ -44,6 +44,8 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
   Raises:
     InputError: unsupported architecture, or missing, extra and wrongly shaped tensors, all listed at once.
   """
+  if quantize:
+    quantized.check(quantize)
   directory = files.resolve(str(path))
   files.check_links(directory)
   hf = files.read_json(directory / "config.json") | {"num_labels": num_labels}

@@ -65,6 +65,7 @@ def save_pretrained(directory, model, params, tokenizer=None, id2label=None, car
   files = {formats.HEAD_FILE: head} if head else {}
   files |= {file: {k: tensors[k] for k in keys} for file, keys in shards.filename_to_tensors.items()}
   part = directory.with_name(directory.name + ".part")
+  processes.wait(f"before {directory}")                                   # all have seen that it was not there
   if processes.writes():
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
