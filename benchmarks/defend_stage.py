@@ -71,7 +71,8 @@ def prepare(directory, data, epochs, max_steps, size="20m"):
 
 def our_command(directory, workdir, data, epochs, max_steps, stage, **fields):
   fields = {
-      "student.path": directory / "student", "teacher.path": directory / "teacher", "teach.epochs": 0,
+      "student.path": directory / "student", "student.remat": "dots", "teacher.path": directory / "teacher",
+      "teach.epochs": 0,
       "data.train": data, "defenses": "('w2s',)", "defend.epochs": epochs, "defend.evaluations": epochs,
       "defend.max_steps": max_steps, "defend.insert_words": 0.0, "defend.weights": "agnostic",
       "defend.learning_rate": LEARNING_RATE, "lora.rank": RANK, "lora.alpha": float(RANK), "lora.targets": TARGETS,

@@ -70,7 +70,7 @@ def base(attack):
   c.student = ConfigDict()
   c.student.path = ""                 # directory, hub id or pypi:PACKAGE/DIR; "": from scratch, shape `arch`
   c.student.dtype = "float32"
-  c.student.remat = "none"            # or "full", "dots": what the backward pass recomputes
+  c.student.remat = "none"            # or "full", "dots": what is recomputed on the way back
   c.student.arch = llama_arch(512, 64, 3, 4, 2, 160)
 
   c.teacher = ConfigDict()

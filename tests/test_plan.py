@@ -95,6 +95,7 @@ def test_more_memory_than_a_chip_has_does_not_fit(config):
   assert not plan.plan_step("evaluate", config, mesh, 2**17, 512, "v5e:1x1", tpu=False)["fits"]
 
 
+@pytest.mark.slow
 def test_a_search_puts_what_fits_and_is_quick_first(config):
   plans = plan.search("evaluate", config, jax.devices()[:2], 8, 16, "v5e:1x2", False)
   assert len({(p["batch"], *p["mesh"].values()) for p in plans}) == len(plans) >= 6

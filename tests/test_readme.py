@@ -49,11 +49,11 @@ def home(tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_processes(home):
-  """Shortened; one table, and the models beside it."""
-  args = [*shlex.split(LOCAL, comments=True), f"--workdir={home / 'two'}", *FEW]
+  """Its first stage; test_launch.py has the defense."""
+  args = [*shlex.split(LOCAL, comments=True), f"--workdir={home / 'two'}", *FEW, "--stage=warmup"]
   out = subprocess.run(args, cwd=ROOT, env=ENV | {"PYTHON": sys.executable}, capture_output=True, text=True)
-  assert out.returncode == 0 and out.stdout.count("| w2s  ") == 1, out.stderr
-  assert (home / "two/models/w2s/model.safetensors").is_file()
+  assert out.returncode == 0 and out.stdout.count("warmup: 3 steps") == 1, out.stderr
+  assert (home / "two/models/base/model.safetensors").is_file()
 
 
 @pytest.mark.slow
