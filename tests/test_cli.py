@@ -147,7 +147,7 @@ def before_the_defenses(workdir, new):
 @pytest.mark.slow
 def test_a_defense_over_a_quantized_base(workdir, home):
   """From the finished run's poisoned model: another w2s model, each kernel near what the exact base gives."""
-  pytest.importorskip("qwix", reason="pip install qwix (jax < 0.11.1)", exc_type=Exception)
+  pytest.importorskip("qwix", reason="pip install qwix", exc_type=Exception)
   quantized = before_the_defenses(workdir, home / "quantized")
   out = w2s(CONFIG, f"--workdir={quantized}", *SHORT, "--config.lora.quantize=int8", "--config.defenses=('w2s',)")
   assert out.returncode == 0, out.stderr

@@ -13,7 +13,7 @@ from benchmarks import step as step_benchmark
 from w2s_jax import InputError, lora, sharding
 from w2s_jax.models import Model, load_pretrained, quantized, save_pretrained
 
-pytest.importorskip("qwix", reason="pip install qwix (jax < 0.11.1)", exc_type=Exception)
+pytest.importorskip("qwix", reason="pip install qwix", exc_type=Exception)
 NAMES = list(quantized.BITS)
 
 

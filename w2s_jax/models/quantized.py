@@ -22,8 +22,8 @@ def check(name):
   try:
     import qwix  # noqa: F401
   except Exception as e:  # its import of flax.nnx breaks with what jax changes: not always an ImportError
-    raise InputError(f"lora.quantize={name} needs qwix ({str(e)[:100]}): pip install 'qwix>=0.1.8,<0.2' 'jax<0.11', "
-                     "or --config.lora.quantize=''") from e
+    raise InputError(f"lora.quantize={name} needs qwix ({str(e)[:100]}): pip install 'qwix>=0.1.8,<0.2', or "
+                     "--config.lora.quantize=''") from e
 
 
 def quantize(kernel, name):
