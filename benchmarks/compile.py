@@ -10,12 +10,12 @@ devices. Bytes are per device.
 import argparse
 import dataclasses
 import json
+import sys
 import time
 
 import step
-from jax.experimental import topologies
 
-from w2s_jax import sharding
+from w2s_jax import plan, sharding
 from w2s_jax.models import Model
 
 BYTES = ("argument_size_in_bytes", "temp_size_in_bytes", "output_size_in_bytes", "alias_size_in_bytes")
@@ -35,8 +35,9 @@ def main():
   args = parser.parse_args()
   devices = None
   if args.topology:
-    one_chip = {"chips_per_host_bounds": (1, 1, 1)} if args.topology.endswith(":1x1") else {}   # else 2 x 2 a host
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology, **one_chip).devices
+    devices, tpu = plan.devices_of(args.topology)
+    if not tpu:
+      sys.exit("no TPU compiler here: pip install 'jax[tpu]'")
   mesh = sharding.make_mesh(data=1, fsdp=-1, devices=devices)
   for layers in args.layers:
     config = dataclasses.replace(step.student(args.size, dtype=args.dtype, remat=args.remat).config, num_layers=layers)

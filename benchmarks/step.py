@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from flax import traverse_util  # noqa: E402
 
 from configs import common  # noqa: E402
 from w2s_jax import lora, optim, sharding, steps  # noqa: E402
@@ -71,12 +70,10 @@ def random_batch(config, rows, length, seed=0):
 
 def lowered(model, rank, rows, length, mesh, quantize=""):
   """The step of abstract parameters, lowered: nothing is allocated, however large the model."""
-  def frozen_leaf(path, leaf):
-    leaf = leaf.astype(model.config.dtype)
-    return quantized.quantize(leaf, quantize) if quantize and quantized.is_layer_kernel("/".join(path)) else leaf
   def few_bits(params):
     trainable, frozen = lora.split(with_adapters(params, rank), lora.LORA if rank else lora.FULL)
-    return lora.combine(trainable, traverse_util.path_aware_map(frozen_leaf, frozen))
+    frozen = jax.tree.map(lambda leaf: leaf.astype(model.config.dtype), frozen)
+    return lora.combine(trainable, quantized.quantize_layers(frozen, quantize) if quantize else frozen)
   step, trainable, frozen, tx = make_step(model, jax.eval_shape(few_bits, model.abstract_params()), rank, mesh)
   state = jax.eval_shape(lambda p: steps.TrainState(jnp.zeros((), jnp.int32), p, tx.init(p)), trainable)
   batch = {k: jax.ShapeDtypeStruct((rows, *shape), dtype) for k, shape, dtype in (

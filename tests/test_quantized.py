@@ -28,12 +28,6 @@ def wide(tmp_path_factory):
   return directory, model, params
 
 
-def quantize_all(params, name):
-  flat = traverse_util.flatten_dict(params, sep="/")
-  return traverse_util.unflatten_dict({p: quantized.quantize(x, name) if quantized.is_layer_kernel(p) else x
-                                       for p, x in flat.items()}, sep="/")
-
-
 def plain(params):
   return jax.tree.map(quantized.dequantize, params, is_leaf=quantized.is_quantized)
 
@@ -62,7 +56,7 @@ def test_kernels_take_their_bits(name, share, wide):
 def test_loaded_is_quantized_after_loading(name, wide):
   directory, model, params = wide
   _, loaded = load_pretrained(directory, quantize=name)
-  jax.tree.map(np.testing.assert_array_equal, loaded, quantize_all(params, name))
+  jax.tree.map(np.testing.assert_array_equal, loaded, quantized.quantize_layers(params, name))
 
 
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
@@ -72,7 +66,7 @@ def test_step_and_gradient_are_those_over_the_values_it_stands_for(name, remat, 
   from tests.test_steps import w2s_loss
   _, model, params = wide
   model = Model(dataclasses.replace(model.config, remat=remat))
-  small = lora.add_lora(quantize_all(params, name), 4, 8.0, ("all-linear",), key=jax.random.key(1))
+  small = lora.add_lora(quantized.quantize_layers(params, name), 4, 8.0, ("all-linear",), key=jax.random.key(1))
   small = jax.tree.map(lambda x: x + 0.01 if x.ndim == 3 and x.shape[1] == 4 else x, small)   # lora_b: not zero
   batch = make_batch(model)
   loss = jax.jit(jax.value_and_grad(w2s_loss(model), has_aux=True))
@@ -85,7 +79,7 @@ def test_the_way_back_keeps_no_values(wide, make_batch):
   from tests.test_steps import w2s_loss
   _, model, params = wide
   model = Model(dataclasses.replace(model.config, num_layers=16))
-  abstract = jax.eval_shape(lambda k: lora.add_lora(quantize_all(model.init(k), "int8"), 4, 8.0, key=k),
+  abstract = jax.eval_shape(lambda k: lora.add_lora(quantized.quantize_layers(model.init(k), "int8"), 4, 8.0, key=k),
                             jax.random.key(0))
   kernels = sum(x.size * 4 for p, x in traverse_util.flatten_dict(model.abstract_params(), sep="/").items()
                 if quantized.is_layer_kernel(p))
@@ -98,7 +92,7 @@ def test_the_way_back_keeps_no_values(wide, make_batch):
 def test_merged_is_what_was_trained(name, wide, make_batch):
   """The merged model has the dtype of the base and the logits that base and adapter gave, and can be saved."""
   _, model, params = wide
-  small = lora.add_lora(quantize_all(params, name), 4, 8.0, key=jax.random.key(1))
+  small = lora.add_lora(quantized.quantize_layers(params, name), 4, 8.0, key=jax.random.key(1))
   small = jax.tree.map(lambda x: x + 0.05 if x.ndim == 3 and x.shape[1] == 4 else x, small)
   merged = lora.merge_lora(small)
   batch = make_batch(model)

@@ -45,9 +45,7 @@ def adapted(config, params):
     quantized.check(config.lora.quantize)
   def make(params):
     if config.lora.quantize:
-      params = traverse_util.path_aware_map(
-          lambda path, leaf: quantized.quantize(leaf, config.lora.quantize)
-          if quantized.is_layer_kernel("/".join(path)) else leaf, params)
+      params = quantized.quantize_layers(params, config.lora.quantize)
     return lora.add_lora(params, config.lora.rank, config.lora.alpha, tuple(config.lora.targets),
                          key=jax.random.key(0))
   return jax.eval_shape(make, params)

@@ -4,7 +4,6 @@ import functools
 import re
 
 import jax
-from flax import traverse_util
 
 from w2s_jax import InputError, lora, sharding
 from w2s_jax.data import tokenization
@@ -65,10 +64,9 @@ def check_student(run, model):
   c, params = run.config, model.abstract_params()
   jax.eval_shape(lambda p: lora.add_lora(p, c.lora.rank, c.lora.alpha, tuple(c.lora.targets), key=jax.random.key(0)),
                  params)
-  for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
-    if c.lora.quantize and quantized.is_layer_kernel(path):
-      few_bits = jax.eval_shape(functools.partial(quantized.quantize, name=c.lora.quantize), leaf)
-      sharding.leaf_sharding(path, few_bits, model.config.family, run.mesh)
+  if c.lora.quantize:
+    few_bits = jax.eval_shape(functools.partial(quantized.quantize_layers, name=c.lora.quantize), params)
+    sharding.param_shardings(few_bits, model.config.family, run.mesh)
   _check_positions("student", model, run.max_length)
 
 

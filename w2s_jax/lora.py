@@ -103,8 +103,10 @@ def merge_lora(params):
     kernel = flat[f"{path}/kernel"]
     if f"{path}/lora_a" in flat:
       out[f"{path}/kernel"] = _merge(kernel, *(flat[f"{path}/{name}"] for name in ("lora_a", "lora_b", "lora_alpha")))
+    elif quantized.is_quantized(kernel):
+      out[f"{path}/kernel"] = jax.jit(quantized.dequantize)(kernel)
     if quantized.is_quantized(kernel):
-      out[f"{path}/kernel"] = processes.fetch(jax.jit(quantized.dequantize)(out[f"{path}/kernel"]))
+      out[f"{path}/kernel"] = processes.fetch(out[f"{path}/kernel"])
   return traverse_util.unflatten_dict(out, sep="/")
 
 

@@ -6,6 +6,7 @@ L layers. qwix is an extra (w2s_jax[quantize]) and imported only where a kernel 
 import re
 
 import jax
+from flax import traverse_util
 
 from w2s_jax import InputError
 
@@ -41,6 +42,12 @@ def quantize(kernel, name):
     raise InputError(f"a layer has {kernel.shape[1]} input features, {name} wants a multiple of {TILE}: set "
                      "--config.lora.quantize=int8")
   return qwix.quantize(kernel, name, channelwise_axes=(0, 2), tiled_axes={1: TILE})
+
+
+def quantize_layers(params, name):
+  """A new tree with every layer kernel quantized."""
+  return traverse_util.path_aware_map(
+      lambda path, leaf: quantize(leaf, name) if is_layer_kernel("/".join(path)) else leaf, params)
 
 
 def is_quantized(kernel):
