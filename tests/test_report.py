@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from w2s_jax import report
+from w2s_jax import processes, report
 
 
 def row(model, ca, asr, ci=0.02):
@@ -87,6 +87,6 @@ def test_curves_are_the_loss_terms(workdir):
 
 
 def test_a_write_replaces_whole_files(tmp_path):
-  report.write_text(tmp_path / "a", "one")
-  report.write_text(tmp_path / "a", "two")
+  processes.write_text(tmp_path / "a", "one")
+  processes.write_text(tmp_path / "a", "two")
   assert (tmp_path / "a").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["a"]

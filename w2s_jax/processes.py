@@ -6,6 +6,7 @@ Every process runs every line; process 0 alone writes files that are not Orbax's
 import contextlib
 import functools
 import itertools
+import os
 import signal
 
 import jax
@@ -47,11 +48,16 @@ def first_says(value):
   return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
 
 
-@contextlib.contextmanager
-def writing(path):
-  """Gives whether this process writes `path`, once all have seen what was there; then waits until it is there."""
+def write_text(path, text):
+  """The file appears whole or not at all; every process comes here, and process 0 writes once all have.
+
+  So what was there before is the same for all until then, and what is there after for all.
+  """
   wait(f"before {path}")
-  yield writes()
+  if writes():
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
   wait(f"after {path}")
 
 

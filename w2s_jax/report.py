@@ -4,7 +4,6 @@ import html
 import importlib.metadata
 import io
 import json
-import os
 import platform
 
 import numpy as np
@@ -19,16 +18,7 @@ def versions():
 
 
 def write_json(path, value):
-  write_text(path, json.dumps(value, indent=2))
-
-
-def write_text(path, text):
-  """The file appears whole or not at all; every process comes here, process 0 writes."""
-  with processes.writing(path) as mine:
-    if mine:
-      part = path.with_name(path.name + ".part")
-      part.write_text(text)
-      os.replace(part, path)
+  processes.write_text(path, json.dumps(value, indent=2))
 
 
 def _rate(name):
@@ -107,8 +97,8 @@ def write(workdir):
   rows, meta = results["rows"], results["meta"]
   notes = meta.get("notes") or _headline(rows, meta) + reading(rows, meta)
   markdown = table(rows) + "\n\n" + "\n".join(f"- {n}" for n in notes) + "\n"
-  write_text(workdir / "results.md", markdown)
-  write_text(workdir / "report.html", page(rows, meta, notes, _curves(workdir)))
+  processes.write_text(workdir / "results.md", markdown)
+  processes.write_text(workdir / "report.html", page(rows, meta, notes, _curves(workdir)))
   print(f"\n{markdown}\n{workdir / 'report.html'}", flush=True)
   return rows, meta
 

@@ -14,6 +14,7 @@ from w2s_jax import InputError, card, checks, evaluate, lora, optim, probe, repo
 from w2s_jax.data import batches, packing, poison, tokenization
 from w2s_jax.defenses import DEFENSES, w2s
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
+from w2s_jax.processes import write_text
 from w2s_jax.run import freeze_rows, start
 from w2s_jax.train import fit
 
@@ -190,9 +191,9 @@ def make_report(run):
   rows, meta = report.write(run.workdir)
   attack = None if run.suspect else poison.describe(run.config.attack)
   for directory in sorted(run.workdir.glob("models/*")):
-    report.write_text(directory / "README.md", card.text(directory.name, rows, meta, attack))
+    write_text(directory / "README.md", card.text(directory.name, rows, meta, attack))
   for directory in sorted(run.workdir.glob("adapters/*")):
-    report.write_text(directory / "README.md", lora.ADAPTER_WARNING + "\n" + card.text(directory.name, rows, meta))
+    write_text(directory / "README.md", lora.ADAPTER_WARNING + "\n" + card.text(directory.name, rows, meta))
 
 
 STAGES = {"warmup": warmup, "poison": make_poison, "teach": teach, "defend": defend, "evaluate": measure,

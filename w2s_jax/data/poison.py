@@ -130,12 +130,8 @@ def describe(config):
 
 def freeze(path, rows):
   """Writes rows as JSON lines, whole or not at all; every process comes here, process 0 writes."""
-  with processes.writing(path) as mine:
-    if mine:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      part = path.with_suffix(".part")
-      part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-      os.replace(part, path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  processes.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def thaw(path):
