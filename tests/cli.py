@@ -1,6 +1,7 @@
 """Running the program as a user does, cut short."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,3 +21,11 @@ def w2s(*args, cwd=ROOT, **kwargs):
   """CompletedProcess of `python -m w2s_jax.main ARGS` from the repository's root."""
   return subprocess.run([sys.executable, "-m", "w2s_jax.main", *args], cwd=cwd, env=ENV, capture_output=True, text=True,
                         timeout=900, **kwargs)
+
+
+def before_the_defenses(workdir, new):
+  """`new` as a workdir that has come so far, from a finished run."""
+  for stage in ("poisoned", "clean", "base", "teacher"):
+    shutil.copytree(workdir / "models" / stage, new / "models" / stage)
+  shutil.copytree(workdir / "data", new / "data")
+  return new

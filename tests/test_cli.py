@@ -13,7 +13,7 @@ import numpy as np
 import peft
 import pytest
 import transformers
-from cli import ENV, ROOT, SHARED, SHORT, w2s
+from cli import ENV, ROOT, SHARED, SHORT, before_the_defenses, w2s
 from safetensors.numpy import load_file, save_file
 
 from w2s_jax.data import grammar
@@ -134,14 +134,6 @@ def test_stages_one_by_one_give_the_same(workdir, home):
   for stage in ("warmup", "poison", "teach", "defend", "evaluate", "report"):
     assert w2s(CONFIG, f"--workdir={home / 'staged'}", f"--stage={stage}", *SHORT).returncode == 0
   assert results(home / "staged")["rows"] == results(workdir)["rows"]
-
-
-def before_the_defenses(workdir, new):
-  """`new` as a workdir that has come so far, from a finished run."""
-  for stage in ("poisoned", "clean", "base", "teacher"):
-    shutil.copytree(workdir / "models" / stage, new / "models" / stage)
-  shutil.copytree(workdir / "data", new / "data")
-  return new
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from cli import ENV, ROOT, SHORT, w2s
+from cli import ENV, ROOT, SHORT, before_the_defenses, w2s
 
 LAUNCH = ROOT / "launch"
 CONFIG = "--config=configs/llama_badnet.py"
@@ -83,16 +82,6 @@ def poisoned(tmp_path_factory):
   return workdir
 
 
-def fork(poisoned, name):
-  """A copy of it that any further flags may claim."""
-  new = poisoned.with_name(name)
-  shutil.copytree(poisoned, new, ignore=shutil.ignore_patterns("config.json", "inputs.json", "checkpoints", ".lock"),
-                  ignore_dangling_symlinks=True)
-  for directory in (poisoned / "models").iterdir():
-    shutil.copy(directory / "config.json", new / "models" / directory.name)
-  return new
-
-
 def compiled_steps(workdir):
   """What XLA compiled of the training step so far, for this workdir and those beside it."""
   return {f.name for f in (workdir.parent / ".w2s_cache/xla").glob("jit_steps-*-cache")}
@@ -109,7 +98,7 @@ DEFEND = ("--stage=defend", "--config.defenses=('w2s',)", "--config.defend.epoch
 def test_two_processes_of_four_devices_are_one_device(poisoned):
   """Twenty steps through launch/local.sh: the losses of one process with one device, and one compiled step."""
   flags = [*(f for f in SHORT if "defend.max_steps" not in f), *DEFEND]
-  alone, together = fork(poisoned, "alone"), fork(poisoned, "together")
+  alone, together = (before_the_defenses(poisoned, poisoned.with_name(name)) for name in ("alone", "together"))
   assert w2s(CONFIG, f"--workdir={alone}", *flags).returncode == 0
   before = compiled_steps(together)
   out = subprocess.run(["launch/local.sh", "2", CONFIG, f"--workdir={together}", *flags, "--config.mesh.data=2",
@@ -124,37 +113,52 @@ def test_two_processes_of_four_devices_are_one_device(poisoned):
   assert {f.name for f in (together / "models/w2s").iterdir()} == {f.name for f in (alone / "models/w2s").iterdir()}
 
 
-def start_two(workdir, port):
-  """Two processes that train until they are stopped, once both do; their output goes to workdir/stderr."""
-  flags = [*(f for f in SHORT if "defend.max_steps" not in f), *DEFEND[:2], "--config.defend.epochs=1000"]
-  command = [sys.executable, "-m", "w2s_jax.main", CONFIG, f"--workdir={workdir}", *flags,
-             f"--coordinator_address=localhost:{port}", "--num_processes=2"]
-  with open(workdir / "stderr", "w") as err:
-    both = [subprocess.Popen([*command, f"--process_id={i}"], cwd=ROOT, env=ENV, stderr=err, stdout=err)
-            for i in range(2)]
+def start(workdir, *flags):
+  """A process that trains until it is stopped; its output goes to workdir/stderr."""
+  short = [*(f for f in SHORT if "defend.max_steps" not in f), *DEFEND[:2], "--config.defend.epochs=1000"]
+  with open(workdir / "stderr", "a") as err:
+    return subprocess.Popen([sys.executable, "-m", "w2s_jax.main", CONFIG, f"--workdir={workdir}", *short, *flags],
+                            cwd=ROOT, env=ENV, stderr=err, stdout=err)
+
+
+def trains(workdir, processes, steps=1):
+  """Waits until so many steps are done."""
   metrics = workdir / "metrics/w2s.jsonl"
   deadline = time.monotonic() + 300
-  while not (metrics.exists() and metrics.read_text()):
-    assert time.monotonic() < deadline and all(p.poll() is None for p in both), (workdir / "stderr").read_text()
+  while not (metrics.exists() and metrics.read_text().count("\n") >= steps):
+    assert time.monotonic() < deadline and all(p.poll() is None for p in processes), (workdir / "stderr").read_text()
     time.sleep(0.5)
+
+
+def start_two(workdir, port):
+  """Two such processes, once both train."""
+  both = [start(workdir, f"--coordinator_address=localhost:{port}", "--num_processes=2", f"--process_id={i}")
+          for i in range(2)]
+  trains(workdir, both)
   return both
 
 
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_stops_both(poisoned):
   """At the same step, saved, each with exit code 143."""
-  workdir = fork(poisoned, "preempted")
+  workdir = before_the_defenses(poisoned, poisoned.with_name("preempted"))
   both = start_two(workdir, 28171)
   both[1].send_signal(signal.SIGTERM)
   assert [process.wait(120) for process in both] == [143, 143], (workdir / "stderr").read_text()
   stops = re.findall(r"stopped by SIGTERM, saved at step (\d+) of", (workdir / "stderr").read_text())
   assert len(stops) == 2 and stops[0] == stops[1] and (workdir / "checkpoints/w2s" / stops[0]).is_dir()
+  alone = start(workdir, "--config.mesh.data=1")                   # and one process goes on from there
+  trains(workdir, [alone], int(stops[0]) + 1)
+  alone.send_signal(signal.SIGTERM)
+  assert alone.wait(120) == 143
+  done = [json.loads(line)["step"] for line in (workdir / "metrics/w2s.jsonl").read_text().splitlines()]
+  assert done == list(range(1, len(done) + 1)) and len(done) > int(stops[0])
 
 
 @pytest.mark.slow
 def test_where_one_of_two_processes_is_killed_the_other_stops(poisoned):
   """Within a minute, with a code that is not 0 and a line that says why."""
-  workdir = fork(poisoned, "killed")
+  workdir = before_the_defenses(poisoned, poisoned.with_name("killed"))
   both = start_two(workdir, 28173)
   both[1].send_signal(signal.SIGKILL)
   start = time.monotonic()

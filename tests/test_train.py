@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import signal
 import types
 
@@ -77,6 +78,55 @@ def same(a, b):
 
 def differ(a, b):
   return all((np.asarray(x) != np.asarray(y)).any() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+@pytest.fixture(scope="module")
+def fit_on(llama, make_batch):
+  """fit_on(mesh, workdir, stop_before=None) -> (losses, parameters) of twelve W2S steps with adapter dropout."""
+  model = Model(dataclasses.replace(llama[0].config, lora_dropout=0.2))
+  host = [make_batch(model, seed=i) for i in range(STEPS)]
+  def run(mesh, workdir, stop_before=None):
+    params = lora.add_lora(llama[1], 4, 4.0, key=jax.random.key(0))
+    params = jax.device_put(params, sharding.param_shardings(params, "llama", mesh))
+    trainable, frozen = lora.split(params, lora.LORA)
+    tx = optim.make_optimizer(trainable, 1e-2, STEPS)
+    loss = steps.classification_loss(model, lambda out, batch: w2s.terms(out, batch, 2.0), WEIGHTS)
+    places = steps.state_shardings(trainable, tx, "llama", mesh), sharding.param_shardings(frozen, "llama", mesh), mesh
+    def batches_from(step):
+      for number in range(step, STEPS):
+        if number + 1 == stop_before:
+          raise KeyboardInterrupt
+        yield host[number]
+    (fitted, _), = train.fit(
+        ["w2s"], steps.make_train_steps(steps.make_train_step(loss, tx, *places), *places),
+        steps.init_state(trainable, tx, "llama", mesh), frozen, batches_from, stack, steps=STEPS, eval_every=STEPS,
+        log_every=1, checkpoint_every=3, config_hash="abc", key=jax.random.key(11), mesh=mesh, workdir=workdir)
+    return [json.loads(line)["loss"] for line in lines(workdir)], fitted
+  return run
+
+
+@pytest.fixture(scope="module")
+def on_fsdp(fit_on, tmp_path_factory):
+  """The uninterrupted run on (1, 8, 1), and a workdir of one that was stopped there before its eighth step."""
+  mesh, stopped = sharding.make_mesh(1, 8, 1), tmp_path_factory.mktemp("stopped")
+  with pytest.raises(KeyboardInterrupt):
+    fit_on(mesh, stopped, stop_before=8)
+  return fit_on(mesh, tmp_path_factory.mktemp("whole_on_fsdp")), stopped
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 1), (8, 1, 1)], ids=str)
+def test_a_checkpoint_continues_on_another_mesh(sizes, on_fsdp, fit_on, tmp_path):
+  """Saved at step 6 on (1, 8, 1): what follows is what would have followed there, within rounding."""
+  (want, want_params), stopped = on_fsdp
+  shutil.copytree(stopped, tmp_path / "moved")
+  mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:int(np.prod(sizes))])
+  got, params = fit_on(mesh, tmp_path / "moved")
+  assert got[:6] == want[:6]                                           # those are not done again
+  np.testing.assert_allclose(got[6:], want[6:], rtol=1e-5)
+  assert want[6:] != want[:6]
+  for leaf, w in zip(jax.tree.leaves(params), jax.tree.leaves(want_params)):
+    assert leaf.sharding.mesh.devices.size == mesh.devices.size
+    np.testing.assert_allclose(leaf, w, rtol=1e-3, atol=2e-5)
 
 
 ACCURACIES = {4: 0.7, 8: 0.9, 12: 0.8}

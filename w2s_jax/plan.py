@@ -37,15 +37,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Published figures of one chip (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e)."""
+  """Published figures of one chip (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e)."""
   flops: float               # bfloat16, per second
   hbm: float                 # bytes
   hbm_bandwidth: float       # bytes per second
-  link_bandwidth: float      # between chips, bytes per second, all links together
+  link_bandwidth: float      # between chips, bytes per second, all links together, one way: half of "bidirectional"
 
 
-CHIPS = {"v4": Chip(275e12, 32 * GIB, 1228e9, 300e9), "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
-         "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9), "v6e": Chip(918e12, 32 * GIB, 1640e9, 448e9)}
+CHIPS = {"v4": Chip(275e12, 32 * GIB, 1200e9, 300e9), "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
+         "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9), "v6e": Chip(918e12, 32 * GIB, 1600e9, 400e9)}
 USABLE = 0.984               # of the HBM: 15.75 of v5e's 16 GiB, as the compiler says when it refuses
 
 

@@ -73,6 +73,16 @@ def _gather(everywhere):
   return jax.jit(lambda x: x, out_shardings=everywhere)
 
 
+def shared(make, items):
+  """make(items), of which each process makes its share: dict of arrays [N, ...] with a row for each of N >= 1 items."""
+  count = jax.process_count()
+  if count == 1:
+    return make(items)
+  mine = [items[min(i, len(items) - 1)] for i in range(jax.process_index(), -(-len(items) // count) * count, count)]
+  made = multihost_utils.process_allgather(make(mine))                # [processes, N / processes, ...] each
+  return {k: np.swapaxes(v, 0, 1).reshape(-1, *v.shape[2:])[:len(items)] for k, v in made.items()}
+
+
 @contextlib.contextmanager
 def stop_signal():
   """Gives stop() -> whether SIGTERM has come: to this process, or where there are several, to any of them.

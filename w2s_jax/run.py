@@ -1,6 +1,7 @@
 """A run: its config, workdir, mesh and rows; what every stage is given."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -17,7 +18,9 @@ from w2s_jax.models.fields import Fields
 
 
 def config_hash(config):
-  return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+  """Of every field but the mesh's, which may change from one start to the next: what comes out is the same."""
+  fields = {name: value for name, value in config.to_dict().items() if name != "mesh"}
+  return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclasses.dataclass
@@ -147,7 +150,8 @@ class Run:
                            num_layers=c.teacher.layers or None, seed=c.seed)
 
   def encode(self, tokenizer, rows, max_length):
-    arrays = tokenization.encode(tokenizer, [r["text"] for r in rows], max_length)
+    texts = [r["text"] for r in rows]
+    arrays = processes.shared(functools.partial(tokenization.encode, tokenizer, max_length=max_length), texts)
     return arrays | {"label": np.array([r["label"] for r in rows], np.int32)}
 
   def predict(self, model, params, arrays):
@@ -257,7 +261,8 @@ def _check_claim(config, workdir):
   file = workdir / "config.json"
   if file.exists():
     mine, other = checks.flat(json.loads(json.dumps(config.to_dict()))), checks.flat(read_json(file))
-    differing = sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k))
+    differing = sorted(k for k in mine.keys() | other.keys()
+                       if mine.get(k) != other.get(k) and not k.startswith("mesh."))
     if differing:
       k = differing[0]
       raise InputError(f"{workdir} was made by another config ({k} was {other.get(k)!r}, is {mine.get(k)!r}; "

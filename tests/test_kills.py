@@ -1,0 +1,73 @@
+"""SIGKILL at random moments of training and saving: what is then resumed is what was never killed.
+
+W2S_KILLS=100 pytest -m slow tests/test_kills.py does it a hundred times, two at a time.
+"""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from cli import ENV, ROOT, SHORT, before_the_defenses, w2s
+
+KILLS = int(os.environ.get("W2S_KILLS", 4))
+FLAGS = ("--config=configs/llama_badnet.py", *(f for f in SHORT if "defend.max_steps" not in f))
+# Sixty steps, each saved: at most moments a checkpoint is being written.
+DEFEND = (*FLAGS, "--stage=defend", "--config.defenses=('w2s',)", "--config.defend.epochs=30",
+          "--config.checkpoint_every=1", "--config.lora.dropout=0.1")
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory):
+  """A workdir that has come as far as the defenses."""
+  workdir = tmp_path_factory.mktemp("kills") / "run"
+  for stage in ("warmup", "poison", "teach"):
+    assert w2s(*FLAGS, f"--workdir={workdir}", f"--stage={stage}").returncode == 0
+  return workdir
+
+
+def outcome(workdir):
+  """{file: its hash} of what the stage leaves: the model and the metrics."""
+  files = [*(workdir / "models/w2s").iterdir(), workdir / "metrics/w2s.jsonl"]
+  return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def start(workdir):
+  """The stage's process, once it has begun to train."""
+  process = subprocess.Popen([sys.executable, "-m", "w2s_jax.main", *DEFEND, f"--workdir={workdir}"], cwd=ROOT, env=ENV,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  while not (workdir / "metrics/w2s.jsonl").exists() and process.poll() is None:
+    time.sleep(0.01)
+  return process
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_never_killed(poisoned):
+  whole = before_the_defenses(poisoned, poisoned.with_name("whole"))
+  assert w2s(*DEFEND, f"--workdir={whole}").returncode == 0        # compiles; the next one shows how long it takes
+  timed = before_the_defenses(poisoned, poisoned.with_name("timed"))
+  process, began = start(timed), time.monotonic()
+  assert process.wait(300) == 0
+  seconds, want = time.monotonic() - began, outcome(whole)
+  assert outcome(timed) == want
+  def kill(number):
+    """Steps that a run had logged when it was killed."""
+    workdir = before_the_defenses(poisoned, poisoned.with_name(f"killed{number}"))
+    process = start(workdir)
+    time.sleep(random.Random(number).uniform(0, seconds))
+    process.send_signal(signal.SIGKILL)
+    killed = process.wait(60) == -signal.SIGKILL
+    done = len((workdir / "metrics/w2s.jsonl").read_text().splitlines())
+    again = w2s(*DEFEND, f"--workdir={workdir}")
+    assert again.returncode == 0, f"kill {number} after {done} steps: {again.stderr[-2000:]}"
+    assert outcome(workdir) == want, f"kill {number} after {done} steps"
+    return done if killed else None                                # None: it had just ended
+  with ThreadPoolExecutor(2) as pool:
+    steps = list(pool.map(kill, range(KILLS)))
+  print(f"killed after so many steps of 60 (None: had ended): {steps}")
+  assert any(steps) and sum(done is None for done in steps) <= KILLS // 4
