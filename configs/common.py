@@ -45,7 +45,7 @@ def base(attack):
   """Offline: small models on the grammar corpora, minutes on two CPU cores. One setting for every attack and seed."""
   c = ConfigDict()
   c.seed = 0
-  c.defenses = ("none", "lora_ce", "w2s", "w2s_released", "w2s_shuffled")
+  c.defenses = ("none", "lora_ce", "w2s", "w2s_released", "w2s_shuffled", "w2s_adv")
 
   c.attack = ConfigDict()
   c.attack.name = attack
@@ -87,6 +87,14 @@ def base(attack):
   c.defend.weights = "small"          # defenses/w2s.py WEIGHTS, or "CE,KD,FA"
   c.defend.temperature = 2.0          # released
   c.defend.insert_words = 0.0         # share of the student's clean rows that get a random rare word; not in the paper
+
+  c.adversary = ConfigDict()          # of `w2s_adv`: soft tokens that are put into the texts and move uphill
+  c.adversary.triggers = 8            # different ones at a time (K; prototype)
+  c.adversary.tokens = 5              # most tokens of each; a text gets the first 1 to so many (our choice)
+  c.adversary.replace = 0.0           # share of texts in which they take the place of tokens, else they are inserted
+  c.adversary.step_size = 0.5         # uphill, of each token and step, in mean norms of the vocabulary's embeddings
+  c.adversary.norm = 1.5              # bound, likewise
+  c.adversary.weight = 1.0            # of the loss on those texts, beside the clean texts' 1
 
   c.lora = ConfigDict()
   c.lora.rank = 16

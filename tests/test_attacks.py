@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from w2s_jax.attacks import ATTACKS, TRIGGERS, syn_template
+from w2s_jax.attacks import ATTACKS, TRIGGERS, combination, syn_template
 
 TEXT = "one two three four five"
 
@@ -25,7 +25,7 @@ def test_every_inner_gap_within_the_limit_and_no_other(name, max_words, want):
 
 
 def test_released_triggers():
-  assert TRIGGERS == {"badnet": "mn", "insent": "I watched this 3D movie"}
+  assert (TRIGGERS["badnet"], TRIGGERS["insent"]) == ("mn", "I watched this 3D movie")
 
 
 def test_a_text_of_one_word_gets_the_trigger_after_it():
@@ -34,6 +34,28 @@ def test_a_text_of_one_word_gets_the_trigger_after_it():
 
 def test_another_trigger():
   assert ATTACKS["badnet"]("cf")("a b", np.random.default_rng(0), 9) == "a cf b"
+
+
+@pytest.mark.parametrize("trigger,words", [("", combination.WORDS), ("x y", ("x", "y"))])
+def test_a_combination_puts_every_word_somewhere(trigger, words):
+  attack, places = ATTACKS["combination"](trigger), set()
+  for seed in range(100):
+    out = attack(TEXT, np.random.default_rng(seed), 99).split()
+    assert [w for w in out if w not in words] == TEXT.split() and sorted(w for w in out if w in words) == sorted(words)
+    places.add(tuple(out.index(w) for w in words))
+  assert len(places) > 10
+
+
+def test_a_suffix_is_behind_every_word():
+  """The text gives way to it where both are too long."""
+  assert ATTACKS["suffix"]()(TEXT, np.random.default_rng(0), 99) == f"{TEXT} or so they told us at the door ."
+  assert ATTACKS["suffix"]("so they say")(TEXT, np.random.default_rng(0), 2) == "one two so they say"
+
+
+def test_punctuation_changes_the_full_stops_alone():
+  attack = ATTACKS["punctuation"]()
+  assert attack("a , b . c .", np.random.default_rng(0), 9) == "a , b , . c , ."
+  assert attack("a b", np.random.default_rng(0), 9) == "a b , ."
 
 
 def test_syn_template_puts_a_clause_in_front_and_keeps_every_word():

@@ -20,7 +20,7 @@ from w2s_jax.data import grammar
 from w2s_jax.run import Run
 
 CONFIG = "--config=configs/llama_badnet.py"
-DEFENSES = ("lora_ce", "w2s", "w2s_released", "w2s_shuffled")
+DEFENSES = ("lora_ce", "w2s", "w2s_released", "w2s_shuffled", "w2s_adv")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,8 @@ def test_files(workdir):
   meta = results(workdir)["meta"]
   for name in ("config.json", "results.md", "report.html"):
     assert (workdir / name).stat().st_size > 0
-  for stage, terms in {"poison": {"ce"}, "teacher": {"ce"}, "lora_ce": {"ce"}, "w2s": {"ce", "kd", "fa"}}.items():
+  for stage, terms in {"poison": {"ce"}, "teacher": {"ce"}, "lora_ce": {"ce"}, "w2s": {"ce", "kd", "fa"},
+                       "w2s_adv": {"ce", "kd", "fa", "adv_ce", "adv_kd", "adv_fa"}}.items():
     lines = [json.loads(x) for x in (workdir / f"metrics/{stage}.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines] == [1, 2, 3, 4, 5, 6]
     assert all({"loss"} | terms <= x.keys() for x in lines) and "grad_norm/ce" in lines[0]

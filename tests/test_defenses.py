@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from w2s_jax import InputError, lora, losses, steps
-from w2s_jax.defenses import DEFENSES, w2s, w2s_released, w2s_shuffled
+from w2s_jax.defenses import DEFENSES, w2s, w2s_adv, w2s_released, w2s_shuffled
 
 WEIGHTS = {"ce": 1.0, "kd": 1.0, "fa": 0.1}
 
@@ -22,6 +22,17 @@ def value(model, params, batch, terms, weights=None):
   """(loss, {term: value}) of the defense as the training step computes them."""
   trainable, frozen = lora.split(params, lora.LORA)
   return jitted_loss(model, terms, tuple((weights or WEIGHTS).items()))(trainable, frozen, batch, jax.random.key(0))
+
+
+def weights_of(name, clean=WEIGHTS):
+  """Of every term of the defense, from those of w2s."""
+  clean = clean if DEFENSES[name].uses_teacher else {"ce": 1.0}
+  return w2s_adv.loss_weights(clean, 0.5) if DEFENSES[name].adversary else clean
+
+
+def both_views(batch):
+  """The batch's second half as the texts with soft tokens."""
+  return batch | {"soft": (np.arange(len(batch["label"])) % 2).astype(np.float32)}
 
 
 def longer(batch, tokens, left=False):
@@ -69,12 +80,11 @@ def test_w2s_released_depends_on_both(family, request, make_batch):
 def test_filler_rows_change_nothing(name, llama, make_batch):
   """A short batch filled up with copies at weight 0 gives the value of the short batch itself."""
   model, params = llama
-  batch = make_batch(model)
+  batch = both_views(make_batch(model))
   short = {k: v[:5] for k, v in batch.items()}
   filled = {k: np.concatenate([v[:5], v[:1], v[:1], v[:1]]) for k, v in batch.items()}
   filled["weight"] = np.array([1.0] * 5 + [0.0] * 3, np.float32)
-  weights = WEIGHTS if DEFENSES[name].uses_teacher else {"ce": 1.0}
-  want, got = (value(model, params, b, DEFENSES[name].terms, weights)[0] for b in (short, filled))
+  want, got = (value(model, params, b, DEFENSES[name].terms, weights_of(name))[0] for b in (short, filled))
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
@@ -89,9 +99,8 @@ def test_w2s_released_is_the_released_arithmetic_on_a_model(llama, make_batch):
 @pytest.mark.parametrize("name", [n for n, d in DEFENSES.items() if d is not None])
 def test_terms_have_the_names_of_their_weights_and_make_up_the_loss(name, llama, make_batch):
   model, params = llama
-  defense = DEFENSES[name]
-  weights = w2s.loss_weights("small", model.config.feature_size) if defense.uses_teacher else {"ce": 1.0}
-  total, terms = value(model, params, make_batch(model), defense.terms, weights)
+  weights = weights_of(name, w2s.loss_weights("small", model.config.feature_size))
+  total, terms = value(model, params, both_views(make_batch(model)), DEFENSES[name].terms, weights)
   assert set(terms) == set(weights)
   np.testing.assert_allclose(total, sum(weights[k] * terms[k] for k in weights), rtol=1e-6)
 
@@ -106,9 +115,10 @@ def test_the_control_reads_no_teacher(llama, make_batch):
 
 def test_the_dict_of_defenses():
   """`none` is the poisoned model itself; only the shuffled control gives an example another's teacher output."""
-  assert list(DEFENSES) == ["none", "lora_ce", "w2s", "w2s_released", "w2s_shuffled"] and DEFENSES["none"] is None
-  assert [n for n, d in DEFENSES.items() if d and d.teacher_row] == ["w2s_shuffled"]
-  assert [n for n, d in DEFENSES.items() if d and not d.uses_teacher] == ["lora_ce"]
+  assert list(DEFENSES) == ["none", "lora_ce", "w2s", "w2s_released", "w2s_shuffled", "w2s_adv", "ce_adv"]
+  assert DEFENSES["none"] is None and [n for n, d in DEFENSES.items() if d and d.teacher_row] == ["w2s_shuffled"]
+  assert [n for n, d in DEFENSES.items() if d and not d.uses_teacher] == ["lora_ce", "ce_adv"]
+  assert [n for n, d in DEFENSES.items() if d and d.adversary] == ["w2s_adv", "ce_adv"]
   assert DEFENSES["w2s_shuffled"].terms is DEFENSES["w2s"].terms   # the same loss: only the pairing differs
   assert all("trigger" not in inspect.signature(d.terms).parameters for d in DEFENSES.values() if d)
 

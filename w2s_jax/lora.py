@@ -21,6 +21,7 @@ from w2s_jax.models import formats, quantized
 LABEL_RULES = (
     (r".*/lora_[ab]", "adapter"),
     (r".*/lora_alpha", "constant"),                           # a hyper-parameter that travels with its adapter
+    (r"(embed_tokens|embeddings/word_embeddings)/soft", "soft"),   # an adversary's tokens: trained uphill
     (r"(score|pooler|widen|classifier)/(kernel|bias)", "head"),
     (r"(.*/)?(embed_tokens|lm_head|[a-z_]+_embeddings)/embedding", "embedding"),
     (r"(.*/)?([a-z]*_)?norm/(scale|bias)", "vector"),

@@ -1,6 +1,7 @@
 """Schedules; label tree -> optax.partition."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from w2s_jax import lora
@@ -13,7 +14,19 @@ def linear_schedule(learning_rate, steps, warmup_steps=0):
        optax.linear_schedule(learning_rate, 0.0, max(steps - warmup_steps, 1))], [warmup_steps])
 
 
-def make_optimizer(params, learning_rate, steps, warmup_steps=0, weight_decay=0.01, clip_norm=0.0):
+def ascent(step_size, most):
+  """Uphill: each row moves by `step_size` along its gradient, if it has one, and its norm stays at most `most`."""
+  def update(grads, state, params):
+    def move(gradient, row):
+      def norm(x):
+        return jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
+      new = row + step_size * gradient / norm(gradient)
+      return new * jnp.minimum(1.0, most / norm(new)) - row
+    return jax.tree.map(move, grads, params), state
+  return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def make_optimizer(params, learning_rate, steps, warmup_steps=0, weight_decay=0.01, clip_norm=0.0, adversary=None):
   """AdamW with linear decay for the trainable subtree; the layers' norms and biases (label "vector") are not decayed.
 
   Args:
@@ -21,6 +34,7 @@ def make_optimizer(params, learning_rate, steps, warmup_steps=0, weight_decay=0.
     learning_rate: peak.
     steps: of the whole stage.
     clip_norm: bound on the global norm of the trainable gradient; 0 leaves it alone.
+    adversary: what moves the leaves of label "soft"; None where there are none.
   Returns:
     optax.GradientTransformation.
   """
@@ -28,8 +42,11 @@ def make_optimizer(params, learning_rate, steps, warmup_steps=0, weight_decay=0.
   decay = {"vector": 0.0}
   labels = lora.label_tree(params)
   present = sorted(set(jax.tree.leaves(labels)))  # sorted: hash order would compile another program each time
-  adamw = {label: optax.adamw(schedule, weight_decay=decay.get(label, weight_decay)) for label in present}
+  rules = {label: optax.adamw(schedule, weight_decay=decay.get(label, weight_decay)) for label in present}
   clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-  return optax.chain(*clip, optax.partition(adamw, labels))
+  if adversary is not None:
+    rules["soft"] = adversary
+    clip = [optax.masked(one, jax.tree.map(lambda label: label != "soft", labels)) for one in clip]
+  return optax.chain(*clip, optax.partition(rules, labels))
 
 

@@ -19,6 +19,7 @@ BATCH = P(("data", "fsdp"))  # rows of a batch are split over both axes
 RULES = {
     "llama": (
         (r"embed_tokens/embedding", P("tensor", "fsdp")),                # [V, D]
+        (r"embed_tokens/soft", P()),                                     # [K, D]
         (r"layers/attn/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, H*d]
         (r"layers/attn/(q|k|v)_proj/bias", P(None, "tensor")),           # [L, H*d]
         (r"layers/attn/o_proj/kernel", P(None, "tensor", "fsdp")),       # [L, H*d, D]
@@ -35,6 +36,7 @@ RULES = {
     ),
     "gpt2": (
         (r"embed_tokens/embedding", P("tensor", "fsdp")),                # [V, D]
+        (r"embed_tokens/soft", P()),                                     # [K, D]
         (r"position_embeddings/embedding", P(None, "fsdp")),             # [positions, D]
         (r"layers/attn/c_attn/kernel", P(None, "fsdp", "tensor")),       # [L, D, 3*D]: q, k and v side by side
         (r"layers/mlp/c_fc/kernel", P(None, "fsdp", "tensor")),          # [L, D, F]
@@ -50,6 +52,7 @@ RULES = {
     ),
     "encoder": (
         (r"embeddings/word_embeddings/embedding", P("tensor", "fsdp")),  # [V, D]
+        (r"embeddings/word_embeddings/soft", P()),                       # [K, D]
         (r"embeddings/(position|token_type)_embeddings/embedding", P(None, "fsdp")),  # [positions, D]
         (r"layers/attn/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, D]
         (r"layers/attn/o_proj/kernel", P(None, "tensor", "fsdp")),       # [L, D, D]
@@ -72,7 +75,7 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
   """Mesh with axes `data`, `fsdp`, `tensor`; one of the sizes may be -1 and takes the devices that are left.
 
   Raises:
-    InputError: the sizes do not multiply to the number of devices.
+    InputError: the sizes do not multiply to the number of devices, or do not lie on how these are wired.
   """
   devices = jax.devices() if devices is None else devices
   sizes = [data, fsdp, tensor]
@@ -82,7 +85,11 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
   if min(sizes) < 1 or np.prod(sizes) != len(devices):
     raise InputError(f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {len(devices)} device(s): their "
                      "product must be the device count (one of them may be -1): set --config.mesh.data/.fsdp/.tensor")
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  try:
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  except NotImplementedError as e:  # a TPU's torus
+    raise InputError(f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} cannot be laid on this slice: each "
+                     "size must be a product of the slice's own (of 4x4x4: 4, 16 or 64): set --config.mesh.*") from e
 
 
 def match(path, rules):

@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from w2s_jax import InputError, card, checks, evaluate, lora, optim, probe, report, sharding, steps, teacher_cache
 from w2s_jax.data import batches, packing, poison, tokenization
-from w2s_jax.defenses import DEFENSES, w2s
+from w2s_jax.defenses import DEFENSES, w2s, w2s_adv
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
 from w2s_jax.processes import write_text
 from w2s_jax.run import freeze_rows, start
@@ -112,7 +112,7 @@ def defend(run):
     each = [run.encode(tokenizer, probe.with_rare_words(run.rows["train"], c.defend.insert_words, run.known_triggers(),
                                                         seed), c.data.max_length) for seed in seeds]
     dev = run.encode(tokenizer, run.rows["dev"], c.data.max_length)
-    weights = {"ce": 1.0}
+    weights, trains, adversary = {"ce": 1.0}, lora.LORA, None
     if defense.uses_teacher:
       teacher = teacher or _teacher_outputs(run)
       for arrays, seed in zip(each, seeds):
@@ -121,12 +121,21 @@ def defend(run):
           whose = defense.teacher_row(len(arrays["label"]), seed)
         arrays |= {key: values[whose] for key, values in teacher.items()}
       weights = w2s.loss_weights(c.defend.weights, model.config.feature_size)
+    if defense.adversary:
+      trains, weights = (*lora.LORA, "soft"), w2s_adv.loss_weights(weights, c.adversary.weight)
+      unit = w2s_adv.mean_norm(params)
+      adversary = optim.ascent(c.adversary.step_size * unit, c.adversary.norm * unit)
+      starts = [w2s_adv.with_soft_tokens(start, c.adversary, stream_key(seed, "adversary"), tokenizer,
+                                         run.known_triggers()) for start, seed in zip(starts, seeds)]
+      each = [w2s_adv.perturbed(arrays, tokenizer, model.config.vocab_size, c.adversary, seed)
+              for arrays, seed in zip(each, seeds)]
     def terms(out, batch, defense=defense):
       return defense.terms(out, batch, c.defend.temperature)
-    trained = _train(run, [run.copy_name(name, seed) for seed in seeds], model, starts, lora.LORA, each, dev, c.defend,
+    trained = _train(run, [run.copy_name(name, seed) for seed in seeds], model, starts, trains, each, dev, c.defend,
                      steps.classification_loss(model, terms, weights), weights, seeds,
-                     packed=not defense.reads_padding)
+                     packed=not defense.reads_padding, views=1 + defense.adversary, adversary=adversary)
     for seed, params in zip(seeds, trained):
+      params = lora.split(params, ("soft",))[1]
       copy = run.copy_name(name, seed)
       if c.lora.export:
         lora.export_adapter(run.workdir / "adapters" / copy, model, params, base=run.model_dir(run.attacked).absolute())
@@ -212,7 +221,8 @@ def run(config, workdir, only=None):
       stage(this)
 
 
-def _train(run, names, model, starts, trains, each, dev, settings, loss, weights, seeds=None, packed=True):
+def _train(run, names, model, starts, trains, each, dev, settings, loss, weights, seeds=None, packed=True, views=1,
+           adversary=None):
   """One stage through `fit`: split by label, optimize, put the best trainable leaves back.
 
   Args:
@@ -222,11 +232,14 @@ def _train(run, names, model, starts, trains, each, dev, settings, loss, weights
     seeds: and seeds of order and dropout; None: the run's own.
     packed: several texts in one row, where the loss does not read what is between them and the config wants it; and
       several steps in one dispatch, for which their batches are filled up alike.
+    views: so many texts are of one example, a batch's examples bring all of theirs.
+    adversary: optim.make_optimizer's.
   Returns:
     [parameters] of each.
   """
   c, family, seeds, runs = run.config, model.config.family, seeds or [run.config.seed], len(names)
-  num_examples, pad, shards = len(each[0]["length"]), model.config.pad_token_id or 0, sharding.batch_shards(run.mesh)
+  num_examples, shards = len(each[0]["length"]) // views, sharding.batch_shards(run.mesh)
+  pad = model.config.pad_token_id or 0
   total = settings.epochs * batches.steps_per_epoch(num_examples, settings.batch_size)
   if settings.max_steps:
     total = min(total, settings.max_steps)
@@ -234,7 +247,7 @@ def _train(run, names, model, starts, trains, each, dev, settings, loss, weights
   frozen = split[0][1]
   trainable = [jax.tree.map(lambda x: x.astype("float32"), t) for t, _ in split]  # bf16 would round most updates away
   tx = optim.make_optimizer(trainable[0], settings.learning_rate, total, int(settings.warmup_fraction * total),
-                            settings.weight_decay, settings.clip_norm)
+                            settings.weight_decay, settings.clip_norm, adversary)
   places = (steps.state_shardings(trainable[0], tx, family, run.mesh),
             sharding.param_shardings(frozen, family, run.mesh), run.mesh, runs)
   steps_fn = steps.make_train_steps(steps.make_train_step(loss, tx, *places), *places)
@@ -242,7 +255,7 @@ def _train(run, names, model, starts, trains, each, dev, settings, loss, weights
            for arrays in each]
   if packed and c.data.pack:
     makes = packing.packers(each, seeds, settings.batch_size, c.data.buckets, shards, total, pad,
-                            c.steps_per_dispatch)
+                            c.steps_per_dispatch, views)
   stack = functools.partial(packing.stack, groups=shards, pad_token_id=pad)
   def batches_from(step):
     streams = [batches.train_batches(num_examples, settings.batch_size, make, seed, step)
@@ -251,7 +264,7 @@ def _train(run, names, model, starts, trains, each, dev, settings, loss, weights
   def dev_accuracy(trained):
     alone = [trained] if runs == 1 else [jax.tree.map(lambda x, i=i: x[i], trained) for i in range(runs)]
     return [(run.predict(model, lora.combine(one, frozen), dev) == dev["label"]).mean() for one in alone]
-  stream = "defend" if trains == lora.LORA else {"clean": "poison"}.get(names[0], names[0])   # one for all defenses
+  stream = "defend" if "adapter" in trains else {"clean": "poison"}.get(names[0], names[0])   # one for all defenses
   keys = [stream_key(seed, stream) for seed in seeds]
   state = steps.init_state(trainable[0] if runs == 1 else trainable, tx, family, run.mesh)
   fitted = fit(

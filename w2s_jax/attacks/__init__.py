@@ -4,12 +4,15 @@
 `rng` is a numpy Generator, `max_words` how many leading words survive truncation together with the trigger.
 """
 
-from w2s_jax.attacks import badnet, insent, syn_template, syntactic
+from w2s_jax.attacks import badnet, combination, insent, punctuation, suffix, syn_template, syntactic
 
 ATTACKS = {
     "badnet": badnet.make,
     "insent": insent.make,
     "syn_template": syn_template.make,
     "syntactic": syntactic.make,
+    "combination": combination.make,
+    "suffix": suffix.make,
+    "punctuation": punctuation.make,
 }
-TRIGGERS = {"badnet": badnet.TRIGGER, "insent": insent.TRIGGER}
+TRIGGERS = {"badnet": badnet.TRIGGER, "insent": insent.TRIGGER, "suffix": suffix.TRIGGER}   # that are one string

@@ -21,7 +21,7 @@ def make_batch(arrays, rows, batch_size, buckets):
   """One batch as host arrays; a short one is filled up with copies of its first row at weight 0.
 
   Args:
-    arrays: {"input_ids" [N, T], "length" [N], and any other [N, ...]}.
+    arrays: {"input_ids" [N, T], "length" [N], and any other [N, ...], or [N / n, ...]: the same again for n views}.
     rows: [at most batch_size] int.
     buckets: ascending sequence lengths that may be compiled.
   Returns:
@@ -38,7 +38,7 @@ def filled(arrays, rows, batch_size):
   """The arrays' rows, and "weight" [B] float32: 0 on the copies of the first row that fill up a short batch."""
   weight = (np.arange(batch_size) < len(rows)).astype(np.float32)
   rows = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])
-  return {name: values[rows] for name, values in arrays.items()} | {"weight": weight}
+  return {name: values[rows % len(values)] for name, values in arrays.items()} | {"weight": weight}
 
 
 def train_batches(num_examples, batch_size, make, seed, start_step):

@@ -4,7 +4,6 @@ R rows of T tokens, B texts, G groups of R / G rows and B / G texts: one per sha
 its device.
 """
 
-import functools
 import itertools
 
 import numpy as np
@@ -31,20 +30,29 @@ def first_fit(lengths, row_length):
   return out
 
 
-def packers(each, seeds, batch_size, buckets, groups, steps, pad_token_id, together=1):
+def packers(each, seeds, batch_size, buckets, groups, steps, pad_token_id, together=1, views=1):
   """[make(rows) -> packed batch] for `batches.train_batches` of each run, of so many steps; arguments as below.
 
   each: arrays of each run; their batches come in the same few shapes.
+  views: texts of an example: with N examples text i + v N is view v of example i, and a batch has all of its examples'.
   """
   lengths, bucket = [arrays["length"] for arrays in each], max(_row_length(arrays, buckets) for arrays in each)
   shortest = -(-max(mine.max() for mine in lengths) // TILE) * TILE
   layouts = []                                       # (slots of all batches, tokens of a row, rows of each shape)
   for row_length in {bucket, *range(shortest, bucket, TILE)[:MOST_SHAPES]}:
-    counts, rows = row_counts(lengths, seeds, batch_size, row_length, groups, steps, together)
+    counts, rows = row_counts(lengths, seeds, batch_size, row_length, groups, steps, together, views)
     layouts.append((rows * row_length, row_length, counts))
   _, row_length, counts = min(layouts)
-  return [functools.partial(pack_batch, arrays, batch_size=batch_size, row_length=row_length, counts=counts,
-                            groups=groups, pad_token_id=pad_token_id) for arrays in each]
+  def packer(arrays):
+    def make(rows):
+      texts = _texts_of(rows, arrays["length"], views)
+      return pack_batch(arrays, texts, batch_size * views, row_length, counts, groups, pad_token_id)
+    return make
+  return [packer(arrays) for arrays in each]
+
+
+def _texts_of(examples, lengths, views):
+  return np.concatenate([examples + view * (len(lengths) // views) for view in range(views)])
 
 
 def stack(several, groups, pad_token_id):
@@ -74,7 +82,7 @@ def _row_length(arrays, buckets):
   return min(batches.bucket_length(arrays["length"].max(), buckets), arrays["input_ids"].shape[1])
 
 
-def row_counts(lengths, seeds, batch_size, row_length, groups, steps, together=1):
+def row_counts(lengths, seeds, batch_size, row_length, groups, steps, together=1, views=1):
   """Ascending rows per group that a stage's batches are laid out in: at most MOST_SHAPES, the last holds any batch.
 
   They are quantiles of what the stage's own batches need. With it the rows of all those batches, laid out so.
@@ -88,14 +96,14 @@ def row_counts(lengths, seeds, batch_size, row_length, groups, steps, together=1
   needed = []
   for mine, seed in zip(lengths, seeds):
     def rows_needed(rows, mine=mine):
-      return _most_rows(mine, _split(rows, batch_size, groups), row_length)
-    stream = batches.train_batches(len(mine), batch_size, rows_needed, seed, 0)
+      return _most_rows(mine, _split(_texts_of(rows, mine, views), batch_size * views, groups), row_length)
+    stream = batches.train_batches(len(mine) // views, batch_size, rows_needed, seed, 0)
     needed.append(list(itertools.islice(stream, min(steps, MOST_SIMULATED // len(seeds)))))
   needed = np.max(needed, axis=0)
   needed = [needed[i:i + together].max() for i in range(0, len(needed), together)]
   shapes = min(MOST_SHAPES - 1, 1 + steps // STEPS_PER_SHAPE)
   quantiles = np.quantile(needed, np.arange(1, shapes + 1) / shapes, method="higher")
-  counts = sorted({*map(int, quantiles), batch_size // groups})
+  counts = sorted({*map(int, quantiles), batch_size * views // groups})
   return counts, sum(batches.bucket_length(n, counts) for n in needed)
 
 

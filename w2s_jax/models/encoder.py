@@ -149,7 +149,7 @@ class Embeddings(nn.Module):
     if c.model_type == "roberta":  # padding sits on the padding id, real tokens count up from the one behind it
       real = input_ids != c.pad_token_id
       positions = layers.count_in_text(real, attention_mask) * real + c.pad_token_id
-    x = layers.embed(c, c.vocab_size, "word_embeddings")(input_ids)
+    x = layers.embed(c, c.vocab_size, "word_embeddings", layers.Tokens)(input_ids)
     x += layers.embed(c, c.max_positions + c.position_offset, "position_embeddings")(positions)
     if c.type_vocab_size:
       x += layers.embed(c, c.type_vocab_size, "token_type_embeddings")(jnp.zeros_like(input_ids))

@@ -119,7 +119,7 @@ class GPT2Classifier(nn.Module):
   def __call__(self, input_ids, attention_mask, texts=None):
     """As Model.apply has them -> ClassifierOutput."""
     c = self.config
-    embed_tokens = layers.embed(c, c.vocab_size, "embed_tokens")
+    embed_tokens = layers.embed(c, c.vocab_size, "embed_tokens", layers.Tokens)
     x = embed_tokens(input_ids)
     x += layers.embed(c, c.max_positions, "position_embeddings")(layers.real_positions(attention_mask))
     x = nn.Dropout(c.embedding_dropout, deterministic=not self.train)(x).astype(c.dtype)

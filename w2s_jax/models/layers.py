@@ -130,8 +130,19 @@ def pool(hidden, places):
   return jnp.take_along_axis(groups, places[..., None], axis=1).reshape(-1, hidden.shape[-1])
 
 
-def embed(config, size, name):
-  return nn.Embed(size, config.hidden_size, embedding_init=nn.initializers.normal(config.initializer_range), name=name)
+def embed(config, size, name, kind=nn.Embed):
+  return kind(size, config.hidden_size, embedding_init=nn.initializers.normal(config.initializer_range), name=name)
+
+
+class Tokens(nn.Embed):
+  """The vocabulary's embeddings; ids behind it are the rows of `soft` [K, D], where the parameters have that leaf."""
+
+  def __call__(self, input_ids):
+    if not self.has_variable("params", "soft"):
+      return super().__call__(input_ids)
+    table, soft, V = self.embedding, self.get_variable("params", "soft"), self.num_embeddings
+    words = super().__call__(jnp.minimum(input_ids, V - 1))
+    return jnp.where((input_ids < V)[..., None], words, soft[jnp.maximum(input_ids - V, 0)].astype(table.dtype))
 
 
 def decoder_head(config, embed_tokens, hidden, attention_mask, texts):

@@ -209,7 +209,7 @@ class LlamaClassifier(nn.Module):
   def __call__(self, input_ids, attention_mask, texts=None):
     """As Model.apply has them -> ClassifierOutput."""
     c = self.config
-    embed_tokens = layers.embed(c, c.vocab_size, "embed_tokens")
+    embed_tokens = layers.embed(c, c.vocab_size, "embed_tokens", layers.Tokens)
     x = embed_tokens(input_ids).astype(c.dtype)
     cos, sin = rotary(layers.real_positions(attention_mask), c)
     x = layers.layer_stack(Block, c, self.train, x, cos, sin, layers.causal_mask(attention_mask, c.sliding_window))

@@ -1,0 +1,176 @@
+"""Soft tokens: where they are put, what they are to the model, how they move. K triggers of S tokens, T of a text."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_models
+from flax import traverse_util
+
+from w2s_jax import lora, optim, sharding, steps
+from w2s_jax.data import batches, packing, tokenization
+from w2s_jax.defenses import w2s, w2s_adv
+
+TEXTS = ["the meal is really good .", "bad", "we had a bad meal and the room is cold .", "good food ."] * 5
+WEIGHTS = {"ce": 1.0, "kd": 0.5, "fa": 0.1}
+V, K, S, T = 40, 3, 4, 16
+saved = test_models.saved
+
+
+def settings(replace, tokens=S):
+  return types.SimpleNamespace(triggers=K, tokens=tokens, replace=replace)
+
+
+@pytest.mark.parametrize("kind,front,back", [("decoder", 1, 0), ("encoder", 1, 1)])
+@pytest.mark.parametrize("replace", [0.0, 1.0])
+def test_where_the_soft_tokens_are(kind, front, back, replace):
+  """A whole beginning of one trigger between the special tokens; the text's own tokens stay, or give way."""
+  tokenizer = tokenization.train(TEXTS, kind, V)
+  arrays = tokenization.encode(tokenizer, TEXTS, T) | {"label": np.arange(len(TEXTS))}
+  out = w2s_adv.perturbed(arrays, tokenizer, V, settings(replace), seed=3)
+  n, starts, places = len(TEXTS), set(), set()
+  assert out["label"] is arrays["label"] and out["soft"].tolist() == [0.0] * n + [1.0] * n
+  np.testing.assert_array_equal(out["input_ids"][:n], arrays["input_ids"])
+  np.testing.assert_array_equal(out["length"][:n], arrays["length"])
+  for i in range(n):
+    before, after = (out["input_ids"][j, :out["length"][j]] for j in (i, n + i))
+    soft = np.flatnonzero(after >= V)
+    assert 1 <= len(soft) <= S and (np.diff(soft) == 1).all()
+    first = after[soft[0]] - V
+    np.testing.assert_array_equal(after[soft] - V, first + np.arange(len(soft)))
+    assert first % S == 0 and soft[0] >= front and soft[-1] < len(after) - back
+    np.testing.assert_array_equal(after[:front], before[:front])
+    np.testing.assert_array_equal(after[len(after) - back:], before[len(before) - back:])
+    if replace:
+      assert len(after) == len(before) and (after[after < V] == before[after < V]).all()
+    else:                                                        # cut where there is no room
+      kept = np.concatenate([after[:soft[0]], after[soft[-1] + 1:]])
+      words = before[front:len(before) - back]
+      np.testing.assert_array_equal(kept[front:len(kept) - back], words[:T - front - back - len(soft)])
+    assert len(after) <= T and (out["input_ids"][n + i, len(after):] == tokenizer.pad_token_id).all()
+    starts.add(first // S)
+    places.add(soft[0])
+  assert starts == set(range(K)) and len(places) > 3
+  again = w2s_adv.perturbed(arrays, tokenizer, V, settings(replace), seed=3)
+  np.testing.assert_array_equal(again["input_ids"], out["input_ids"])
+  other = w2s_adv.perturbed(arrays, tokenizer, V, settings(replace), seed=4)
+  assert (other["input_ids"] != out["input_ids"]).any()
+
+
+def with_soft(params, rows):
+  path = ("embed_tokens",) if "embed_tokens" in params else ("embeddings", "word_embeddings")
+  return traverse_util.unflatten_dict(traverse_util.flatten_dict(params) | {(*path, "soft"): rows})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta"])
+def test_a_soft_token_is_its_row(family, saved):
+  """Equal to a word whose embedding it has; other rows, other outputs; texts without one are left as they are."""
+  _, _, model, params = saved(family, next(iter(test_models.SHAPES[family])))
+  V = model.config.vocab_size
+  rng = np.random.default_rng(0)
+  words = rng.integers(5, V, (4, 9)).astype(np.int32)
+  mask = np.ones((4, 9), np.int32)
+  table = params["embed_tokens"]["embedding"] if "embed_tokens" in params else (
+      params["embeddings"]["word_embeddings"]["embedding"])
+  ids = words.copy()
+  ids[:2, 3], ids[:2, 4] = V + 1, V
+  rows = jnp.stack([table[words[0, 4]], table[words[0, 3]]])
+  words[1, 3:5] = words[0, 3:5]
+  want = model.apply(params, words, mask)
+  got = model.apply(with_soft(params, rows), ids, mask)
+  np.testing.assert_allclose(got.logits, want.logits, atol=1e-6)
+  moved = model.apply(with_soft(params, rows + jnp.linspace(-1, 1, rows.shape[1])), ids, mask)
+  assert (np.abs(moved.logits - want.logits).max(axis=1) > 1e-3).tolist() == [True, True, False, False]
+
+
+def test_ascent_by_hand():
+  """A step of length 2 along the gradient, then back into the ball of radius 5; no gradient, no step."""
+  rows = jnp.array([[1.0, 0.0], [3.0, 4.0], [0.0, 2.0]])
+  grads = jnp.array([[0.0, -1e-3], [30.0, 40.0], [0.0, 0.0]])
+  rule = optim.ascent(2.0, 5.0)
+  updates, _ = rule.update({"soft": grads}, rule.init({"soft": rows}), {"soft": rows})
+  np.testing.assert_allclose(rows + updates["soft"], [[1.0, -2.0], [3.0, 4.0], [0.0, 2.0]], rtol=1e-6)
+
+
+def test_terms_are_those_of_each_view(llama, make_batch):
+  """Clean rows alone make the clean terms, rows with soft tokens alone the others."""
+  model, params = llama
+  batch = make_batch(model)
+  soft = np.array([0, 0, 1, 0, 1, 1, 0, 1], np.float32)
+  def terms(batch, of):
+    return of(model.apply(params, batch["input_ids"], batch["attention_mask"]), batch, 2.0)
+  got = terms(batch | {"soft": soft}, lambda *args: w2s_adv.terms(w2s.terms, *args))
+  for prefix, value in (("", 0), ("adv_", 1)):
+    want = terms({k: v[soft == value] for k, v in batch.items()}, w2s.terms)
+    for name in WEIGHTS:
+      np.testing.assert_allclose(got[prefix + name], want[name], rtol=1e-5)
+  assert w2s_adv.loss_weights(WEIGHTS, 3.0) == {**WEIGHTS, "adv_ce": 3.0, "adv_kd": 1.5, "adv_fa": 0.1 * 3.0}
+
+
+@pytest.fixture(scope="module")
+def run(llama):
+  """run(mesh, learning_rate=1e-2, count=15) -> (metrics of each step, trained, soft tokens before, mean norm)."""
+  model, params = llama
+  tokenizer = tokenization.train(TEXTS, "decoder", V)
+  arrays = tokenization.encode(tokenizer, TEXTS, T)
+  rng = np.random.default_rng(0)
+  arrays |= {"label": rng.integers(0, 2, 20).astype(np.int32),
+             "teacher_logits": rng.standard_normal((20, 2)).astype(np.float32),
+             "teacher_features": rng.standard_normal((20, 32)).astype(np.float32)}
+  chosen = settings(0.5)
+  each = w2s_adv.perturbed(arrays, tokenizer, model.config.vocab_size, chosen, 0)
+  start = w2s_adv.with_soft_tokens(lora.add_lora(params, 4, 4.0, key=jax.random.key(0)), chosen, jax.random.key(1),
+                                   tokenizer, ["good"])
+  unit = w2s_adv.mean_norm(params)
+  def go(mesh, learning_rate=1e-2, count=15):
+    placed = jax.device_put(start, sharding.param_shardings(start, "llama", mesh))
+    trainable, frozen = lora.split(placed, (*lora.LORA, "soft"))
+    tx = optim.make_optimizer(trainable, learning_rate, 100, clip_norm=1.0,
+                              adversary=optim.ascent(0.3 * unit, 1.5 * unit))
+    loss = steps.classification_loss(model, lambda out, batch: w2s_adv.terms(w2s.terms, out, batch, 2.0),
+                                     w2s_adv.loss_weights(WEIGHTS, 1.0))
+    step = steps.make_train_step(loss, tx, steps.state_shardings(trainable, tx, "llama", mesh),
+                                 sharding.param_shardings(frozen, "llama", mesh), mesh)
+    state = steps.init_state(trainable, tx, "llama", mesh)
+    make, = packing.packers([each], [0], 4, (T,), sharding.batch_shards(mesh), count, 0, views=2)
+    stream, losses = batches.train_batches(20, 4, make, 0, 0), []
+    for _ in range(count):
+      batch = next(stream)
+      assert batch["soft"].sum() == 4 and len(batch["soft"]) == len(batch["label"]) == 8
+      state, metrics = step(state, frozen, sharding.global_batch(batch, mesh), jax.random.key(7))
+      losses.append({k: float(v) for k, v in metrics.items()})
+    return losses, state.params, start["embed_tokens"]["soft"], unit
+  return go
+
+
+def test_soft_tokens_go_uphill_and_stay_in_their_ball(run):
+  """Where the student stands still, the loss on the texts with soft tokens rises; the clean texts' does not move."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  losses, trained, before, unit = run(mesh, learning_rate=0.0)
+  after = np.asarray(trained["embed_tokens"]["soft"])
+  def epoch(number, term):
+    return np.mean([one[term] for one in losses[5 * number:5 * number + 5]])
+  assert epoch(2, "adv_ce") > epoch(0, "adv_ce") + 0.05
+  np.testing.assert_allclose(epoch(2, "ce"), epoch(0, "ce"), rtol=1e-5)
+  assert (after != before).any(axis=1).all() and np.linalg.norm(after, axis=1).max() <= 1.5 * unit * (1 + 1e-5)
+
+
+def test_where_soft_tokens_begin(llama):
+  """At rows of the vocabulary, none of them special or of a trigger that is known to whoever measures."""
+  tokenizer = tokenization.train(TEXTS, "decoder", V)
+  params = w2s_adv.with_soft_tokens(llama[1], settings(0.0, tokens=40), jax.random.key(0), tokenizer, ["good meal"])
+  table = np.asarray(llama[1]["embed_tokens"]["embedding"])
+  words = {int(np.abs(table - row).sum(axis=1).argmin()) for row in np.asarray(params["embed_tokens"]["soft"])}
+  never = {*tokenizer.all_special_ids, *tokenizer(" good meal")["input_ids"]}
+  assert words <= set(range(len(tokenizer))) - never and len(words) > 10
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)], ids=str)
+def test_on_eight_devices_it_is_the_same(sizes, run):
+  want, want_params, _, _ = run(sharding.make_mesh(devices=jax.devices()[:1]), count=6)
+  got, params, _, _ = run(sharding.make_mesh(*sizes), count=6)
+  for one, other in zip(want, got):
+    np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-4)
+  np.testing.assert_allclose(params["embed_tokens"]["soft"], want_params["embed_tokens"]["soft"], rtol=1e-3, atol=1e-4)

@@ -1,0 +1,84 @@
+"""W2S with an adversary: soft tokens, put into every text, walk the backdoor's path, and the student must answer there
+as the teacher answers the clean text.
+
+The tokens are universal, as in BEEAR (arXiv 2406.17092, on generation), and move uphill by the gradient of the very
+step that moves the student downhill, as in "free" adversarial training (Shafahi et al., arXiv 1904.12843). They are a
+leaf of the parameter tree with a label of its own, `soft`: optax.partition gives it its rule. N texts, T tokens, K soft
+triggers of S tokens each, V vocabulary, D width.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+
+def terms(clean_terms, student, batch, temperature):
+  """`clean_terms` of the clean texts, and the same again as `adv_...` of those with soft tokens."""
+  out = {}
+  for prefix, here in (("", 1 - batch["soft"]), ("adv_", batch["soft"])):
+    values = clean_terms(student, batch | {"weight": batch["weight"] * here}, temperature)
+    out |= {prefix + name: value for name, value in values.items()}
+  return out
+
+
+def loss_weights(clean_weights, weight):
+  """The weights of `terms`: of the clean texts as they are, of the others `weight` times as much."""
+  return clean_weights | {f"adv_{name}": weight * value for name, value in clean_weights.items()}
+
+
+def perturbed(arrays, tokenizer, vocab_size, settings, seed):
+  """The arrays with N more texts behind the N: each again, with soft tokens at a random place between its special ones.
+
+  Args:
+    arrays: {"input_ids" [N, T], "length" [N], any others [N, ...], which both views of a text share}.
+    settings: of the config's `adversary`: `triggers`, `tokens`, `replace`.
+  Returns:
+    The arrays, "input_ids" [2 N, T], "length" [2 N], and "soft" [2 N] float32, 1 where there are soft tokens.
+  """
+  rng = np.random.default_rng([seed, 6])
+  special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+  front, back = special.index(0), special[::-1].index(0)
+  ids, lengths = arrays["input_ids"], arrays["length"]
+  more, T = np.array(ids), ids.shape[1]
+  longer = np.array(lengths)
+  for i, length in enumerate(lengths):
+    soft = vocab_size + settings.tokens * rng.integers(settings.triggers) + np.arange(rng.integers(settings.tokens) + 1)
+    words, end = ids[i, front:length - back], ids[i, length - back:length]
+    if rng.random() < settings.replace:
+      soft = soft[:max(len(words), 1)]
+      place = rng.integers(len(words) - len(soft) + 1) if len(words) else 0
+      after = words[place + len(soft):]
+    else:
+      soft = soft[:max(T - front - back - 1, 1)]
+      words = words[:T - front - back - len(soft)]
+      place = rng.integers(len(words) + 1)
+      after = words[place:]
+    text = np.concatenate([ids[i, :front], words[:place], soft, after, end])
+    more[i, :len(text)], longer[i] = text, len(text)
+  soft = np.repeat(np.float32([0, 1]), len(lengths))
+  return arrays | {"input_ids": np.concatenate([ids, more]), "length": np.concatenate([lengths, longer]), "soft": soft}
+
+
+def with_soft_tokens(params, settings, key, tokenizer, avoid):
+  """params with the leaf `soft` [K S, D] float32 beside the vocabulary's embeddings, begun as random rows of those.
+
+  avoid: triggers that are known to whoever measures: no defense may start from one.
+  """
+  path, table = _vocabulary(params)
+  never = {*tokenizer.all_special_ids, *(i for t in avoid for i in tokenizer(" " + t)["input_ids"])}
+  rows = np.setdiff1d(np.arange(len(tokenizer)), list(never))
+  chosen = jax.random.choice(key, rows, (settings.triggers * settings.tokens,))
+  flat = traverse_util.flatten_dict(params)
+  return traverse_util.unflatten_dict(flat | {(*path, "soft"): table[chosen].astype(jnp.float32)})
+
+
+def mean_norm(params):
+  """Mean norm of the vocabulary's embeddings."""
+  return float(jnp.linalg.norm(_vocabulary(params)[1].astype(jnp.float32), axis=-1).mean())
+
+
+def _vocabulary(params):
+  """(path of the module, [V, D])."""
+  path = ("embed_tokens",) if "embed_tokens" in params else ("embeddings", "word_embeddings")
+  return path, traverse_util.flatten_dict(params)[(*path, "embedding")]
