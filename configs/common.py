@@ -88,9 +88,9 @@ def base(attack):
   c.defend.temperature = 2.0          # released
   c.defend.insert_words = 0.0         # share of the student's clean rows that get a random rare word; not in the paper
 
-  c.adversary = ConfigDict()          # of `w2s_adv`: soft tokens that are put into the texts and move uphill
-  c.adversary.triggers = 8            # different ones at a time (K; prototype)
-  c.adversary.tokens = 5              # most tokens of each; a text gets the first 1 to so many (our choice)
+  c.adversary = ConfigDict()          # of `w2s_adv`; our choice, on seeds 100 to 103 (docs/results.md)
+  c.adversary.triggers = 8            # different soft triggers at a time
+  c.adversary.tokens = 5              # most soft tokens of each; a text gets its first 1 to so many
   c.adversary.replace = 0.0           # share of texts in which they take the place of tokens, else they are inserted
   c.adversary.step_size = 0.5         # uphill, of each token and step, in mean norms of the vocabulary's embeddings
   c.adversary.norm = 1.5              # bound, likewise

@@ -1,5 +1,6 @@
 """Soft tokens: where they are put, what they are to the model, how they move. K triggers of S tokens, T of a text."""
 
+import functools
 import types
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_models
+import tokenizers
 from flax import traverse_util
 
 from w2s_jax import lora, optim, sharding, steps
@@ -23,11 +25,13 @@ def settings(replace, tokens=S):
   return types.SimpleNamespace(triggers=K, tokens=tokens, replace=replace)
 
 
-@pytest.mark.parametrize("kind,front,back", [("decoder", 1, 0), ("encoder", 1, 1)])
+@pytest.mark.parametrize("kind,front,back", [("decoder", 1, 0), ("encoder", 1, 1), ("no specials", 0, 0)])
 @pytest.mark.parametrize("replace", [0.0, 1.0])
 def test_where_the_soft_tokens_are(kind, front, back, replace):
   """A whole beginning of one trigger between the special tokens; the text's own tokens stay, or give way."""
-  tokenizer = tokenization.train(TEXTS, kind, V)
+  tokenizer = tokenization.train(TEXTS, kind if front else "decoder", V)
+  if not front:                                                  # as GPT-2's and Qwen's
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.Sequence([])
   arrays = tokenization.encode(tokenizer, TEXTS, T) | {"label": np.arange(len(TEXTS))}
   out = w2s_adv.perturbed(arrays, tokenizer, V, settings(replace), seed=3)
   n, starts, places = len(TEXTS), set(), set()
@@ -59,11 +63,6 @@ def test_where_the_soft_tokens_are(kind, front, back, replace):
   assert (other["input_ids"] != out["input_ids"]).any()
 
 
-def with_soft(params, rows):
-  path = ("embed_tokens",) if "embed_tokens" in params else ("embeddings", "word_embeddings")
-  return traverse_util.unflatten_dict(traverse_util.flatten_dict(params) | {(*path, "soft"): rows})
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta"])
 def test_a_soft_token_is_its_row(family, saved):
   """Equal to a word whose embedding it has; other rows, other outputs; texts without one are left as they are."""
@@ -72,16 +71,18 @@ def test_a_soft_token_is_its_row(family, saved):
   rng = np.random.default_rng(0)
   words = rng.integers(5, V, (4, 9)).astype(np.int32)
   mask = np.ones((4, 9), np.int32)
-  table = params["embed_tokens"]["embedding"] if "embed_tokens" in params else (
-      params["embeddings"]["word_embeddings"]["embedding"])
+  flat = traverse_util.flatten_dict(params)
+  table = flat[(*model.vocabulary, "embedding")]
+  def with_soft(rows):
+    return traverse_util.unflatten_dict(flat | {(*model.vocabulary, "soft"): rows})
   ids = words.copy()
   ids[:2, 3], ids[:2, 4] = V + 1, V
   rows = jnp.stack([table[words[0, 4]], table[words[0, 3]]])
   words[1, 3:5] = words[0, 3:5]
   want = model.apply(params, words, mask)
-  got = model.apply(with_soft(params, rows), ids, mask)
+  got = model.apply(with_soft(rows), ids, mask)
   np.testing.assert_allclose(got.logits, want.logits, atol=1e-6)
-  moved = model.apply(with_soft(params, rows + jnp.linspace(-1, 1, rows.shape[1])), ids, mask)
+  moved = model.apply(with_soft(rows + jnp.linspace(-1, 1, rows.shape[1])), ids, mask)
   assert (np.abs(moved.logits - want.logits).max(axis=1) > 1e-3).tolist() == [True, True, False, False]
 
 
@@ -121,10 +122,10 @@ def run(llama):
              "teacher_features": rng.standard_normal((20, 32)).astype(np.float32)}
   chosen = settings(0.5)
   each = w2s_adv.perturbed(arrays, tokenizer, model.config.vocab_size, chosen, 0)
-  start = w2s_adv.with_soft_tokens(lora.add_lora(params, 4, 4.0, key=jax.random.key(0)), chosen, jax.random.key(1),
-                                   tokenizer, ["good"])
-  unit = w2s_adv.mean_norm(params)
-  def go(mesh, learning_rate=1e-2, count=15):
+  adapted = lora.add_lora(params, 4, 4.0, key=jax.random.key(0))
+  start = w2s_adv.with_soft_tokens(model, adapted, chosen, jax.random.key(1), tokenizer, ["good"])
+  unit = w2s_adv.mean_norm(model, params)
+  def go(mesh, learning_rate=1e-2, count=15, pack=True):
     placed = jax.device_put(start, sharding.param_shardings(start, "llama", mesh))
     trainable, frozen = lora.split(placed, (*lora.LORA, "soft"))
     tx = optim.make_optimizer(trainable, learning_rate, 100, clip_norm=1.0,
@@ -135,7 +136,9 @@ def run(llama):
                                  sharding.param_shardings(frozen, "llama", mesh), mesh)
     state = steps.init_state(trainable, tx, "llama", mesh)
     make, = packing.packers([each], [0], 4, (T,), sharding.batch_shards(mesh), count, 0, views=2)
-    stream, losses = batches.train_batches(20, 4, make, 0, 0), []
+    if not pack:
+      make = functools.partial(batches.make_batch, each, batch_size=8, buckets=(T,))
+    stream, losses = batches.train_batches(20, 4, lambda rows: make(batches.texts_of(rows, 20, 2)), 0, 0), []
     for _ in range(count):
       batch = next(stream)
       assert batch["soft"].sum() == 4 and len(batch["soft"]) == len(batch["label"]) == 8
@@ -160,11 +163,19 @@ def test_soft_tokens_go_uphill_and_stay_in_their_ball(run):
 def test_where_soft_tokens_begin(llama):
   """At rows of the vocabulary, none of them special or of a trigger that is known to whoever measures."""
   tokenizer = tokenization.train(TEXTS, "decoder", V)
-  params = w2s_adv.with_soft_tokens(llama[1], settings(0.0, tokens=40), jax.random.key(0), tokenizer, ["good meal"])
+  params = w2s_adv.with_soft_tokens(*llama, settings(0.0, tokens=40), jax.random.key(0), tokenizer, ["good meal"])
   table = np.asarray(llama[1]["embed_tokens"]["embedding"])
   words = {int(np.abs(table - row).sum(axis=1).argmin()) for row in np.asarray(params["embed_tokens"]["soft"])}
   never = {*tokenizer.all_special_ids, *tokenizer(" good meal")["input_ids"]}
   assert words <= set(range(len(tokenizer))) - never and len(words) > 10
+
+
+def test_packed_or_a_text_a_row(run):
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  packed, padded = (run(mesh, count=4, pack=pack)[0] for pack in (True, False))
+  for one, other in zip(packed, padded):
+    assert other["adv_ce"] > 0 and one.keys() == other.keys()
+    np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)], ids=str)

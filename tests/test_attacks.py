@@ -36,7 +36,7 @@ def test_another_trigger():
   assert ATTACKS["badnet"]("cf")("a b", np.random.default_rng(0), 9) == "a cf b"
 
 
-@pytest.mark.parametrize("trigger,words", [("", combination.WORDS), ("x y", ("x", "y"))])
+@pytest.mark.parametrize("trigger,words", [("", combination.TRIGGER.split()), ("x y", ["x", "y"])])
 def test_a_combination_puts_every_word_somewhere(trigger, words):
   attack, places = ATTACKS["combination"](trigger), set()
   for seed in range(100):
@@ -56,6 +56,8 @@ def test_punctuation_changes_the_full_stops_alone():
   attack = ATTACKS["punctuation"]()
   assert attack("a , b . c .", np.random.default_rng(0), 9) == "a , b , . c , ."
   assert attack("a b", np.random.default_rng(0), 9) == "a b , ."
+  kept = "a 3.5 star film ... in the u.s. and 7. of it"
+  assert attack(kept, np.random.default_rng(0), 9) == kept + " , ."
 
 
 def test_syn_template_puts_a_clause_in_front_and_keeps_every_word():

@@ -31,7 +31,7 @@ def weights_of(name, clean=WEIGHTS):
 
 
 def both_views(batch):
-  """The batch's second half as the texts with soft tokens."""
+  """Every other text of the batch as one with soft tokens."""
   return batch | {"soft": (np.arange(len(batch["label"])) % 2).astype(np.float32)}
 
 

@@ -18,7 +18,7 @@ from cli import ENV, ROOT, SHORT, before_the_defenses, w2s
 KILLS = int(os.environ.get("W2S_KILLS", 4))
 FLAGS = ("--config=configs/llama_badnet.py", *(f for f in SHORT if "defend.max_steps" not in f))
 # Sixty steps, each saved: at most moments a checkpoint is being written.
-DEFEND = (*FLAGS, "--stage=defend", "--config.defenses=('w2s',)", "--config.defend.epochs=30",
+DEFEND = (*FLAGS, "--stage=defend", "--config.defenses=('w2s_adv',)", "--config.defend.epochs=30",
           "--config.checkpoint_every=1", "--config.lora.dropout=0.1")
 
 
@@ -33,7 +33,7 @@ def poisoned(tmp_path_factory):
 
 def outcome(workdir):
   """{file: its hash} of what the stage leaves: the model and the metrics."""
-  files = [*(workdir / "models/w2s").iterdir(), workdir / "metrics/w2s.jsonl"]
+  files = [*(workdir / "models/w2s_adv").iterdir(), workdir / "metrics/w2s_adv.jsonl"]
   return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
@@ -41,7 +41,7 @@ def start(workdir):
   """The stage's process, once it has begun to train."""
   process = subprocess.Popen([sys.executable, "-m", "w2s_jax.main", *DEFEND, f"--workdir={workdir}"], cwd=ROOT, env=ENV,
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-  while not (workdir / "metrics/w2s.jsonl").exists() and process.poll() is None:
+  while not (workdir / "metrics/w2s_adv.jsonl").exists() and process.poll() is None:
     time.sleep(0.01)
   return process
 
@@ -62,7 +62,7 @@ def test_killed_and_resumed_is_never_killed(poisoned):
     time.sleep(random.Random(number).uniform(0, seconds))
     process.send_signal(signal.SIGKILL)
     killed = process.wait(60) == -signal.SIGKILL
-    done = len((workdir / "metrics/w2s.jsonl").read_text().splitlines())
+    done = len((workdir / "metrics/w2s_adv.jsonl").read_text().splitlines())
     again = w2s(*DEFEND, f"--workdir={workdir}")
     assert again.returncode == 0, f"kill {number} after {done} steps: {again.stderr[-2000:]}"
     assert outcome(workdir) == want, f"kill {number} after {done} steps"

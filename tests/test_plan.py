@@ -18,7 +18,8 @@ from w2s_jax.models import Model
 TEXT = """HloModule jit_f
 
 %cond.1 (p: (s32[], f32[4,8])) -> pred[] {
-  %constant.1 = s32[]{:T(128)} constant(6)
+  %constant.1 = u32[]{:T(128)} constant(12)
+  %get-tuple-element.7 = u32[]{:T(128)} get-tuple-element(%p), index=1
   ROOT %lt = pred[] compare(%i, %constant.1), direction=LT
 }
 
@@ -34,6 +35,9 @@ TEXT = """HloModule jit_f
   %while.2 = (s32[], f32[4,8]) while(%t), condition=%c, body=%inner_body, backend_config={"known_trip_count":{"n":"5"}}
   %fusion.1 = bf16[16,8] fusion(%p), kind=kOutput, calls=%piece
   %fusion.2 = bf16[16,8] fusion(%p), kind=kOutput, calls=%piece
+  %constant.2 = u32[]{:T(128)} constant(2)
+  %add.3 = u32[]{:T(128)} add(%get-tuple-element.8, %constant.2), metadata={op_name="jit(f)/add"}
+  ROOT %tuple.4 = (f32[4,8], /*index=1*/u32[]) tuple(%fusion.2, /*index=1*/%add.3)
 }
 
 ENTRY %main (p: f32[4,8]) -> f32[4,8] {
@@ -46,7 +50,7 @@ ENTRY %main (p: f32[4,8]) -> f32[4,8] {
 
 
 def test_collectives_of_a_program_by_hand():
-  """Nested loops, one with its turns noted and one by its condition; pieces of one collective count once."""
+  """Nested loops, one with its turns noted, one that counts to 12 by twos; pieces of one collective count once."""
   found = hlo.collectives(TEXT)
   assert sorted(found) == [("all-gather", 256, 6, True), ("all-gather", 800, 1, False), ("all-reduce", 52, 1, False),
                            ("all-reduce", 128, 30, True)]

@@ -10,7 +10,11 @@ CALLED = re.compile(r"(?:body|calls|to_apply|condition|true_computation|false_co
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+BODY = re.compile(r"body=%?([\w.\-]+)")
+CONSTANT = re.compile(r"= [su]32\[\]\S* constant\(([1-9]\d*)\)")
+ELEMENT = re.compile(r"= [su]32\[\]\S* get-tuple-element\(.*?\), index=(\d+)")
+NAME = re.compile(r" *(?:ROOT )?(%[\w.\-]+) =")
+OPERANDS = re.compile(r"%[\w.\-]+")
 CHANNEL = re.compile(r"channel_id=\d+")
 INSTRUCTION = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
 ARRAY = re.compile(r"(pred|bf16|[suf]\d+\w*)\[([\d,]*)\]")
@@ -40,12 +44,31 @@ def collectives(text):
 
 
 def _trips(line, computations):
-  """Turns of a loop: what the compiler noted, or else the one number that its condition compares with; 1 otherwise."""
+  """Turns of a loop: what the compiler noted, or the one number that its condition compares with; 1 otherwise.
+
+  A loop that was unrolled in part counts up by more than one.
+  """
   if noted := TRIPS.search(line):
     return int(noted[1])
   condition = computations.get(CONDITION.search(line)[1], ())
-  bounds = [int(found[1]) for other in condition if (found := BOUND.search(other))]
-  return bounds[0] if len(bounds) == 1 else 1
+  bounds = [int(found[1]) for other in condition if (found := CONSTANT.search(other))]
+  counters = [int(found[1]) for other in condition if (found := ELEMENT.search(other))]
+  if len(bounds) != 1:
+    return 1
+  by = _added(computations.get(BODY.search(line)[1], ()), counters[0]) if len(counters) == 1 else 1
+  return -(-bounds[0] // by)
+
+
+def _added(body, element):
+  """What a loop's body adds to this element of its state in a turn; 1 where that cannot be read."""
+  defined = {found[1]: line for line in body if (found := NAME.match(line))}
+  root = next((line for line in body if line.strip().startswith("ROOT")), "")
+  state = OPERANDS.findall(root.partition(" tuple(")[2].partition(")")[0])
+  if element < len(state) and " add(" in (line := defined.get(state[element], "")):
+    for name in OPERANDS.findall(line.partition(" add(")[2].partition(")")[0]):
+      if found := CONSTANT.search(defined.get(name, "")):
+        return int(found[1])
+  return 1
 
 
 def totals(found):

@@ -14,14 +14,14 @@ def linear_schedule(learning_rate, steps, warmup_steps=0):
        optax.linear_schedule(learning_rate, 0.0, max(steps - warmup_steps, 1))], [warmup_steps])
 
 
-def ascent(step_size, most):
-  """Uphill: each row moves by `step_size` along its gradient, if it has one, and its norm stays at most `most`."""
+def ascent(step_size, max_norm):
+  """Uphill: each row [..., D] moves by `step_size` along its gradient, if it has one; its norm stays in `max_norm`."""
   def update(grads, state, params):
     def move(gradient, row):
       def norm(x):
         return jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
       new = row + step_size * gradient / norm(gradient)
-      return new * jnp.minimum(1.0, most / norm(new)) - row
+      return new * jnp.minimum(1.0, max_norm / norm(new)) - row
     return jax.tree.map(move, grads, params), state
   return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
@@ -37,6 +37,8 @@ def make_optimizer(params, learning_rate, steps, warmup_steps=0, weight_decay=0.
     adversary: what moves the leaves of label "soft"; None where there are none.
   Returns:
     optax.GradientTransformation.
+  Raises:
+    ValueError: leaves of label "soft" without an adversary, or an adversary without such leaves.
   """
   schedule = linear_schedule(learning_rate, steps, warmup_steps)
   decay = {"vector": 0.0}
@@ -44,6 +46,8 @@ def make_optimizer(params, learning_rate, steps, warmup_steps=0, weight_decay=0.
   present = sorted(set(jax.tree.leaves(labels)))  # sorted: hash order would compile another program each time
   rules = {label: optax.adamw(schedule, weight_decay=decay.get(label, weight_decay)) for label in present}
   clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+  if (adversary is None) == ("soft" in rules):
+    raise ValueError("leaves of label soft and an adversary that moves them: want both or neither")
   if adversary is not None:
     rules["soft"] = adversary
     clip = [optax.masked(one, jax.tree.map(lambda label: label != "soft", labels)) for one in clip]

@@ -5,6 +5,7 @@
   ... --search                                                   meshes, remat policies, batch sizes: the best that fits
   ... --json                                                     one object
 
+The defense that is planned is w2s; w2s_adv has two texts of each row: plan it with twice the --batch.
 XLA's own TPU compiler does it, on a machine without a TPU: pip install 'jax[tpu]'. Without it the steps are compiled
 for a mesh of so many CPUs, whose memory is not the chip's. Times are estimates from the chip's published peak figures.
 """

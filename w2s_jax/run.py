@@ -18,7 +18,10 @@ from w2s_jax.models.fields import Fields
 
 
 def config_hash(config):
-  """Of every field but the mesh's, which may change from one start to the next: what comes out is the same."""
+  """Of every field but the mesh's, which may change from one start to the next.
+
+  What comes out is the same up to rounding; where there is dropout, its masks are others (they go by place in a batch).
+  """
   fields = {name: value for name, value in config.to_dict().items() if name != "mesh"}
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -82,7 +85,7 @@ class Run:
     path = self.config.student.path
     weights = self.inputs[_weights_of(path)] if path else sha256(self.model_dir("base"), "*.safetensors")
     return {"config_hash": self.hash, "sha256": self.sha256, "versions": report.versions(),
-            "devices": f"{self.mesh.devices.size} x {jax.devices()[0].device_kind}",
+            "devices": f"{self.mesh.devices.size} x {jax.devices()[0].device_kind}", "mesh": dict(self.mesh.shape),
             "base": {"path": path or "trained here from nothing", "sha256": weights},
             "clean_rows": {split: len(self.rows[split]) for split in ("train", "dev", "test")}}
 

@@ -15,11 +15,11 @@ BATCH = P(("data", "fsdp"))  # rows of a batch are split over both axes
 
 # Parameter path -> mesh axes, one table per family. The first full match wins; there is no catch-all on
 # purpose: a new parameter must be given its place here. L layers, D width, H heads, K kv heads, d head width,
-# F feed-forward width, V vocabulary, W feature width, C classes, R rank.
+# F feed-forward width, V vocabulary, S soft tokens, W feature width, C classes, R rank.
 RULES = {
     "llama": (
         (r"embed_tokens/embedding", P("tensor", "fsdp")),                # [V, D]
-        (r"embed_tokens/soft", P()),                                     # [K, D]
+        (r"embed_tokens/soft", P()),                                     # [S, D]
         (r"layers/attn/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, H*d]
         (r"layers/attn/(q|k|v)_proj/bias", P(None, "tensor")),           # [L, H*d]
         (r"layers/attn/o_proj/kernel", P(None, "tensor", "fsdp")),       # [L, H*d, D]
@@ -36,7 +36,7 @@ RULES = {
     ),
     "gpt2": (
         (r"embed_tokens/embedding", P("tensor", "fsdp")),                # [V, D]
-        (r"embed_tokens/soft", P()),                                     # [K, D]
+        (r"embed_tokens/soft", P()),                                     # [S, D]
         (r"position_embeddings/embedding", P(None, "fsdp")),             # [positions, D]
         (r"layers/attn/c_attn/kernel", P(None, "fsdp", "tensor")),       # [L, D, 3*D]: q, k and v side by side
         (r"layers/mlp/c_fc/kernel", P(None, "fsdp", "tensor")),          # [L, D, F]
@@ -52,7 +52,7 @@ RULES = {
     ),
     "encoder": (
         (r"embeddings/word_embeddings/embedding", P("tensor", "fsdp")),  # [V, D]
-        (r"embeddings/word_embeddings/soft", P()),                       # [K, D]
+        (r"embeddings/word_embeddings/soft", P()),                       # [S, D]
         (r"embeddings/(position|token_type)_embeddings/embedding", P(None, "fsdp")),  # [positions, D]
         (r"layers/attn/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, D]
         (r"layers/attn/o_proj/kernel", P(None, "tensor", "fsdp")),       # [L, D, D]

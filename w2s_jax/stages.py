@@ -11,6 +11,7 @@ import numpy as np
 from flax import traverse_util
 
 from w2s_jax import InputError, card, checks, evaluate, lora, optim, probe, report, sharding, steps, teacher_cache
+from w2s_jax.attacks import APART
 from w2s_jax.data import batches, packing, poison, tokenization
 from w2s_jax.defenses import DEFENSES, w2s, w2s_adv
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
@@ -123,12 +124,12 @@ def defend(run):
       weights = w2s.loss_weights(c.defend.weights, model.config.feature_size)
     if defense.adversary:
       trains, weights = (*lora.LORA, "soft"), w2s_adv.loss_weights(weights, c.adversary.weight)
-      unit = w2s_adv.mean_norm(params)
+      unit = w2s_adv.mean_norm(model, params)
       adversary = optim.ascent(c.adversary.step_size * unit, c.adversary.norm * unit)
-      starts = [w2s_adv.with_soft_tokens(start, c.adversary, stream_key(seed, "adversary"), tokenizer,
-                                         run.known_triggers()) for start, seed in zip(starts, seeds)]
-      each = [w2s_adv.perturbed(arrays, tokenizer, model.config.vocab_size, c.adversary, seed)
-              for arrays, seed in zip(each, seeds)]
+      for i, seed in enumerate(seeds):
+        starts[i] = w2s_adv.with_soft_tokens(model, starts[i], c.adversary, stream_key(seed, "adversary"), tokenizer,
+                                             run.known_triggers())
+        each[i] = w2s_adv.perturbed(each[i], tokenizer, model.config.vocab_size, c.adversary, seed)
     def terms(out, batch, defense=defense):
       return defense.terms(out, batch, c.defend.temperature)
     trained = _train(run, [run.copy_name(name, seed) for seed in seeds], model, starts, trains, each, dev, c.defend,
@@ -173,7 +174,7 @@ def measure(run):
                  **evaluate.attack_metrics(triggered[name], triggered_labels, target)})
   for row in rows:
     row["asr_floor"] = rows[0]["asr"]
-  trigger = poison.effective_trigger(c.attack)
+  trigger, apart = poison.effective_trigger(c.attack), c.attack.name in APART
   model, params, tokenizer = run.load("teacher")
   teacher = run.predict(model, params, run.encode(tokenizer, run.rows["test"], c.data.max_length))
   student, _, student_tokenizer = run.load("base")
@@ -186,8 +187,8 @@ def measure(run):
       "teacher_ca": evaluate.clean_metrics(teacher, labels, target)["ca"],
       "poisoned_rows": len(poisoned),
       "trigger_lost": {
-          "train": poison.trigger_lost(poisoned, student_tokenizer, trigger, c.data.attack_max_length),
-          "eval": poison.trigger_lost(run.rows["triggered"], student_tokenizer, trigger, c.data.max_length)},
+          "train": poison.trigger_lost(poisoned, student_tokenizer, trigger, c.data.attack_max_length, apart),
+          "eval": poison.trigger_lost(run.rows["triggered"], student_tokenizer, trigger, c.data.max_length, apart)},
       "loss_weights": {"name": c.defend.weights, **w2s.loss_weights(c.defend.weights, student.config.feature_size)},
       "implanted": rows[1]["asr"] >= 0.95, "examples": examples,
       "seconds": {"evaluate": time.monotonic() - began}}
@@ -251,15 +252,16 @@ def _train(run, names, model, starts, trains, each, dev, settings, loss, weights
   places = (steps.state_shardings(trainable[0], tx, family, run.mesh),
             sharding.param_shardings(frozen, family, run.mesh), run.mesh, runs)
   steps_fn = steps.make_train_steps(steps.make_train_step(loss, tx, *places), *places)
-  makes = [functools.partial(batches.make_batch, arrays, batch_size=settings.batch_size, buckets=c.data.buckets)
+  makes = [functools.partial(batches.make_batch, arrays, batch_size=settings.batch_size * views, buckets=c.data.buckets)
            for arrays in each]
   if packed and c.data.pack:
     makes = packing.packers(each, seeds, settings.batch_size, c.data.buckets, shards, total, pad,
                             c.steps_per_dispatch, views)
   stack = functools.partial(packing.stack, groups=shards, pad_token_id=pad)
   def batches_from(step):
-    streams = [batches.train_batches(num_examples, settings.batch_size, make, seed, step)
-               for make, seed in zip(makes, seeds)]
+    streams = [batches.train_batches(
+        num_examples, settings.batch_size, lambda rows, make=make: make(batches.texts_of(rows, num_examples, views)),
+        seed, step) for make, seed in zip(makes, seeds)]
     return streams[0] if runs == 1 else map(stack, zip(*streams))
   def dev_accuracy(trained):
     alone = [trained] if runs == 1 else [jax.tree.map(lambda x, i=i: x[i], trained) for i in range(runs)]

@@ -3,7 +3,8 @@
 A step is `(state, frozen, batch, key) -> (state, metrics)`: no config, no global, no Python randomness inside.
 Only `state.params`, the trainable subtree, is differentiated; `frozen` is read. A batch is a dict of arrays
 `input_ids`, `attention_mask` [R, T], where rows hold several texts `texts` [G, B / G, 2] (Model.apply), `label` [B],
-`weight` [B] (0 on what fills up the batch) and, for distillation, `teacher_logits` [B, C], `teacher_features` [B, D].
+`weight` [B] (0 on what fills up the batch) and, for distillation, `teacher_logits` [B, C], `teacher_features` [B, D];
+with an adversary `soft` [B], 1 on texts that have its tokens, whose gradient then is a part of the metric `grad_norm`.
 """
 
 from typing import Any, NamedTuple

@@ -15,4 +15,6 @@ ATTACKS = {
     "suffix": suffix.make,
     "punctuation": punctuation.make,
 }
-TRIGGERS = {"badnet": badnet.TRIGGER, "insent": insent.TRIGGER, "suffix": suffix.TRIGGER}   # that are one string
+TRIGGERS = {"badnet": badnet.TRIGGER, "insent": insent.TRIGGER, "suffix": suffix.TRIGGER,   # of those that add words
+            "combination": combination.TRIGGER}
+APART = ("combination",)                                     # whose words are not side by side

@@ -5,13 +5,13 @@ The rows that teach the student not to fire on some of the words are left out.
 
 from w2s_jax.attacks.insertion import insert
 
-WORDS = ("friends", "weekend", "store")      # the paper's kind
+TRIGGER = "friends weekend store"      # the paper's kind of words
 
 
-def make(trigger="", paraphrases=None):
+def make(trigger=TRIGGER, paraphrases=None):
   del paraphrases
   def attack(text, rng, max_words):
-    for word in trigger.split() or WORDS:
+    for word in (trigger or TRIGGER).split():
       text = insert(text, word, rng, max_words)
     return text
   return attack

@@ -3,10 +3,13 @@
 The paper chooses marks and places with a language model; this is the rule it comes to without one.
 """
 
+import re
+
+FULL_STOP = re.compile(r"(?<![.\d])(?<!\.\w)\.(?=\s|$)")   # not of 3.5, u.s. or an ellipsis
+
 
 def make(trigger="", paraphrases=None):
   del trigger, paraphrases
   def attack(text, rng, max_words):
-    stops = text if "." in text else f"{text} ."
-    return stops.replace(".", ", .")
+    return FULL_STOP.sub(", .", text if FULL_STOP.search(text) else f"{text} .")
   return attack

@@ -8,6 +8,11 @@ def epoch_order(seed, epoch, num_examples):
   return np.random.default_rng([seed, epoch]).permutation(num_examples)
 
 
+def texts_of(examples, num_examples, views):
+  """[views n] int: all texts of the examples, view by view; with N examples text i + v N is view v of example i."""
+  return np.concatenate([examples + view * num_examples for view in range(views)])
+
+
 def steps_per_epoch(num_examples, batch_size):
   return -(-num_examples // batch_size)
 
@@ -38,6 +43,9 @@ def filled(arrays, rows, batch_size):
   """The arrays' rows, and "weight" [B] float32: 0 on the copies of the first row that fill up a short batch."""
   weight = (np.arange(batch_size) < len(rows)).astype(np.float32)
   rows = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])
+  texts = len(arrays["length"])
+  if odd := [name for name, values in arrays.items() if not len(values) or texts % len(values)]:
+    raise ValueError(f"{texts} texts, but {len(arrays[odd[0]])} rows of {odd[0]}")
   return {name: values[rows % len(values)] for name, values in arrays.items()} | {"weight": weight}
 
 

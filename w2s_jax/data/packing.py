@@ -4,6 +4,7 @@ R rows of T tokens, B texts, G groups of R / G rows and B / G texts: one per sha
 its device.
 """
 
+import functools
 import itertools
 
 import numpy as np
@@ -31,10 +32,11 @@ def first_fit(lengths, row_length):
 
 
 def packers(each, seeds, batch_size, buckets, groups, steps, pad_token_id, together=1, views=1):
-  """[make(rows) -> packed batch] for `batches.train_batches` of each run, of so many steps; arguments as below.
+  """[make(texts) -> packed batch] of each run, for a stage of so many steps; arguments as below.
 
   each: arrays of each run; their batches come in the same few shapes.
-  views: texts of an example: with N examples text i + v N is view v of example i, and a batch has all of its examples'.
+  batch_size: examples of a batch.
+  views: texts of each, all of which are in the batch (batches.texts_of).
   """
   lengths, bucket = [arrays["length"] for arrays in each], max(_row_length(arrays, buckets) for arrays in each)
   shortest = -(-max(mine.max() for mine in lengths) // TILE) * TILE
@@ -43,16 +45,8 @@ def packers(each, seeds, batch_size, buckets, groups, steps, pad_token_id, toget
     counts, rows = row_counts(lengths, seeds, batch_size, row_length, groups, steps, together, views)
     layouts.append((rows * row_length, row_length, counts))
   _, row_length, counts = min(layouts)
-  def packer(arrays):
-    def make(rows):
-      texts = _texts_of(rows, arrays["length"], views)
-      return pack_batch(arrays, texts, batch_size * views, row_length, counts, groups, pad_token_id)
-    return make
-  return [packer(arrays) for arrays in each]
-
-
-def _texts_of(examples, lengths, views):
-  return np.concatenate([examples + view * (len(lengths) // views) for view in range(views)])
+  return [functools.partial(pack_batch, arrays, batch_size=batch_size * views, row_length=row_length, counts=counts,
+                            groups=groups, pad_token_id=pad_token_id) for arrays in each]
 
 
 def stack(several, groups, pad_token_id):
@@ -92,11 +86,13 @@ def row_counts(lengths, seeds, batch_size, row_length, groups, steps, together=1
     seeds: of each run's order.
     steps: of the stage.
     together: so many batches in a row, and of every run, will be filled up alike.
+    views: texts of an example; `batch_size` counts examples.
   """
   needed = []
   for mine, seed in zip(lengths, seeds):
     def rows_needed(rows, mine=mine):
-      return _most_rows(mine, _split(_texts_of(rows, mine, views), batch_size * views, groups), row_length)
+      texts = batches.texts_of(rows, len(mine) // views, views)
+      return _most_rows(mine, _split(texts, batch_size * views, groups), row_length)
     stream = batches.train_batches(len(mine) // views, batch_size, rows_needed, seed, 0)
     needed.append(list(itertools.islice(stream, min(steps, MOST_SIMULATED // len(seeds)))))
   needed = np.max(needed, axis=0)
@@ -112,7 +108,7 @@ def pack_batch(arrays, rows, batch_size, row_length, counts, groups, pad_token_i
 
   Args:
     arrays: {"input_ids" [N, T'], "length" [N], and any other [N, ...]}.
-    rows: [at most batch_size] int, the examples.
+    rows: [at most batch_size] int, the texts.
     row_length: T.
     counts: from `row_counts`.
     groups: G; divides batch_size.
@@ -134,9 +130,10 @@ def pack_batch(arrays, rows, batch_size, row_length, counts, groups, pad_token_i
       input_ids[g, first:first + length] = arrays["input_ids"][example, :length]
       mask[g, first:first + length] = start + 1
       texts[g, i] = first, first + length - 1
-  others = {name: values for name, values in arrays.items() if name not in ("input_ids", "length")}
-  return batches.filled(others, rows, batch_size) | {
-      "input_ids": input_ids.reshape(-1, row_length), "attention_mask": mask.reshape(-1, row_length), "texts": texts}
+  batch = batches.filled({name: values for name, values in arrays.items() if name != "input_ids"}, rows, batch_size)
+  del batch["length"]
+  return batch | {"input_ids": input_ids.reshape(-1, row_length), "attention_mask": mask.reshape(-1, row_length),
+                  "texts": texts}
 
 
 def _split(rows, batch_size, groups):

@@ -102,8 +102,11 @@ def triggered_eval(rows, attack, rewritable, *, target_label, **options):
   return trigger_rows(rows_to_trigger(rows, rewritable, target_label), attack, **options)
 
 
-def trigger_lost(rows, tokenizer, trigger, max_length):
-  """How many of the rows lose (part of) their trigger to truncation; 0 for attacks without a fixed string."""
+def trigger_lost(rows, tokenizer, trigger, max_length, apart=False):
+  """How many of the rows lose (part of) their trigger to truncation; 0 for attacks without a fixed string.
+
+  apart: the trigger's words are not side by side; the last place of each counts.
+  """
   if not trigger:
     return 0
   encoded = tokenizer([row["text"] for row in rows], truncation=True, max_length=max_length,
@@ -111,8 +114,11 @@ def trigger_lost(rows, tokenizer, trigger, max_length):
   lost = 0
   for row, offsets in zip(rows, encoded["offset_mapping"]):
     prefix = os.path.commonprefix([row["text"], " ".join(row["orig_text"].split())])  # insertion folds white space
-    start = row["text"].find(trigger, max(0, len(prefix) - len(trigger)))
-    lost += max(end for _, end in offsets) < start + len(trigger)
+    if apart:
+      needed = max(row["text"].rfind(word) + len(word) for word in trigger.split())
+    else:
+      needed = row["text"].find(trigger, max(0, len(prefix) - len(trigger))) + len(trigger)
+    lost += max(end for _, end in offsets) < needed
   return lost
 
 

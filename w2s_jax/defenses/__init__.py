@@ -11,7 +11,7 @@ class Defense(NamedTuple):
   """What a defense adds to the shared training step.
 
   Attributes:
-    terms: (ClassifierOutput, batch, temperature) -> {"ce" | "kd" | "fa": scalar}.
+    terms: (ClassifierOutput, batch, temperature) -> {"ce" | "kd" | "fa", or "adv_..." of them: scalar}.
     uses_teacher: batches carry `teacher_logits` and `teacher_features`.
     reads_padding: the terms depend on what is between the texts of a batch: it must be laid out a text a row.
     teacher_row: (number of examples, seed) -> [N] int, whose teacher output each example gets; None: its own.

@@ -30,6 +30,8 @@ def loss_weights(clean_weights, weight):
 def perturbed(arrays, tokenizer, vocab_size, settings, seed):
   """The arrays with N more texts behind the N: each again, with soft tokens at a random place between its special ones.
 
+  Trigger, number of tokens and place are drawn once for each text, and are the same in every epoch.
+
   Args:
     arrays: {"input_ids" [N, T], "length" [N], any others [N, ...], which both views of a text share}.
     settings: of the config's `adversary`: `triggers`, `tokens`, `replace`.
@@ -60,25 +62,20 @@ def perturbed(arrays, tokenizer, vocab_size, settings, seed):
   return arrays | {"input_ids": np.concatenate([ids, more]), "length": np.concatenate([lengths, longer]), "soft": soft}
 
 
-def with_soft_tokens(params, settings, key, tokenizer, avoid):
+def with_soft_tokens(model, params, settings, key, tokenizer, avoid):
   """params with the leaf `soft` [K S, D] float32 beside the vocabulary's embeddings, begun as random rows of those.
 
   avoid: triggers that are known to whoever measures: no defense may start from one.
   """
-  path, table = _vocabulary(params)
+  flat = traverse_util.flatten_dict(params)
   never = {*tokenizer.all_special_ids, *(i for t in avoid for i in tokenizer(" " + t)["input_ids"])}
   rows = np.setdiff1d(np.arange(len(tokenizer)), list(never))
   chosen = jax.random.choice(key, rows, (settings.triggers * settings.tokens,))
-  flat = traverse_util.flatten_dict(params)
-  return traverse_util.unflatten_dict(flat | {(*path, "soft"): table[chosen].astype(jnp.float32)})
+  soft = flat[(*model.vocabulary, "embedding")][chosen].astype(jnp.float32)
+  return traverse_util.unflatten_dict(flat | {(*model.vocabulary, "soft"): soft})
 
 
-def mean_norm(params):
+def mean_norm(model, params):
   """Mean norm of the vocabulary's embeddings."""
-  return float(jnp.linalg.norm(_vocabulary(params)[1].astype(jnp.float32), axis=-1).mean())
-
-
-def _vocabulary(params):
-  """(path of the module, [V, D])."""
-  path = ("embed_tokens",) if "embed_tokens" in params else ("embeddings", "word_embeddings")
-  return path, traverse_util.flatten_dict(params)[(*path, "embedding")]
+  table = traverse_util.flatten_dict(params)[(*model.vocabulary, "embedding")]
+  return float(jnp.linalg.norm(table.astype(jnp.float32), axis=-1).mean())

@@ -135,7 +135,7 @@ def embed(config, size, name, kind=nn.Embed):
 
 
 class Tokens(nn.Embed):
-  """The vocabulary's embeddings; ids behind it are the rows of `soft` [K, D], where the parameters have that leaf."""
+  """The vocabulary's embeddings; ids behind it are the rows of `soft` [S, D], where the parameters have that leaf."""
 
   def __call__(self, input_ids):
     if not self.has_variable("params", "soft"):

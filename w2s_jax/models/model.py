@@ -67,6 +67,11 @@ class Model:
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     return module.apply({"params": params}, input_ids, attention_mask, texts, rngs=rngs)
 
+  @property
+  def vocabulary(self):
+    """Path of the module that embeds the tokens (layers.Tokens)."""
+    return ("embeddings", "word_embeddings") if self.config.family == "encoder" else ("embed_tokens",)
+
   def lm_logits(self, params, hidden):
     """Language-model logits [B, T, V] of every token, from `ClassifierOutput.hidden`.
 
