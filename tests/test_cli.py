@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import runpy
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from cli import ENV, ROOT, SHARED, SHORT, before_the_defenses, w2s
 from safetensors.numpy import load_file, save_file
 
 from w2s_jax.data import grammar
-from w2s_jax.run import Run
+from w2s_jax.run import Run, config_hash
 
 CONFIG = "--config=configs/llama_badnet.py"
 DEFENSES = ("lora_ce", "w2s", "w2s_released", "w2s_shuffled", "w2s_adv")
@@ -97,6 +98,16 @@ def test_a_finished_run_answers_at_once(workdir):
   out = w2s(CONFIG, f"--workdir={workdir}", *SHORT)
   assert out.returncode == 0 and "| w2s " in out.stdout and "steps in" not in out.stdout
   assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_the_mesh_may_be_another_one_at_the_next_start(workdir):
+  """It is no part of the run's identity, as everything else is."""
+  out = w2s(CONFIG, f"--workdir={workdir}", *SHORT, "--config.mesh.data=1", "--config.mesh.fsdp=-1")
+  assert out.returncode == 0 and "steps in" not in out.stdout, out.stderr
+  config = runpy.run_path(str(ROOT / "configs/llama_badnet.py"))["get_config"]
+  one, other, seed = config(), config(), config()
+  other.mesh.fsdp, seed.seed = 8, 1
+  assert config_hash(one) == config_hash(other) != config_hash(seed)
 
 
 def test_only_what_is_missing_runs_again(workdir, home):

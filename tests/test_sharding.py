@@ -33,6 +33,14 @@ def test_a_mesh_that_does_not_fit_names_numbers_and_knob(sizes):
     sharding.make_mesh(*sizes)
 
 
+def test_a_mesh_that_a_torus_does_not_take_is_one_line(monkeypatch):
+  def refuses(*args, **kwargs):                                  # as jax does for 32 of 4 x 4 x 4
+    raise NotImplementedError("Failed to find assignment for logical_axis_index 1 of size 32")
+  monkeypatch.setattr(jax, "make_mesh", refuses)
+  with pytest.raises(InputError, match=r"mesh data=1, fsdp=2, tensor=4 cannot be laid on this slice.*--config\.mesh"):
+    sharding.make_mesh(1, 2, 4)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "bert", "teacher"])
 def test_every_leaf_with_adapters_matches_one_rule(family, request):
   """Places, without a catch-all: kernels over fsdp and tensor, norms everywhere, adapters beside their kernels."""
