@@ -178,7 +178,7 @@ def test_packed_or_a_text_a_row(run):
     np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)], ids=str)
 def test_on_eight_devices_it_is_the_same(sizes, run):
   want, want_params, _, _ = run(sharding.make_mesh(devices=jax.devices()[:1]), count=6)
   got, params, _, _ = run(sharding.make_mesh(*sizes), count=6)

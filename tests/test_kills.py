@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from cli import ENV, ROOT, SHORT, before_the_defenses, w2s
 
-KILLS = int(os.environ.get("W2S_KILLS", 4))
+KILLS = int(os.environ.get("W2S_KILLS", 2))
 FLAGS = ("--config=configs/llama_badnet.py", *(f for f in SHORT if "defend.max_steps" not in f))
 # Sixty steps, each saved: at most moments a checkpoint is being written.
 DEFEND = (*FLAGS, "--stage=defend", "--config.defenses=('w2s_adv',)", "--config.defend.epochs=30",

@@ -154,6 +154,8 @@ def test_files_that_the_readme_links_to_exist():
 def test_the_main_job_in_full(tmp_path):
   """The README's first run: table, files, exit code 0; implanted, and cross entropy alone reaches 0.93 CA.
 
+  There `w2s` leaves the backdoor in place, `w2s_adv` takes it out at the same CA.
+
   Then its poisoned checkpoint is cleaned, seen only as a directory: ASR within 0.10 of the floor that the first run
   knows, CA at most 0.02 below the suspect's.
   """
@@ -161,7 +163,8 @@ def test_the_main_job_in_full(tmp_path):
   assert out.returncode == 0 and "| w2s_shuffled |" in out.stdout, out.stderr
   rows = {r["model"]: r for r in json.loads((tmp_path / "w/results.json").read_text())["rows"]}
   assert rows["poisoned"]["asr"] >= 0.95 and rows["lora_ce"]["ca"] >= 0.93
-  assert abs(rows["w2s"]["ca"] - rows["lora_ce"]["ca"]) <= 0.03
+  assert abs(rows["w2s"]["ca"] - rows["lora_ce"]["ca"]) <= 0.03 >= rows["lora_ce"]["ca"] - rows["w2s_adv"]["ca"]
+  assert rows["w2s_adv"]["asr"] <= 0.15 and rows["w2s_adv"]["asr"] <= rows["w2s"]["asr"] - 0.5
   (tmp_path / "runs").mkdir()
   (tmp_path / "w").rename(tmp_path / "runs/llama_badnet")
   out = w2s(*shlex.split(CLEAN.replace("runs/", f"{tmp_path}/runs/"))[3:])

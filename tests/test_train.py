@@ -116,7 +116,7 @@ def on_fsdp(fit_on, tmp_path_factory):
   return fit_on(mesh, tmp_path_factory.mktemp("whole_on_fsdp")), stopped
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 1), (8, 1, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 1), pytest.param((8, 1, 1), marks=pytest.mark.slow)], ids=str)
 def test_a_checkpoint_continues_on_another_mesh(sizes, on_fsdp, fit_on, tmp_path):
   """Saved at step 6 on (1, 8, 1): what follows is what would have followed there, within rounding."""
   (want, want_params), stopped = on_fsdp
