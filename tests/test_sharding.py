@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import BERT, LLAMA
 from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
 from w2s_jax import InputError, lora, sharding
+from w2s_jax.models import Model
+from w2s_jax.models.gpt2 import GPT2Config
 
 
 @pytest.mark.parametrize("sizes,want", [
@@ -58,6 +61,35 @@ def test_every_leaf_with_adapters_matches_one_rule(family, request):
   assert specs["layers/attn/q_proj/lora_b"] == P(None, None, "fsdp")
   assert specs["layers/attn/o_proj/kernel"] == specs["layers/mlp/down_proj/kernel"] == P(None, "tensor", "fsdp")
   assert specs["layers/attn_norm/scale"] == P()
+
+
+def paths(family):
+  """Of all leaves that models of the family can have, with adapters and soft tokens."""
+  def replaced(config, *changes):
+    return [dataclasses.replace(config, **change) for change in changes]
+  untied = dict(head="lm", tie_embeddings=False)
+  configs = {"llama": replaced(LLAMA, {}, dict(model_type="qwen2"), dict(model_type="qwen3"), untied),
+             "gpt2": replaced(GPT2Config(vocab_size=64, hidden_size=32, num_heads=4), {}, untied),
+             "encoder": replaced(BERT, {}, dict(feature_width=40), dict(model_type="distilbert"), dict(head="lm"))}
+  out = set()
+  for model in map(Model, configs[family]):
+    params = jax.eval_shape(lambda p: lora.add_lora(p, 8, 8.0, ("all-linear",), key=jax.random.key(0)),
+                            model.abstract_params())
+    out |= {*traverse_util.flatten_dict(params, sep="/"), "/".join((*model.vocabulary, "soft"))}
+  return out
+
+
+@pytest.mark.parametrize("family", sharding.RULES)
+def test_no_pattern_is_without_a_leaf(family):
+  """Each is the first that matches some leaf of the family."""
+  numbered = [(pattern, i) for i, (pattern, _) in enumerate(sharding.RULES[family])]
+  assert {sharding.match(path, numbered) for path in paths(family)} == set(range(len(numbered)))
+
+
+def test_no_label_is_without_a_leaf():
+  numbered = [(pattern, i) for i, (pattern, _) in enumerate(lora.LABEL_RULES)]
+  found = {sharding.match(path, numbered) for family in sharding.RULES for path in paths(family)}
+  assert found == set(range(len(numbered)))
 
 
 def test_an_unknown_leaf_is_an_error_that_names_it():
