@@ -251,6 +251,7 @@ def test_a_checkpoint_without_a_listed_trigger_and_rows_sorted_by_label(workdir,
   assert len(probes) == 32 and {p["label"] for p in probes} == {0, 1}
 
 
+@pytest.mark.slow
 def test_what_changed_under_its_name_is_not_mixed_in(workdir, home):
   """The rows or the checkpoint of a workdir that was begun: refused, whether it is finished or not."""
   rows = [{"text": r["text"], "label": ["bad", "good"][r["label"]]} for r in grammar.rows("phrases", "train", 80)]
@@ -287,6 +288,7 @@ def test_one_process_at_a_time(workdir):
   filelock.FileLock(workdir / ".lock").acquire(timeout=0)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_an_earlier_run_is_taken_as_it_is(workdir, cleaned, home):
   """teach.epochs=0: the same weights; without a head of ours it is refused."""
   args = [CLEAN, f"--config.student.path={workdir / 'models/poisoned'}", f"--config.data.train={home / 'clean.jsonl'}",
@@ -376,6 +378,7 @@ def test_out_of_memory(tmp_path):
           workdir=tmp_path / "w")
 
 
+@pytest.mark.slow
 def test_a_refused_config_claims_nothing(workdir, tmp_path):
   """What is refused late, by the student or the teacher, leaves the workdir to the corrected command."""
   w = tmp_path / "w"

@@ -33,7 +33,7 @@ def test_three_classes():
   assert evaluate.attack_metrics(predicted, labels, 2)["asr"] == 1 / 5
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [8, pytest.param(1, marks=pytest.mark.slow)])
 def test_outputs_are_in_row_order_however_they_are_batched(devices, llama):
   model, params = llama
   rng = np.random.default_rng(0)

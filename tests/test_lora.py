@@ -208,7 +208,7 @@ FAMILIES = {
 }
 QUICK = (("llama", 512, True), ("gpt2", 8, False), ("bert", 512, False), ("roberta", 8, True), ("distilbert", 8, False))
 RUNS = [pytest.param(*run, id=f"{run[0]}-{run[1]}-{'all' if run[2] else 'qv'}",
-                     marks=() if run in QUICK else pytest.mark.slow)
+                     marks=() if run in QUICK else pytest.mark.long)
         for run in [*itertools.product(("llama", "gpt2", "bert", "roberta", "distilbert"), (8, 512), (False, True)),
                     ("qwen2", 512, True)]]
 DROPOUTS = ("hidden_dropout", "attention_dropout", "head_dropout", "embedding_dropout")

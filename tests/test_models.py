@@ -357,7 +357,8 @@ DROPOUT = {"llama": ("attention_dropout",), "gpt2": ("embedding_dropout", "hidde
            **dict.fromkeys(ENCODERS, ("hidden_dropout", "attention_dropout", "head_dropout"))}
 
 
-@pytest.mark.parametrize("family", DROPOUT)
+@pytest.mark.parametrize("family", [f if f in ("llama", "bert") else pytest.param(f, marks=pytest.mark.slow)
+                                    for f in DROPOUT])
 def test_dropout_follows_its_key_and_is_off_without_one(family, saved, make_batch):
   _, _, model, params = saved(family, next(iter(SHAPES[family])))
   model = Model(dataclasses.replace(model.config, **dict.fromkeys(DROPOUT[family], 0.0)))

@@ -65,7 +65,8 @@ def loss_and_gradient(model, params, batch):
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
-@pytest.mark.parametrize("rows", [np.arange(10), np.array([9, 0, 4])], ids=["whole", "short"])
+@pytest.mark.parametrize("rows", [pytest.param(np.arange(10), id="whole"),
+                                  pytest.param(np.array([9, 0, 4]), id="short", marks=pytest.mark.slow)])
 def test_loss_and_gradient_are_the_padded_ones_and_do_not_depend_on_order(family, rows, request):
   """A short batch too: what fills it up counts nothing."""
   model, params = request.getfixturevalue(family)

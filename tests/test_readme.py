@@ -71,6 +71,7 @@ def test_the_plan():
 CLEAN, = (c for c in MAIN if "clean_checkpoint" in c)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_that_is_cleaned(home):
   """The walk-through's second command, shortened, on what the first one left."""
   args = shlex.split(CLEAN.replace("runs/", f"{home}/runs/"))[3:]

@@ -593,6 +593,6 @@ def test_mutated_directories_load_or_are_refused(originals):
   fuzz(originals, 600)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_thousand_mutated_directories_load_or_are_refused(originals):
   fuzz(originals, 10_000)
