@@ -76,7 +76,7 @@ def test_the_step_benchmark_prints_a_slope():
   assert isinstance(last["slope"], float)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data (SST-2) is not here")
 def test_ours_and_pytorch_do_the_same_work(tmp_path):
   """Twelve steps from the same adapter: the same losses, with less padding (so few steps get one shape alone)."""

@@ -497,11 +497,12 @@ def test_help_and_the_default_workdir(tmp_path):
   assert str(main.default_workdir(["m", "--config=c/x.py:scale=8b,data=../d"])) == "runs/x-scale-8b-data-d"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data (IMDB, SST-2) is not here")
-@pytest.mark.parametrize("name,attack", [
-    ("llama_insent", "insent"), ("llama_synattack", "syntactic"),        # test_readme.py runs the badnet ones
-    ("minilm_insent", "insent"), ("minilm_synattack", "syntactic")])
+@pytest.mark.parametrize("name,attack", [                                # test_readme.py runs the badnet ones
+    pytest.param("llama_insent", "insent", marks=pytest.mark.long),
+    pytest.param("llama_synattack", "syntactic", marks=pytest.mark.long),
+    pytest.param("minilm_insent", "insent", marks=pytest.mark.slow),
+    pytest.param("minilm_synattack", "syntactic", marks=pytest.mark.slow)])
 def test_real_data_shortened(name, attack, home):
   """The triggered rows are the attack's; `syntactic` has the pre-made paraphrases word for word."""
   if name.startswith("minilm"):

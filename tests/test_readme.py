@@ -105,7 +105,7 @@ def test_scales_that_are_named():
     assert runpy.run_path(str(ROOT / f"configs/{name}.py"))["get_config"](f"scale={scale}").lora.rank == 512
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_seeds_command(home):
   """Two seeds of two attacks, shortened: a table for each attack with paired differences."""
   command, = (c for c in COMMANDS if c.startswith("python benchmarks/seeds.py"))
