@@ -40,7 +40,6 @@ def layer_bytes(config):
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--only", help="this topology alone")
-  parser.add_argument("--only-model", help="this model alone")
   args = parser.parse_args()
   print("| model | slice | mesh data, fsdp, tensor | rows x tokens | remat | fits "
         "| GiB per chip: arguments + temporaries | of | TFLOP per chip "
@@ -48,7 +47,7 @@ def main():
   print("|" + "---|" * 12)
   wrong = []
   for name, topology, (B, T) in CASES:
-    if args.only not in (None, topology) or args.only_model not in (None, name):
+    if args.only not in (None, topology):
       continue
     file, argument = MODELS[name]
     config = runpy.run_path(str(ROOT / f"configs/{file}.py"))["get_config"](argument)
