@@ -2,9 +2,13 @@
 
   python benchmarks/seeds.py --config=configs/llama_{attack}.py --attacks=badnet,insent,synattack --seeds=0-9 \
       --out=runs/seeds [--jobs=2] [-- --config.defend.epochs=3 ...]
+  python benchmarks/seeds.py --config=configs/llama_badnet.py --attacks=combination,suffix,punctuation --seeds=0-9 \
+      --out=runs/held -- --config.attack.name={attack}
+  python benchmarks/seeds.py --config=configs/llama_badnet.py --attacks=badnet,insent,combination --seeds=0-9 \
+      --random-triggers --out=runs/random -- --config.attack.name={attack}
 
 Cells are workdirs below --out; complete ones are not run again. Each of the --jobs processes is pinned to one core.
-Writes OUT/table.md and OUT/rows.json.
+{attack} in --config and in further flags is the attack's name. Writes OUT/table.md and OUT/rows.json.
 """
 
 import argparse
@@ -19,10 +23,22 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from w2s_jax.data import grammar  # noqa: E402
+from w2s_jax.probe import rare_words  # noqa: E402
+
 KEYS = ("ca", "asr", "asr_floor", "false_rate")
-
-
 SHARED = ("base", "clean", "teacher")  # models that do not depend on the attack: made once per seed
+
+
+def random_trigger(attack, seed):
+  """A trigger of that attack's kind that nobody chose: a rare word, or five (`combination`: three) everyday ones."""
+  rng = np.random.default_rng([seed, 7])
+  if attack == "badnet":
+    return next(rare_words([], [], rng))
+  everyday = sorted({word for text in grammar.NEUTRAL["reviews"] for word in text.split() if word.isalpha()})
+  return " ".join(rng.choice(everyday, {"insent": 5, "combination": 3}[attack], replace=False))
 
 
 def run_cell(attack, seed, out, config, extra, core, donor):
@@ -44,13 +60,16 @@ def run_cell(attack, seed, out, config, extra, core, donor):
   return json.loads((workdir / "results.json").read_text())
 
 
-def run_cells(attacks, seeds, out, config, extra, jobs):
+def run_cells(attacks, seeds, out, config, extra, jobs, random_triggers=False):
   """{(attack, seed): results, or None where the run failed}; each seed's attacks run one after the other."""
   free = sorted(os.sched_getaffinity(0))[:jobs]
   def one(seed):
     core, results, donor = free.pop(), {}, None
     for attack in attacks:
-      results[attack, seed] = run_cell(attack, seed, out, config, extra, core, donor)
+      flags = [flag.format(attack=attack) for flag in extra]
+      if random_triggers:
+        flags.append(f"--config.attack.trigger={random_trigger(attack, seed)}")
+      results[attack, seed] = run_cell(attack, seed, out, config, flags, core, donor)
       donor = donor or (out / f"{attack}-{seed}" if results[attack, seed] else None)
     free.append(core)
     return results
@@ -98,13 +117,14 @@ def main():
   parser.add_argument("--seeds", default="0-9", type=seed_list)
   parser.add_argument("--out", required=True, type=Path)
   parser.add_argument("--jobs", default=len(os.sched_getaffinity(0)), type=int)
+  parser.add_argument("--random-triggers", action="store_true", help="each seed and attack has drawn trigger words")
   parser.add_argument("extra", nargs="*", help="further flags of w2s_jax.main, after --")
   args = parser.parse_args()
   attacks = args.attacks.split(",")
-  if args.jobs < 1 or (len(attacks) > 1 and "{attack}" not in args.config):
+  if args.jobs < 1 or (len(attacks) > 1 and "{attack}" not in " ".join([args.config, *args.extra])):
     parser.error(f"--jobs {args.jobs}, --config {args.config}: want at least one job, and {{attack}} in the "
-                 "config's name where there is more than one attack")
-  results = run_cells(attacks, args.seeds, args.out, args.config, args.extra, args.jobs)
+                 "config's name or a further flag where there is more than one attack")
+  results = run_cells(attacks, args.seeds, args.out, args.config, args.extra, args.jobs, args.random_triggers)
   failed = [cell for cell, r in results.items() if r is None]
   text = "\n\n".join(f"### {a}\n\n{table(results, a)}" for a in attacks if any(results[a, s] for s in args.seeds))
   (args.out / "table.md").write_text(text + "\n")
