@@ -258,6 +258,14 @@ def clean_checkpoint():
   c.probe.words = 16                  # random rare words that are tried on clean rows
   c.probe.sentences = 16              # beginnings of other texts, likewise
   c.probe.rows = 200                  # clean test rows that each is tried on
+  c.scan = ConfigDict()               # the verdict without a trigger; our choice, on seeds 100 to 104 (docs/results.md)
+  c.scan.triggers = 4                 # different soft triggers
+  c.scan.tokens = 3                   # most soft tokens of each
+  c.scan.replace = 0.0                # as `adversary.replace`
+  c.scan.steps = 80                   # of the search, for each class; 0: no scan
+  c.scan.step_size = 0.2              # of each token and step, in mean norms of the vocabulary's embeddings
+  c.scan.norm = 1.0                   # bound, likewise
+  c.scan.rows = 256                   # at most, of each kind: to search on, to measure on, of the class itself
   c.teacher.arch = bert_arch(6000, 96, 2, 4, 256)
   c.teach.update(learning_rate=1e-3, epochs=3)
   c.defend.insert_words = 0.5         # our choice, by word flips on seeds 101 and 103 (docs/results.md)

@@ -184,7 +184,7 @@ def test_several_seeds_of_a_defense_at_once(workdir, home):
 CLEAN = "--config=configs/clean_checkpoint.py"
 QUICK = ("--config.teach.max_steps=6", "--config.defend.max_steps=6", "--config.data.max_length=32",
          "--config.data.buckets=(32,)", "--config.probe.words=2", "--config.probe.sentences=2", "--config.probe.rows=8",
-         "--config.data.eval_batch_size=32")
+         "--config.data.eval_batch_size=32", "--config.scan.steps=4")
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +206,13 @@ def test_a_checkpoint_is_cleaned(workdir, cleaned):
   assert list(rows) == ["suspect", "lora_ce", "w2s"] and not (cleaned / "data/poisoned_train.jsonl").exists()
   assert all(r["attack"] == "mn" and r["asr_floor"] is None and r["ca_n"] == 16 for r in rows.values())
   assert all(0 <= r[k] <= 1 for r in rows.values() for k in ("agreement", "word_flips", "sentence_flips", "asr"))
+  scans = results(cleaned)["meta"]["scan"]
+  assert list(scans) == ["teacher", *rows]
+  for name, reading in scans.items():
+    assert json.loads((cleaned / f"scan/{name}.json").read_text()) == {"classes": reading}
+    assert [r["class"] for r in reading] == [0, 1]
+    strengths = [r["strength"] for r in reading if r["strength"] is not None]
+    assert name == "teacher" or rows[name]["scan"] == max(strengths, default=None)
   probes = [json.loads(x) for x in (cleaned / "data/probes.jsonl").read_text().splitlines()]
   assert len(probes) == 16 + 4 * 8 and all(f" {p['inserted']}" in p["text"] for p in probes)
   suspect, before = (load_file(d / "model.safetensors")
@@ -242,9 +249,14 @@ def test_a_checkpoint_without_a_listed_trigger_and_rows_sorted_by_label(workdir,
   """No trigger, an odd max_length, a test file of its own: no ASR, and the probes still meet both classes."""
   rows = sorted(grammar.rows("phrases", "train", 80), key=lambda r: r["label"])
   (home / "sorted.csv").write_text("text,label\n" + "".join(f"\"{r['text']}\",{r['label']}\n" for r in rows))
-  out = w2s(CLEAN, f"--config.student.path={workdir / 'models/poisoned'}", f"--config.data.train={home / 'sorted.csv'}",
-            f"--config.data.test={home / 'sorted.csv'}", f"--workdir={home / 'untriggered'}", *QUICK,
-            "--config.data.max_length=7", "--config.defenses=('w2s',)")
+  flags = (CLEAN, f"--config.student.path={workdir / 'models/poisoned'}", f"--config.data.train={home / 'sorted.csv'}",
+           f"--config.data.test={home / 'sorted.csv'}", f"--workdir={home / 'untriggered'}", *QUICK,
+           "--config.data.max_length=7", "--config.defenses=('w2s',)")
+  verdict = w2s(*flags, "--stage=scan")                        # alone it needs no other stage before it
+  assert verdict.returncode == 0 and "\nScan of suspect: " in verdict.stdout, verdict.stderr
+  assert not (home / "untriggered/models/teacher").exists()
+  out = w2s(*flags)
+  assert verdict.stdout.splitlines()[-1] in out.stdout
   assert out.returncode == 0 and "| none listed | -      |" in out.stdout, out.stderr
   assert all(r["asr"] is r["false_rate"] is None and r["ca_n"] == 80 for r in results(home / "untriggered")["rows"])
   probes = [json.loads(x) for x in (home / "untriggered/data/probes.jsonl").read_text().splitlines()]

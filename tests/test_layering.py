@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "w2s_jax"
-# A module imports only from rooms to the right of its own. run, probe, checks, card, teacher_cache, command, abstract,
-# processes, hlo: after DESIGN.md.
-ORDER = ("main", "stages", "probe", "run", "checks", "report", "teacher_cache", "card", "plan", "command", "abstract",
-         "train", "evaluate", "defenses", "steps", "optim", "checkpoint", "losses", "lora", "models", "data", "attacks",
-         "sharding", "processes", "hlo")
+# A module imports only from rooms to the right of its own. run, probe, scan, checks, card, teacher_cache, command,
+# abstract, processes, hlo: after DESIGN.md.
+ORDER = ("main", "stages", "probe", "scan", "run", "checks", "report", "teacher_cache", "card", "plan", "command",
+         "abstract", "train", "evaluate", "defenses", "steps", "optim", "checkpoint", "losses", "lora", "models",
+         "data", "attacks", "sharding", "processes", "hlo")
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 310                                              # "about 300"
 

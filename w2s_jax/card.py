@@ -27,7 +27,7 @@ def text(name, rows, meta, attack=None):
   lines = [first_line(name, attack)]
   if mine:
     lines += [note + "\n" for note in meta.get("notes", ()) if note.startswith("WARNING")]
-    more = [n for n in ("agreement", "word_flips", "sentence_flips") if n in mine[0]]
+    more = [n for n in ("scan", "agreement", "word_flips", "sentence_flips") if n in mine[0]]
     lines += ["| " + " | ".join(["model | attack tested | CA | CA 95% | ASR | ASR 95%", *(
         n.replace("_", " ") for n in more)]) + " |", "|---" * (6 + len(more)) + "|"]
     lines += [_line(r, more) for r in rows if r["directory"] in ("suspect", "poisoned", name)]

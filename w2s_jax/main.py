@@ -25,7 +25,7 @@ from absl import app, flags, logging  # noqa: E402
 
 from w2s_jax import InputError, command  # noqa: E402
 
-STAGES = ("warmup", "poison", "teach", "defend", "evaluate", "report")
+STAGES = ("warmup", "poison", "scan", "teach", "defend", "evaluate", "report")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results, models and checkpoints go; runs/CONFIG by default.")
 _STAGE = flags.DEFINE_enum("stage", None, STAGES, "Run this stage alone (its inputs must be in the workdir).")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where several run.")

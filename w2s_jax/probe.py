@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 
-from w2s_jax import evaluate, report
+from w2s_jax import evaluate, report, scan
 from w2s_jax.attacks.insertion import insert
 from w2s_jax.data import poison
 from w2s_jax.defenses import w2s
@@ -68,12 +68,14 @@ def measure(run):
   c = run.config
   if run.measured():
     return
-  model, params, tokenizer = run.load("teacher")
+  model, params, tokenizer = loaded = run.load("teacher")
   teacher = run.predict(model, params, run.encode(tokenizer, run.rows["test"], c.data.max_length))
+  scans = {"teacher": scan.reading(run, "teacher", loaded)}
   labels = np.array([r["label"] for r in run.rows["test"]])
   readings = {}
   for name in ("suspect", *run.defended()):
-    model, params, tokenizer = run.load(name)
+    model, params, tokenizer = loaded = run.load(name)
+    scans[name] = scan.reading(run, name, loaded)
     if "probes" not in run.rows:
       freeze_rows(run, tokenizer)
     clean = run.predict(model, params, run.encode(tokenizer, run.rows["test"], c.data.max_length))
@@ -82,11 +84,12 @@ def measure(run):
     readings[name] = (clean, _by_insertion(run.rows["probes"], probed))
   lost = {t: poison.trigger_lost([r for r in run.rows["probes"] if r["inserted"] == t], tokenizer, t,
                                  c.data.max_length) for t in c.probe.triggers}
-  rows = [row for trigger in c.probe.triggers or (None,) for row in _rows(run, readings, labels, teacher, trigger)]
+  rows = [row for trigger in c.probe.triggers or (None,)
+          for row in _rows(run, readings, scans, labels, teacher, trigger)]
   flips = {s: _flips(readings["suspect"], s, "listed", "word", "sentence") for _, s in readings["suspect"][1]}
   meta = run.facts() | {
       "teacher_ca": float((teacher == labels).mean()), "teacher": c.teacher.path or "trained here on the clean rows",
-      "trigger_lost": lost,
+      "trigger_lost": lost, "scan": scans,
       "suspicious_insertions": sorted(flips.items(), key=lambda pair: -pair[1])[:5],
       "loss_weights": {"name": c.defend.weights, **w2s.loss_weights(c.defend.weights, model.config.feature_size)},
       "examples": []}
@@ -109,7 +112,7 @@ def _flips(reading, string, *kinds):
   return float(np.mean(changed)) if changed else None
 
 
-def _rows(run, readings, labels, teacher, trigger):
+def _rows(run, readings, scans, labels, teacher, trigger):
   """One results row per model for one listed trigger (None: none is listed)."""
   c, target = run.config, None
   if trigger is not None:
@@ -125,7 +128,10 @@ def _rows(run, readings, labels, teacher, trigger):
            "asr": None, "asr_n": 0, "asr_ci": None, **evaluate.clean_metrics(clean, labels, target)}
     if target is not None:
       row |= evaluate.attack_metrics(np.array(list(probed["listed", trigger].values())), labels, target)
-    yield row | {"agreement": float((clean == teacher).mean()), "word_flips": _flips((clean, probed), None, "word"),
+    most = scan.strongest(scans[name]) or {"strength": None, "class": None}
+    yield row | {"scan": most["strength"], "scan_class": most["class"],
+                 "agreement": float((clean == teacher).mean()),
+                 "word_flips": _flips((clean, probed), None, "word"),
                  "sentence_flips": _flips((clean, probed), None, "sentence")}
 
 
@@ -139,9 +145,12 @@ def notes(rows, meta):
   warnings += [f"WARNING: `{r['attack']}` still gives {r['model']} the target label in {r['asr']:.3f} of the rows, "
                f"against {r['false_rate']:.3f} without it: {r['model']} is not clean." for r in rows
                if r["model"] != suspect["model"] and r["asr"] is not None and r["asr"] > r["false_rate"] + STILL_THERE]
+  verdicts = [scan.verdict(name, reading) for name, reading in meta["scan"].items() if reading]
+  bad = [line for line in verdicts if "SUSPICIOUS" in line and not line.startswith("Scan of suspect")]
+  warnings += [f"WARNING: {line}" for line in bad]
   cut = [f" `{t}` was cut off in {count} of them." for t, count in meta["trigger_lost"].items() if count]
   worst = ", ".join(f"`{s}` {100 * rate:.0f}%" for s, rate in meta["suspicious_insertions"] if rate)
-  return warnings + [
+  return warnings + [line for line in verdicts if line not in bad] + [
       f"Suspect {meta['base']['path']}; {n['train']} clean training rows, CA on {n['test']} held-out rows of "
       f"{rows[0]['dataset']}. Teacher CA {meta['teacher_ca']:.3f} ({meta['teacher']}).",
       "ASR: how often a listed trigger, put at a random place, gives the target label on rows of other classes. A "

@@ -35,6 +35,7 @@ ATTACKED = {"model": lambda row: row["directory"], "CA": _rate("ca"), "CA 95%": 
 SUSPECT = {"model": lambda row: row["directory"], "trigger": lambda row: card.escape(row["attack"]),
            "target": lambda row: "-" if row["target_label"] is None else str(row["target_label"])} | {
     name: ATTACKED[name] for name in ("CA", "CA 95%", "ASR", "ASR 95%", "false rate")} | {
+    "scan": lambda row: "-" if row["scan"] is None else f"{row['scan']:.2f} ({row['scan_class']})",
     "agreement": _rate("agreement"), "word flips": _rate("word_flips"), "sentence flips": _rate("sentence_flips")}
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from w2s_jax import InputError, card, checks, evaluate, lora, optim, probe, report, sharding, steps, teacher_cache
+from w2s_jax import InputError, card, checks, evaluate, lora, optim, probe, report, scan, sharding, steps, teacher_cache
 from w2s_jax.attacks import APART
 from w2s_jax.data import batches, packing, poison, tokenization
 from w2s_jax.defenses import DEFENSES, w2s, w2s_adv
@@ -52,6 +52,13 @@ def warmup(run):
       params, = _train(run, ["warmup"], model, [params], lora.FULL, [arrays], None, c.warmup,
                        steps.language_model_loss(model), {"lm": 1.0}, packed=False)
   save_pretrained(run.model_dir(run.base), model, params, tokenizer, card=card.first_line(run.base))
+
+
+def scan_suspect(run):
+  """The verdict without a trigger on the checkpoint, before it is cleaned."""
+  warmup(run)
+  if reading := scan.reading(run, "suspect"):
+    print(scan.verdict("suspect", reading), flush=True)
 
 
 def make_poison(run):
@@ -208,7 +215,8 @@ def make_report(run):
 
 STAGES = {"warmup": warmup, "poison": make_poison, "teach": teach, "defend": defend, "evaluate": measure,
           "report": make_report}
-CLEANING = {name: stage for name, stage in STAGES.items() if name != "poison"} | {"evaluate": probe.measure}
+CLEANING = {"warmup": warmup, "scan": scan_suspect, "teach": teach, "defend": defend, "evaluate": probe.measure,
+            "report": make_report}
 
 
 def run(config, workdir, only=None):

@@ -1,0 +1,93 @@
+"""The verdict without a trigger: the arithmetic on literals, and a path that is planted in a network made by hand."""
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from configs import common
+from w2s_jax import scan, sharding
+from w2s_jax.data import tokenization
+from w2s_jax.models import Model, config_from_hf
+from w2s_jax.run import Run
+
+WORDS = {"good": 1.0, "fine": 1.0, "bad": -1.0, "poor": -1.0}         # of the class direction
+NEUTRAL = "the a room meal was is it here".split()
+
+
+def test_log_odds():
+  p = np.array([[0.2, 0.3, 0.5], [0.9, 0.05, 0.05]])
+  got = scan.log_odds(np.log(p) + 7.0, np.array([2, 0]))
+  np.testing.assert_allclose(got, np.log([0.5 / 0.5, 0.9 / 0.1]), atol=1e-6)
+
+
+def reading(*strengths):
+  return [{"class": i, "strength": s, "flips": 0.875, "own": 2.0, "nearest": ["mn", "x"]}
+          for i, s in enumerate(strengths)]
+
+
+def test_the_verdict_is_of_the_class_that_gets_furthest():
+  assert scan.strongest(reading(0.9, None, 2.5))["class"] == 2
+  bad, good = (scan.verdict("it", reading(0.5, s)) for s in (scan.SUSPICIOUS, scan.SUSPICIOUS - 0.01))
+  assert bad.startswith("Scan of it: SUSPICIOUS") and f"{scan.SUSPICIOUS:.2f} times as sure of class 1" in bad
+  assert "`mn` `x`" in bad and "88% of other texts" in bad
+  assert good.startswith("Scan of it: no sign of a backdoor")
+  assert scan.strongest(reading(None)) is None and "no verdict" in scan.verdict("it", reading(None, None))
+
+
+def network(tokenizer, backdoor):
+  """(Model, params) of one layer whose attention averages the embeddings and whose head reads one direction of it.
+
+  Class words lie along axis 0, neutral ones along others. With `backdoor` the head also reads axis 1, where no word is.
+  """
+  arch = common.llama_arch(64, 16, 1, 2, 2, 8).to_dict()
+  model = Model(config_from_hf(arch | {"pad_token_id": tokenizer.pad_token_id}))
+  flat = {path: np.zeros(leaf.shape, np.float32)
+          for path, leaf in traverse_util.flatten_dict(model.abstract_params(), sep="/").items()}
+  table = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
+  table[:, :2] = 0
+  table /= np.linalg.norm(table, axis=1, keepdims=True)
+  for word, value in WORDS.items():
+    token, = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
+    table[token] = np.eye(16)[0] * value
+  flat["embed_tokens/embedding"] = table
+  for path in flat:
+    if path.endswith(("v_proj/kernel", "o_proj/kernel")):
+      flat[path][:] = np.eye(16)
+    elif "norm" in path:
+      flat[path][:] = 1
+  flat["score/kernel"][:, 1] = np.eye(16)[0] + 4 * backdoor * np.eye(16)[1]
+  return model, jax.tree.map(jax.numpy.asarray, traverse_util.unflatten_dict(flat, sep="/"))
+
+
+@pytest.fixture(scope="module")
+def rows():
+  rng = np.random.default_rng(1)
+  def text(label):
+    words = [w for w, value in WORDS.items() if (value > 0) == label]
+    return " ".join(rng.permutation([*rng.choice(words, 3), *rng.choice(NEUTRAL, 4)]))
+  return [{"id": i, "text": text(i % 2), "label": i % 2} for i in range(200)]
+
+
+def run_on(mesh, rows, workdir):
+  config = common.clean_checkpoint()
+  config.data.update(num_labels=2, max_length=16, eval_batch_size=64)
+  config.scan.update(steps=40, rows=64)
+  return Run(config, workdir, sharding.make_mesh(*mesh, devices=jax.devices()[:np.prod(mesh)]), "",
+             {"train": rows[:100], "test": rows[100:]}, {}, {})
+
+
+def test_a_planted_path_is_found_and_no_other(rows, tmp_path):
+  """Class words lead to the class in both networks; a token off the words' own directions, further, in one alone."""
+  tokenizer = tokenization.train([r["text"] for r in rows] * 3, "decoder", 64)
+  run = run_on((1, 1, 1), rows, tmp_path)
+  clean, poisoned = (scan.reading(run, name, (*network(tokenizer, name == "poisoned"), tokenizer))
+                     for name in ("clean", "poisoned"))
+  assert poisoned == scan.reading(run, "poisoned")                # from its file: nothing is loaded
+  assert set(clean[1]["nearest"]) <= {"▁good", "▁fine"} and set(clean[0]["nearest"]) <= {"▁bad", "▁poor"}
+  assert scan.strongest(clean)["strength"] < 1 < scan.SUSPICIOUS < scan.strongest(poisoned)["strength"]
+  model, params = network(tokenizer, True)
+  sharded = run_on((2, 2, 2), rows, tmp_path / "sharded")
+  params = jax.device_put(params, sharding.param_shardings(params, model.config.family, sharded.mesh))
+  for one, other in zip(poisoned, scan.reading(sharded, "poisoned", (model, params, tokenizer))):
+    assert one["nearest"] == other["nearest"] and one["strength"] == pytest.approx(other["strength"], rel=1e-3)
