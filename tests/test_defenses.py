@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from w2s_jax import InputError, lora, losses, steps
-from w2s_jax.defenses import DEFENSES, w2s, w2s_adv, w2s_released, w2s_shuffled
+from w2s_jax.defenses import DEFENSES, anchors, w2s, w2s_adv, w2s_released
 
 WEIGHTS = {"ce": 1.0, "kd": 1.0, "fa": 0.1}
 
@@ -114,22 +114,50 @@ def test_the_control_reads_no_teacher(llama, make_batch):
 
 
 def test_the_dict_of_defenses():
-  """`none` is the poisoned model itself; only the shuffled control gives an example another's teacher output."""
-  assert list(DEFENSES) == ["none", "lora_ce", "w2s", "w2s_released", "w2s_shuffled", "w2s_adv", "ce_adv"]
-  assert DEFENSES["none"] is None and [n for n, d in DEFENSES.items() if d and d.teacher_row] == ["w2s_shuffled"]
+  """`none` is the poisoned model itself; only the controls show an example other than its own teacher output."""
+  anchored = ["w2s_adv_shuffled", "w2s_adv_within", "w2s_adv_means", "w2s_adv_orthogonal"]
+  assert list(DEFENSES) == ["none", "lora_ce", "w2s", "w2s_released", "w2s_shuffled", "w2s_adv", "ce_adv", *anchored]
+  assert DEFENSES["none"] is None and [n for n, d in DEFENSES.items() if d and d.anchor] == ["w2s_shuffled", *anchored]
   assert [n for n, d in DEFENSES.items() if d and not d.uses_teacher] == ["lora_ce", "ce_adv"]
-  assert [n for n, d in DEFENSES.items() if d and d.adversary] == ["w2s_adv", "ce_adv"]
+  assert [n for n, d in DEFENSES.items() if d and d.adversary] == ["w2s_adv", "ce_adv", *anchored]
   assert DEFENSES["w2s_shuffled"].terms is DEFENSES["w2s"].terms   # the same loss: only the pairing differs
   assert all("trigger" not in inspect.signature(d.terms).parameters for d in DEFENSES.values() if d)
 
 
+def outputs(n, labels):
+  """Teacher outputs that say whose they are: features [N, 8] of the row's number, logits [N, 3] of its class."""
+  return {"teacher_features": np.repeat(np.arange(n, dtype=np.float32)[:, None], 8, axis=1),
+          "teacher_logits": np.eye(3, dtype=np.float32)[labels] * 7}
+
+
 @pytest.mark.parametrize("n", [16, 100, 4000])
-def test_shuffled_rows_are_a_fixed_permutation(n):
-  rows = w2s_shuffled.teacher_row(n, seed=3)
+@pytest.mark.parametrize("anchor", [anchors.shuffled, anchors.shuffled_within_classes])
+def test_shuffled_outputs_are_a_fixed_permutation(n, anchor):
+  labels = np.random.default_rng(n).integers(3, size=n)
+  def whose(seed):
+    out = anchor(outputs(n, labels), labels, seed)
+    rows = out["teacher_features"][:, 0].astype(int)
+    np.testing.assert_array_equal(out["teacher_logits"].argmax(-1), labels[rows])     # both move together
+    return rows
+  rows = whose(3)
   np.testing.assert_array_equal(np.sort(rows), np.arange(n))
-  np.testing.assert_array_equal(rows, w2s_shuffled.teacher_row(n, seed=3))
-  assert (rows != w2s_shuffled.teacher_row(n, seed=4)).any()
+  np.testing.assert_array_equal(rows, whose(3))
+  assert (rows != whose(4)).any()
   assert (rows != np.arange(n)).mean() > 0.7                       # hardly anybody keeps their own teacher
+  assert (labels[rows] == labels).all() == (anchor is anchors.shuffled_within_classes)
+
+
+def test_class_means_and_orthogonal_directions_are_of_the_class_alone():
+  labels = np.array([2, 0, 2, 1, 0])
+  out = anchors.class_means(outputs(5, labels), labels, seed=0)
+  np.testing.assert_array_equal(out["teacher_features"][:, 3], [1, 2.5, 1, 3, 2.5])
+  np.testing.assert_array_equal(out["teacher_logits"], 7 * np.eye(3)[labels])
+  out = anchors.orthogonal(outputs(5, labels), labels, seed=0)
+  features = out["teacher_features"]
+  same = labels[:, None] == labels
+  np.testing.assert_allclose(features @ features.T, 8.0 * same, atol=1e-5)
+  np.testing.assert_array_equal(out["teacher_logits"], 4 * np.eye(3)[labels])
+  assert (anchors.orthogonal(outputs(5, labels), labels, seed=1)["teacher_features"] != features).any()
 
 
 @pytest.mark.parametrize("name,triple", [

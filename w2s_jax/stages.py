@@ -124,10 +124,7 @@ def defend(run):
     if defense.uses_teacher:
       teacher = teacher or _teacher_outputs(run)
       for arrays, seed in zip(each, seeds):
-        whose = slice(None)
-        if defense.teacher_row is not None:
-          whose = defense.teacher_row(len(arrays["label"]), seed)
-        arrays |= {key: values[whose] for key, values in teacher.items()}
+        arrays |= defense.anchor(teacher, arrays["label"], seed) if defense.anchor else teacher
       weights = w2s.loss_weights(c.defend.weights, model.config.feature_size)
     if defense.adversary:
       trains, weights = (*lora.LORA, "soft"), w2s_adv.loss_weights(weights, c.adversary.weight)
