@@ -1,6 +1,7 @@
 """What one distillation step costs: seconds and the compiler's FLOPs over sizes, lengths and ranks, as JSON lines.
 
   python benchmarks/step.py [--sizes=1m,5m,20m] [--lengths=32,128] [--ranks=8,48] [--rows=8] [--steps=10]
+  python benchmarks/step.py --adversary                     a step of w2s_adv beside one of w2s, three times in turn
 
 Rank 0 is full fine-tuning. The last line has the slope of log seconds over log FLOPs of all of them: near 1 where the
 cost is the arithmetic's, above 1 where larger steps are worse, far below 1 where a fixed cost hides what grows. The
@@ -9,6 +10,7 @@ FLOPs are counted on the same step with its layers unrolled: of a loop the compi
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import sys
@@ -20,10 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from flax import traverse_util  # noqa: E402
 
 from configs import common  # noqa: E402
 from w2s_jax import lora, optim, sharding, steps  # noqa: E402
-from w2s_jax.defenses import w2s  # noqa: E402
+from w2s_jax.defenses import w2s, w2s_adv  # noqa: E402
 from w2s_jax.models import Model, config_from_hf, quantized  # noqa: E402
 
 SIZES = {   # vocabulary, width, layers, heads, key-value heads, feed-forward width
@@ -33,6 +36,7 @@ SIZES = {   # vocabulary, width, layers, heads, key-value heads, feed-forward wi
 MODEL_TYPES = {"7b": "qwen2"}    # Qwen2.5-7B; the others are Llamas, 8b Llama-3-8B
 WEIGHTS = {"ce": 1.0, "kd": 1.0, "fa": 0.01}
 TARGETS = ("q_proj", "v_proj")
+SOFT_TOKENS = 40         # of w2s_adv's defaults
 
 
 def hf_config(size):
@@ -48,11 +52,24 @@ def with_adapters(params, rank):
   return lora.add_lora(params, rank, float(rank), TARGETS, key=jax.random.key(1)) if rank else params
 
 
-def make_step(model, params, rank, mesh):
-  """(step, trainable, frozen, optimizer) of W2S; `params` may be abstract. Frozen kernels keep their dtype."""
-  trainable, frozen = lora.split(params, lora.LORA if rank else lora.FULL)
-  tx = optim.make_optimizer(trainable, 1e-4, 1000)
-  loss = steps.classification_loss(model, lambda out, batch: w2s.terms(out, batch, 2.0), WEIGHTS)
+def with_soft_tokens(model, params):
+  flat = traverse_util.flatten_dict(params)
+  rows = flat[(*model.vocabulary, "embedding")][:SOFT_TOKENS].astype("float32")
+  return traverse_util.unflatten_dict(flat | {(*model.vocabulary, "soft"): rows})
+
+
+def make_step(model, params, rank, mesh, adversary=False):
+  """(step, trainable, frozen, optimizer) of W2S; `params` may be abstract. Frozen kernels keep their dtype.
+
+  With `adversary` of w2s_adv: params and batch have soft tokens.
+  """
+  trainable, frozen = lora.split(params, (lora.LORA if rank else lora.FULL) + ("soft",) * adversary)
+  terms, weights, ascent = w2s.terms, WEIGHTS, None
+  if adversary:
+    terms, weights = functools.partial(w2s_adv.terms, w2s.terms), w2s_adv.loss_weights(WEIGHTS, 1.0)
+    ascent = optim.ascent(0.5, 1.5)
+  tx = optim.make_optimizer(trainable, 1e-4, 1000, adversary=ascent)
+  loss = steps.classification_loss(model, lambda out, batch: terms(out, batch, 2.0), weights)
   family = model.config.family
   step = steps.make_train_step(loss, tx, steps.state_shardings(trainable, tx, family, mesh),
                                sharding.param_shardings(frozen, family, mesh), mesh)
@@ -66,6 +83,14 @@ def random_batch(config, rows, length, seed=0):
           "attention_mask": np.ones((rows, length), np.int32), "label": rng.integers(0, 2, rows).astype(np.int32),
           "weight": np.ones(rows, np.float32), "teacher_logits": rng.standard_normal((rows, 2)).astype(np.float32),
           "teacher_features": rng.standard_normal((rows, config.feature_size)).astype(np.float32)}
+
+
+def with_views(config, batch):
+  """The batch with each row a second time, in which soft tokens are in the place of the first three."""
+  rows = len(batch["label"])
+  batch = {name: np.concatenate([values, values]) for name, values in batch.items()}
+  batch["input_ids"][rows:, :3] = config.vocab_size + np.arange(3 * rows).reshape(rows, 3) % SOFT_TOKENS
+  return batch | {"soft": np.repeat(np.float32([0, 1]), rows)}
 
 
 def lowered(model, rank, rows, length, mesh, quantize=""):
@@ -83,15 +108,18 @@ def lowered(model, rank, rows, length, mesh, quantize=""):
   return step.lower(state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0)))
 
 
-def timed_steps(model, rank, rows, length, mesh, num_steps):
+def timed_steps(model, rank, rows, length, mesh, num_steps, adversary=False):
   """(seconds to compile and run the first step, median seconds of the others)."""
   params = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(model.config.dtype), model.init(key)))(jax.random.key(0))
-  step, trainable, frozen, tx = make_step(model, with_adapters(params, rank), rank, mesh)
+  params = with_adapters(params, rank)
+  step, trainable, frozen, tx = make_step(model, with_soft_tokens(model, params) if adversary else params, rank, mesh,
+                                          adversary)
   trainable = jax.tree.map(lambda x: x.astype("float32"), trainable)
   state = steps.init_state(trainable, tx, model.config.family, mesh)
   frozen = jax.device_put(frozen, sharding.param_shardings(frozen, model.config.family, mesh))
   del params, trainable
-  batch = sharding.global_batch(random_batch(model.config, rows, length), mesh)
+  batch = random_batch(model.config, rows, length)
+  batch = sharding.global_batch(with_views(model.config, batch) if adversary else batch, mesh)
   seconds = []
   for _ in range(num_steps + 1):
     start = time.perf_counter()
@@ -99,6 +127,14 @@ def timed_steps(model, rank, rows, length, mesh, num_steps):
     jax.block_until_ready(metrics)
     seconds.append(time.perf_counter() - start)
   return seconds[0], statistics.median(seconds[1:])
+
+
+def compare_adversary(model, rank, rows, length, mesh, num_steps):
+  """Median seconds of a step of w2s and of w2s_adv over three rounds in turn."""
+  rounds = [[timed_steps(model, rank, rows, length, mesh, num_steps, adversary)[1] for adversary in (False, True)]
+            for _ in range(3)]
+  plain, adversary = map(statistics.median, zip(*rounds))
+  return {"w2s_s": plain, "w2s_adv_s": adversary, "ratio": adversary / plain}
 
 
 def numbers(text):
@@ -112,6 +148,7 @@ def main():
   parser.add_argument("--ranks", type=numbers, default=[0, 8, 48], help="of the adapters on q and v")
   parser.add_argument("--rows", type=int, default=8, help="of a batch")
   parser.add_argument("--steps", type=int, default=10, help="that are timed")
+  parser.add_argument("--adversary", action="store_true", help="w2s_adv beside w2s, instead of FLOPs")
   parser.add_argument("--dtype", default="float32", help="of the frozen base and the activations")
   args = parser.parse_args()
   mesh = sharding.make_mesh()
@@ -121,6 +158,10 @@ def main():
     unrolled = Model(dataclasses.replace(model.config, unroll=True))
     for length in args.lengths:
       for rank in args.ranks:
+        if args.adversary:
+          print(json.dumps({"size": size, "length": length, "rank": rank} | compare_adversary(
+              model, rank, args.rows, length, mesh, args.steps)), flush=True)
+          continue
         flops = lowered(unrolled, rank, args.rows, length, mesh).cost_analysis()["flops"]
         first, seconds = timed_steps(model, rank, args.rows, length, mesh, args.steps)
         points.append((flops, seconds))

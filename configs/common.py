@@ -149,6 +149,7 @@ def real_data(c, directory):
 def released(c, student, teacher="google-bert/bert-base-uncased"):
   """The released recipe (reference: its README and scripts): hub weights, LoRA r=512 on q and v, weights per attack."""
   c.student.update(path=student, dtype="bfloat16", remat="full")
+  c.mesh.update(data=1, fsdp=-1)      # one chip does not hold the base: it is split over all that there are
   c.teacher.update(path=teacher, arch=bert_arch(30522, 768, 12, 12, 3072, std=0.02, dropout=0.1))
   c.data.update(attack_source="stanfordnlp/imdb", defend_source="SetFit/sst2", **ENGLISH_DATA)
   c.data.attack_rows = ConfigDict(dict(train=4000, dev=1000, test=1000))

@@ -2,9 +2,11 @@
 # Starts N processes of w2s_jax.main on this machine, which train as one program:
 #   launch/local.sh N --config=configs/llama_badnet.py [any flag of w2s_jax.main]
 # With NVIDIA GPUs each process takes one. On CPUs set JAX_NUM_CPU_DEVICES for several devices in each process.
-# Nothing here needs editing; PORT=... chooses the coordinator's port. Ends with the code of the first that failed.
+# Nothing here needs editing; PORT=... chooses the coordinator's port. Ends with the code of the first, by number, that
+# failed.
 set -euo pipefail
-n=${1:?usage: launch/local.sh N --config=... [flags]}
+n=${1:-}
+if ! [[ $n =~ ^[1-9][0-9]*$ ]]; then echo "usage: launch/local.sh N --config=... [flags], N processes" >&2; exit 2; fi
 shift
 port=${PORT:-$((20000 + RANDOM % 20000))}
 pids=()

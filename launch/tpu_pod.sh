@@ -4,8 +4,10 @@
 #   launch/tpu_pod.sh setup                        this repository and its requirements onto every worker
 #   launch/tpu_pod.sh run --config=configs/llama_badnet.py:scale=8b --workdir=/runs/8b [flags of w2s_jax.main]
 #   launch/tpu_pod.sh delete
-# Edit the five lines below. --workdir must lie where all workers see the same files (a Filestore share mounted on
-# /runs, say). A preempted run exits with 143; `run` again goes on from its last checkpoint.
+# Edit the five lines below. --workdir must lie where all workers see the same files: SHARE, a Filestore share that
+# setup mounts on /runs. What is sent is the last commit. Set HF_TOKEN for weights behind a licence (Llama). `run` lasts
+# as long as its SSH sessions: start it in tmux. A preempted slice is gone: delete, create and setup, and `run` goes on
+# from its last checkpoint.
 set -euo pipefail
 name=${TPU_NAME:-w2s}
 zone=${ZONE:-us-central1-a}
@@ -21,17 +23,24 @@ case $verb in
   create)
     gcloud compute tpus queued-resources create "$name" --node-id="$name" --zone="$zone" \
       --accelerator-type="$accelerator" --runtime-version="$runtime"
-    until gcloud compute tpus queued-resources describe "$name" --zone="$zone" --format='value(state.state)' |
-      grep -qx ACTIVE; do sleep 30; done ;;
+    while state=$(gcloud compute tpus queued-resources describe "$name" --zone="$zone" --format='value(state.state)') &&
+      [ "$state" != ACTIVE ]; do
+      case $state in FAILED | SUSPENDED) echo "the slice is $state: delete it and ask again" >&2 && exit 1 ;; esac
+      sleep 30
+    done ;;
   setup)
-    git archive --format=tar.gz -o /tmp/w2s_jax.tar.gz HEAD
+    git -C "$(dirname "$0")/.." archive --format=tar.gz -o /tmp/w2s_jax.tar.gz HEAD
     gcloud compute tpus tpu-vm scp /tmp/w2s_jax.tar.gz "$name": --zone="$zone" --worker=all
-    on_all_workers "mkdir -p w2s_jax && tar xzf w2s_jax.tar.gz -C w2s_jax && python3 -m venv .venv && \
-      .venv/bin/pip install -q -r w2s_jax/requirements.txt 'jax[tpu]'"
+    # uv brings a Python: the image's own may be older than 3.11
+    on_all_workers "mkdir -p w2s_jax && tar xzf w2s_jax.tar.gz -C w2s_jax && curl -LsSf https://astral.sh/uv/install.sh | \
+      sh && ~/.local/bin/uv venv -q --python 3.12 .venv && \
+      ~/.local/bin/uv pip install -q -p .venv -r w2s_jax/requirements.txt 'jax[tpu]'"
     if [ -n "$share" ]; then
-      on_all_workers "sudo mkdir -p /runs && (mountpoint -q /runs || sudo mount -o rw $share /runs)"
+      on_all_workers "sudo apt-get install -qy nfs-common && sudo mkdir -p /runs && \
+        (mountpoint -q /runs || sudo mount -o rw $share /runs) && sudo chmod 1777 /runs"
     fi ;;
-  run) on_all_workers "cd w2s_jax && ../.venv/bin/python -m w2s_jax.main --distributed $(printf '%q ' "$@")" ;;
+  run) on_all_workers "cd w2s_jax && HF_TOKEN=${HF_TOKEN:-} ../.venv/bin/python -m w2s_jax.main --distributed \
+    $(printf '%q ' "$@")" ;;
   delete) gcloud compute tpus queued-resources delete "$name" --zone="$zone" --force ;;
   *) echo "unknown: $verb (want create, setup, run or delete)" >&2 && exit 2 ;;
 esac

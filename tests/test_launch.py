@@ -42,15 +42,22 @@ STRINGS = {"type": "object", "additionalProperties": TEXT}
 POD = _object(
     restartPolicy={"enum": ["Never", "OnFailure"]}, terminationGracePeriodSeconds=COUNT, nodeSelector=STRINGS,
     containers={"type": "array", "minItems": 1, "items": _object(
-        name=NAME, image=TEXT, command={"type": "array", "items": TEXT},
+        name=NAME, image=TEXT, command={"type": "array", "items": TEXT}, env={"type": "array", "items": _object(
+            name=TEXT, valueFrom=_object(secretKeyRef=_object(name=NAME, key=TEXT)))},
         resources=_object(limits={"type": "object", "additionalProperties": COUNT}),
         volumeMounts={"type": "array", "items": _object(name=NAME, mountPath=TEXT)})},
     volumes={"type": "array", "items": _object(name=NAME, persistentVolumeClaim=_object(claimName=NAME))})
-JOB = _object(parallelism=COUNT, completions=COUNT, backoffLimit=COUNT, template=_object(spec=POD))
+ON_EXIT = _object(action={"enum": ["FailJob", "Ignore", "Count"]}, onExitCodes=_object(
+    containerName=NAME, operator={"enum": ["In", "NotIn"]}, values={"type": "array", "minItems": 1, "items": COUNT}))
+JOB = _object(parallelism=COUNT, completions=COUNT, backoffLimit=COUNT, template=_object(spec=POD),
+              podFailurePolicy=_object(rules={"type": "array", "items": ON_EXIT}))
+RULE = _object(name=NAME, action={"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]},
+               onJobFailureReasons={"type": "array", "items": {"enum": ["PodFailurePolicy", "BackoffLimitExceeded"]}})
 JOBSET = _object(
     apiVersion={"const": "jobset.x-k8s.io/v1alpha2"}, kind={"const": "JobSet"}, metadata=_object(name=NAME),
-    spec=_object(failurePolicy=_object(maxRestarts=COUNT), replicatedJobs={"type": "array", "minItems": 1, "items": (
-        _object(name=NAME, replicas=COUNT, template=_object(spec=JOB)))}))
+    spec=_object(failurePolicy=_object(maxRestarts=COUNT, rules={"type": "array", "items": RULE}),
+                 replicatedJobs={"type": "array", "minItems": 1, "items": (
+                     _object(name=NAME, replicas=COUNT, template=_object(spec=JOB)))}))
 
 
 def test_the_jobset_is_one():
@@ -166,5 +173,25 @@ def test_where_one_of_two_processes_is_killed_the_other_stops(poisoned):
     assert both[0].wait(60) != 0 and time.monotonic() - start < 60
   finally:
     both[0].kill()
-  assert re.search(r"another process|task.*(died|disconnect|heartbeat|unhealthy)|[Cc]onnection (closed|reset)",
+  assert re.search(r"lost another process|task.*(died|disconnect|heartbeat|unhealthy)|[Cc]onnection (closed|reset)",
                    (workdir / "stderr").read_text())
+
+
+@pytest.mark.parametrize("args", [[], [CONFIG], ["0", CONFIG]], ids=["nothing", "no number", "none"])
+def test_local_without_a_number_of_processes(args):
+  out = subprocess.run(["launch/local.sh", *args], cwd=ROOT, capture_output=True, text=True)
+  assert out.returncode == 2 and out.stderr.startswith("usage: launch/local.sh N ") and not out.stdout
+
+
+@pytest.mark.slow
+def test_a_workdir_that_is_not_shared_is_refused(tmp_path):
+  """Two directories, as on two hosts' own disks: one line in both processes, where they would wait for ever."""
+  short = [*SHORT, "--coordinator_address=localhost:28175", "--num_processes=2"]
+  both = []
+  for i in range(2):
+    (tmp_path / f"{i}").mkdir()
+    both.append(subprocess.Popen([sys.executable, "-m", "w2s_jax.main", CONFIG, f"--workdir={tmp_path / str(i) / 'w'}",
+                                  *short, f"--process_id={i}"], cwd=ROOT, env=ENV, stderr=subprocess.PIPE, text=True))
+  for process in both:
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 2 and "is not the same directory in process 1 as in process 0" in err, err

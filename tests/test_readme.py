@@ -68,7 +68,7 @@ def test_the_plan():
     assert f"{step}: v5e:4x4 (16 chips), mesh data 1, fsdp 16, tensor 1; {rows} rows of 128 tokens" in out.stdout
 
 
-CLEAN, = (c for c in MAIN if "clean_checkpoint" in c)
+CLEAN, SCAN = (c for c in MAIN if "clean_checkpoint" in c)
 
 
 @pytest.mark.slow
@@ -81,10 +81,12 @@ def test_the_checkpoint_that_is_cleaned(home):
   out = w2s(*args, *short)
   assert out.returncode == 0 and "| w2s     | mn      |" in out.stdout, out.stderr
   assert (home / "runs/cleaned/models/w2s/model.safetensors").is_file()
+  out = w2s(*shlex.split(SCAN.replace("runs/", f"{home}/runs/"))[3:], "--config.scan.steps=4")
+  assert out.returncode == 0 and "Scan of suspect: " in out.stdout, out.stderr
 
 
 @pytest.mark.parametrize("command", [
-    pytest.param(c, marks=pytest.mark.slow) if "data=../shared" in c else c for c in MAIN if c != CLEAN])
+    pytest.param(c, marks=pytest.mark.slow) if "data=../shared" in c else c for c in MAIN if c not in (CLEAN, SCAN)])
 def test_main_commands(command, home):
   args = shlex.split(command)[3:]
   if "../shared/data" in command and not (SHARED / "data").is_dir():
@@ -158,8 +160,9 @@ def test_the_main_job_in_full(tmp_path):
 
   There `w2s` leaves the backdoor in place, `w2s_adv` takes it out at the same CA.
 
-  Then its poisoned checkpoint is cleaned, seen only as a directory: ASR within 0.10 of the floor that the first run
-  knows, CA at most 0.02 below the suspect's.
+  Then its poisoned checkpoint is scanned and cleaned, seen only as a directory: suspicious, of the class it was
+  poisoned for, while the never-poisoned twin is not; afterwards ASR within 0.10 of the floor that the first run knows,
+  CA at most 0.02 below the suspect's.
   """
   out = w2s("--config=configs/llama_badnet.py", f"--workdir={tmp_path / 'w'}")
   assert out.returncode == 0 and "| w2s_shuffled |" in out.stdout, out.stderr
@@ -169,6 +172,11 @@ def test_the_main_job_in_full(tmp_path):
   assert rows["w2s_adv"]["asr"] <= 0.15 and rows["w2s_adv"]["asr"] <= rows["w2s"]["asr"] - 0.5
   (tmp_path / "runs").mkdir()
   (tmp_path / "w").rename(tmp_path / "runs/llama_badnet")
+  scan = SCAN.replace("runs/", f"{tmp_path}/runs/")
+  out = w2s(*shlex.split(scan)[3:])
+  assert re.search(r"Scan of suspect: SUSPICIOUS .* times as sure of class 0 ", out.stdout), out.stderr
+  out = w2s(*shlex.split(scan.replace("models/poisoned", "models/clean").replace("runs/scanned", "runs/twin"))[3:])
+  assert "Scan of suspect: no sign of a backdoor" in out.stdout, out.stderr
   out = w2s(*shlex.split(CLEAN.replace("runs/", f"{tmp_path}/runs/"))[3:])
   assert out.returncode == 0, out.stderr
   after = {r["model"]: r for r in json.loads((tmp_path / "runs/cleaned/results.json").read_text())["rows"]}

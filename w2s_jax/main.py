@@ -72,7 +72,12 @@ def main(argv):
     command.fail(e, command.DEBUG.value)
   except (MemoryError, jax.errors.JaxRuntimeError) as e:
     if not isinstance(e, MemoryError) and "RESOURCE_EXHAUSTED" not in str(e):
-      raise
+      if jax.process_count() == 1 or command.DEBUG.value:
+        raise
+      print(f"error: process {jax.process_index()} of {jax.process_count()} lost another process "
+            f"({str(e).splitlines()[0][:200]}): start all of them again, they go on from the last checkpoint",
+            file=sys.stderr, flush=True)
+      os._exit(processes.LOST_CODE)                # on the usual way out JAX would wait for the lost one, and abort
     command.fail(InputError(f"out of memory ({str(e).splitlines()[0]}): lower --config.*.batch_size, .eval_batch_size "
                             "or .max_length, or set --config.student.remat=full"), command.DEBUG.value)
   except processes.Stopped as e:

@@ -163,9 +163,11 @@ def search(name, config, devices, B, T, topology, tpu):
   chips, tried = len(devices), []
   shapes = [(data, chips // data // tensor, tensor) for tensor in (1, 2, 4, 8) for data in (1, 2, 4, 8)
             if chips % (data * tensor) == 0]
-  for rows, shape in itertools.product(dict.fromkeys((B, 2 * B, B // 2)), shapes):
-    if not rows or rows % (shape[0] * shape[1]):
-      continue
+  pairs = [(rows, shape) for rows, shape in itertools.product(dict.fromkeys((B, 2 * B, B // 2)), shapes)
+           if rows and rows % (shape[0] * shape[1]) == 0]
+  print(f"{len(pairs)} pairs of mesh and batch, each with up to three remat policies (minutes each, for a large model)",
+        file=sys.stderr, flush=True)
+  for rows, shape in pairs:
     for remat in ("none", "dots", "full"):
       changed = config.copy_and_resolve_references()
       changed.student.remat = remat
@@ -241,9 +243,17 @@ def main(argv):
       if len(sizes) != 3 or not all(re.fullmatch(r"-?\d+", str(size)) for size in sizes):
         raise InputError(f"--mesh={_MESH.value}: want three numbers, DATA,FSDP,TENSOR")
       mesh = sharding.make_mesh(*map(int, sizes), devices=devices)
-      names = [name for name in _STEP.value if name != "poison" or "poison" in config]
-      plans = [plan_step(name, config, mesh, *_shape(config, name), _TOPOLOGY.value, tpu) for name in names]
-    print(json.dumps(plans[0] | {"steps": plans}) if _JSON.value else "\n".join(map(text, plans)))
+      names, plans = [name for name in _STEP.value if name != "poison" or "poison" in config], []
+      for name in names:
+        print(f"compiling {name}, {len(plans) + 1} of {len(names)} (minutes, for a large model)", file=sys.stderr)
+        plans.append(plan_step(name, config, mesh, *_shape(config, name), _TOPOLOGY.value, tpu))
+        if not _JSON.value:
+          print(text(plans[-1]), flush=True)
+    if _JSON.value:
+      print(json.dumps(plans[0] | {"steps": plans}))
+    else:
+      print((text(plans[0]) + "\n" if _SEARCH.value else "") + "train on this mesh with " + " ".join(
+          f"--config.mesh.{axis}={size}" for axis, size in plans[0]["mesh"].items()))
   except InputError as e:
     command.fail(e, command.DEBUG.value)
 

@@ -158,5 +158,5 @@ def notes(rows, meta):
       + "".join(cut),
       "Agreement: share of clean rows that get the teacher's answer. Flips: share of clean rows whose answer changes "
       "when a random rare word, or the beginning of another text, is put into them; sentences carry sentiment of their "
-      "own, so compare before and after. A trigger that was not tried is not seen in any column.",
+      "own, so compare before and after. A trigger that was not tried is seen in no column but the scan's.",
       f"What flips most answers of the suspect: {worst or 'nothing that was tried'}."]

@@ -8,6 +8,8 @@ import functools
 import itertools
 import os
 import signal
+import time
+import zlib
 
 import jax
 import numpy as np
@@ -15,7 +17,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from w2s_jax import InputError
+
 STOPPED_CODE = 143           # exit code after SIGTERM: 128 + 15, as shells have it
+LOST_CODE = 75               # where another process was lost (EX_TEMPFAIL): to be started again
 HEARTBEAT_SECONDS = 20       # a process that is silent for so long is dead, and the others stop
 
 
@@ -41,6 +46,28 @@ def wait(name):
   """Until every process has come here: what process 0 wrote before is there for all of them after."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
+
+
+def check_shared(workdir):
+  """Every process comes here: is the workdir one directory, which all of them see under one name?
+
+  Raises:
+    InputError: in every process, where it is not: they would wait for each other's files for ever.
+  """
+  if jax.process_count() == 1:
+    return
+  token = multihost_utils.broadcast_one_to_all(np.array(time.time_ns() % 2**31, np.int32))
+  file = workdir / f".seen-{int(token)}"
+  if writes():
+    file.touch()
+  wait("the workdir's first file")
+  name = zlib.crc32(str(workdir.absolute()).encode()) % 2**31
+  seen = multihost_utils.process_allgather(np.array([file.exists(), name], np.int32))
+  if writes():
+    file.unlink()
+  if other := [i for i, (there, theirs) in enumerate(seen) if not there or theirs != seen[0][1]]:
+    raise InputError(f"{workdir} is not the same directory in process {', '.join(map(str, other))} as in process 0: "
+                     "give a --workdir that all of them see under one name (a shared file system)")
 
 
 def first_says(value):

@@ -124,8 +124,9 @@ class Run:
     """Process 0 holds the workdir as long as this object lives; twice is as good as once.
 
     Raises:
-      InputError: another process holds it.
+      InputError: another process holds it, or where there are several they do not see the same one.
     """
+    processes.check_shared(self.workdir)
     if not processes.writes():
       return
     try:

@@ -220,6 +220,8 @@ def run(config, workdir, only=None):
   """Runs every stage, or the one named `only`."""
   this = start(config, workdir)
   stages = CLEANING if this.suspect else STAGES
+  mesh = ", ".join(f"{axis} {size}" for axis, size in this.mesh.shape.items())
+  print(f"{this.mesh.devices.size} x {this.mesh.devices.flat[0].device_kind}, mesh {mesh}", flush=True)
   if only and only not in stages:
     raise InputError(f"this config has no stage {only!r}: want --stage among {', '.join(stages)}")
   for name, stage in stages.items():
