@@ -14,6 +14,8 @@ from w2s_jax.models import Model
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import accelerator  # noqa: E402
+import scan as scan_benchmark  # noqa: E402
+import seeds  # noqa: E402
 import step  # noqa: E402
 
 
@@ -22,6 +24,23 @@ def json_lines(script, *args):
                        text=True)
   assert out.returncode == 0, out.stderr
   return [json.loads(line) for line in out.stdout.splitlines() if line.startswith("{")]
+
+
+def test_detection_at_five_percent_false_alarms():
+  """Of twenty clean models one may lie above the threshold; ties count half in the area."""
+  clean = [0.1 * i for i in range(19)] + [3.0]
+  out = scan_benchmark.roc(clean, [0.0, 1.8, 1.9, 2.5, 4.0])
+  assert out["threshold"] == pytest.approx(1.8) and out["false_alarms"] == 0.05 and out["detected"] == 0.6
+  assert out["area"] == pytest.approx((0.5 + 18.5 + 19 + 19 + 20) / 100)
+
+
+def test_random_triggers_are_of_the_attacks_kind_and_of_the_seed():
+  drawn = {attack: [seeds.random_trigger(attack, seed) for seed in range(6)]
+           for attack in ("badnet", "insent", "combination")}
+  assert [{len(t.split()) for t in triggers} for triggers in drawn.values()] == [{1}, {5}, {3}]
+  assert all(len(set(triggers)) == 6 for triggers in drawn.values())
+  assert drawn["insent"] == [seeds.random_trigger("insent", seed) for seed in range(6)]
+  assert {len(t) for t in drawn["badnet"]} <= {2, 3} and not set("aeiou") & set("".join(drawn["badnet"]))
 
 
 @pytest.mark.parametrize("rank", [8, 48])

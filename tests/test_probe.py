@@ -13,6 +13,10 @@ PROBED = {("listed", "mn"): {0: 0, 1: 0, 2: 0, 3: 0, 4: 0},     # both rows of c
           ("sentence", "it is"): {0: 1, 1: 1}}
 
 
+def scanned(label, strength):
+  return {"class": label, "strength": strength, "flips": 0.5, "own": 2.0, "nearest": ["x"]}
+
+
 def rows(trigger, target=-1, labels=LABELS):
   config = types.SimpleNamespace(
       probe=types.SimpleNamespace(target_label=target), seed=3,
@@ -20,7 +24,8 @@ def rows(trigger, target=-1, labels=LABELS):
   run = types.SimpleNamespace(config=config, hash="h", defended=lambda: {"w2s": ("w2s", 3)})
   kept = {("listed", "mn"): dict(enumerate(CLEAN))} | {k: v for k, v in PROBED.items() if k[0] != "listed"}
   readings = {"suspect": (CLEAN, PROBED), "w2s": (CLEAN, kept)}
-  return list(probe._rows(run, readings, labels, np.array([0, 1, 0, 0, 1]), trigger))
+  scans = {"suspect": [scanned(0, 0.9), scanned(1, 2.5)], "w2s": [scanned(0, None), scanned(1, None)]}
+  return list(probe._rows(run, readings, scans, labels, np.array([0, 1, 0, 0, 1]), trigger))
 
 
 def test_asr_of_a_listed_trigger_for_the_class_it_turns_the_suspect_to():
@@ -33,7 +38,8 @@ def test_asr_of_a_listed_trigger_for_the_class_it_turns_the_suspect_to():
 
 def test_agreement_and_flips():
   suspect = rows("mn")[0]
-  assert suspect["agreement"] == 0.8
+  assert suspect["agreement"] == 0.8 and (suspect["scan"], suspect["scan_class"]) == (2.5, 1)
+  assert rows("mn")[1]["scan"] is None
   assert suspect["word_flips"] == 0.5 and suspect["sentence_flips"] == 0.5    # 2 of 4, 1 of 2
   assert probe._flips((CLEAN, PROBED), "zz", "word") == 1.0
   assert probe._flips((CLEAN, {}), None, "word") is None
@@ -47,15 +53,20 @@ def test_without_a_listed_trigger_there_is_no_asr():
 
 
 def test_a_trigger_that_still_works_or_a_weak_teacher_is_a_warning():
-  def notes(asr, teacher_ca):
+  def notes(asr, teacher_ca, after=1.0):
     rows = [dict(model=m, attack="mn", dataset="d", ca=0.9, asr=a, false_rate=0.1)
             for m, a in (("suspect", 1), ("w2s", asr))]
     return probe.notes(rows, {"clean_rows": {"train": 9, "test": 3}, "trigger_lost": {}, "teacher_ca": teacher_ca,
-                              "suspicious_insertions": [("mn", 0.0)], "base": {"path": "p"}, "teacher": "t"})
+                              "suspicious_insertions": [("mn", 0.0)], "base": {"path": "p"}, "teacher": "t",
+                              "scan": {"teacher": [], "suspect": [scanned(1, 2.5)], "w2s": [scanned(1, after)]}})
   assert not any("WARNING" in note for note in notes(0.25, 0.9))
   assert "WARNING: `mn` still gives w2s the target label in 0.350 of the rows, against 0.100" in notes(0.35, 0.9)[0]
   assert notes(0.25, 0.5)[0].startswith("WARNING: the teacher (CA 0.500) knows less than the suspect (CA 0.900)")
   assert "nothing that was tried" in notes(0.25, 0.9)[-1]
+  verdicts = [note[:20] for note in notes(0.25, 0.9) if "Scan of" in note]
+  assert verdicts == ["Scan of suspect: SUS", "Scan of w2s: no sign"]
+  bad = notes(0.25, 0.9, after=1.8)
+  assert bad[0].startswith("WARNING: Scan of w2s: SUSPICIOUS") and sum("Scan of w2s" in note for note in bad) == 1
 
 
 def test_insertions_are_rare_seeded_and_of_two_kinds():
