@@ -1,7 +1,8 @@
 """A verdict without a trigger: can soft tokens make the model surer of a class than the class's own texts make it?
 
 In a clean model they hardly can, in a poisoned one the backdoor's path leads there: the trigger outweighs a whole text.
-The tokens are those of `w2s_adv`, on a model that stands still. N texts, C classes, V vocabulary, D width.
+To look for the trigger from the model is Neural Cleanse's idea (Wang et al., IEEE S&P 2019); the tokens are those of
+`w2s_adv`, on a model that stands still; the measure is ours. N texts, C classes, V vocabulary, D width.
 """
 
 import itertools
