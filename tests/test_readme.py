@@ -71,6 +71,20 @@ def test_the_plan():
 CLEAN, SCAN = (c for c in MAIN if "clean_checkpoint" in c)
 
 
+@pytest.mark.slow
+def test_the_checkpoint_that_is_cleaned(home):
+  """The walk-through's second command, shortened, on what the first one left; and the scan of it."""
+  args = shlex.split(CLEAN.replace("runs/", f"{home}/runs/"))[3:]
+  short = [f"--config.{x}" for x in ("teach.max_steps=6", "defend.max_steps=6", "data.max_length=32",
+                                     "data.buckets=(16,32)", "probe.words=2", "probe.sentences=2", "probe.rows=8",
+                                     "scan.steps=4")]
+  out = w2s(*args, *short)
+  assert out.returncode == 0 and "| w2s     | mn      |" in out.stdout, out.stderr
+  assert (home / "runs/cleaned/models/w2s/model.safetensors").is_file()
+  out = w2s(*shlex.split(SCAN.replace("runs/", f"{home}/runs/"))[3:], "--config.scan.steps=4")
+  assert out.returncode == 0 and "Scan of suspect: " in out.stdout, out.stderr
+
+
 @pytest.mark.parametrize("command", [
     pytest.param(c, marks=pytest.mark.slow) if "data=../shared" in c else c for c in MAIN if c not in (CLEAN, SCAN)])
 def test_main_commands(command, home):
