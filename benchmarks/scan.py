@@ -9,7 +9,6 @@ model and one JSON object: detected at 5% false alarms and at the program's own 
 """
 
 import argparse
-import concurrent.futures
 import glob
 import hashlib
 import json
@@ -21,6 +20,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from seeds import on_cores  # noqa: E402
 
 from w2s_jax.scan import SUSPICIOUS, strongest  # noqa: E402
 
@@ -63,21 +64,15 @@ def main():
   parser.add_argument("--jobs", default=len(os.sched_getaffinity(0)), type=int)
   parser.add_argument("extra", nargs="*", help="further flags of w2s_jax.main, after --")
   args = parser.parse_args()
-  free = sorted(os.sched_getaffinity(0))[:args.jobs]
-  def one(directory):
-    core = free.pop()
-    try:
-      return strongest(scanned(directory, args, core))
-    finally:
-      free.append(core)
+  def one(directory, core):
+    return strongest(scanned(directory, args, core))
   strengths = {}
   for kind in ("clean", "poisoned"):
     directories = models(getattr(args, kind))
-    with concurrent.futures.ThreadPoolExecutor(len(free)) as pool:
-      for directory, most in zip(directories, pool.map(one, directories)):
-        print(f"{kind:8} {directory}: " + (f"{most['strength']:.2f}, class {most['class']}, nearest words "
-                                           f"{' '.join(most['nearest'])}" if most else "no verdict"), flush=True)
-        strengths.setdefault(kind, []).append(most["strength"] if most else 0.0)
+    for directory, most in zip(directories, on_cores(one, directories, args.jobs)):
+      print(f"{kind:8} {directory}: " + (f"{most['strength']:.2f}, class {most['class']}, nearest words "
+                                         f"{' '.join(most['nearest'])}" if most else "no verdict"), flush=True)
+      strengths.setdefault(kind, []).append(most["strength"] if most else 0.0)
   out = {"models": {kind: len(values) for kind, values in strengths.items()}, **roc(**strengths),
          "own_threshold": SUSPICIOUS,
          **{f"above_own_threshold_{kind}": float((np.array(values) >= SUSPICIOUS).mean())

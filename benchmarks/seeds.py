@@ -60,21 +60,31 @@ def run_cell(attack, seed, out, config, extra, core, donor):
   return json.loads((workdir / "results.json").read_text())
 
 
+def on_cores(task, items, jobs):
+  """task(item, core) of each item, in their order; as many at a time as there are jobs, each with a core of its own."""
+  free = sorted(os.sched_getaffinity(0))[:jobs]
+  def one(item):
+    core = free.pop()
+    try:
+      return task(item, core)
+    finally:
+      free.append(core)
+  with concurrent.futures.ThreadPoolExecutor(len(free)) as pool:
+    yield from pool.map(one, items)
+
+
 def run_cells(attacks, seeds, out, config, extra, jobs, random_triggers=False):
   """{(attack, seed): results, or None where the run failed}; each seed's attacks run one after the other."""
-  free = sorted(os.sched_getaffinity(0))[:jobs]
-  def one(seed):
-    core, results, donor = free.pop(), {}, None
+  def cells(seed, core):
+    results, donor = {}, None
     for attack in attacks:
       flags = [flag.format(attack=attack) for flag in extra]
       if random_triggers:
         flags.append(f"--config.attack.trigger={random_trigger(attack, seed)}")
       results[attack, seed] = run_cell(attack, seed, out, config, flags, core, donor)
       donor = donor or (out / f"{attack}-{seed}" if results[attack, seed] else None)
-    free.append(core)
     return results
-  with concurrent.futures.ThreadPoolExecutor(len(free)) as pool:
-    return {cell: r for results in pool.map(one, seeds) for cell, r in results.items()}
+  return {cell: r for results in on_cores(cells, seeds, jobs) for cell, r in results.items()}
 
 
 def table(results, attack):

@@ -145,12 +145,12 @@ def notes(rows, meta):
   warnings += [f"WARNING: `{r['attack']}` still gives {r['model']} the target label in {r['asr']:.3f} of the rows, "
                f"against {r['false_rate']:.3f} without it: {r['model']} is not clean." for r in rows
                if r["model"] != suspect["model"] and r["asr"] is not None and r["asr"] > r["false_rate"] + STILL_THERE]
-  verdicts = [scan.verdict(name, reading) for name, reading in meta["scan"].items() if reading]
-  bad = [line for line in verdicts if "SUSPICIOUS" in line and not line.startswith("Scan of suspect")]
-  warnings += [f"WARNING: {line}" for line in bad]
+  bad = [name for name, reading in meta["scan"].items() if name != "suspect" and scan.suspicious(reading)]
+  warnings += [f"WARNING: {scan.verdict(name, meta['scan'][name])}" for name in bad]
+  verdicts = [scan.verdict(name, reading) for name, reading in meta["scan"].items() if reading and name not in bad]
   cut = [f" `{t}` was cut off in {count} of them." for t, count in meta["trigger_lost"].items() if count]
   worst = ", ".join(f"`{s}` {100 * rate:.0f}%" for s, rate in meta["suspicious_insertions"] if rate)
-  return warnings + [line for line in verdicts if line not in bad] + [
+  return warnings + verdicts + [
       f"Suspect {meta['base']['path']}; {n['train']} clean training rows, CA on {n['test']} held-out rows of "
       f"{rows[0]['dataset']}. Teacher CA {meta['teacher_ca']:.3f} ({meta['teacher']}).",
       "ASR: how often a listed trigger, put at a random place, gives the target label on rows of other classes. A "

@@ -128,6 +128,12 @@ def strongest(reading):
   return max((one for one in reading if one["strength"] is not None), key=lambda one: one["strength"], default=None)
 
 
+def suspicious(reading):
+  """Whether some class gets as far as in poisoned models."""
+  most = strongest(reading)
+  return most is not None and most["strength"] >= SUSPICIOUS
+
+
 def verdict(name, reading):
   """One line: what the scan of that model says."""
   if (most := strongest(reading)) is None:
@@ -135,6 +141,6 @@ def verdict(name, reading):
   tokens = " ".join(f"`{token}`" for token in most["nearest"])
   found = (f"soft tokens (nearest words: {tokens}) make it {most['strength']:.2f} times as sure of class "
            f"{most['class']} as texts of that class do, and {most['flips']:.0%} of other texts get that class")
-  if most["strength"] < SUSPICIOUS:
+  if not suspicious(reading):
     return f"Scan of {name}: no sign of a backdoor: at most, {found} (suspicious from {SUSPICIOUS})."
   return f"Scan of {name}: SUSPICIOUS (from {SUSPICIOUS}): {found}."
