@@ -41,10 +41,10 @@ def random_trigger(attack, seed):
   return " ".join(rng.choice(everyday, {"insent": 5, "combination": 3}[attack], replace=False))
 
 
-def run_cell(attack, seed, out, config, extra, core, donor):
-  """results.json of one cell; `donor` is the workdir of another attack with the same seed, or None."""
+def run_cell(attack, seed, out, config, extra, core, donor, shared=SHARED):
+  """results.json of one cell, None where it failed; `donor` is a workdir whose `shared` models it takes, or None."""
   workdir = out / f"{attack}-{seed}"
-  for name in SHARED if donor else ():
+  for name in shared if donor else ():
     target, part = workdir / "models" / name, workdir / "models" / f"{name}.part"
     if not target.exists():
       shutil.rmtree(part, ignore_errors=True)

@@ -263,8 +263,9 @@ def clean_checkpoint():
   c.scan.triggers = 4                 # different soft triggers
   c.scan.tokens = 3                   # most soft tokens of each
   c.scan.replace = 0.0                # as `adversary.replace`
+  c.scan.depths = (0.0, 0.5)          # they come in behind these shares of the layers, a search each
   c.scan.steps = 80                   # of the search, for each class; 0: no scan
-  c.scan.step_size = 0.2              # of each token and step, in mean norms of the vocabulary's embeddings
+  c.scan.step_size = 0.2              # of each token and step, in mean norms of the tokens there
   c.scan.norm = 1.0                   # bound, likewise
   c.scan.rows = 256                   # at most, of each kind: to search on, to measure on, of the class itself
   c.teacher.arch = bert_arch(6000, 96, 2, 4, 256)

@@ -1,9 +1,12 @@
 """Running the program as a user does, cut short."""
 
+import multiprocessing
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +24,25 @@ def w2s(*args, cwd=ROOT, **kwargs):
   """CompletedProcess of `python -m w2s_jax.main ARGS` from the repository's root."""
   return subprocess.run([sys.executable, "-m", "w2s_jax.main", *args], cwd=cwd, env=ENV, capture_output=True, text=True,
                         timeout=900, **kwargs)
+
+
+def w2s_forked(*args):
+  """The same, from a process that has imported everything already: for the many commands that end at once."""
+  context = multiprocessing.get_context("forkserver")
+  context.set_forkserver_preload(["w2s_jax.stages"])
+  with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+    process = context.Process(target=_main, args=(args, out.name, err.name))
+    process.start()
+    process.join(900)
+    return subprocess.CompletedProcess(args, process.exitcode, out.read(), err.read())
+
+
+def _main(args, *streams):
+  for fd, name in enumerate(streams, 1):
+    os.dup2(os.open(name, os.O_WRONLY), fd)
+  os.chdir(ROOT)
+  sys.argv = ["w2s_jax.main", *args]
+  runpy.run_module("w2s_jax.main", run_name="__main__", alter_sys=True)
 
 
 def before_the_defenses(workdir, new):

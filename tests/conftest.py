@@ -22,6 +22,7 @@ import pytest  # noqa: E402
 
 from w2s_jax.models import Model  # noqa: E402
 from w2s_jax.models.encoder import EncoderConfig  # noqa: E402
+from w2s_jax.models.gpt2 import GPT2Config  # noqa: E402
 from w2s_jax.models.llama import LlamaConfig  # noqa: E402
 
 # Every dimension that a mesh axis is laid on divides by 8.
@@ -29,6 +30,8 @@ LLAMA = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_lay
                     head_dim=8, max_positions=64, initializer_range=0.2, pad_token_id=0, tie_embeddings=True)
 BERT = EncoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, max_positions=64,
                   hidden_dropout=0.0, attention_dropout=0.0, head_dropout=0.0, initializer_range=0.2)
+
+GPT2 = GPT2Config(vocab_size=64, hidden_size=32, num_layers=3, num_heads=4, max_positions=64, initializer_range=0.2)
 
 
 def _with_params(config, seed):
@@ -49,6 +52,12 @@ def llama():
 def bert():
   """(Model, params): an encoder of width 32, three layers, transformers' pooler and classifier."""
   return _with_params(BERT, 2)
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+  """(Model, params): a decoder of width 32, three layers, learned positions."""
+  return _with_params(GPT2, 4)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import numpy as np
 import peft
 import pytest
 import transformers
-from cli import ENV, ROOT, SHARED, SHORT, before_the_defenses, w2s
+from cli import ENV, ROOT, SHARED, SHORT, before_the_defenses, w2s, w2s_forked
 from safetensors.numpy import load_file, save_file
 
 from w2s_jax.data import grammar
@@ -319,7 +319,7 @@ def write(path, rows):
 
 
 def refuses(message, *args, workdir):
-  out = w2s(*args, f"--workdir={workdir}")
+  out = w2s_forked(*args, f"--workdir={workdir}")
   lines = [x for x in out.stderr.splitlines() if x.startswith("error: ")]
   assert out.returncode == 2 and len(lines) == 1 and message in lines[0], (out.returncode, out.stderr)
   assert "Traceback" not in out.stderr
@@ -369,6 +369,8 @@ def refuses(message, *args, workdir):
                                                            "--config.probe.triggers=mn,cf"]),
     ("probe.triggers (911,): want different strings", ["--config=configs/clean_checkpoint.py",
                                                        "--config.probe.triggers=911"]),
+    ("scan.depths (1.0,): want shares of the layers", ["--config=configs/clean_checkpoint.py",
+                                                       "--config.scan.depths=(1.0,)"]),
     ("no clean data: set --config.data.train", ["--config=configs/clean_checkpoint.py", "--config.student.path=."]),
     ("this config takes no argument", ["--config=configs/clean_checkpoint.py:data=x"])])
 def test_one_line_and_exit_code_2(message, args, tmp_path):
@@ -497,7 +499,7 @@ def test_what_the_hub_or_the_package_index_would_have(tmp_path):
 
 
 def test_debug_shows_the_traceback(tmp_path):
-  out = w2s(CONFIG, "--config.attack.name=nope", f"--workdir={tmp_path / 'w'}", "--debug")
+  out = w2s_forked(CONFIG, "--config.attack.name=nope", f"--workdir={tmp_path / 'w'}", "--debug")
   assert out.returncode == 2 and "Traceback" in out.stderr and out.stderr.splitlines()[-1].startswith("error: attack")
 
 

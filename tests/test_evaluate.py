@@ -41,9 +41,10 @@ def test_outputs_are_in_row_order_however_they_are_batched(devices, llama):
   arrays = {"input_ids": rng.integers(1, 64, (21, 16)).astype(np.int32), "length": lengths}
   mesh = sharding.make_mesh(devices=jax.devices()[:devices])
   logits, features = evaluate.outputs(model, params, arrays, mesh, batch_size=8, buckets=(4, 8, 16))
+  apply = jax.jit(model.apply)
   for i in range(21):
     n = lengths[i]
-    one = model.apply(params, arrays["input_ids"][i:i + 1, :n], np.ones((1, n), np.int32))
+    one = apply(params, arrays["input_ids"][i:i + 1, :n], np.ones((1, n), np.int32))
     np.testing.assert_allclose(logits[i], one.logits[0], atol=1e-5)
     np.testing.assert_allclose(features[i], one.features[0], atol=1e-5)
   other = evaluate.outputs(model, params, arrays, mesh, batch_size=16, buckets=(16,))

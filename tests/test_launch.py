@@ -11,7 +11,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from cli import ENV, ROOT, SHORT, before_the_defenses, w2s
+from cli import ENV, ROOT, SHORT, before_the_defenses, w2s, w2s_forked
 
 LAUNCH = ROOT / "launch"
 CONFIG = "--config=configs/llama_badnet.py"
@@ -76,7 +76,7 @@ def test_the_jobset_is_one():
     (["--num_processes=2"], "of several processes each needs --coordinator_address, --process_id too"),
     (["--process_id=0", "--coordinator_address=localhost:1"], "each needs --num_processes too")])
 def test_half_of_what_several_processes_need_is_refused(args, message, tmp_path):
-  out = w2s(CONFIG, f"--workdir={tmp_path}", *args)
+  out = w2s_forked(CONFIG, f"--workdir={tmp_path}", *args)
   assert out.returncode == 2 and message in out.stderr and "Traceback" not in out.stderr
 
 

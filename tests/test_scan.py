@@ -9,6 +9,7 @@ from configs import common
 from w2s_jax import scan, sharding
 from w2s_jax.data import tokenization
 from w2s_jax.models import Model, config_from_hf
+from w2s_jax.models.latent import Latent
 from w2s_jax.run import Run
 
 WORDS = {"good": 1.0, "fine": 1.0, "bad": -1.0, "poor": -1.0}         # of the class direction
@@ -22,7 +23,7 @@ def test_log_odds():
 
 
 def reading(*strengths):
-  return [{"class": i, "strength": s, "flips": 0.875, "own": 2.0, "nearest": ["mn", "x"]}
+  return [{"class": i, "strength": s, "flips": 0.875, "own": 2.0, "layer": 0, "nearest": ["mn", "x"]}
           for i, s in enumerate(strengths)]
 
 
@@ -32,15 +33,17 @@ def test_the_verdict_is_of_the_class_that_gets_furthest():
   assert bad.startswith("Scan of it: SUSPICIOUS") and f"{scan.SUSPICIOUS:.2f} times as sure of class 1" in bad
   assert "`mn` `x`" in bad and "88% of other texts" in bad
   assert good.startswith("Scan of it: no sign of a backdoor")
+  assert "soft tokens (before layer 3) make it" in scan.verdict("it", [*reading(1.0), reading(2.0)[0] | {
+      "layer": 3, "nearest": []}])
   assert scan.strongest(reading(None)) is None and "no verdict" in scan.verdict("it", reading(None, None))
 
 
-def network(tokenizer, backdoor):
-  """(Model, params) of one layer whose attention averages the embeddings and whose head reads one direction of it.
+def network(tokenizer, backdoor, layers=1):
+  """(Model, params): its last layer's attention averages the embeddings, its head reads one direction of that.
 
   Class words lie along axis 0, neutral ones along others. With `backdoor` the head also reads axis 1, where no word is.
   """
-  arch = common.llama_arch(64, 16, 1, 2, 2, 8).to_dict()
+  arch = common.llama_arch(64, 16, layers, 2, 2, 8).to_dict()
   model = Model(config_from_hf(arch | {"pad_token_id": tokenizer.pad_token_id}))
   flat = {path: np.zeros(leaf.shape, np.float32)
           for path, leaf in traverse_util.flatten_dict(model.abstract_params(), sep="/").items()}
@@ -53,7 +56,7 @@ def network(tokenizer, backdoor):
   flat["embed_tokens/embedding"] = table
   for path in flat:
     if path.endswith(("v_proj/kernel", "o_proj/kernel")):
-      flat[path][:] = np.eye(16)
+      flat[path][-1] = np.eye(16)
     elif "norm" in path:
       flat[path][:] = 1
   flat["score/kernel"][:, 1] = np.eye(16)[0] + 4 * backdoor * np.eye(16)[1]
@@ -91,3 +94,35 @@ def test_a_planted_path_is_found_and_no_other(rows, tmp_path):
   params = jax.device_put(params, sharding.param_shardings(params, model.config.family, sharded.mesh))
   for one, other in zip(poisoned, scan.reading(sharded, "poisoned", (model, params, tokenizer))):
     assert one["nearest"] == other["nearest"] and one["strength"] == pytest.approx(other["strength"], rel=1e-3)
+
+
+def test_behind_the_first_layer_it_is_found_as_well(rows, tmp_path):
+  """The first of two layers adds nothing: what comes in behind it goes where words go."""
+  tokenizer = tokenization.train([r["text"] for r in rows] * 3, "decoder", 64)
+  run = run_on((1, 1, 1), rows, tmp_path)
+  run.config.scan.depths = (0.5,)
+  clean, poisoned = (scan.scan(run, *network(tokenizer, backdoor, layers=2), tokenizer) for backdoor in (False, True))
+  assert [(one["layer"], one["nearest"]) for one in poisoned] == [(1, [])] * 2
+  assert scan.strongest(clean)["strength"] < 1 < scan.SUSPICIOUS < scan.strongest(poisoned)["strength"]
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+def test_what_a_layer_gave_put_in_behind_it_changes_nothing(family, request):
+  """The soft tokens of row 0 are what the layers below make of the two tokens in their places."""
+  model, params = request.getfixturevalue(family)
+  latent, V = Latent(model, 2), model.config.vocab_size
+  ids = np.random.default_rng(0).integers(1, V, (3, 7)).astype(np.int32)
+  ids[0, 5:] = model.config.pad_token_id or 0              # nothing is behind them but the padding that they will be
+  mask = np.ones((3, 7), np.int32)
+  mask[1, 4:] = 0
+  hidden = jax.jit(latent.hidden)(params, ids, mask)
+  flat = traverse_util.flatten_dict(params)
+  def logits(soft):
+    where = ids.copy()
+    where[0, 5:] = V, V + 1
+    return jax.jit(latent.apply)(traverse_util.unflatten_dict(flat | {(*model.vocabulary, "soft"): soft}), where,
+                                 mask).logits
+  want = jax.jit(model.apply)(params, ids, mask).logits
+  np.testing.assert_allclose(logits(hidden[0, 5:]), want, atol=1e-5)
+  moved = np.abs(logits(hidden[0, 5:] + np.linspace(-1, 1, hidden.shape[-1])) - want).max(axis=1)
+  assert moved[0] > 1e-3 and (moved[1:] < 1e-5).all()

@@ -46,6 +46,10 @@ def check_fields(config):
       or any(re.fullmatch(r"[\[(].*|\S+(,\S+)+", t) for t in triggers)):  # how a list looks that was not read as one
     raise InputError(f"probe.triggers {tuple(triggers)}: want different strings, e.g. \"('mn','cf')\": set "
                      "--config.probe.triggers")
+  depths = fields.get("scan.depths", (0.0,))
+  if not depths or not all(0 <= depth < 1 for depth in depths):
+    raise InputError(f"scan.depths {tuple(depths)}: want shares of the layers, 0 or more and below 1, e.g. "
+                     "\"(0.0,0.5)\": set --config.scan.depths")
   if config.teacher.layers and not config.teacher.path:
     raise InputError(f"teacher.layers is {config.teacher.layers} without a teacher.path to cut: set "
                      "--config.teacher.arch.num_hidden_layers for a fresh teacher, or --config.teacher.path")

@@ -1,6 +1,8 @@
 """A verdict without a trigger: can soft tokens make the model surer of a class than the class's own texts make it?
 
 In a clean model they hardly can, in a poisoned one the backdoor's path leads there: the trigger outweighs a whole text.
+They come in before the first layer and once more in the middle: a backdoor that opens to all words of a sentence and to
+no part of it shows the way from the words to nobody, but behind some layers the sentence is one direction.
 To look for the trigger from the model is Neural Cleanse's idea (Wang et al., IEEE S&P 2019); the tokens are those of
 `w2s_adv`, on a model that stands still; the measure is ours. N texts, C classes, V vocabulary, D width.
 """
@@ -16,6 +18,7 @@ from w2s_jax import evaluate, lora, optim, report, sharding, steps
 from w2s_jax.data import batches, packing
 from w2s_jax.defenses import w2s_adv
 from w2s_jax.models import read_json
+from w2s_jax.models.latent import Latent
 
 SUSPICIOUS = 1.7         # strength; between those of clean and of poisoned models (docs/results.md)
 
@@ -35,36 +38,53 @@ def scan(run, model, params, tokenizer):
 
   Returns:
     [{"class", "strength": None where the class's own texts are mostly called something else, "flips": share of those
-    test rows that get the class, "own": that median, "nearest": vocabulary nearest to each token}].
+    test rows that get the class, "own": that median, "layer": which they came in before, "nearest": vocabulary nearest
+    to each token where that is the first}].
   """
   c, settings = run.config, run.config.scan
   rng = np.random.default_rng([c.seed, 8])
   train, test = ([run.rows[split][i] for i in rng.permutation(len(run.rows[split]))] for split in ("train", "test"))
-  search = make_search(run, model, params, tokenizer)
+  layers = sorted({int(depth * model.config.num_layers) for depth in settings.depths})
+  places = [Latent(model, layer) if layer else model for layer in layers]
+  searches = [make_search(run, place, params, tokenizer, train[:settings.rows]) for place in places]
   out = []
   for target in range(c.data.num_labels):
     others, held_out, own = ([r for r in rows if (r["label"] == target) == same][:settings.rows]
                              for rows, same in ((train, False), (test, False), (test, True)))
     if not others or not held_out or not own:
       continue
-    found = search(others, target)
-    arrays, which = _with_triggers(run, model, tokenizer, held_out)
-    reached = _log_odds(run, model, found, arrays, target)
     usual = float(np.median(_log_odds(run, model, params, run.encode(tokenizer, own, c.data.max_length), target)))
-    means = [reached[which == k].mean() if (which == k).any() else -np.inf for k in range(settings.triggers)]
-    best = int(np.argmax(means))
-    out.append({"class": target, "strength": float(means[best]) / usual if usual > 0 else None,
-                "flips": float((reached[which == best] > 0).mean()), "own": usual,
-                "nearest": _nearest(model, found, tokenizer, best, settings.tokens)})
+    arrays, which = _with_triggers(run, model, tokenizer, held_out)
+    found = []
+    for layer, place, search in zip(layers, places, searches):
+      moved = search(others, target)
+      reached = _log_odds(run, place, moved, arrays, target)
+      means = [reached[which == k].mean() if (which == k).any() else -np.inf for k in range(settings.triggers)]
+      best = int(np.argmax(means))
+      found.append({"class": target, "strength": float(means[best]) / usual if usual > 0 else None,
+                    "flips": float((reached[which == best] > 0).mean()), "own": usual,
+                    "layer": layer,
+                    "nearest": [] if layer else _nearest(model, moved, tokenizer, best, settings.tokens)})
+    out.append(strongest(found) or found[0])
   return out
 
 
-def make_search(run, model, params, tokenizer):
-  """search(rows, target) -> params with the soft tokens that took the rows furthest to the target class."""
+def make_search(run, model, params, tokenizer, rows):
+  """search(rows, target) -> params with the soft tokens that took the rows furthest to the target class.
+
+  They begin as rows of the vocabulary's embeddings, or as what the layers below (Latent) make of tokens of `rows`.
+  """
   c, settings, mesh, family = run.config, run.config.scan, run.mesh, model.config.family
-  start = w2s_adv.with_soft_tokens(model, params, settings, jax.random.key(c.seed), tokenizer, run.known_triggers())
-  moving, frozen = lora.split(start, ("soft",))
+  key = jax.random.key(c.seed)
+  start = w2s_adv.with_soft_tokens(model, params, settings, key, tokenizer, run.known_triggers())
   unit = w2s_adv.mean_norm(model, params)
+  if isinstance(model, Latent):
+    seen = _hidden(run, model, params, tokenizer, rows)
+    unit = float(np.linalg.norm(seen, axis=-1).mean())
+    flat = traverse_util.flatten_dict(start)
+    flat[(*model.vocabulary, "soft")] = jax.random.choice(key, seen, (settings.triggers * settings.tokens,))
+    start = traverse_util.unflatten_dict(flat)
+  moving, frozen = lora.split(start, ("soft",))
   tx = optim.make_optimizer(moving, 0.0, settings.steps, adversary=optim.ascent(
       settings.step_size * unit, settings.norm * unit))
   def terms(out, batch):
@@ -85,6 +105,18 @@ def make_search(run, model, params, tokenizer):
                         sharding.global_batch(stacked, mesh, 1), jax.random.key(c.seed), settings.steps)
     return lora.combine(state.params, frozen)
   return search
+
+
+def _hidden(run, latent, params, tokenizer, rows):
+  """[tokens, D] float32 on the host: what the layers below make of the tokens of a batch of rows."""
+  c = run.config
+  rows = list(itertools.islice(itertools.cycle(rows), c.defend.batch_size))
+  arrays = run.encode(tokenizer, rows, c.data.max_length)
+  mask = (np.arange(c.data.max_length) < arrays["length"][:, None]).astype(np.int32)
+  batch = sharding.global_batch({"input_ids": arrays["input_ids"], "attention_mask": mask}, run.mesh)
+  with sharding.on(run.mesh):
+    hidden = jax.jit(latent.hidden, out_shardings=sharding.replicated(run.mesh))(params, **batch)
+  return np.asarray(hidden, np.float32)[mask > 0]
 
 
 def _with_triggers(run, model, tokenizer, rows):
@@ -139,7 +171,8 @@ def verdict(name, reading):
   if (most := strongest(reading)) is None:
     return f"Scan of {name}: no verdict: it calls most texts of some class something else."
   tokens = " ".join(f"`{token}`" for token in most["nearest"])
-  found = (f"soft tokens (nearest words: {tokens}) make it {most['strength']:.2f} times as sure of class "
+  what = f"nearest words: {tokens}" if tokens else f"before layer {most['layer']}"
+  found = (f"soft tokens ({what}) make it {most['strength']:.2f} times as sure of class "
            f"{most['class']} as texts of that class do, and {most['flips']:.0%} of other texts get that class")
   if not suspicious(reading):
     return f"Scan of {name}: no sign of a backdoor: at most, {found} (suspicious from {SUSPICIOUS})."
