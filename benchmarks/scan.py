@@ -70,7 +70,7 @@ def main():
   for kind in ("clean", "poisoned"):
     directories = models(getattr(args, kind))
     for directory, most in zip(directories, on_cores(one, directories, args.jobs)):
-      print(f"{kind:8} {directory}: " + (f"{most['strength']:.2f}, class {most['class']}, nearest words "
+      print(f"{kind:8} {directory}: " + (f"{most['strength']:.2f}, class {most['class']}, behind layer {most['layer']} "
                                          f"{' '.join(most['nearest'])}" if most else "no verdict"), flush=True)
       strengths.setdefault(kind, []).append(most["strength"] if most else 0.0)
   out = {"models": {kind: len(values) for kind, values in strengths.items()}, **roc(**strengths),

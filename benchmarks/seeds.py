@@ -87,6 +87,10 @@ def run_cells(attacks, seeds, out, config, extra, jobs, random_triggers=False):
   return {cell: r for results in on_cores(cells, seeds, jobs) for cell, r in results.items()}
 
 
+def mean_sd(values):
+  return f"{values.mean():.3f} ± {values.std(ddof=1) if len(values) > 1 else 0:.3f}"
+
+
 def table(results, attack):
   """Markdown: each model's mean ± standard deviation over seeds, and its paired differences to lora_ce.
 
@@ -98,8 +102,6 @@ def table(results, attack):
            "|---|---|---|---|---|---|---|---|---|"]
   for model in runs[0]:
     value = {k: np.array([run[model][k] for run in runs]) for k in KEYS}
-    def pm(x):
-      return f"{x.mean():.3f} ± {x.std(ddof=1) if len(x) > 1 else 0:.3f}"
     def difference(x):
       if len(x) < 2:
         return f"{x.mean():+.3f}"
@@ -111,13 +113,20 @@ def table(results, attack):
       gap = {k: value[k] - np.array([run["lora_ce"][k] for run in runs]) for k in ("ca", "asr")}
       paired = [difference(gap["ca"]), difference(gap["asr"]), f"{(gap['asr'] < 0).sum()} of {len(runs)}"]
     each = " ".join(f"{100 * x:.0f}" for x in value["asr"])
-    lines.append("| " + " | ".join([model, *(pm(value[k]) for k in KEYS), *paired, each]) + " |")
+    lines.append("| " + " | ".join([model, *(mean_sd(value[k]) for k in KEYS), *paired, each]) + " |")
   return "\n".join(lines)
 
 
 def seed_list(text):
   low, _, high = text.partition("-")
   return list(range(int(low), int(high or low) + 1))
+
+
+def check(parser, args, attacks):
+  """What --help cannot say of the arguments."""
+  if args.jobs < 1 or (len(attacks) > 1 and "{attack}" not in " ".join([args.config, *args.extra])):
+    parser.error(f"--jobs {args.jobs}, --config {args.config}: want at least one job, and {{attack}} in the "
+                 "config's name or a further flag where there is more than one attack")
 
 
 def main():
@@ -131,9 +140,7 @@ def main():
   parser.add_argument("extra", nargs="*", help="further flags of w2s_jax.main, after --")
   args = parser.parse_args()
   attacks = args.attacks.split(",")
-  if args.jobs < 1 or (len(attacks) > 1 and "{attack}" not in " ".join([args.config, *args.extra])):
-    parser.error(f"--jobs {args.jobs}, --config {args.config}: want at least one job, and {{attack}} in the "
-                 "config's name or a further flag where there is more than one attack")
+  check(parser, args, attacks)
   results = run_cells(attacks, args.seeds, args.out, args.config, args.extra, args.jobs, args.random_triggers)
   failed = [cell for cell, r in results.items() if r is None]
   text = "\n\n".join(f"### {a}\n\n{table(results, a)}" for a in attacks if any(results[a, s] for s in args.seeds))

@@ -27,13 +27,15 @@ def w2s(*args, cwd=ROOT, **kwargs):
 
 
 def w2s_forked(*args):
-  """The same, from a process that has imported everything already: for the many commands that end at once."""
+  """Nearly the same, from a process that has imported everything already: for the many commands that end at once."""
   context = multiprocessing.get_context("forkserver")
   context.set_forkserver_preload(["w2s_jax.stages"])
   with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
     process = context.Process(target=_main, args=(args, out.name, err.name))
     process.start()
     process.join(900)
+    process.kill()                                  # if it has not ended
+    process.join()
     return subprocess.CompletedProcess(args, process.exitcode, out.read(), err.read())
 
 

@@ -2,17 +2,22 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from cli import ENV, ROOT, SHARED
 
-from w2s_jax import sharding
+from configs import common
+from w2s_jax import command, sharding
+from w2s_jax.data import corpora
 from w2s_jax.models import Model
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import ablation  # noqa: E402
 import accelerator  # noqa: E402
 import scan as scan_benchmark  # noqa: E402
 import seeds  # noqa: E402
@@ -41,6 +46,19 @@ def test_random_triggers_are_of_the_attacks_kind_and_of_the_seed():
   assert all(len(set(triggers)) == 6 for triggers in drawn.values())
   assert drawn["insent"] == [seeds.random_trigger("insent", seed) for seed in range(6)]
   assert {len(t) for t in drawn["badnet"]} <= {2, 3} and not set("aeiou") & set("".join(drawn["badnet"]))
+
+
+def test_every_variation_is_a_config(tmp_path):
+  """Its fields are there, a shell can name its directory, and its data can be read."""
+  ablation.write_noisy(tmp_path, 0)
+  plain = corpora.load("grammar:phrases", {"train": 4000, "dev": 1000, "test": 1821}, 2)
+  noisy = corpora.load(str(tmp_path), {"train": 0, "dev": 0, "test": 0}, 2)
+  wrong = {split: np.mean([a["label"] != b["label"] for a, b in zip(rows, noisy[split], strict=True)])
+           for split, rows in plain.items()}
+  assert wrong["test"] == 0 and all(0.08 < wrong[split] < 0.12 for split in ("train", "dev"))
+  for name, flags in ablation.VARIATIONS.items():
+    assert re.fullmatch(r"\w+", name)
+    command.check_fields(flags, common.llama("badnet", None))
 
 
 @pytest.mark.parametrize("rank", [8, 48])

@@ -369,8 +369,8 @@ def refuses(message, *args, workdir):
                                                            "--config.probe.triggers=mn,cf"]),
     ("probe.triggers (911,): want different strings", ["--config=configs/clean_checkpoint.py",
                                                        "--config.probe.triggers=911"]),
-    ("scan.depths (1.0,): want shares of the layers", ["--config=configs/clean_checkpoint.py",
-                                                       "--config.scan.depths=(1.0,)"]),
+    *(("want shares of the layers", ["--config=configs/clean_checkpoint.py", f"--config.scan.depths={depths}"])
+      for depths in ("(1.0,)", "half")),
     ("no clean data: set --config.data.train", ["--config=configs/clean_checkpoint.py", "--config.student.path=."]),
     ("this config takes no argument", ["--config=configs/clean_checkpoint.py:data=x"])])
 def test_one_line_and_exit_code_2(message, args, tmp_path):

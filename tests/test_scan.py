@@ -33,7 +33,7 @@ def test_the_verdict_is_of_the_class_that_gets_furthest():
   assert bad.startswith("Scan of it: SUSPICIOUS") and f"{scan.SUSPICIOUS:.2f} times as sure of class 1" in bad
   assert "`mn` `x`" in bad and "88% of other texts" in bad
   assert good.startswith("Scan of it: no sign of a backdoor")
-  assert "soft tokens (before layer 3) make it" in scan.verdict("it", [*reading(1.0), reading(2.0)[0] | {
+  assert "soft tokens (behind layer 3) make it" in scan.verdict("it", [*reading(1.0), reading(2.0)[0] | {
       "layer": 3, "nearest": []}])
   assert scan.strongest(reading(None)) is None and "no verdict" in scan.verdict("it", reading(None, None))
 
@@ -99,11 +99,16 @@ def test_a_planted_path_is_found_and_no_other(rows, tmp_path):
 def test_behind_the_first_layer_it_is_found_as_well(rows, tmp_path):
   """The first of two layers adds nothing: what comes in behind it goes where words go."""
   tokenizer = tokenization.train([r["text"] for r in rows] * 3, "decoder", 64)
-  run = run_on((1, 1, 1), rows, tmp_path)
-  run.config.scan.depths = (0.5,)
-  clean, poisoned = (scan.scan(run, *network(tokenizer, backdoor, layers=2), tokenizer) for backdoor in (False, True))
+  def scanned(mesh, backdoor):
+    run = run_on(mesh, rows, tmp_path)
+    run.config.scan.depths = (0.5,)
+    model, params = network(tokenizer, backdoor, layers=2)
+    params = jax.device_put(params, sharding.param_shardings(params, "llama", run.mesh))
+    return scan.scan(run, model, params, tokenizer)
+  clean, poisoned, sharded = scanned((1, 1, 1), False), scanned((1, 1, 1), True), scanned((2, 2, 2), True)
   assert [(one["layer"], one["nearest"]) for one in poisoned] == [(1, [])] * 2
   assert scan.strongest(clean)["strength"] < 1 < scan.SUSPICIOUS < scan.strongest(poisoned)["strength"]
+  assert [one["strength"] for one in sharded] == pytest.approx([one["strength"] for one in poisoned], rel=1e-3)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
@@ -115,7 +120,7 @@ def test_what_a_layer_gave_put_in_behind_it_changes_nothing(family, request):
   ids[0, 5:] = model.config.pad_token_id or 0              # nothing is behind them but the padding that they will be
   mask = np.ones((3, 7), np.int32)
   mask[1, 4:] = 0
-  hidden = jax.jit(latent.hidden)(params, ids, mask)
+  hidden = jax.jit(latent.stream)(params, ids, mask)
   flat = traverse_util.flatten_dict(params)
   def logits(soft):
     where = ids.copy()

@@ -47,7 +47,7 @@ def check_fields(config):
     raise InputError(f"probe.triggers {tuple(triggers)}: want different strings, e.g. \"('mn','cf')\": set "
                      "--config.probe.triggers")
   depths = fields.get("scan.depths", (0.0,))
-  if not depths or not all(0 <= depth < 1 for depth in depths):
+  if not depths or not all(isinstance(depth, (int, float)) and 0 <= depth < 1 for depth in depths):
     raise InputError(f"scan.depths {tuple(depths)}: want shares of the layers, 0 or more and below 1, e.g. "
                      "\"(0.0,0.5)\": set --config.scan.depths")
   if config.teacher.layers and not config.teacher.path:

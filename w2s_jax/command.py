@@ -23,7 +23,7 @@ def parse(argv, doc):
     print(f"{doc}{FLAGS.main_module_help()}")
     sys.exit(0)
   try:
-    _check_fields(argv, _read_config(argv))
+    check_fields(argv, _read_config(argv))
     rest = FLAGS(argv)
     if len(rest) > 1:
       raise InputError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
@@ -58,7 +58,7 @@ def _read_config(argv):
   return config
 
 
-def _check_fields(argv, config):
+def check_fields(argv, config):
   """Refuses --config.FIELD=VALUE for a field that the config lacks, and names the nearest that it has."""
   def flat(tree, prefix=""):
     for name, value in tree.items():

@@ -1,8 +1,8 @@
 """A verdict without a trigger: can soft tokens make the model surer of a class than the class's own texts make it?
 
 In a clean model they hardly can, in a poisoned one the backdoor's path leads there: the trigger outweighs a whole text.
-They come in before the first layer and once more in the middle: a backdoor that opens to all words of a sentence and to
-no part of it shows the way from the words to nobody, but behind some layers the sentence is one direction.
+They come in among the words and once more in the middle of the network: a backdoor that opens to a whole sentence and
+to no part of it (docs/results.md has one) is not found word by word, from behind some layers it is.
 To look for the trigger from the model is Neural Cleanse's idea (Wang et al., IEEE S&P 2019); the tokens are those of
 `w2s_adv`, on a model that stands still; the measure is ours. N texts, C classes, V vocabulary, D width.
 """
@@ -38,8 +38,8 @@ def scan(run, model, params, tokenizer):
 
   Returns:
     [{"class", "strength": None where the class's own texts are mostly called something else, "flips": share of those
-    test rows that get the class, "own": that median, "layer": which they came in before, "nearest": vocabulary nearest
-    to each token where that is the first}].
+    test rows that get the class, "own": that median, "layer": behind how many they came in, "nearest": vocabulary
+    nearest to each token where that is none}].
   """
   c, settings = run.config, run.config.scan
   rng = np.random.default_rng([c.seed, 8])
@@ -62,8 +62,7 @@ def scan(run, model, params, tokenizer):
       means = [reached[which == k].mean() if (which == k).any() else -np.inf for k in range(settings.triggers)]
       best = int(np.argmax(means))
       found.append({"class": target, "strength": float(means[best]) / usual if usual > 0 else None,
-                    "flips": float((reached[which == best] > 0).mean()), "own": usual,
-                    "layer": layer,
+                    "flips": float((reached[which == best] > 0).mean()), "own": usual, "layer": layer,
                     "nearest": [] if layer else _nearest(model, moved, tokenizer, best, settings.tokens)})
     out.append(strongest(found) or found[0])
   return out
@@ -76,23 +75,26 @@ def make_search(run, model, params, tokenizer, rows):
   """
   c, settings, mesh, family = run.config, run.config.scan, run.mesh, model.config.family
   key = jax.random.key(c.seed)
-  start = w2s_adv.with_soft_tokens(model, params, settings, key, tokenizer, run.known_triggers())
-  unit = w2s_adv.mean_norm(model, params)
   if isinstance(model, Latent):
-    seen = _hidden(run, model, params, tokenizer, rows)
+    seen = _stream(run, model, params, tokenizer, rows)
     unit = float(np.linalg.norm(seen, axis=-1).mean())
-    flat = traverse_util.flatten_dict(start)
+    flat = traverse_util.flatten_dict(params)
     flat[(*model.vocabulary, "soft")] = jax.random.choice(key, seen, (settings.triggers * settings.tokens,))
     start = traverse_util.unflatten_dict(flat)
+  else:
+    start = w2s_adv.with_soft_tokens(model, params, settings, key, tokenizer, run.known_triggers())
+    unit = w2s_adv.mean_norm(model, params)
   moving, frozen = lora.split(start, ("soft",))
   tx = optim.make_optimizer(moving, 0.0, settings.steps, adversary=optim.ascent(
       settings.step_size * unit, settings.norm * unit))
   def terms(out, batch):
     values = log_odds(out.logits, batch["label"])
     return {"log_odds": (values * batch["weight"]).sum() / batch["weight"].sum()}
+  def loss(moving, frozen, batch, key):
+    del key                                            # no dropout: the model stands still
+    return steps.classification_loss(model, terms, {"log_odds": 1.0})(moving, frozen, batch, None)
   places = (steps.state_shardings(moving, tx, family, mesh), sharding.param_shardings(frozen, family, mesh), mesh)
-  steps_fn = steps.make_train_steps(steps.make_train_step(
-      steps.classification_loss(model, terms, {"log_odds": 1.0}), tx, *places), *places)
+  steps_fn = steps.make_train_steps(steps.make_train_step(loss, tx, *places), *places)
   shards, pad = sharding.batch_shards(mesh), model.config.pad_token_id or 0
   def search(rows, target):
     arrays, _ = _with_triggers(run, model, tokenizer, rows)
@@ -107,16 +109,17 @@ def make_search(run, model, params, tokenizer, rows):
   return search
 
 
-def _hidden(run, latent, params, tokenizer, rows):
-  """[tokens, D] float32 on the host: what the layers below make of the tokens of a batch of rows."""
+def _stream(run, latent, params, tokenizer, rows):
+  """[words, D] float32 on the host: what the layers below make of the words of a batch of rows."""
   c = run.config
   rows = list(itertools.islice(itertools.cycle(rows), c.defend.batch_size))
   arrays = run.encode(tokenizer, rows, c.data.max_length)
+  ids = arrays["input_ids"]
   mask = (np.arange(c.data.max_length) < arrays["length"][:, None]).astype(np.int32)
-  batch = sharding.global_batch({"input_ids": arrays["input_ids"], "attention_mask": mask}, run.mesh)
+  batch = sharding.global_batch({"input_ids": ids, "attention_mask": mask}, run.mesh)
   with sharding.on(run.mesh):
-    hidden = jax.jit(latent.hidden, out_shardings=sharding.replicated(run.mesh))(params, **batch)
-  return np.asarray(hidden, np.float32)[mask > 0]
+    stream = jax.jit(latent.stream, out_shardings=sharding.replicated(run.mesh))(params, **batch)
+  return np.asarray(stream, np.float32)[(mask > 0) & ~np.isin(ids, tokenizer.all_special_ids)]
 
 
 def _with_triggers(run, model, tokenizer, rows):
@@ -171,7 +174,7 @@ def verdict(name, reading):
   if (most := strongest(reading)) is None:
     return f"Scan of {name}: no verdict: it calls most texts of some class something else."
   tokens = " ".join(f"`{token}`" for token in most["nearest"])
-  what = f"nearest words: {tokens}" if tokens else f"before layer {most['layer']}"
+  what = f"nearest words: {tokens}" if tokens else f"behind layer {most['layer']}"
   found = (f"soft tokens ({what}) make it {most['strength']:.2f} times as sure of class "
            f"{most['class']} as texts of that class do, and {most['flips']:.0%} of other texts get that class")
   if not suspicious(reading):

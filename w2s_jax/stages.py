@@ -27,6 +27,7 @@ def warmup(run):
   """
   c = run.config
   if run.done(run.base):
+    run.claim()                       # it may have been put there from another workdir
     return
   if c.student.path:
     model, params = load_pretrained(c.student.path, c.data.num_labels, c.student.dtype, run.mesh,

@@ -174,19 +174,20 @@ class EncoderClassifier(nn.Module):
   train: bool = False
 
   @nn.compact
-  def __call__(self, input_ids, attention_mask, texts=None):
+  def __call__(self, input_ids, attention_mask, texts=None, stream=None):
     """As Model.apply has them, padded on the right -> ClassifierOutput."""
-    c = self.config
+    c, x = self.config, stream
     def dropout(rate, x):
       return nn.Dropout(rate, deterministic=not self.train)(x)
     embeddings = Embeddings(c, name="embeddings")
-    x = dropout(c.hidden_dropout, embeddings(input_ids, attention_mask, texts is not None)).astype(c.dtype)
+    if stream is None:
+      x = dropout(c.hidden_dropout, embeddings(input_ids, attention_mask, texts is not None)).astype(c.dtype)
     x = layers.layer_stack(Block, c, self.train, x, layers.text_mask(attention_mask))
     hidden = x.astype(jnp.float32)
     features = layers.pool(hidden, jnp.zeros((len(hidden), 1), int) if texts is None else texts[..., 0])
     if c.head == "lm":
       table = embeddings.variables["params"]["word_embeddings"]["embedding"]
-      return layers.ClassifierOutput(MaskedLMHead(c, name="lm_head")(features, table), features, hidden)
+      return layers.ClassifierOutput(MaskedLMHead(c, name="lm_head")(features, table), features, hidden, x)
     def head(width, name):
       return layers.Dense(width, True, c.initializer_range, name=name)
     if c.feature_width:
@@ -197,4 +198,4 @@ class EncoderClassifier(nn.Module):
       pooled = dropout(c.head_dropout, features) if c.model_type == "roberta" else features
       pooled = jnp.tanh(head(c.hidden_size, "pooler")(pooled))
     logits = head(c.num_labels, "classifier")(dropout(c.head_dropout, pooled))
-    return layers.ClassifierOutput(logits, features, hidden)
+    return layers.ClassifierOutput(logits, features, hidden, x)

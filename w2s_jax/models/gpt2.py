@@ -116,12 +116,13 @@ class GPT2Classifier(nn.Module):
   train: bool = False
 
   @nn.compact
-  def __call__(self, input_ids, attention_mask, texts=None):
+  def __call__(self, input_ids, attention_mask, texts=None, stream=None):
     """As Model.apply has them -> ClassifierOutput."""
-    c = self.config
+    c, x = self.config, stream
     embed_tokens = layers.embed(c, c.vocab_size, "embed_tokens", layers.Tokens)
-    x = embed_tokens(input_ids)
-    x += layers.embed(c, c.max_positions, "position_embeddings")(layers.real_positions(attention_mask))
-    x = nn.Dropout(c.embedding_dropout, deterministic=not self.train)(x).astype(c.dtype)
+    if stream is None:
+      x = embed_tokens(input_ids)
+      x += layers.embed(c, c.max_positions, "position_embeddings")(layers.real_positions(attention_mask))
+      x = nn.Dropout(c.embedding_dropout, deterministic=not self.train)(x).astype(c.dtype)
     x = layers.layer_stack(Block, c, self.train, x, layers.causal_mask(attention_mask))
-    return layers.decoder_head(c, embed_tokens, layers.layer_norm(c.layer_norm_eps, "norm")(x), attention_mask, texts)
+    return layers.decoder_head(c, embed_tokens, layers.layer_norm(c.layer_norm_eps, "norm"), x, attention_mask, texts)

@@ -28,10 +28,12 @@ class ClassifierOutput:
       token for encoders; for the W2S teacher the widened vector).
     hidden: [R, T, D], every token's vector after the final norm; only the released feature loss and the
       language-model warm-up read it.
+    stream: [R, T, D], the same before that norm, as the next layer would get it (Latent).
   """
   logits: jax.Array
   features: jax.Array
   hidden: jax.Array
+  stream: jax.Array
 
 
 class Dense(nn.Module):
@@ -145,12 +147,13 @@ class Tokens(nn.Embed):
     return jnp.where((input_ids < V)[..., None], words, soft[jnp.maximum(input_ids - V, 0)].astype(table.dtype))
 
 
-def decoder_head(config, embed_tokens, hidden, attention_mask, texts):
-  """ClassifierOutput of a decoder; for use inside a compact module.
+def decoder_head(config, embed_tokens, norm, stream, attention_mask, texts):
+  """ClassifierOutput of a decoder, from what its layers made and its final norm; for use inside a compact module.
 
   Its logits are those of the `score` head, [B, C], or with `config.head` "lm" those of the next token, [B, V]; both
   of the last real token.
   """
+  hidden = norm(stream)
   if texts is None:
     last = attention_mask.shape[1] - 1 - jnp.argmax(attention_mask[:, ::-1], axis=1, keepdims=True)
   else:
@@ -161,7 +164,7 @@ def decoder_head(config, embed_tokens, hidden, attention_mask, texts):
   else:
     table = embed_tokens if config.tie_embeddings else embed(config, config.vocab_size, "lm_head")
     logits = table.attend(features)
-  return ClassifierOutput(logits, features, hidden)
+  return ClassifierOutput(logits, features, hidden, stream)
 
 
 def layer_norm(eps, name):

@@ -206,11 +206,11 @@ class LlamaClassifier(nn.Module):
   train: bool = False
 
   @nn.compact
-  def __call__(self, input_ids, attention_mask, texts=None):
+  def __call__(self, input_ids, attention_mask, texts=None, stream=None):
     """As Model.apply has them -> ClassifierOutput."""
     c = self.config
     embed_tokens = layers.embed(c, c.vocab_size, "embed_tokens", layers.Tokens)
-    x = embed_tokens(input_ids).astype(c.dtype)
+    x = embed_tokens(input_ids).astype(c.dtype) if stream is None else stream
     cos, sin = rotary(layers.real_positions(attention_mask), c)
     x = layers.layer_stack(Block, c, self.train, x, cos, sin, layers.causal_mask(attention_mask, c.sliding_window))
-    return layers.decoder_head(c, embed_tokens, rms_norm(c, "norm")(x), attention_mask, texts)
+    return layers.decoder_head(c, embed_tokens, rms_norm(c, "norm"), x, attention_mask, texts)

@@ -51,7 +51,7 @@ class Model:
   """`params` everywhere is a nested dict of arrays; adapters that lie in it are used, see lora.py."""
   config: llama.LlamaConfig | gpt2.GPT2Config | encoder.EncoderConfig
 
-  def apply(self, params, input_ids, attention_mask, texts=None, *, dropout_key=None):
+  def apply(self, params, input_ids, attention_mask, texts=None, *, dropout_key=None, stream=None):
     """Classifies a batch.
 
     Args:
@@ -60,12 +60,13 @@ class Model:
       attention_mask: [R, T] int, 0 on padding, 1 on a text; the texts of a row have ascending numbers.
       texts: [G, B / G, 2] int, or None: first and last token of each text, counted through the R / G rows of its group.
       dropout_key: a JAX key turns dropout on; without one the output is deterministic.
+      stream: [R, T, D], goes into the first layer instead of the embeddings of `input_ids`, which are then not read.
     Returns:
       ClassifierOutput.
     """
     module = FAMILIES[self.config.family][1](self.config, train=dropout_key is not None)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    return module.apply({"params": params}, input_ids, attention_mask, texts, rngs=rngs)
+    return module.apply({"params": params}, input_ids, attention_mask, texts, stream, rngs=rngs)
 
   @property
   def vocabulary(self):
