@@ -18,9 +18,9 @@ import numpy as np
 import seeds
 
 from w2s_jax.data import corpora
+from w2s_jax.defenses import DEFENSES
 
-CONTROLS = ("lora_ce", "w2s", "w2s_adv", "ce_adv", "w2s_adv_shuffled", "w2s_adv_within", "w2s_adv_means",
-            "w2s_adv_orthogonal")
+CONTROLS = ("lora_ce", "w2s", *(name for name, defense in DEFENSES.items() if defense and defense.adversary))
 STUDENT = ("base", "clean", "poisoned")
 
 
@@ -32,8 +32,8 @@ def _teacher(width, layers, heads, *more):
 
 def _rows(share):
   """So much of the train and dev rows for teacher and student, as many steps as ever."""
-  counts = {"train": int(4000 * share), "dev": int(1000 * share)}
-  return (*(f"--config.data.defend_rows.{split}={count}" for split, count in counts.items()), *(
+  return (*(f"--config.data.defend_rows.{split}={int(corpora.GRAMMAR_SIZES[split] * share)}" for split in (
+      "train", "dev")), *(
       f"--config.{stage}.{field}=500" for stage in ("teach", "defend") for field in ("epochs", "max_steps")))
 
 
@@ -53,8 +53,7 @@ TEACHERS = {
 DATA = {
     "rows_tenth": _rows(0.1),
     "rows_hundredth": _rows(0.01),
-    "wrong_labels_tenth": ("--config.data.defend_source={noisy}", *(
-        f"--config.data.defend_rows.{split}=0" for split in ("train", "dev", "test"))),
+    "wrong_labels_tenth": ("--config.data.defend_source={noisy}",),
 }
 VARIATIONS = WEIGHTS | TEACHERS | DATA
 WITH_LORA_CE = {"adapters_q_v", *DATA}          # where the row to compare with changes too
@@ -64,7 +63,7 @@ def write_noisy(directory, seed, share=0.1):
   """train.json, dev.json and test.json of the phrases; so many train and dev labels are the other class's."""
   directory.mkdir(parents=True, exist_ok=True)
   rng = np.random.default_rng([seed, 9])
-  for name, examples in corpora.load("grammar:phrases", {"train": 4000, "dev": 1000, "test": 1821}, 2).items():
+  for name, examples in corpora.load("grammar:phrases", corpora.GRAMMAR_SIZES, 2).items():
     wrong = rng.random(len(examples)) < (0 if name == "test" else share)
     (directory / f"{name}.json").write_text(json.dumps(
         [{"text": r["text"], "label": int(r["label"] ^ w)} for r, w in zip(examples, wrong)]))

@@ -53,9 +53,8 @@ def with_adapters(params, rank):
 
 
 def with_soft_tokens(model, params):
-  flat = traverse_util.flatten_dict(params)
-  rows = flat[(*model.vocabulary, "embedding")][:SOFT_TOKENS].astype("float32")
-  return traverse_util.unflatten_dict(flat | {(*model.vocabulary, "soft"): rows})
+  table = traverse_util.flatten_dict(params)[(*model.vocabulary, "embedding")]
+  return w2s_adv.put(model, params, table[:SOFT_TOKENS].astype("float32"))
 
 
 def make_step(model, params, rank, mesh, adversary=False):

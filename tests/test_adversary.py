@@ -74,7 +74,7 @@ def test_a_soft_token_is_its_row(family, saved):
   flat = traverse_util.flatten_dict(params)
   table = flat[(*model.vocabulary, "embedding")]
   def with_soft(rows):
-    return traverse_util.unflatten_dict(flat | {(*model.vocabulary, "soft"): rows})
+    return w2s_adv.put(model, params, rows)
   ids = words.copy()
   ids[:2, 3], ids[:2, 4] = V + 1, V
   rows = jnp.stack([table[words[0, 4]], table[words[0, 3]]])

@@ -51,7 +51,7 @@ def test_random_triggers_are_of_the_attacks_kind_and_of_the_seed():
 def test_every_variation_is_a_config(tmp_path):
   """Its fields are there, a shell can name its directory, and its data can be read."""
   ablation.write_noisy(tmp_path, 0)
-  plain = corpora.load("grammar:phrases", {"train": 4000, "dev": 1000, "test": 1821}, 2)
+  plain = corpora.load("grammar:phrases", corpora.GRAMMAR_SIZES, 2)
   noisy = corpora.load(str(tmp_path), {"train": 0, "dev": 0, "test": 0}, 2)
   wrong = {split: np.mean([a["label"] != b["label"] for a, b in zip(rows, noisy[split], strict=True)])
            for split, rows in plain.items()}

@@ -8,6 +8,7 @@ from flax import traverse_util
 from configs import common
 from w2s_jax import scan, sharding
 from w2s_jax.data import tokenization
+from w2s_jax.defenses import w2s_adv
 from w2s_jax.models import Model, config_from_hf
 from w2s_jax.models.latent import Latent
 from w2s_jax.run import Run
@@ -121,12 +122,10 @@ def test_what_a_layer_gave_put_in_behind_it_changes_nothing(family, request):
   mask = np.ones((3, 7), np.int32)
   mask[1, 4:] = 0
   hidden = jax.jit(latent.stream)(params, ids, mask)
-  flat = traverse_util.flatten_dict(params)
   def logits(soft):
     where = ids.copy()
     where[0, 5:] = V, V + 1
-    return jax.jit(latent.apply)(traverse_util.unflatten_dict(flat | {(*model.vocabulary, "soft"): soft}), where,
-                                 mask).logits
+    return jax.jit(latent.apply)(w2s_adv.put(model, params, soft), where, mask).logits
   want = jax.jit(model.apply)(params, ids, mask).logits
   np.testing.assert_allclose(logits(hidden[0, 5:]), want, atol=1e-5)
   moved = np.abs(logits(hidden[0, 5:] + np.linspace(-1, 1, hidden.shape[-1])) - want).max(axis=1)

@@ -78,9 +78,7 @@ def make_search(run, model, params, tokenizer, rows):
   if isinstance(model, Latent):
     seen = _stream(run, model, params, tokenizer, rows)
     unit = float(np.linalg.norm(seen, axis=-1).mean())
-    flat = traverse_util.flatten_dict(params)
-    flat[(*model.vocabulary, "soft")] = jax.random.choice(key, seen, (settings.triggers * settings.tokens,))
-    start = traverse_util.unflatten_dict(flat)
+    start = w2s_adv.put(model, params, jax.random.choice(key, seen, (settings.triggers * settings.tokens,)))
   else:
     start = w2s_adv.with_soft_tokens(model, params, settings, key, tokenizer, run.known_triggers())
     unit = w2s_adv.mean_norm(model, params)
@@ -111,11 +109,10 @@ def make_search(run, model, params, tokenizer, rows):
 
 def _stream(run, latent, params, tokenizer, rows):
   """[words, D] float32 on the host: what the layers below make of the words of a batch of rows."""
-  c = run.config
-  rows = list(itertools.islice(itertools.cycle(rows), c.defend.batch_size))
+  c, rows = run.config, rows[:run.config.defend.batch_size]
   arrays = run.encode(tokenizer, rows, c.data.max_length)
-  ids = arrays["input_ids"]
-  mask = (np.arange(c.data.max_length) < arrays["length"][:, None]).astype(np.int32)
+  batch = batches.make_batch(arrays, np.arange(len(rows)), c.defend.batch_size, c.data.buckets)
+  ids, mask = batch["input_ids"], batch["attention_mask"]
   batch = sharding.global_batch({"input_ids": ids, "attention_mask": mask}, run.mesh)
   with sharding.on(run.mesh):
     stream = jax.jit(latent.stream, out_shardings=sharding.replicated(run.mesh))(params, **batch)

@@ -67,15 +67,21 @@ def with_soft_tokens(model, params, settings, key, tokenizer, avoid):
 
   avoid: triggers that are known to whoever measures: no defense may start from one.
   """
-  flat = traverse_util.flatten_dict(params)
   never = {*tokenizer.all_special_ids, *(i for t in avoid for i in tokenizer(" " + t)["input_ids"])}
   rows = np.setdiff1d(np.arange(len(tokenizer)), list(never))
   chosen = jax.random.choice(key, rows, (settings.triggers * settings.tokens,))
-  soft = flat[(*model.vocabulary, "embedding")][chosen].astype(jnp.float32)
-  return traverse_util.unflatten_dict(flat | {(*model.vocabulary, "soft"): soft})
+  return put(model, params, _vocabulary(model, params)[chosen].astype(jnp.float32))
+
+
+def put(model, params, soft):
+  """params with the leaf `soft` beside the vocabulary's embeddings."""
+  return traverse_util.unflatten_dict(traverse_util.flatten_dict(params) | {(*model.vocabulary, "soft"): soft})
 
 
 def mean_norm(model, params):
   """Mean norm of the vocabulary's embeddings."""
-  table = traverse_util.flatten_dict(params)[(*model.vocabulary, "embedding")]
-  return float(jnp.linalg.norm(table.astype(jnp.float32), axis=-1).mean())
+  return float(jnp.linalg.norm(_vocabulary(model, params).astype(jnp.float32), axis=-1).mean())
+
+
+def _vocabulary(model, params):
+  return traverse_util.flatten_dict(params)[(*model.vocabulary, "embedding")]

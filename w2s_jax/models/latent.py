@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from w2s_jax.models import layers
 from w2s_jax.models.model import Model
 
 
@@ -36,12 +37,11 @@ class Latent:
     return self._layers(0, self.below, params, words, attention_mask, texts, **kwargs).stream
 
   def apply(self, params, input_ids, attention_mask, texts=None, **kwargs):
-    V = self.config.vocab_size
     soft = traverse_util.flatten_dict(params)[(*self.vocabulary, "soft")]
     words = self.stream(params, input_ids, attention_mask, texts, **kwargs)
-    tokens = soft[jnp.maximum(input_ids - V, 0)].astype(words.dtype)
-    return self._layers(self.below, self.config.num_layers, params, input_ids, attention_mask, texts,
-                        stream=jnp.where((input_ids < V)[..., None], words, tokens), **kwargs)
+    stream = layers.place_soft(words, input_ids, soft, self.config.vocab_size)
+    return self._layers(self.below, self.config.num_layers, params, input_ids, attention_mask, texts, stream=stream,
+                        **kwargs)
 
   def _layers(self, first, end, params, *args, **kwargs):
     """ClassifierOutput of the network with layers first..end-1 alone."""

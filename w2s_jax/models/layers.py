@@ -142,9 +142,14 @@ class Tokens(nn.Embed):
   def __call__(self, input_ids):
     if not self.has_variable("params", "soft"):
       return super().__call__(input_ids)
-    table, soft, V = self.embedding, self.get_variable("params", "soft"), self.num_embeddings
-    words = super().__call__(jnp.minimum(input_ids, V - 1))
-    return jnp.where((input_ids < V)[..., None], words, soft[jnp.maximum(input_ids - V, 0)].astype(table.dtype))
+    words = super().__call__(jnp.minimum(input_ids, self.num_embeddings - 1))
+    return place_soft(words, input_ids, self.get_variable("params", "soft"), self.num_embeddings)
+
+
+def place_soft(words, input_ids, soft, vocab_size):
+  """`words` [R, T, D], but rows of `soft` [S, D] where the ids are behind the vocabulary."""
+  tokens = soft[jnp.maximum(input_ids - vocab_size, 0)].astype(words.dtype)
+  return jnp.where((input_ids < vocab_size)[..., None], words, tokens)
 
 
 def decoder_head(config, embed_tokens, norm, stream, attention_mask, texts):
