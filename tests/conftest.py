@@ -6,6 +6,7 @@ B batch, T tokens, D width, C classes.
 import dataclasses
 import os
 import sys
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"                # before huggingface_hub is imported: nothing here may use a network
@@ -32,6 +33,21 @@ BERT = EncoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_la
                   hidden_dropout=0.0, attention_dropout=0.0, head_dropout=0.0, initializer_range=0.2)
 
 GPT2 = GPT2Config(vocab_size=64, hidden_size=32, num_layers=3, num_heads=4, max_positions=64, initializer_range=0.2)
+
+
+UNTIL = float(os.environ.get("W2S_UNTIL", "inf"))
+
+
+def pytest_collection_modifyitems(items):
+  """The longest file first, so that two workers end together."""
+  items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+  """Slow tests begin until the time W2S_UNTIL, in seconds since the epoch; the others say that there was none left."""
+  if item.get_closest_marker("slow") and time.time() > UNTIL:
+    pytest.skip("no time left")
 
 
 def _with_params(config, seed):

@@ -48,6 +48,36 @@ def home(tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_the_main_job_in_full(tmp_path):
+  """The README's first run: table, files, exit code 0; implanted, and cross entropy alone reaches 0.93 CA.
+
+  There `w2s` leaves the backdoor in place, `w2s_adv` takes it out at the same CA.
+
+  Then its poisoned checkpoint is scanned and cleaned, seen only as a directory: suspicious, of the class it was
+  poisoned for, while the never-poisoned twin is not; afterwards ASR within 0.10 of the floor that the first run knows,
+  CA at most 0.02 below the suspect's.
+  """
+  out = w2s("--config=configs/llama_badnet.py", f"--workdir={tmp_path / 'w'}")
+  assert out.returncode == 0 and "| w2s_shuffled |" in out.stdout, out.stderr
+  rows = {r["model"]: r for r in json.loads((tmp_path / "w/results.json").read_text())["rows"]}
+  assert rows["poisoned"]["asr"] >= 0.95 and rows["lora_ce"]["ca"] >= 0.93
+  assert abs(rows["w2s"]["ca"] - rows["lora_ce"]["ca"]) <= 0.03 >= rows["lora_ce"]["ca"] - rows["w2s_adv"]["ca"]
+  assert rows["w2s_adv"]["asr"] <= 0.15 and rows["w2s_adv"]["asr"] <= rows["w2s"]["asr"] - 0.5
+  (tmp_path / "runs").mkdir()
+  (tmp_path / "w").rename(tmp_path / "runs/llama_badnet")
+  scan = SCAN.replace("runs/", f"{tmp_path}/runs/")
+  out = w2s(*shlex.split(scan)[3:])
+  assert re.search(r"Scan of suspect: SUSPICIOUS .* times as sure of class 0 ", out.stdout), out.stderr
+  out = w2s(*shlex.split(scan.replace("models/poisoned", "models/clean").replace("runs/scanned", "runs/twin"))[3:])
+  assert "Scan of suspect: no sign of a backdoor" in out.stdout, out.stderr
+  out = w2s(*shlex.split(CLEAN.replace("runs/", f"{tmp_path}/runs/"))[3:])
+  assert out.returncode == 0, out.stderr
+  after = {r["model"]: r for r in json.loads((tmp_path / "runs/cleaned/results.json").read_text())["rows"]}
+  assert after["suspect"]["asr"] >= 0.95 and after["w2s"]["ca"] >= after["suspect"]["ca"] - 0.02
+  assert after["w2s"]["asr"] <= rows["clean"]["asr"] + 0.10
+
+
+@pytest.mark.slow
 def test_two_processes(home):
   """Its first stage; test_launch.py has the defense."""
   args = [*shlex.split(LOCAL, comments=True), f"--workdir={home / 'two'}", *FEW, "--stage=warmup"]
@@ -152,33 +182,3 @@ def test_snippets(snippet, home):
 def test_files_that_the_readme_links_to_exist():
   for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
     assert os.path.exists(ROOT / target), target
-
-
-@pytest.mark.slow
-def test_the_main_job_in_full(tmp_path):
-  """The README's first run: table, files, exit code 0; implanted, and cross entropy alone reaches 0.93 CA.
-
-  There `w2s` leaves the backdoor in place, `w2s_adv` takes it out at the same CA.
-
-  Then its poisoned checkpoint is scanned and cleaned, seen only as a directory: suspicious, of the class it was
-  poisoned for, while the never-poisoned twin is not; afterwards ASR within 0.10 of the floor that the first run knows,
-  CA at most 0.02 below the suspect's.
-  """
-  out = w2s("--config=configs/llama_badnet.py", f"--workdir={tmp_path / 'w'}")
-  assert out.returncode == 0 and "| w2s_shuffled |" in out.stdout, out.stderr
-  rows = {r["model"]: r for r in json.loads((tmp_path / "w/results.json").read_text())["rows"]}
-  assert rows["poisoned"]["asr"] >= 0.95 and rows["lora_ce"]["ca"] >= 0.93
-  assert abs(rows["w2s"]["ca"] - rows["lora_ce"]["ca"]) <= 0.03 >= rows["lora_ce"]["ca"] - rows["w2s_adv"]["ca"]
-  assert rows["w2s_adv"]["asr"] <= 0.15 and rows["w2s_adv"]["asr"] <= rows["w2s"]["asr"] - 0.5
-  (tmp_path / "runs").mkdir()
-  (tmp_path / "w").rename(tmp_path / "runs/llama_badnet")
-  scan = SCAN.replace("runs/", f"{tmp_path}/runs/")
-  out = w2s(*shlex.split(scan)[3:])
-  assert re.search(r"Scan of suspect: SUSPICIOUS .* times as sure of class 0 ", out.stdout), out.stderr
-  out = w2s(*shlex.split(scan.replace("models/poisoned", "models/clean").replace("runs/scanned", "runs/twin"))[3:])
-  assert "Scan of suspect: no sign of a backdoor" in out.stdout, out.stderr
-  out = w2s(*shlex.split(CLEAN.replace("runs/", f"{tmp_path}/runs/"))[3:])
-  assert out.returncode == 0, out.stderr
-  after = {r["model"]: r for r in json.loads((tmp_path / "runs/cleaned/results.json").read_text())["rows"]}
-  assert after["suspect"]["asr"] >= 0.95 and after["w2s"]["ca"] >= after["suspect"]["ca"] - 0.02
-  assert after["w2s"]["asr"] <= rows["clean"]["asr"] + 0.10
