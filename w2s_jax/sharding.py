@@ -12,6 +12,7 @@ from w2s_jax import InputError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))  # rows of a batch are split over both axes
+RUNS = "runs"                # the name of the vmapped axis of runs that train at once
 
 # Parameter path -> mesh axes, one table per family. The first full match wins; there is no catch-all on
 # purpose: a new parameter must be given its place here. L layers, D width, H heads, K kv heads, d head width,

@@ -4,12 +4,14 @@ B texts, R rows, T tokens of a row, D width. A row holds one text, or several on
 """
 
 import math
+import re
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from w2s_jax import sharding
 from w2s_jax.models import quantized
 
 REMAT_POLICIES = {
@@ -74,6 +76,22 @@ def linear(config, train, width, name, use_bias=True):
   return Dense(width, use_bias, config.initializer_range, config.lora_dropout, train, name=name)
 
 
+def attention_kernel(q):
+  """What jax.nn.dot_product_attention is to run on: "cudnn" on NVIDIA's GPUs if it takes q [B, T, H, d], else "xla".
+
+  cuDNN's never writes the scores to memory (docs/benchmarks.md has what that saves). Its rule for vmap fails on a mask
+  that all heads share (jax 0.11, https://github.com/jax-ml/jax/pull/34920): not where several runs train at once.
+  """
+  if jax.default_backend() != "gpu" or q.dtype.itemsize != 2 or q.shape[1] % 2 or q.shape[3] % 8 or q.shape[3] > 128:
+    return "xla"
+  try:
+    jax.lax.axis_size(sharding.RUNS)
+  except NameError:
+    capability = getattr(jax.devices()[0], "compute_capability", "")     # from Ampere on; on AMD it is no number
+    return "cudnn" if re.fullmatch(r"([89]|\d\d)\.\d", capability) else "xla"
+  return "xla"
+
+
 def attention(q, k, v, mask, dropout_rate):
   """Scaled dot-product attention; for use inside a compact module.
 
@@ -85,7 +103,7 @@ def attention(q, k, v, mask, dropout_rate):
     [B, T, H, d].
   """
   if not dropout_rate:
-    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=attention_kernel(q))
   k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
   scores = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) / q.shape[-1]**0.5
   probabilities = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min))

@@ -1,0 +1,98 @@
+"""What only a GPU can show: JAX_PLATFORMS=cuda,cpu pytest -n 0 tests/test_gpu.py. B texts, C classes."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from test_packing import LENGTHS, WEIGHTS, both
+
+from w2s_jax import lora, optim, sharding, steps
+from w2s_jax.defenses import w2s
+from w2s_jax.models import Model, layers
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU here")
+
+
+def error(got, want):
+  """Norm of the difference of two trees over the second's norm."""
+  got, want = (np.concatenate([np.float32(x).ravel() for x in jax.tree.leaves(tree)]) for tree in (got, want))
+  return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+def test_cudnns_attention_is_xlas(family, packed, request, monkeypatch):
+  """Loss and gradient of the adapters in bfloat16, beside float32: cuDNN's are no further off than twice XLA's."""
+  model, params = request.getfixturevalue(family)
+  targets = ("c_attn",) if family == "gpt2" else ("q_proj", "k_proj", "v_proj")
+  params = lora.add_lora(params, 4, 4.0, targets, key=jax.random.key(1))
+  trainable, frozen = lora.split(jax.tree.map(lambda x: x + 0.05, params), lora.LORA)
+  batch = both(model.config, LENGTHS, np.arange(10), 10, max_length=12)[packed]
+
+  def gradient(dtype):
+    of = Model(dataclasses.replace(model.config, dtype=dtype))
+    loss = steps.classification_loss(of, lambda out, batch: w2s.terms(out, batch, 2.0), WEIGHTS)
+    compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(trainable, frozen, batch, None).compile()
+    (value, _), grads = compiled(trainable, frozen, batch, None)
+    return (value, grads), "fmha" in compiled.as_text()
+
+  with jax.default_matmul_precision("float32"):
+    exact, fused = gradient("float32")
+  assert not fused
+  cudnn, fused = gradient("bfloat16")
+  assert fused
+  monkeypatch.setattr(layers, "attention_kernel", lambda q: "xla")
+  xla, fused = gradient("bfloat16")
+  assert not fused and error(xla, exact) < 0.05 and error(cudnn, exact) < 2 * error(xla, exact)
+
+
+@pytest.fixture(scope="module")
+def setup(llama):
+  """(config, trainable, frozen) of a Llama with adapters of rank 4."""
+  model, params = llama
+  return model.config, *lora.split(lora.add_lora(params, 4, 4.0, key=jax.random.key(1)), lora.LORA)
+
+
+def stage(config, trainable, frozen, device, runs=1):
+  """(step, state, frozen, mesh) of W2S on one device."""
+  mesh, tx = sharding.make_mesh(devices=[device]), optim.make_optimizer(trainable, 1e-1, 10)
+  loss = steps.classification_loss(Model(config), lambda out, batch: w2s.terms(out, batch, 2.0), WEIGHTS)
+  places = sharding.param_shardings(frozen, config.family, mesh)
+  step = steps.make_train_step(loss, tx, steps.state_shardings(trainable, tx, config.family, mesh), places, mesh, runs)
+  trainable = jax.device_put(trainable, device)
+  state = steps.init_state(trainable if runs == 1 else [trainable] * runs, tx, config.family, mesh)
+  return step, state, jax.device_put(frozen, places), mesh
+
+
+def test_two_runs_at_once_in_bfloat16(setup, make_batch):
+  """Each is what it is alone, within bfloat16."""
+  config, trainable, frozen = setup
+  config = dataclasses.replace(config, dtype="bfloat16")
+  batches, keys = [make_batch(Model(config), seed=seed) for seed in (0, 1)], jax.random.split(jax.random.key(0), 2)
+  alone = []
+  for batch, key in zip(batches, keys):
+    step, state, placed, mesh = stage(config, trainable, frozen, jax.devices()[0])
+    alone.append(step(state, placed, sharding.global_batch(batch, mesh), key)[1]["loss"])
+  step, state, placed, mesh = stage(config, trainable, frozen, jax.devices()[0], runs=2)
+  batch = sharding.global_batch(jax.tree.map(lambda *x: np.stack(x), *batches), mesh, 1)
+  assert abs(alone[0] - alone[1]) > 0.1
+  np.testing.assert_allclose(step(state, placed, batch, keys)[1]["loss"], np.array(alone), rtol=0.02)
+
+
+def test_steps_are_the_cpus(setup, make_batch):
+  """Ten float32 steps: losses within 1e-4, relative."""
+  config, trainable, frozen = setup
+  def losses(device):
+    with jax.default_device(device):
+      step, state, placed, mesh = stage(config, trainable, frozen, device)
+      batch, key, out = sharding.global_batch(make_batch(Model(config)), mesh), jax.random.key(0), []
+      for _ in range(10):
+        state, metrics = step(state, placed, batch, key)
+        out.append(float(metrics["loss"]))
+    return np.array(out)
+
+  with jax.default_matmul_precision("float32"):
+    on_gpu, on_cpu = losses(jax.devices("gpu")[0]), losses(jax.devices("cpu")[0])
+  assert on_cpu[-1] != pytest.approx(on_cpu[0], rel=0.1)
+  np.testing.assert_allclose(on_gpu, on_cpu, rtol=1e-4)
