@@ -5,15 +5,16 @@
 
 Every combination of length, rows and remat is tried; one that does not fit is said to. 8b is Llama-3-8B's shape, 7b
 Qwen2.5-7B's. Rows are full, every slot a token; with --data a batch is so many texts of a corpus (as in padding.py),
-cut at the length: we pack them, the peer pads them to the longest. --seeds trains so many students at once over one
-frozen base. --pytorch-python (an interpreter with torch and peft) runs the same batches with transformers and peft on
-the same device first; `ratio_pytorch` is our tokens per second over theirs, the best of each.
+cut at the length: we pack them, the peer pads them to the longest; `slots` are [rows, tokens]. --seeds trains so many
+students at once over one frozen base. --pytorch-python (an interpreter with torch and peft) runs the same batches with
+transformers and peft on the same device first; `ratio_pytorch` is the tokens per second of our best line with one
+student over those of the peer's best line.
 
-Model FLOPs are those that the step's result needs (forward and backward to the inputs through every frozen kernel,
-forward and both backwards through the adapters, causal attention within each text), whatever padding and remat compute
-more; utilisation is their rate over the chip's peak. `compiler_bytes` is what the compiler says the step holds,
-`peak_bytes` the most that the device held so far. --profile=DIR writes a trace of three steps of the best line, for
-xprof or Perfetto, and prints where their time went.
+Model FLOPs are counted as usual, every token through every layer: forward and backward to the inputs through the frozen
+kernels, forward and both backwards through the adapters, causal attention within each text. What padding and remat
+compute more is not counted. Utilisation is their rate over the chip's published peak. `compiler_bytes` is what the
+compiler says the step holds, `peak_bytes` the most that the device held since the process began. --profile=DIR writes a
+trace of three steps of the best line, for xprof or Perfetto, and prints where their time went.
 """
 
 import argparse
@@ -29,13 +30,12 @@ import numpy as np
 import padding
 import step
 
-from w2s_jax import sharding
+from w2s_jax import plan, sharding
 from w2s_jax.data import batches, packing
 
-# Dense bfloat16 peak in FLOP/s by `device_kind`, from the makers' data sheets.
-PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12,
-         "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA L4": 121e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
-         "TPU v5": 459e12, "TPU v6 lite": 918e12}
+CHIPS = {"NVIDIA L4": "l4", "NVIDIA A100-SXM4-40GB": "a100", "NVIDIA A100-SXM4-80GB": "a100",
+         "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p",
+         "TPU v6 lite": "v6e"}                                               # device_kind -> name in plan
 
 
 def model_flops(config, rank, lengths):
@@ -51,16 +51,19 @@ def model_flops(config, rank, lengths):
 def make_cases(args, config):
   """{(length, rows): (batches, lengths of each batch's texts)}, a batch more than are timed, all of one shape."""
   count, cases = args.steps + 1, {}
-  for length, rows in itertools.product(args.lengths, args.rows):
-    if not args.data:
-      cases[length, rows] = [step.random_batch(config, rows, length)] * count, [[length] * rows] * count
-      continue
-    arrays = padding.encoded(args.data, length)
-    of_all = step.random_batch(config, len(arrays["length"]), 1)
-    arrays |= {name: of_all[name] for name in ("label", "teacher_logits", "teacher_features")}
-    pack, = packing.packers([arrays], [0], rows, padding.buckets(length), 1, count, 0)
-    cases[length, rows] = [list(itertools.islice(batches.train_batches(len(arrays["length"]), rows, make, 0, 0), count))
-                           for make in (pack, lambda rows: arrays["length"][rows].tolist())]
+  for length in args.lengths:
+    if args.data:
+      arrays = padding.encoded(args.data, length)
+      of_all = step.random_batch(config, len(arrays["length"]), 1)
+      arrays |= {name: of_all[name] for name in ("label", "teacher_logits", "teacher_features")}
+    for rows in args.rows:
+      if not args.data:
+        cases[length, rows] = [step.random_batch(config, rows, length)] * count, [[length] * rows] * count
+        continue
+      pack, = packing.packers([arrays], [0], rows, padding.buckets(length), 1, count, 0, together=count)
+      stream = batches.train_batches(len(arrays["length"]), rows, lambda texts: texts, 0, 0)
+      chosen = list(itertools.islice(stream, count))
+      cases[length, rows] = list(map(pack, chosen)), [arrays["length"][texts].tolist() for texts in chosen]
   return cases
 
 
@@ -77,13 +80,19 @@ def pytorch(args, cases):
       {"length": length, "rows": rows, "lengths": lengths} for (length, rows), (_, lengths) in cases.items()]}
   command = [args.pytorch_python, Path(__file__).with_name("peer_pytorch_step.py"), f"--rank={args.rank}",
              f"--dtype={args.dtype}"]
-  out = subprocess.run(command, input=json.dumps(given), stdout=subprocess.PIPE, text=True, check=True).stdout
   lines = []
-  for line in map(json.loads, out.splitlines()):
-    if seconds := line.pop("seconds", None):
-      line |= rates(cases[line["length"], line["rows"]][1][1:], seconds[1:])
-    print(json.dumps(line), flush=True)
-    lines.append(line)
+  with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peer:
+    json.dump(given, peer.stdin)
+    peer.stdin.close()
+    for line in map(json.loads, peer.stdout):
+      lengths = cases[line["length"], line["rows"]][1][1:]
+      line["slots"] = [line["rows"], statistics.median(map(max, lengths))]
+      if seconds := line.pop("seconds", None):
+        line |= rates(lengths, seconds[1:])
+      print(json.dumps(line), flush=True)
+      lines.append(line)
+  if peer.returncode:
+    raise SystemExit(f"{command[1].name} ended with {peer.returncode}")
   return lines
 
 
@@ -114,12 +123,12 @@ def main():
   args = parser.parse_args()
   cases = make_cases(args, step.student(args.size).config)
   peers = pytorch(args, cases) if args.pytorch_python else []       # before JAX takes the device's memory
-  mesh, kind, best = sharding.make_mesh(), jax.devices()[0].device_kind, None
+  mesh, kind, lines = sharding.make_mesh(), jax.devices()[0].device_kind, []
   for remat, ((length, rows), (host_batches, lengths)), seeds in itertools.product(
       args.remats.split(","), cases.items(), args.seeds):
     model = step.student(args.size, dtype=args.dtype, remat=remat)
     line = {"size": args.size, "device": kind, "devices": jax.device_count(), "rank": args.rank, "length": length,
-            "rows": rows, "shape": host_batches[0]["input_ids"].shape, "remat": remat, "seeds": seeds}
+            "rows": rows, "slots": host_batches[0]["input_ids"].shape, "remat": remat, "seeds": seeds}
     try:
       (first, *seconds), memory = step.timed_steps(model, args.rank, host_batches, mesh, seeds=seeds)
     except jax.errors.JaxRuntimeError as e:
@@ -128,23 +137,24 @@ def main():
       print(json.dumps(line | {"error": "out of memory"}), flush=True)
       continue
     line |= {"first_s": round(first, 2)} | rates([one * seeds for one in lengths[1:]], seconds)
-    flops, peak = model_flops(model.config, args.rank, sum(lengths, [])) / sum(map(sum, lengths)), PEAKS.get(kind)
+    flops = model_flops(model.config, args.rank, sum(lengths, [])) / sum(map(sum, lengths))
+    peak = plan.CHIPS[CHIPS[kind]].flops if kind in CHIPS else None
     line |= {"model_flops_per_token": flops, "mfu": peak and flops * line["tokens_per_s"] / peak / jax.device_count(),
              "compiler_bytes": (memory.argument_size_in_bytes + memory.temp_size_in_bytes
                                 + memory.output_size_in_bytes - memory.alias_size_in_bytes),
              "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")}
     print(json.dumps(line), flush=True)
-    if best is None or line["tokens_per_s"] > best["tokens_per_s"]:
-      best = line
-  if best is None:
+    lines.append(line)
+  if not lines:
     raise SystemExit("nothing fitted: fewer --rows, --remats=full, or a smaller --size")
+  best = max(lines, key=lambda line: line["tokens_per_s"])
   result = {"best": best}
-  if theirs := [line["tokens_per_s"] for line in peers if "tokens_per_s" in line]:
-    result["ratio_pytorch"] = best["tokens_per_s"] / max(theirs)
+  of_one = [line["tokens_per_s"] for line in lines if line["seeds"] == 1]
+  if (theirs := [line["tokens_per_s"] for line in peers if "tokens_per_s" in line]) and of_one:
+    result["ratio_pytorch"] = max(of_one) / max(theirs)
   if args.profile:
-    model = step.student(args.size, dtype=args.dtype, remat=best["remat"])
-    with jax.profiler.trace(args.profile):
-      step.timed_steps(model, args.rank, cases[best["length"], best["rows"]][0][:4], mesh, seeds=best["seeds"])
+    step.timed_steps(step.student(args.size, dtype=args.dtype, remat=best["remat"]), args.rank,
+                     cases[best["length"], best["rows"]][0][:4], mesh, seeds=best["seeds"], trace=args.profile)
     result["where_the_time_went"] = where_the_time_went(args.profile)
   print(json.dumps(result))
 

@@ -9,12 +9,14 @@ FLOPs are counted on the same step with its layers unrolled: of a loop the compi
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import statistics
 import sys
 import time
+import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -108,16 +110,26 @@ def lowered(model, rank, rows, length, mesh, quantize=""):
   return step.lower(state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0)))
 
 
-def timed_steps(model, rank, batches, mesh, adversary=False, seeds=1):
+def random_params(model):
+  """Leaf by leaf and in the model's dtype: at once and in float32 they would not fit where the step does."""
+  def leaf(path, like):
+    if path[-1].key == "scale":
+      return jnp.ones(like.shape, model.config.dtype)
+    key = jax.random.key(zlib.crc32(jax.tree_util.keystr(path).encode()))
+    return jax.jit(lambda key: 0.02 * jax.random.normal(key, like.shape, model.config.dtype))(key)
+  return jax.tree_util.tree_map_with_path(leaf, model.abstract_params())
+
+
+def timed_steps(model, rank, batches, mesh, adversary=False, seeds=1, trace=None):
   """What each of the host batches costs; all must have one shape.
 
-  With `seeds` > 1 so many students train at once over one frozen base, each on the batch.
+  With `seeds` > 1 so many students train at once over one frozen base, each on the batch. A profile of all steps but
+  the first goes to the directory `trace`.
 
   Returns:
     ([seconds of each step], the compiler's memory_analysis()); the first step's seconds have the compilation.
   """
-  params = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(model.config.dtype), model.init(key)))(jax.random.key(0))
-  params = with_adapters(params, rank)
+  params = with_adapters(random_params(model), rank)
   step, trainable, frozen, tx = make_step(model, with_soft_tokens(model, params) if adversary else params, rank, mesh,
                                           adversary, seeds)
   trainable = jax.tree.map(lambda x: x.astype("float32"), trainable)
@@ -130,13 +142,19 @@ def timed_steps(model, rank, batches, mesh, adversary=False, seeds=1):
   if seeds > 1:
     batches, key = [packing.stack([batch] * seeds, 1, 0) for batch in batches], jax.random.split(key, seeds)
   batches = [sharding.global_batch(batch, mesh, seeds > 1) for batch in batches]
-  seconds, compiled = [], None
-  for batch in batches:
-    start = time.perf_counter()
-    compiled = compiled or step.lower(state, frozen, batch, key).compile()
-    state, metrics = compiled(state, frozen, batch, key)
-    jax.block_until_ready(metrics)
-    seconds.append(time.perf_counter() - start)
+  seconds = []
+  start = time.perf_counter()
+  compiled = step.lower(state, frozen, batches[0], key).compile()
+  with contextlib.ExitStack() as tracing:
+    for batch in batches:
+      state, metrics = compiled(state, frozen, batch, key)
+      if not np.isfinite(metrics["loss"]).all():               # waits for the device
+        raise FloatingPointError(f"loss {metrics['loss']} after {len(seconds)} steps")
+      jax.block_until_ready(state)
+      seconds.append(time.perf_counter() - start)
+      if trace and len(seconds) == 1:
+        tracing.enter_context(jax.profiler.trace(trace))
+      start = time.perf_counter()
   return seconds, compiled.memory_analysis()
 
 

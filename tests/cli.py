@@ -23,7 +23,7 @@ SHORT = ("--config.warmup.max_steps=3", *(f"--config.{stage}.max_steps=6" for st
 def w2s(*args, cwd=ROOT, **kwargs):
   """CompletedProcess of `python -m w2s_jax.main ARGS` from the repository's root."""
   return subprocess.run([sys.executable, "-m", "w2s_jax.main", *args], cwd=cwd, env=ENV, capture_output=True, text=True,
-                        timeout=3600, **kwargs)
+                        timeout=2400, **kwargs)
 
 
 def w2s_forked(*args):
@@ -33,7 +33,7 @@ def w2s_forked(*args):
   with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
     process = context.Process(target=_main, args=(args, out.name, err.name))
     process.start()
-    process.join(3600)
+    process.join(2400)
     process.kill()                                  # if it has not ended
     process.join()
     return subprocess.CompletedProcess(args, process.exitcode, out.read(), err.read())

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -70,6 +71,32 @@ def test_model_flops_are_the_compilers_count(rank):
   assert 0.9 < accelerator.model_flops(model.config, rank, [64] * 4) / counted < 1
 
 
+def test_model_flops_of_two_texts():
+  """One layer of width 4 with one head, feed-forward of 8, rank 2, by hand: texts of 3 and 1 tokens."""
+  config = types.SimpleNamespace(num_layers=1, hidden_size=4, num_heads=1, num_kv_heads=1, head_dim=4,
+                                 intermediate_size=8)
+  kernels, adapters = 4 * 16 + 3 * 32, 2 * (2 * 4 + 4 + 4)
+  want = 4 * (4 * kernels + 6 * adapters) + 6 * 4 * (3 * 3 + 1)
+  assert accelerator.model_flops(config, 2, [3, 1]) == want
+
+
+def test_rates_are_medians_of_the_steps():
+  got = accelerator.rates([[3, 1], [5, 5], [2]], [2.0, 1.0, 4.0])
+  assert got == {"step_s": 2.0, "tokens_per_s": 2.0}                         # of 2, 10 and 0.5 tokens a second
+
+
+@pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data (SST-2) is not here")
+def test_batches_of_a_corpus_have_one_shape():
+  """Sixty packed batches of the same texts that the peer gets."""
+  args = types.SimpleNamespace(steps=60, data=str(SHARED / "data/sst2"), lengths=[32], rows=[4, 16])
+  cases = accelerator.make_cases(args, step.student("1m").config)
+  assert list(cases) == [(32, 4), (32, 16)]
+  for (_, rows), (packed, lengths) in cases.items():
+    assert len({batch["input_ids"].shape for batch in packed}) == 1 and len(packed) == 61
+    for batch, texts in zip(packed, lengths):
+      assert len(texts) == rows == len(batch["teacher_logits"]) and (batch["attention_mask"] > 0).sum() == sum(texts)
+
+
 def test_the_program_of_a_step_does_not_grow_with_the_layers():
   """The 8B step, abstract: as many operations for 4 layers as for 32."""
   sizes = []
@@ -85,7 +112,7 @@ def test_the_accelerator_benchmark_on_what_there_is():
                             "--remats=none,full", "--steps=2", "--dtype=float32", f"--pytorch-python={sys.executable}")
   assert [(line.get("who"), line["remat"]) for line in lines] == [
       ("pytorch", "none"), ("pytorch", "full"), (None, "none"), (None, "full")]
-  assert all(line["tokens_per_s"] * line["step_s"] == pytest.approx(32) for line in lines)
+  assert all(line["tokens_per_s"] * line["step_s"] == pytest.approx(32, rel=0.5) for line in lines)
   ours, theirs = (max(some, key=lambda line: line["tokens_per_s"]) for some in (lines[2:], lines[:2]))
   assert last["best"] == ours and last["ratio_pytorch"] == ours["tokens_per_s"] / theirs["tokens_per_s"]
 

@@ -421,15 +421,16 @@ def test_stories260k_tells_the_same_story():
 
 
 def test_the_attention_kernel_goes_by_device_and_shape(monkeypatch):
-  """cuDNN's on NVIDIA's GPUs from Ampere on, for what it takes, and not under the vmap of several runs."""
-  def kernel(capability="9.0", dtype="bfloat16", tokens=12, width=64):
+  """cuDNN's on one GPU of NVIDIA's from Ampere on, for what it takes, and not under the vmap of several runs."""
+  def kernel(capability="9.0", dtype="bfloat16", tokens=12, width=64, devices=1):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
     return layers.attention_kernel(jax.ShapeDtypeStruct((2, tokens, 4, width), dtype))
   assert kernel() == "xla"
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   assert kernel() == kernel("8.0") == kernel("12.0") == kernel(dtype="float16", tokens=2, width=128) == "cudnn"
   assert {kernel("7.5"), kernel("gfx90a"), kernel(dtype="float32"), kernel(tokens=13), kernel(width=12),
-          kernel(width=136)} == {"xla"}
+          kernel(width=136), kernel(devices=2)} == {"xla"}
   seen = []
   def one_of_several(x):
     seen.append(kernel())

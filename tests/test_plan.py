@@ -120,6 +120,7 @@ def test_gpus_are_planned_by_a_cpu_compiler_that_keeps_bfloat16(monkeypatch):
     plan.devices_of("h100:2")
   monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
   assert plan.devices_of("h100:2") == (jax.devices()[:2], False)
+  monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
   assert plan.usable("h200") == 0.75 * 140.4 * 2**30
   monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
   assert plan.usable("h200") == 0.9 * 140.4 * 2**30 and plan.usable("v5e") == 0.984 * 16 * 2**30

@@ -49,6 +49,7 @@ class Chip:
 
 CHIPS = {"v4": Chip(275e12, 32 * GIB, 1200e9, 300e9), "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
          "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9), "v6e": Chip(918e12, 32 * GIB, 1600e9, 400e9)}
+# Memory as nvidia-smi has it; NVLink's one way.
 GPUS = {"l4": Chip(121e12, 22.5 * GIB, 300e9, 32e9), "a100": Chip(312e12, 80 * GIB, 2039e9, 300e9),
         "h100": Chip(989e12, 79.6 * GIB, 3350e9, 450e9), "h200": Chip(989e12, 140.4 * GIB, 4800e9, 450e9)}
 CHIPS |= GPUS
@@ -74,7 +75,7 @@ def tpu_compiler():
 
 
 def devices_of(text):
-  """The slice's devices, which are not here; CPUs in their place where there is no TPU compiler.
+  """The slice's devices, which are not here; CPUs in the place of GPUs, or where there is no TPU compiler.
 
   Returns:
     (devices, whether they are TPUs).
@@ -84,14 +85,11 @@ def devices_of(text):
   if chip in GPUS and jax.__version_info__ < (0, 11):
     raise InputError(f"topology {text!r}: this jax {jax.__version__} compiles bfloat16 as float32 on CPUs, twice the "
                      "GPU's memory: pip install 'jax>=0.11' (Python 3.12 or later)")
-  if chip in GPUS or not tpu_compiler():
-    print("planned with the CPU compiler; what an H200 held was 4 to 5% less" if chip in GPUS else
-          "no TPU compiler here (pip install 'jax[tpu]'): planned for CPUs, whose memory is not the chip's",
-          file=sys.stderr)
-    if chips > len(jax.devices()):
-      raise InputError(f"{chips} chips, but this process has {len(jax.devices())} CPU devices: set "
-                       f"JAX_NUM_CPU_DEVICES={chips}" + ("" if chip in GPUS else ", or pip install 'jax[tpu]'"))
-    return jax.devices()[:chips], False
+  if chip in GPUS:
+    return _cpus(chips, "planned with the CPU compiler: one H200 held 4 to 5% less"), False
+  if not tpu_compiler():
+    return _cpus(chips, "no TPU compiler here (pip install 'jax[tpu]'): planned for CPUs, whose memory is not the "
+                        "chip's"), False
   from jax.experimental import topologies
   one = {"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {}
   try:
@@ -99,6 +97,15 @@ def devices_of(text):
       return topologies.get_topology_desc(platform="tpu", topology_name=text, **one).devices, True
   except Exception as e:  # the compiler's own kinds
     raise InputError(f"topology {text!r} is none that the TPU compiler knows ({str(e).splitlines()[0][:200]})") from e
+
+
+def _cpus(count, note):
+  import jax
+  print(note, file=sys.stderr)
+  if count > len(jax.devices()):
+    raise InputError(f"{count} chips, but this process has {len(jax.devices())} CPU devices: set "
+                     f"JAX_NUM_CPU_DEVICES={count}")
+  return jax.devices()[:count]
 
 
 @contextlib.contextmanager

@@ -77,19 +77,25 @@ def linear(config, train, width, name, use_bias=True):
 
 
 def attention_kernel(q):
-  """What jax.nn.dot_product_attention is to run on: "cudnn" on NVIDIA's GPUs if it takes q [B, T, H, d], else "xla".
+  """What jax.nn.dot_product_attention is to run on: "cudnn" on one GPU of NVIDIA's, if it takes q [B, T, H, d].
 
-  cuDNN's never writes the scores to memory (docs/benchmarks.md has what that saves). Its rule for vmap fails on a mask
-  that all heads share (jax 0.11, https://github.com/jax-ml/jax/pull/34920): not where several runs train at once.
+  cuDNN's never writes the scores to memory (docs/benchmarks.md has what that saves). Elsewhere "xla": on several GPUs
+  cuDNN's is untested, and its rule for vmap, under which runs train at once, fails on a mask that all heads share (jax
+  0.11, https://github.com/jax-ml/jax/pull/34920).
   """
-  if jax.default_backend() != "gpu" or q.dtype.itemsize != 2 or q.shape[1] % 2 or q.shape[3] % 8 or q.shape[3] > 128:
+  takes = q.dtype.itemsize == 2 and q.shape[1] % 2 == q.shape[3] % 8 == 0 and q.shape[3] <= 128
+  if not takes or jax.default_backend() != "gpu" or jax.device_count() > 1 or _under_vmap_of_runs():
     return "xla"
+  capability = getattr(jax.devices()[0], "compute_capability", "")        # from Ampere on; on AMD it is no number
+  return "cudnn" if re.fullmatch(r"([89]|\d\d)\.\d", capability) else "xla"
+
+
+def _under_vmap_of_runs():
   try:
     jax.lax.axis_size(sharding.RUNS)
   except NameError:
-    capability = getattr(jax.devices()[0], "compute_capability", "")     # from Ampere on; on AMD it is no number
-    return "cudnn" if re.fullmatch(r"([89]|\d\d)\.\d", capability) else "xla"
-  return "xla"
+    return False
+  return True
 
 
 def attention(q, k, v, mask, dropout_rate):
