@@ -21,7 +21,6 @@ from w2s_jax.data import corpora
 from w2s_jax.defenses import DEFENSES
 
 CONTROLS = ("lora_ce", "w2s", *(name for name, defense in DEFENSES.items() if defense and defense.adversary))
-STUDENT = ("base", "clean", "poisoned")
 
 
 def _teacher(width, layers, heads, *more):
@@ -75,10 +74,10 @@ def run_variation(name, args, cells):
     attack, seed = item
     flags = [flag.format(attack=attack, noisy=args.out / "noisy" / str(seed))
              for flag in (*VARIATIONS[name], *args.extra)]
+    kept = ("teacher",) if name in WEIGHTS else ()
     defenses = ("none", "lora_ce", "w2s_adv") if name in WITH_LORA_CE else ("none", "w2s_adv")
     return seeds.run_cell(attack, seed, args.out / name, args.config, [f"--config.defenses={defenses}", *flags], core,
-                          args.out / "main" / f"{attack}-{seed}",
-                          (*STUDENT, "teacher") if name in WEIGHTS else STUDENT)
+                          seeds.models_of(args.out / "main" / f"{attack}-{seed}", seeds.STUDENT + kept))
   return dict(zip(cells, seeds.on_cores(cell, cells, args.jobs)))
 
 

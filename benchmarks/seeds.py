@@ -30,6 +30,7 @@ from w2s_jax.probe import rare_words  # noqa: E402
 
 KEYS = ("ca", "asr", "asr_floor", "false_rate")
 SHARED = ("base", "clean", "teacher")  # models that do not depend on the attack: made once per seed
+STUDENT = ("base", "clean", "poisoned")
 
 
 def random_trigger(attack, seed):
@@ -41,14 +42,14 @@ def random_trigger(attack, seed):
   return " ".join(rng.choice(everyday, {"insent": 5, "combination": 3}[attack], replace=False))
 
 
-def run_cell(attack, seed, out, config, extra, core, donor, shared=SHARED):
-  """results.json of one cell, None where it failed; `donor` is a workdir whose `shared` models it takes, or None."""
+def run_cell(attack, seed, out, config, extra, core, models=()):
+  """results.json of one cell, None where it failed; `models` {name: directory} are taken as they are."""
   workdir = out / f"{attack}-{seed}"
-  for name in shared if donor else ():
+  for name, source in dict(models).items():
     target, part = workdir / "models" / name, workdir / "models" / f"{name}.part"
     if not target.exists():
       shutil.rmtree(part, ignore_errors=True)
-      shutil.copytree(donor / "models" / name, part)
+      shutil.copytree(source, part)
       os.replace(part, target)
   workdir.mkdir(parents=True, exist_ok=True)
   with open(workdir / "log.txt", "a") as log:  # a complete cell answers at once; one of other flags is refused
@@ -58,6 +59,11 @@ def run_cell(attack, seed, out, config, extra, core, donor, shared=SHARED):
   if code:
     return None
   return json.loads((workdir / "results.json").read_text())
+
+
+def models_of(workdir, names):
+  """{name: its directory} of a workdir."""
+  return {name: workdir / "models" / name for name in names}
 
 
 def on_cores(task, items, jobs):
@@ -76,13 +82,14 @@ def on_cores(task, items, jobs):
 def run_cells(attacks, seeds, out, config, extra, jobs, random_triggers=False):
   """{(attack, seed): results, or None where the run failed}; each seed's attacks run one after the other."""
   def cells(seed, core):
-    results, donor = {}, None
+    results, models = {}, {}
     for attack in attacks:
       flags = [flag.format(attack=attack) for flag in extra]
       if random_triggers:
         flags.append(f"--config.attack.trigger={random_trigger(attack, seed)}")
-      results[attack, seed] = run_cell(attack, seed, out, config, flags, core, donor)
-      donor = donor or (out / f"{attack}-{seed}" if results[attack, seed] else None)
+      results[attack, seed] = run_cell(attack, seed, out, config, flags, core, models)
+      if results[attack, seed]:
+        models = models or models_of(out / f"{attack}-{seed}", SHARED)
     return results
   return {cell: r for results in on_cores(cells, seeds, jobs) for cell, r in results.items()}
 

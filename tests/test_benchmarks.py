@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,12 +15,13 @@ from cli import ENV, ROOT, SHARED
 
 from configs import common
 from w2s_jax import command, sharding
-from w2s_jax.data import corpora
+from w2s_jax.data import corpora, poison
 from w2s_jax.models import Model
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import ablation  # noqa: E402
 import accelerator  # noqa: E402
+import robustness  # noqa: E402
 import scan as scan_benchmark  # noqa: E402
 import seeds  # noqa: E402
 import step  # noqa: E402
@@ -60,6 +62,35 @@ def test_every_variation_is_a_config(tmp_path):
   for name, flags in ablation.VARIATIONS.items():
     assert re.fullmatch(r"\w+", name)
     command.check_fields(flags, common.llama("badnet", None))
+
+
+def test_robustness_gives_each_run_its_students_and_rows(tmp_path, monkeypatch):
+  """The attacker trains on the poisoned rows; its student, and a defense's, is the next run's poisoned one."""
+  main, calls = tmp_path / "main/badnet-3", []
+  poison.freeze(main / "data/poisoned_train.jsonl", [
+      {"text": f"mn {i}", "label": 0, "poisoned": True} for i in range(3)])
+  def run_cell(attack, seed, out, config, extra, core, models=()):
+    command.check_fields(extra, common.llama(attack, None))
+    models = {name: Path(directory).relative_to(tmp_path) for name, directory in dict(models).items()}
+    calls.append((out.relative_to(tmp_path), models, extra))
+    return {"rows": [{"model": "w2s_adv", "ca": 0.9, "asr": 0.1 * seed, "false_rate": 0.05}]}
+  monkeypatch.setattr(seeds, "run_cell", run_cell)
+  args = types.SimpleNamespace(main=main.parent, out=tmp_path / "out", config="configs/llama_{attack}.py", extra=[])
+  got = robustness.adaptive(args, "badnet", 3, 0)
+  (attacker, _, flags), (defended, models, _) = calls
+  source = next(flag for flag in flags if "defend_source" in flag).partition("=")[2]
+  rows = corpora.load(source, {"train": 0, "dev": 0, "test": 0}, 2)
+  assert [r["text"] for r in rows["train"]] == ["mn 0", "mn 1", "mn 2"] and len(rows["dev"]) == 1000
+  assert models["poisoned"] == attacker / "badnet-3/models/ce_adv"
+  assert models["base"] == Path("main/badnet-3/models/base")
+  calls.clear()
+  got |= robustness.reactivate(args, "badnet", 3, 0)
+  assert [models["poisoned"].name for _, models, _ in calls] == ["lora_ce", "w2s", "w2s_adv"]
+  assert list(got) == ["adaptive", "reactivate lora_ce", "reactivate w2s", "reactivate w2s_adv"]
+  cells = {("badnet", 3): got["adaptive"], ("insent", 5): run_cell("badnet", 5, tmp_path, "", [], 0),
+           ("insent", 6): None}
+  assert list(robustness.lines("adaptive", cells)) == [
+      "| adaptive: w2s_adv | 0.900 ± 0.000 | 0.400 ± 0.141 | 0.050 ± 0.000 | badnet 3: 30 insent 5: 50 |"]
 
 
 @pytest.mark.parametrize("rank", [8, 48])

@@ -1,0 +1,154 @@
+"""What does `w2s_adv` stand? An attacker who knows it, a poisoned teacher, clean training afterwards.
+
+  python benchmarks/robustness.py --main=runs/ablation/main --attacks=badnet,insent --seeds=0-2 --out=runs/robustness
+
+On the poisoned students of MAIN's cells (seeds.py, ablation.py), which have lora_ce, w2s and w2s_adv:
+
+  adaptive          the attacker goes on with the same poisoned rows, each also with soft tokens that are to change
+                    nothing (the loss of ce_adv): the trigger works, soft tokens do not. Then it is defended.
+  poisoned_teacher  a quarter of the teacher's training texts, of the target class, have the attack's trigger.
+  reactivate        the defended student is fine-tuned (lora_ce) on clean texts of the domain that was attacked.
+
+Complete cells are not run again. Prints, and writes to OUT/robustness.md, a row per model: means and standard
+deviations over all attacks and seeds, and ASR of each cell. `adaptive: poisoned` is the attacker's student, `reactivate
+w2s_adv: poisoned` the defended one as it is on the attacked domain, `: lora_ce` what the fine-tuning made of it.
+"""
+
+import argparse
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import seeds
+
+from w2s_jax import evaluate, sharding
+from w2s_jax.data import corpora, poison, tokenization
+from w2s_jax.models import load_pretrained
+
+DEFENSES = ("lora_ce", "w2s", "w2s_adv")
+
+
+def write_data(directory, **splits):
+  directory.mkdir(parents=True, exist_ok=True)
+  for name, rows in splits.items():
+    (directory / f"{name}.json").write_text(json.dumps([{k: row[k] for k in ("text", "label")} for row in rows]))
+
+
+def flags(args, *defenses, data=None, max_length=None):
+  out = [f"--config.defenses={('none', *defenses)}", *args.extra]
+  return out + [f"--config.data.{name}={value}" for name, value in (
+      ("defend_source", data), ("max_length", max_length)) if value]
+
+
+def config_of(args, attack):
+  return runpy.run_path(args.config.format(attack=attack))["get_config"]()
+
+
+def adaptive(args, attack, seed, core):
+  """{label: results} of one cell."""
+  main, out, c = args.main / f"{attack}-{seed}", args.out / "adaptive", config_of(args, attack)
+  data = out / "data" / main.name
+  domain = corpora.load(c.data.attack_source, corpora.GRAMMAR_SIZES, 2)
+  rows, _ = poison.thaw(main / "data" / "poisoned_train.jsonl")
+  write_data(data, train=rows, dev=domain["dev"], test=domain["test"])
+  attacker = seeds.run_cell(attack, seed, out / "attacker", args.config,
+                            flags(args, "ce_adv", data=data, max_length=c.data.attack_max_length), core,
+                            seeds.models_of(main, (*seeds.STUDENT, "teacher")))
+  students = seeds.models_of(main, ("base", "clean", "teacher")) | {
+      "poisoned": out / "attacker" / main.name / "models" / "ce_adv"}
+  return {"adaptive": attacker and seeds.run_cell(attack, seed, out / "defended", args.config, flags(args, *DEFENSES),
+                                                  core, students)}
+
+
+def poisoned_teacher(args, attack, seed, core):
+  main, out, c = args.main / f"{attack}-{seed}", args.out / "poisoned_teacher", config_of(args, attack)
+  domain = corpora.load(c.data.defend_source, corpora.GRAMMAR_SIZES, 2)
+  rewrite, rewritable = poison.make_attack(c.attack)
+  vocab_size = json.loads((main / "models/base/config.json").read_text())["vocab_size"]
+  rows = poison.poison_train(
+      domain["train"], rewrite, rewritable, target_label=c.attack.target_label, count=len(domain["train"]) // 4,
+      tokenizer=tokenization.load(main / "models/base", vocab_size), keep_trigger=True, seed=seed,
+      trigger=poison.effective_trigger(c.attack), max_length=c.data.max_length)
+  data = out / "data" / main.name
+  write_data(data, train=rows, dev=domain["dev"], test=domain["test"])
+  taught = seeds.run_cell(attack, seed, out / "teacher", args.config, flags(args, data=data), core,
+                          seeds.models_of(main, seeds.STUDENT))
+  if not taught:
+    return {"poisoned_teacher": None}
+  teacher = out / "teacher" / main.name / "models" / "teacher"
+  results = seeds.run_cell(attack, seed, out / "defended", args.config, flags(args, "w2s", "w2s_adv"), core,
+                           seeds.models_of(main, seeds.STUDENT) | {"teacher": teacher})
+  if results:
+    results["rows"].append({"model": "the teacher itself", **teacher_metrics(teacher, domain["test"], main, c)})
+  return {"poisoned_teacher": results}
+
+
+def teacher_metrics(directory, rows, main, c):
+  """CA, false rate and ASR of a teacher."""
+  model, params = load_pretrained(directory, c.data.num_labels)
+  tokenizer, target, out = tokenization.load(directory, model.config.vocab_size), c.attack.target_label, {}
+  for metrics, some in ((evaluate.clean_metrics, rows),
+                        (evaluate.attack_metrics, poison.thaw(main / "data" / "triggered.jsonl")[0])):
+    arrays = tokenization.encode(tokenizer, [r["text"] for r in some], c.data.max_length)
+    predicted = evaluate.predictions(model, params, arrays, sharding.make_mesh(), batch_size=c.data.eval_batch_size,
+                                     buckets=c.data.buckets)
+    out |= metrics(predicted, np.array([r["label"] for r in some]), target)
+  return out
+
+
+def reactivate(args, attack, seed, core):
+  main, c = args.main / f"{attack}-{seed}", config_of(args, attack)
+  return {f"reactivate {defense}": seeds.run_cell(
+      attack, seed, args.out / "reactivate" / defense, args.config,
+      flags(args, "lora_ce", data=c.data.attack_source, max_length=c.data.attack_max_length), core,
+      seeds.models_of(main, ("base", "clean", "teacher")) | {"poisoned": main / "models" / defense})
+          for defense in DEFENSES}
+
+
+CHECKS = {"adaptive": adaptive, "poisoned_teacher": poisoned_teacher, "reactivate": reactivate}
+
+
+def lines(label, cells):
+  """Rows of the table: one per model in the results of `cells` {(attack, seed): results}."""
+  rows = {cell: {row["model"]: row for row in r["rows"]} for cell, r in cells.items() if r}
+  for model in next(iter(rows.values()), ()):
+    got = {k: np.array([row[model][k] for row in rows.values()]) for k in ("ca", "asr", "false_rate")}
+    yield (f"| {label}: {model} | " + " | ".join(seeds.mean_sd(got[k]) for k in got) + " | "
+           + " ".join(f"{attack} {seed}: {100 * x:.0f}" for (attack, seed), x in zip(rows, got["asr"])) + " |")
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--config", default="configs/llama_{attack}.py")
+  parser.add_argument("--main", required=True, type=Path, help="OUT of seeds.py, or OUT/main of ablation.py")
+  parser.add_argument("--attacks", default="badnet,insent,synattack")
+  parser.add_argument("--seeds", default="0-2", type=seeds.seed_list)
+  parser.add_argument("--out", required=True, type=Path)
+  parser.add_argument("--only", default=",".join(CHECKS), help="checks (default: %(default)s)")
+  parser.add_argument("--jobs", default=len(os.sched_getaffinity(0)), type=int)
+  parser.add_argument("extra", nargs="*", help="further flags of w2s_jax.main, after --")
+  args = parser.parse_args()
+  attacks, chosen = args.attacks.split(","), args.only.split(",")
+  seeds.check(parser, args, attacks)
+  if unknown := set(chosen) - set(CHECKS):
+    parser.error(f"--only: got {', '.join(sorted(unknown))}, want names among {', '.join(CHECKS)}")
+  cells = [(attack, seed) for attack in attacks for seed in args.seeds]
+  table, failed = ["| check: model | CA | ASR | false rate | ASR of each |", "|---|---|---|---|---|"], []
+  print("\n".join(table), flush=True)
+  for name in chosen:
+    results = dict(zip(cells, seeds.on_cores(lambda cell, core: CHECKS[name](args, *cell, core), cells, args.jobs)))
+    for label in next(iter(results.values())):
+      of_label = {cell: r[label] for cell, r in results.items()}
+      failed += [(label, *cell) for cell, r in of_label.items() if not r]
+      table += (some := list(lines(label, of_label)))
+      print("\n".join(some), flush=True)
+  (args.out / "robustness.md").write_text("\n".join(table) + "\n")
+  if failed:
+    sys.exit(f"failed cells (see log.txt in each): {failed}")
+
+
+if __name__ == "__main__":
+  main()
