@@ -143,7 +143,7 @@ def test_the_accelerator_benchmark_on_what_there_is():
                             "--remats=none,full", "--steps=2", "--dtype=float32", f"--pytorch-python={sys.executable}")
   assert [(line.get("who"), line["remat"]) for line in lines] == [
       ("pytorch", "none"), ("pytorch", "full"), (None, "none"), (None, "full")]
-  assert all(line["tokens_per_s"] * line["step_s"] == pytest.approx(32, rel=0.5) for line in lines)
+  assert all(line["tokens_per_s"] * line["step_s"] > 31.99 for line in lines)  # of two steps a mean each: at least 32
   ours, theirs = (max(some, key=lambda line: line["tokens_per_s"]) for some in (lines[2:], lines[:2]))
   assert last["best"] == ours and last["ratio_pytorch"] == ours["tokens_per_s"] / theirs["tokens_per_s"]
 
