@@ -8,12 +8,6 @@ warmed up on the text of all.) Complete cells are not run again. Prints, and wri
 variation: means over all attacks and seeds, and ASR of each cell.
 """
 
-import argparse
-import json
-import os
-import sys
-from pathlib import Path
-
 import numpy as np
 import seeds
 
@@ -60,12 +54,11 @@ WITH_LORA_CE = {"adapters_q_v", *DATA}          # where the row to compare with 
 
 def write_noisy(directory, seed, share=0.1):
   """train.json, dev.json and test.json of the phrases; so many train and dev labels are the other class's."""
-  directory.mkdir(parents=True, exist_ok=True)
-  rng = np.random.default_rng([seed, 9])
+  rng, splits = np.random.default_rng([seed, 9]), {}
   for name, examples in corpora.load("grammar:phrases", corpora.GRAMMAR_SIZES, 2).items():
     wrong = rng.random(len(examples)) < (0 if name == "test" else share)
-    (directory / f"{name}.json").write_text(json.dumps(
-        [{"text": r["text"], "label": int(r["label"] ^ w)} for r, w in zip(examples, wrong)]))
+    splits[name] = [r | {"label": int(r["label"] ^ w)} for r, w in zip(examples, wrong)]
+  seeds.write_data(directory, **splits)
 
 
 def run_variation(name, args, cells):
@@ -101,19 +94,8 @@ def line(name, model, results, main, attacks):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--config", default="configs/llama_{attack}.py")
-  parser.add_argument("--attacks", default="badnet,insent,synattack")
-  parser.add_argument("--seeds", default="0-2", type=seeds.seed_list)
-  parser.add_argument("--out", required=True, type=Path)
-  parser.add_argument("--only", default=",".join(VARIATIONS), help="variations (default: %(default)s)")
-  parser.add_argument("--jobs", default=len(os.sched_getaffinity(0)), type=int)
-  parser.add_argument("extra", nargs="*", help="further flags of w2s_jax.main, after --")
-  args = parser.parse_args()
-  attacks, chosen = args.attacks.split(","), [name for name in args.only.split(",") if name]
-  seeds.check(parser, args, attacks)
-  if unknown := set(chosen) - set(VARIATIONS):
-    parser.error(f"--only: got {', '.join(sorted(unknown))}, want names among {', '.join(VARIATIONS)}")
+  args = seeds.parse(seeds.make_parser(__doc__, "0-2", VARIATIONS), VARIATIONS)
+  attacks = args.attacks
   defended = seeds.run_cells(attacks, args.seeds, args.out / "main", args.config,
                              [f"--config.defenses={('none', *CONTROLS)}", *args.extra], args.jobs)
   lines = [f"| variation | CA | CA - lora_ce | ASR | {' | '.join(attacks)} | false rate | teacher's CA | ASR of each |",
@@ -122,18 +104,17 @@ def main():
   print("\n".join(lines), flush=True)
   cells = [cell for cell, r in defended.items() if r]
   failed = [("main", *cell) for cell, r in defended.items() if not r]
-  if "wrong_labels_tenth" in chosen:
+  if "wrong_labels_tenth" in args.only:
     for seed in args.seeds:
       write_noisy(args.out / "noisy" / str(seed), seed)
-  for name in chosen:
+  for name in args.only:
     results = run_variation(name, args, cells)
     failed += [(name, *cell) for cell, r in results.items() if not r]
     for model in ("lora_ce", "w2s_adv") if name in WITH_LORA_CE else ("w2s_adv",):
       lines.append(line(f"{name}: {model}", model, results, defended, attacks))
       print(lines[-1], flush=True)
   (args.out / "ablation.md").write_text("\n".join(lines) + "\n")
-  if failed:
-    sys.exit(f"failed cells (see log.txt in each): {failed}")
+  seeds.end(failed)
 
 
 if __name__ == "__main__":

@@ -140,8 +140,7 @@ def main():
     flops = model_flops(model.config, args.rank, sum(lengths, [])) / sum(map(sum, lengths))
     peak = plan.CHIPS[CHIPS[kind]].flops if kind in CHIPS else None
     line |= {"model_flops_per_token": flops, "mfu": peak and flops * line["tokens_per_s"] / peak / jax.device_count(),
-             "compiler_bytes": (memory.argument_size_in_bytes + memory.temp_size_in_bytes
-                                + memory.output_size_in_bytes - memory.alias_size_in_bytes),
+             "compiler_bytes": plan.bytes_of(memory)["total"],
              "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")}
     print(json.dumps(line), flush=True)
     lines.append(line)

@@ -48,7 +48,7 @@ def main():
     print(json.dumps({"size": args.size, "layers": layers, "quantize": args.quantize, "topology": args.topology,
                       "lower_s": round(middle - start, 2), "compile_s": round(time.perf_counter() - middle, 2),
                       **{key: getattr(memory, key) for key in BYTES},
-                      "total_bytes": sum(getattr(memory, key) for key in BYTES[:3]) - memory.alias_size_in_bytes}),
+                      "total_bytes": plan.bytes_of(memory)["total"]}),
           flush=True)
 
 

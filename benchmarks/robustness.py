@@ -14,11 +14,8 @@ deviations over all attacks and seeds, and ASR of each cell. `adaptive: poisoned
 w2s_adv: poisoned` the defended one as it is on the attacked domain, `: lora_ce` what the fine-tuning made of it.
 """
 
-import argparse
 import json
-import os
 import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +26,6 @@ from w2s_jax.data import corpora, poison, tokenization
 from w2s_jax.models import load_pretrained
 
 DEFENSES = ("lora_ce", "w2s", "w2s_adv")
-
-
-def write_data(directory, **splits):
-  directory.mkdir(parents=True, exist_ok=True)
-  for name, rows in splits.items():
-    (directory / f"{name}.json").write_text(json.dumps([{k: row[k] for k in ("text", "label")} for row in rows]))
 
 
 def flags(args, *defenses, data=None, max_length=None):
@@ -53,7 +44,7 @@ def adaptive(args, attack, seed, core):
   data = out / "data" / main.name
   domain = corpora.load(c.data.attack_source, corpora.GRAMMAR_SIZES, 2)
   rows, _ = poison.thaw(main / "data" / "poisoned_train.jsonl")
-  write_data(data, train=rows, dev=domain["dev"], test=domain["test"])
+  seeds.write_data(data, train=rows, dev=domain["dev"], test=domain["test"])
   attacker = seeds.run_cell(attack, seed, out / "attacker", args.config,
                             flags(args, "ce_adv", data=data, max_length=c.data.attack_max_length), core,
                             seeds.models_of(main, (*seeds.STUDENT, "teacher")))
@@ -73,7 +64,7 @@ def poisoned_teacher(args, attack, seed, core):
       tokenizer=tokenization.load(main / "models/base", vocab_size), keep_trigger=True, seed=seed,
       trigger=poison.effective_trigger(c.attack), max_length=c.data.max_length)
   data = out / "data" / main.name
-  write_data(data, train=rows, dev=domain["dev"], test=domain["test"])
+  seeds.write_data(data, train=rows, dev=domain["dev"], test=domain["test"])
   taught = seeds.run_cell(attack, seed, out / "teacher", args.config, flags(args, data=data), core,
                           seeds.models_of(main, seeds.STUDENT))
   if not taught:
@@ -121,24 +112,13 @@ def lines(label, cells):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--config", default="configs/llama_{attack}.py")
+  parser = seeds.make_parser(__doc__, "0-2", CHECKS)
   parser.add_argument("--main", required=True, type=Path, help="OUT of seeds.py, or OUT/main of ablation.py")
-  parser.add_argument("--attacks", default="badnet,insent,synattack")
-  parser.add_argument("--seeds", default="0-2", type=seeds.seed_list)
-  parser.add_argument("--out", required=True, type=Path)
-  parser.add_argument("--only", default=",".join(CHECKS), help="checks (default: %(default)s)")
-  parser.add_argument("--jobs", default=len(os.sched_getaffinity(0)), type=int)
-  parser.add_argument("extra", nargs="*", help="further flags of w2s_jax.main, after --")
-  args = parser.parse_args()
-  attacks, chosen = args.attacks.split(","), args.only.split(",")
-  seeds.check(parser, args, attacks)
-  if unknown := set(chosen) - set(CHECKS):
-    parser.error(f"--only: got {', '.join(sorted(unknown))}, want names among {', '.join(CHECKS)}")
-  cells = [(attack, seed) for attack in attacks for seed in args.seeds]
+  args = seeds.parse(parser, CHECKS)
+  cells = [(attack, seed) for attack in args.attacks for seed in args.seeds]
   table, failed = ["| check: model | CA | ASR | false rate | ASR of each |", "|---|---|---|---|---|"], []
   print("\n".join(table), flush=True)
-  for name in chosen:
+  for name in args.only:
     results = dict(zip(cells, seeds.on_cores(lambda cell, core: CHECKS[name](args, *cell, core), cells, args.jobs)))
     for label in next(iter(results.values())):
       of_label = {cell: r[label] for cell, r in results.items()}
@@ -146,8 +126,7 @@ def main():
       table += (some := list(lines(label, of_label)))
       print("\n".join(some), flush=True)
   (args.out / "robustness.md").write_text("\n".join(table) + "\n")
-  if failed:
-    sys.exit(f"failed cells (see log.txt in each): {failed}")
+  seeds.end(failed)
 
 
 if __name__ == "__main__":

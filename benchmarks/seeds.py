@@ -66,6 +66,13 @@ def models_of(workdir, names):
   return {name: workdir / "models" / name for name in names}
 
 
+def write_data(directory, **splits):
+  """SPLIT.json of each split's rows, text and label alone: a data set for --config.data.*."""
+  directory.mkdir(parents=True, exist_ok=True)
+  for name, rows in splits.items():
+    (directory / f"{name}.json").write_text(json.dumps([{k: row[k] for k in ("text", "label")} for row in rows]))
+
+
 def on_cores(task, items, jobs):
   """task(item, core) of each item, in their order; as many at a time as there are jobs, each with a core of its own."""
   free = sorted(os.sched_getaffinity(0))[:jobs]
@@ -129,33 +136,52 @@ def seed_list(text):
   return list(range(int(low), int(high or low) + 1))
 
 
-def check(parser, args, attacks):
-  """What --help cannot say of the arguments."""
-  if args.jobs < 1 or (len(attacks) > 1 and "{attack}" not in " ".join([args.config, *args.extra])):
+def make_parser(doc, seeds, names=()):
+  """The arguments of every benchmark of defenses; with `names` also --only, some of them."""
+  parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--config", default="configs/llama_{attack}.py")
+  parser.add_argument("--attacks", default="badnet,insent,synattack")
+  parser.add_argument("--seeds", default=seeds, type=seed_list)
+  parser.add_argument("--out", required=True, type=Path)
+  parser.add_argument("--jobs", default=len(os.sched_getaffinity(0)), type=int)
+  parser.add_argument("extra", nargs="*", help="further flags of w2s_jax.main, after --")
+  if names:
+    parser.add_argument("--only", default=",".join(names), help="some of them (default: %(default)s)")
+  return parser
+
+
+def parse(parser, names=()):
+  """The arguments, --attacks and --only as lists; what --help cannot say of them is checked."""
+  args = parser.parse_args()
+  args.attacks = args.attacks.split(",")
+  if args.jobs < 1 or (len(args.attacks) > 1 and "{attack}" not in " ".join([args.config, *args.extra])):
     parser.error(f"--jobs {args.jobs}, --config {args.config}: want at least one job, and {{attack}} in the "
                  "config's name or a further flag where there is more than one attack")
+  if names:
+    args.only = [name for name in args.only.split(",") if name]
+    if unknown := set(args.only) - set(names):
+      parser.error(f"--only: got {', '.join(sorted(unknown))}, want names among {', '.join(names)}")
+  return args
+
+
+def end(failed):
+  """Exit code 1 where cells failed."""
+  if failed:
+    sys.exit(f"failed cells (see log.txt in each): {failed}")
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--config", default="configs/llama_{attack}.py")
-  parser.add_argument("--attacks", default="badnet,insent,synattack")
-  parser.add_argument("--seeds", default="0-9", type=seed_list)
-  parser.add_argument("--out", required=True, type=Path)
-  parser.add_argument("--jobs", default=len(os.sched_getaffinity(0)), type=int)
+  parser = make_parser(__doc__, "0-9")
   parser.add_argument("--random-triggers", action="store_true", help="each seed and attack has drawn trigger words")
-  parser.add_argument("extra", nargs="*", help="further flags of w2s_jax.main, after --")
-  args = parser.parse_args()
-  attacks = args.attacks.split(",")
-  check(parser, args, attacks)
+  args = parse(parser)
+  attacks = args.attacks
   results = run_cells(attacks, args.seeds, args.out, args.config, args.extra, args.jobs, args.random_triggers)
   failed = [cell for cell, r in results.items() if r is None]
   text = "\n\n".join(f"### {a}\n\n{table(results, a)}" for a in attacks if any(results[a, s] for s in args.seeds))
   (args.out / "table.md").write_text(text + "\n")
   (args.out / "rows.json").write_text(json.dumps([row for r in results.values() if r for row in r["rows"]]))
   print(text)
-  if failed:
-    sys.exit(f"failed cells (see log.txt in each): {failed}")
+  end(failed)
 
 
 if __name__ == "__main__":

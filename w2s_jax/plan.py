@@ -142,10 +142,7 @@ def plan_step(name, config, mesh, B, T, topology, tpu):
     unknown = dict.fromkeys(("arguments", "temporaries", "output", "total"))
     return out | {"fits": False, "per_chip": unknown | {"hbm": chip.hbm}, "flops": None, "collectives": {},
                   "step_seconds_estimate": None, "error": str(e).splitlines()[0]}
-  memory = compiled.memory_analysis()
-  per_chip = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
-              "output": memory.output_size_in_bytes - memory.alias_size_in_bytes}
-  per_chip |= {"total": sum(per_chip.values()), "hbm": chip.hbm}
+  per_chip = bytes_of(compiled.memory_analysis()) | {"hbm": chip.hbm}
   found = hlo.collectives(compiled.as_text())
   flops, nbytes = _work(name, config, mesh, B, T, model)
   moved = sum(one["bytes"] for one in hlo.totals(found).values())
@@ -155,6 +152,13 @@ def plan_step(name, config, mesh, B, T, topology, tpu):
       "fits": per_chip["total"] <= usable(name_of_chip), "per_chip": per_chip, "flops": flops, "bytes": nbytes,
       "collectives": hlo.totals(found), "collectives_outside_loops": hlo.totals([c for c in found if not c[3]]),
       "seconds": seconds, "step_seconds_estimate": max(seconds.values())}
+
+
+def bytes_of(memory):
+  """What a program holds on each device, of its memory_analysis(); donated arguments are not counted as output."""
+  out = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
+         "output": memory.output_size_in_bytes - memory.alias_size_in_bytes}
+  return out | {"total": sum(out.values())}
 
 
 def _work(name, config, mesh, B, T, model):

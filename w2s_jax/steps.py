@@ -81,6 +81,11 @@ def language_model_loss(model):
   return loss
 
 
+def _of_runs(step):
+  """`step` of several runs at once over one frozen base."""
+  return jax.vmap(step, in_axes=(0, None, 0, 0), axis_name=sharding.RUNS)
+
+
 def make_train_step(loss, tx, state_places, frozen_places, mesh, runs=1):
   """The jitted step; the state is donated.
 
@@ -104,7 +109,7 @@ def make_train_step(loss, tx, state_places, frozen_places, mesh, runs=1):
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
   everywhere, batch_places = sharding.replicated(mesh), sharding.batch_sharding(mesh)
   if runs > 1:
-    step = jax.vmap(step, in_axes=(0, None, 0, 0), axis_name=sharding.RUNS)
+    step = _of_runs(step)
     state_places, batch_places = sharding.stacked((state_places, batch_places))
   return jax.jit(step, in_shardings=(state_places, frozen_places, batch_places, everywhere),
                  out_shardings=(state_places, everywhere), donate_argnums=0)
@@ -142,4 +147,4 @@ def make_term_norms(loss, weights, mesh, runs=1):
       return weights[name] * loss(params, frozen, batch, key)[1][name]
     with sharding.on(mesh):
       return {f"grad_norm/{name}": optax.tree_utils.tree_norm(jax.grad(term)(state.params, name)) for name in weights}
-  return jax.jit(norms if runs == 1 else jax.vmap(norms, in_axes=(0, None, 0, 0), axis_name=sharding.RUNS))
+  return jax.jit(norms if runs == 1 else _of_runs(norms))
