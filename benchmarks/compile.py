@@ -37,7 +37,8 @@ def main():
   if args.topology:
     devices, tpu = plan.devices_of(args.topology)
     if not tpu:
-      sys.exit("no TPU compiler here: pip install 'jax[tpu]'")
+      sys.exit(f"--topology={args.topology}: want a TPU's, with its compiler here (pip install 'jax[tpu]'); GPUs are "
+               "w2s_jax.plan's")
   mesh = sharding.make_mesh(data=1, fsdp=-1, devices=devices)
   for layers in args.layers:
     config = dataclasses.replace(step.student(args.size, dtype=args.dtype, remat=args.remat).config, num_layers=layers)
