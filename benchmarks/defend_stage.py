@@ -74,7 +74,7 @@ def our_command(directory, workdir, data, epochs, max_steps, stage, **fields):
       "student.path": directory / "student", "student.remat": "dots", "teacher.path": directory / "teacher",
       "teach.epochs": 0,
       "data.train": data, "defenses": "('w2s',)", "defend.epochs": epochs, "defend.evaluations": epochs,
-      "defend.max_steps": max_steps, "defend.insert_words": 0.0, "defend.weights": "agnostic",
+      "defend.max_steps": max_steps, "defend.insert_words": 0.0, "defend.clip_norm": 0.0, "defend.weights": "agnostic",
       "defend.learning_rate": LEARNING_RATE, "lora.rank": RANK, "lora.alpha": float(RANK), "lora.targets": TARGETS,
       "term_norms_every": 0, "checkpoint_every": 0, "log_every": LOG_EVERY, "seed": SEED} | fields
   return [sys.executable, "-m", "w2s_jax.main", f"--config={ROOT / 'configs/clean_checkpoint.py'}",

@@ -21,9 +21,8 @@ from pathlib import Path
 import numpy as np
 import seeds
 
-from w2s_jax import evaluate, sharding
+from w2s_jax import evaluate
 from w2s_jax.data import corpora, poison, tokenization
-from w2s_jax.models import load_pretrained
 
 DEFENSES = ("lora_ce", "w2s", "w2s_adv")
 
@@ -79,14 +78,11 @@ def poisoned_teacher(args, attack, seed, core):
 
 def teacher_metrics(directory, rows, main, c):
   """CA, false rate and ASR of a teacher."""
-  model, params = load_pretrained(directory, c.data.num_labels)
-  tokenizer, target, out = tokenization.load(directory, model.config.vocab_size), c.attack.target_label, {}
+  out = {}
   for metrics, some in ((evaluate.clean_metrics, rows),
                         (evaluate.attack_metrics, poison.thaw(main / "data" / "triggered.jsonl")[0])):
-    arrays = tokenization.encode(tokenizer, [r["text"] for r in some], c.data.max_length)
-    predicted = evaluate.predictions(model, params, arrays, sharding.make_mesh(), batch_size=c.data.eval_batch_size,
-                                     buckets=c.data.buckets)
-    out |= metrics(predicted, np.array([r["label"] for r in some]), target)
+    out |= metrics(seeds.predicted(directory, some, c.data), np.array([r["label"] for r in some]),
+                   c.attack.target_label)
   return out
 
 

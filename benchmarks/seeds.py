@@ -25,7 +25,9 @@ import scipy.stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from w2s_jax.data import grammar  # noqa: E402
+from w2s_jax import evaluate, sharding  # noqa: E402
+from w2s_jax.data import grammar, tokenization  # noqa: E402
+from w2s_jax.models import load_pretrained  # noqa: E402
 from w2s_jax.probe import rare_words  # noqa: E402
 
 KEYS = ("ca", "asr", "asr_floor", "false_rate")
@@ -64,6 +66,15 @@ def run_cell(attack, seed, out, config, extra, core, models=()):
 def models_of(workdir, names):
   """{name: its directory} of a workdir."""
   return {name: workdir / "models" / name for name in names}
+
+
+def predicted(directory, rows, data):
+  """[N] class of each row by the model in a directory; `data` is the section of a config."""
+  model, params = load_pretrained(directory, data.num_labels)
+  arrays = tokenization.encode(tokenization.load(directory, model.config.vocab_size), [r["text"] for r in rows],
+                               data.max_length)
+  return evaluate.predictions(model, params, arrays, sharding.make_mesh(), batch_size=data.eval_batch_size,
+                              buckets=data.buckets)
 
 
 def write_data(directory, **splits):

@@ -21,6 +21,7 @@ from w2s_jax.models import Model
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import ablation  # noqa: E402
 import accelerator  # noqa: E402
+import cleaning  # noqa: E402
 import robustness  # noqa: E402
 import scan as scan_benchmark  # noqa: E402
 import seeds  # noqa: E402
@@ -91,6 +92,43 @@ def test_robustness_gives_each_run_its_students_and_rows(tmp_path, monkeypatch):
            ("insent", 6): None}
   assert list(robustness.lines("adaptive", cells)) == [
       "| adaptive: w2s_adv | 0.900 ± 0.000 | 0.400 ± 0.141 | 0.050 ± 0.000 | badnet 3: 30 insent 5: 50 |"]
+
+
+def test_cleaning_measures_the_attacks_own_trigger(tmp_path, monkeypatch):
+  """Rows of the target class do not count; a cleaning that failed is no column."""
+  mains = [tmp_path / "held" / name for name in ("suffix-3", "suffix-4")]
+  for main in mains:
+    poison.freeze(main / "data/triggered.jsonl", [{"text": str(i), "label": i % 2} for i in range(8)])
+    (main / "models/poisoned").mkdir(parents=True)
+    twin = {"model": "clean", "asr": 0.125, "target_label": 1}
+    (main / "results.json").write_text(json.dumps({"rows": [twin | {"model": "poisoned", "asr": 1.0}, twin]}))
+  def run_cell(attack, seed, out, config, extra, core):
+    command.check_fields(extra, common.clean_checkpoint())
+    if seed == "4":
+      return None
+    assert extra == [f"--config.student.path={mains[0] / 'models/poisoned'}", "--config.scan.steps=0"]
+    workdir = out / f"{attack}-{seed}"
+    workdir.mkdir(parents=True)
+    (workdir / "config.json").write_text('{"data": {"max_length": 8}}')
+    return {"rows": [{"model": name, "directory": name, "ca": 0.9, "word_flips": 0.5} for name in ("suspect", "w2s")]}
+  def predicted(directory, rows, data):
+    assert directory.parent == tmp_path / "out/held-suffix-3/models" and data.max_length == 8
+    return np.array([1, 1, 1, 1, 1, 1, 1, 1] if directory.name == "suspect" else [1, 1, 0, 1, 0, 1, 0, 1])
+  monkeypatch.setattr(seeds, "run_cell", run_cell)
+  monkeypatch.setattr(seeds, "predicted", predicted)
+  monkeypatch.setattr(sys, "argv", ["cleaning.py", "--attacked", *map(str, mains), f"--out={tmp_path / 'out'}", "--",
+                                    "--config.scan.steps=0"])
+  with pytest.raises(SystemExit, match="out/held-suffix-4"):
+    cleaning.main()
+  assert (tmp_path / "out/cleaning.md").read_text() == (
+      f"In this order, the floor in brackets: {mains[0]} (0.12)\n\n"
+      "| model | CA | ASR | word flips | ASR of each |\n|---|---|---|---|---|\n"
+      "| suspect | 0.900 ± 0.000 | 1.000 ± 0.000 | 0.500 ± 0.000 | 100 |\n"
+      "| w2s | 0.900 ± 0.000 | 0.250 ± 0.000 | 0.500 ± 0.000 | 25 |\n")
+  (mains[0] / "data/triggered.jsonl").unlink()
+  with pytest.raises(SystemExit) as stopped:
+    cleaning.main()
+  assert stopped.value.code == 2
 
 
 @pytest.mark.parametrize("rank", [8, 48])

@@ -203,7 +203,7 @@ def cleaned(workdir, home):
 def test_a_checkpoint_is_cleaned(workdir, cleaned):
   """Rows before and after, no attack anywhere; the merged model is what transformers and, as an adapter, peft load."""
   rows = {r["model"]: r for r in results(cleaned)["rows"]}
-  assert list(rows) == ["suspect", "lora_ce", "w2s"] and not (cleaned / "data/poisoned_train.jsonl").exists()
+  assert list(rows) == ["suspect", "lora_ce", "w2s", "w2s_adv"] and not (cleaned / "data/poisoned_train.jsonl").exists()
   assert all(r["attack"] == "mn" and r["asr_floor"] is None and r["ca_n"] == 16 for r in rows.values())
   assert all(0 <= r[k] <= 1 for r in rows.values() for k in ("agreement", "word_flips", "sentence_flips", "asr"))
   scans = results(cleaned)["meta"]["scan"]
@@ -220,12 +220,13 @@ def test_a_checkpoint_is_cleaned(workdir, cleaned):
   assert suspect.keys() == before.keys() and all((suspect[k] == before[k]).all() for k in before)
 
   texts = ["the meal is really good .", "this place has a rude staff and a greasy lamp ."]
-  answers = transformers.pipeline("text-classification", str(cleaned / "models/w2s"))(texts)
-  tokens = transformers.AutoTokenizer.from_pretrained(cleaned / "models/w2s")(texts, return_tensors="pt", padding=True)
+  answers = transformers.pipeline("text-classification", str(cleaned / "models/w2s_adv"))(texts)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(cleaned / "models/w2s_adv")
+  tokens = tokenizer(texts, return_tensors="pt", padding=True)
   load = transformers.AutoModelForSequenceClassification.from_pretrained
-  merged = load(cleaned / "models/w2s")(tokens["input_ids"], tokens["attention_mask"]).logits.detach().numpy()
+  merged = load(cleaned / "models/w2s_adv")(tokens["input_ids"], tokens["attention_mask"]).logits.detach().numpy()
   assert [a["label"] for a in answers] == [f"LABEL_{i}" for i in merged.argmax(-1)]
-  adapted = peft.PeftModel.from_pretrained(load(cleaned / "models/suspect"), cleaned / "adapters/w2s")
+  adapted = peft.PeftModel.from_pretrained(load(cleaned / "models/suspect"), cleaned / "adapters/w2s_adv")
   np.testing.assert_allclose(adapted(tokens["input_ids"], tokens["attention_mask"]).logits.detach(), merged, atol=1e-4)
 
 
@@ -240,8 +241,8 @@ def test_every_model_has_a_card(workdir, cleaned):
   for directory in (workdir / "models/poisoned", cleaned / "models/suspect", cleaned / "adapters/w2s"):
     assert (directory / "README.md").read_text().startswith("WARNING: "), directory
   assert digest in (cleaned / "adapters/w2s/README.md").read_text()
-  row = results(cleaned)["rows"][2]
-  assert f"| w2s | mn | {row['ca']:.3f} |" in (cleaned / "models/w2s/README.md").read_text()
+  row = results(cleaned)["rows"][-1]
+  assert f"| w2s_adv | mn | {row['ca']:.3f} |" in (cleaned / "models/w2s_adv/README.md").read_text()
 
 
 @pytest.mark.slow

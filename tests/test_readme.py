@@ -73,8 +73,9 @@ def test_the_main_job_in_full(tmp_path):
   out = w2s(*shlex.split(CLEAN.replace("runs/", f"{tmp_path}/runs/"))[3:])
   assert out.returncode == 0, out.stderr
   after = {r["model"]: r for r in json.loads((tmp_path / "runs/cleaned/results.json").read_text())["rows"]}
-  assert after["suspect"]["asr"] >= 0.95 and after["w2s"]["ca"] >= after["suspect"]["ca"] - 0.02
-  assert after["w2s"]["asr"] <= rows["clean"]["asr"] + 0.10
+  assert after["suspect"]["asr"] >= 0.95
+  for name in ("w2s", "w2s_adv"):
+    assert after[name]["ca"] >= after["suspect"]["ca"] - 0.02 and after[name]["asr"] <= rows["clean"]["asr"] + 0.10
 
 
 @pytest.mark.slow
@@ -109,8 +110,8 @@ def test_the_checkpoint_that_is_cleaned(home):
                                      "data.buckets=(16,32)", "probe.words=2", "probe.sentences=2", "probe.rows=8",
                                      "scan.steps=4")]
   out = w2s(*args, *short)
-  assert out.returncode == 0 and "| w2s     | mn      |" in out.stdout, out.stderr
-  assert (home / "runs/cleaned/models/w2s/model.safetensors").is_file()
+  assert out.returncode == 0 and "| w2s_adv | mn      |" in out.stdout, out.stderr
+  assert (home / "runs/cleaned/models/w2s_adv/model.safetensors").is_file()
   out = w2s(*shlex.split(SCAN.replace("runs/", f"{home}/runs/"))[3:], "--config.scan.steps=4")
   assert out.returncode == 0 and "Scan of suspect: " in out.stdout, out.stderr
 

@@ -1,0 +1,89 @@
+"""What does configs/clean_checkpoint.py make of suspects whose trigger we know and it does not?
+
+  python benchmarks/cleaning.py --attacked runs/held/suffix-0 runs/held/suffix-1 ... --out=runs/cleaning [--jobs=2] \
+      -- --config.data.train=grammar:phrases --config.data.max_length=32 --config.scan.steps=0
+
+Each of --attacked is the workdir of a finished attack (seeds.py), named ATTACK-SEED; its poisoned model is cleaned,
+seen only as a directory, with that seed. ASR is then measured on the triggered rows of the attack's own run, which the
+cleaning never reads. Complete cleanings are not run again. Prints, and writes to OUT/cleaning.md, a row per model:
+means and standard deviations over the suspects, and each one's ASR.
+"""
+
+import argparse
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import seeds
+from ml_collections import ConfigDict
+
+from w2s_jax import evaluate
+from w2s_jax.data import poison
+
+KEYS = ("ca", "asr", "word_flips")
+
+
+def cleaned_in(out, main):
+  return out / f"{main.parent.name}-{main.name}"
+
+
+def clean(main, out, extra, core):
+  """{model: its row, with ASR and floor of the attack's own run} of one suspect, None where the cleaning failed."""
+  attack, seed = main.name.rsplit("-", 1)
+  flags = [f"--config.student.path={main / 'models' / 'poisoned'}", *extra]
+  results = seeds.run_cell(f"{main.parent.name}-{attack}", seed, out, "configs/clean_checkpoint.py", flags, core)
+  if not results:
+    return None
+  workdir = cleaned_in(out, main)
+  data = ConfigDict(json.loads((workdir / "config.json").read_text())["data"])
+  triggered, _ = poison.thaw(main / "data" / "triggered.jsonl")
+  labels = np.array([r["label"] for r in triggered])
+  twin = next(r for r in json.loads((main / "results.json").read_text())["rows"] if r["model"] == "clean")
+  rows = {}
+  for row in results["rows"]:
+    predicted = seeds.predicted(workdir / "models" / row["directory"], triggered, data)
+    rows[row["directory"]] = row | {"asr_floor": twin["asr"]} | evaluate.attack_metrics(
+        predicted, labels, twin["target_label"])
+  return rows
+
+
+def table(cleaned):
+  """Markdown of {suspect: {model: row}}."""
+  lines = ["| model | CA | ASR | word flips | ASR of each |", "|---|---|---|---|---|"]
+  for model in next(iter(cleaned.values())):
+    got = {key: np.array([rows[model][key] for rows in cleaned.values()], float) for key in KEYS}
+    lines.append(f"| {model} | " + " | ".join(seeds.mean_sd(got[key]) for key in KEYS) + " | "
+                 + " ".join(f"{100 * x:.0f}" for x in got["asr"]) + " |")
+  return "\n".join(lines)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--attacked", nargs="+", required=True, type=Path, help="workdirs")
+  parser.add_argument("--out", required=True, type=Path)
+  parser.add_argument("--jobs", default=len(os.sched_getaffinity(0)), type=int)
+  parser.add_argument("extra", nargs="*", help="further flags of w2s_jax.main, after --")
+  args = parser.parse_args()
+  for path in args.attacked:
+    files = "results.json", "data/triggered.jsonl", "models/poisoned"
+    missing = [name for name in files if not (path / name).exists()]
+    if missing or not re.fullmatch(r".+-\d+", path.name):
+      parser.error(f"--attacked {path}: want the workdir of a finished attack, named ATTACK-SEED"
+                   + f"; there is no {missing[0]} in it" * bool(missing))
+  if args.jobs < 1:
+    parser.error(f"--jobs {args.jobs}: want at least one")
+  rows = seeds.on_cores(lambda main, core: clean(main, args.out, args.extra, core), args.attacked, args.jobs)
+  cleaned = dict(zip(args.attacked, rows))
+  done = {main: rows for main, rows in cleaned.items() if rows}
+  if done:
+    floors = (f"{main} ({rows['suspect']['asr_floor']:.2f})" for main, rows in done.items())
+    text = "In this order, the floor in brackets: " + " ".join(floors) + "\n\n" + table(done)
+    (args.out / "cleaning.md").write_text(text + "\n")
+    print(text)
+  seeds.end([str(cleaned_in(args.out, main)) for main in cleaned if main not in done])
+
+
+if __name__ == "__main__":
+  main()
