@@ -9,9 +9,7 @@ cleaning never reads. Complete cleanings are not run again. Prints, and writes t
 means and standard deviations over the suspects, and each one's ASR.
 """
 
-import argparse
 import json
-import os
 import re
 from pathlib import Path
 
@@ -39,13 +37,11 @@ def clean(main, out, extra, core):
   workdir = cleaned_in(out, main)
   data = ConfigDict(json.loads((workdir / "config.json").read_text())["data"])
   triggered, _ = poison.thaw(main / "data" / "triggered.jsonl")
-  labels = np.array([r["label"] for r in triggered])
   twin = next(r for r in json.loads((main / "results.json").read_text())["rows"] if r["model"] == "clean")
   rows = {}
   for row in results["rows"]:
-    predicted = seeds.predicted(workdir / "models" / row["directory"], triggered, data)
-    rows[row["directory"]] = row | {"asr_floor": twin["asr"]} | evaluate.attack_metrics(
-        predicted, labels, twin["target_label"])
+    rows[row["directory"]] = row | {"asr_floor": twin["asr"]} | seeds.measured(
+        evaluate.attack_metrics, workdir / "models" / row["directory"], triggered, data, twin["target_label"])
   return rows
 
 
@@ -60,11 +56,8 @@ def table(cleaned):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = seeds.runs_parser(__doc__)
   parser.add_argument("--attacked", nargs="+", required=True, type=Path, help="workdirs")
-  parser.add_argument("--out", required=True, type=Path)
-  parser.add_argument("--jobs", default=len(os.sched_getaffinity(0)), type=int)
-  parser.add_argument("extra", nargs="*", help="further flags of w2s_jax.main, after --")
   args = parser.parse_args()
   for path in args.attacked:
     files = "results.json", "data/triggered.jsonl", "models/poisoned"

@@ -81,8 +81,7 @@ def teacher_metrics(directory, rows, main, c):
   out = {}
   for metrics, some in ((evaluate.clean_metrics, rows),
                         (evaluate.attack_metrics, poison.thaw(main / "data" / "triggered.jsonl")[0])):
-    out |= metrics(seeds.predicted(directory, some, c.data), np.array([r["label"] for r in some]),
-                   c.attack.target_label)
+    out |= seeds.measured(metrics, directory, some, c.data, c.attack.target_label)
   return out
 
 

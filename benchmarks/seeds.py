@@ -77,6 +77,11 @@ def predicted(directory, rows, data):
                               buckets=data.buckets)
 
 
+def measured(metrics, directory, rows, data, target):
+  """clean_metrics or attack_metrics (evaluate.py) of the model in a directory on the rows."""
+  return metrics(predicted(directory, rows, data), np.array([r["label"] for r in rows]), target)
+
+
 def write_data(directory, **splits):
   """SPLIT.json of each split's rows, text and label alone: a data set for --config.data.*."""
   directory.mkdir(parents=True, exist_ok=True)
@@ -147,15 +152,21 @@ def seed_list(text):
   return list(range(int(low), int(high or low) + 1))
 
 
-def make_parser(doc, seeds, names=()):
-  """The arguments of every benchmark of defenses; with `names` also --only, some of them."""
+def runs_parser(doc):
+  """The arguments of every benchmark of defenses."""
   parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--config", default="configs/llama_{attack}.py")
-  parser.add_argument("--attacks", default="badnet,insent,synattack")
-  parser.add_argument("--seeds", default=seeds, type=seed_list)
   parser.add_argument("--out", required=True, type=Path)
   parser.add_argument("--jobs", default=len(os.sched_getaffinity(0)), type=int)
   parser.add_argument("extra", nargs="*", help="further flags of w2s_jax.main, after --")
+  return parser
+
+
+def make_parser(doc, seeds, names=()):
+  """Those of every one over seeds and attacks; with `names` also --only, some of them."""
+  parser = runs_parser(doc)
+  parser.add_argument("--config", default="configs/llama_{attack}.py")
+  parser.add_argument("--attacks", default="badnet,insent,synattack")
+  parser.add_argument("--seeds", default=seeds, type=seed_list)
   if names:
     parser.add_argument("--only", default=",".join(names), help="some of them (default: %(default)s)")
   return parser
