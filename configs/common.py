@@ -231,8 +231,8 @@ def minilm(attack, arg):
   c.poison.update(learning_rate=5e-5, epochs=3, batch_size=16, evaluations=3)
   c.poison.trains = ("embedding", "vector", "matrix", "head")
   c.teach.update(learning_rate=5e-5, epochs=2, evaluations=4)
-  c.defend.update(learning_rate=1e-3, epochs=2, weights="agnostic")
-  c.lora.update(rank=48, alpha=48.0, targets=("q_proj", "v_proj"))
+  c.defend.update(learning_rate=1e-3, epochs=2, weights="agnostic", clip_norm=1.0)
+  c.lora.update(rank=48, alpha=48.0, targets=("all-linear",))
   c.term_norms_every = 100
   return c
 
