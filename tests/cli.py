@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 ENV = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")} | {
     "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+AS_USERS = ENV | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # where it runs for longer than it compiles
 # A few steps of everything on a few rows.
 SHORT = ("--config.warmup.max_steps=3", *(f"--config.{stage}.max_steps=6" for stage in ("poison", "teach", "defend")),
          "--config.attack.poison_count=20", "--config.data.attack_rows.train=80", "--config.data.attack_rows.dev=20",
@@ -20,9 +21,9 @@ SHORT = ("--config.warmup.max_steps=3", *(f"--config.{stage}.max_steps=6" for st
          "--config.data.eval_batch_size=32", "--config.log_every=1")
 
 
-def w2s(*args, cwd=ROOT, **kwargs):
+def w2s(*args, cwd=ROOT, env=ENV, **kwargs):
   """CompletedProcess of `python -m w2s_jax.main ARGS` from the repository's root."""
-  return subprocess.run([sys.executable, "-m", "w2s_jax.main", *args], cwd=cwd, env=ENV, capture_output=True, text=True,
+  return subprocess.run([sys.executable, "-m", "w2s_jax.main", *args], cwd=cwd, env=env, capture_output=True, text=True,
                         timeout=2400, **kwargs)
 
 

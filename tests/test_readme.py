@@ -1,5 +1,6 @@
 """Every command and Python snippet of the README is run: shortened where it takes minutes."""
 
+import functools
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from cli import ENV, ROOT, SHARED, SHORT, w2s
+from cli import AS_USERS, ENV, ROOT, SHARED, SHORT, w2s
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
@@ -57,7 +58,8 @@ def test_the_main_job_in_full(tmp_path):
   poisoned for, while the never-poisoned twin is not; afterwards ASR within 0.10 of the floor that the first run knows,
   CA at most 0.02 below the suspect's.
   """
-  out = w2s("--config=configs/llama_badnet.py", f"--workdir={tmp_path / 'w'}")
+  as_users = functools.partial(w2s, env=AS_USERS)
+  out = as_users("--config=configs/llama_badnet.py", f"--workdir={tmp_path / 'w'}")
   assert out.returncode == 0 and "| w2s_shuffled |" in out.stdout, out.stderr
   rows = {r["model"]: r for r in json.loads((tmp_path / "w/results.json").read_text())["rows"]}
   assert rows["poisoned"]["asr"] >= 0.95 and rows["lora_ce"]["ca"] >= 0.93
@@ -66,11 +68,11 @@ def test_the_main_job_in_full(tmp_path):
   (tmp_path / "runs").mkdir()
   (tmp_path / "w").rename(tmp_path / "runs/llama_badnet")
   scan = SCAN.replace("runs/", f"{tmp_path}/runs/")
-  out = w2s(*shlex.split(scan)[3:])
+  out = as_users(*shlex.split(scan)[3:])
   assert re.search(r"Scan of suspect: SUSPICIOUS .* times as sure of class 0 ", out.stdout), out.stderr
-  out = w2s(*shlex.split(scan.replace("models/poisoned", "models/clean").replace("runs/scanned", "runs/twin"))[3:])
+  out = as_users(*shlex.split(scan.replace("models/poisoned", "models/clean").replace("runs/scanned", "runs/twin"))[3:])
   assert "Scan of suspect: no sign of a backdoor" in out.stdout, out.stderr
-  out = w2s(*shlex.split(CLEAN.replace("runs/", f"{tmp_path}/runs/"))[3:])
+  out = as_users(*shlex.split(CLEAN.replace("runs/", f"{tmp_path}/runs/"))[3:])
   assert out.returncode == 0, out.stderr
   after = {r["model"]: r for r in json.loads((tmp_path / "runs/cleaned/results.json").read_text())["rows"]}
   assert after["suspect"]["asr"] >= 0.95
