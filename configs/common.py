@@ -232,7 +232,7 @@ def minilm(attack, arg):
   c.poison.trains = ("embedding", "vector", "matrix", "head")
   c.teach.update(learning_rate=5e-5, epochs=2, evaluations=4)
   c.defend.update(learning_rate=1e-3, epochs=2, weights="agnostic", clip_norm=1.0)
-  c.lora.update(rank=48, alpha=48.0, targets=("all-linear",))
+  c.lora.update(rank=48, alpha=48.0, targets=("all-linear",))   # with the clipping our choice, on seed 100
   c.term_norms_every = 100
   return c
 

@@ -12,7 +12,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"                # before huggingface_hub is imported: nothing here may use a network
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")   # LLVM's: most tests compile for longer than they run
+if os.environ["JAX_PLATFORMS"] == "cpu":          # without LLVM's dear passes: most tests compile longer than they run
+  os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax  # noqa: E402

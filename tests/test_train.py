@@ -296,6 +296,15 @@ def test_a_checkpoint_of_another_config_with_other_shapes_is_refused_alike(rig, 
             tx=optim.make_optimizer(trained, 1e-2, STEPS))
 
 
+def test_a_checkpoint_of_another_version_is_refused(rig, tmp_path):
+  """Of the same config, but with an optimizer state of other leaves."""
+  with pytest.raises(KeyboardInterrupt):
+    rig.fit(tmp_path, stop_before=6, accuracies=ACCURACIES)
+  with pytest.raises(InputError, match=r"checkpoints/w2s/4 does not fit \(.*another version.*--workdir"):
+    rig.fit(tmp_path, accuracies=ACCURACIES,
+            tx=optim.make_optimizer(rig.trainable, 1e-2, STEPS, clip_norm=1.0))
+
+
 @pytest.mark.parametrize("broken", ["loss", "grad_norm"])
 def test_a_step_that_is_not_finite_stops_the_stage_and_says_where(broken, rig, tmp_path):
   """No line and no checkpoint of that step remains, though it was no step to be logged."""

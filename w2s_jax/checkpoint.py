@@ -43,12 +43,16 @@ def restore(manager, step, state, config_hash):
   """The state saved at `step`, placed like `state`.
 
   Raises:
-    InputError: the checkpoint was made by another config.
+    InputError: the checkpoint was made by another config, or its leaves are not this state's.
   """
   made_by = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta["config_hash"]
   if made_by != config_hash:
     raise InputError(f"checkpoint {manager.directory} was made by config {made_by}, this run is {config_hash}: give "
                      "another --workdir")
   wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, state._asdict())
-  saved = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))
+  try:
+    saved = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))
+  except ValueError as e:
+    raise InputError(f"checkpoint {manager.directory}/{step} does not fit ({str(e).splitlines()[0].rstrip(':')}), another version "
+                     "of the program may have made it: move it away, or give another --workdir") from e
   return type(state)(**saved.state)

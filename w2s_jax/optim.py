@@ -14,7 +14,7 @@ def linear_schedule(learning_rate, steps, warmup_steps=0):
        optax.linear_schedule(learning_rate, 0.0, max(steps - warmup_steps, 1))], [warmup_steps])
 
 
-@optax.inject_hyperparams          # numbers of the state, not of the program: those of two models make the same one
+@optax.inject_hyperparams          # floats go to the state, not into the program: no compilation for each student's own
 def ascent(step_size, max_norm):
   """Uphill: each row [..., D] moves by `step_size` along its gradient, if it has one; its norm stays in `max_norm`."""
   def update(grads, state, params):
