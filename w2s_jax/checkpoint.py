@@ -53,6 +53,7 @@ def restore(manager, step, state, config_hash):
   try:
     saved = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))
   except ValueError as e:
-    raise InputError(f"checkpoint {manager.directory}/{step} does not fit ({str(e).splitlines()[0].rstrip(':')}), another version "
-                     "of the program may have made it: move it away, or give another --workdir") from e
+    what = str(e).splitlines()[0].rstrip(":")
+    raise InputError(f"checkpoint {manager.directory}/{step} does not fit ({what}), another version of the program may "
+                     "have made it: move it away, or give another --workdir") from e
   return type(state)(**saved.state)
