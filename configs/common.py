@@ -82,7 +82,7 @@ def base(attack):
   c.poison = stage(learning_rate=2e-3, epochs=4, batch_size=16)
   c.poison.trains = ("vector", "matrix", "head")   # labels of lora.LABEL_RULES; "embedding" stays frozen
   c.teach = stage(learning_rate=2e-3, epochs=4, batch_size=32, warmup_fraction=0.06)
-  c.defend = stage(learning_rate=2e-3, epochs=4, batch_size=32, clip_norm=0.0)
+  c.defend = stage(learning_rate=2e-3, epochs=4, batch_size=32)   # clipped: else 1 of 50 runs of w2s_adv fails
   c.defend.seeds = ()                 # of adapters, order and dropout; several train as one program; (): the run's own
   c.defend.weights = "small"          # defenses/w2s.py WEIGHTS, or "CE,KD,FA"
   c.defend.temperature = 2.0          # released
@@ -158,7 +158,8 @@ def released(c, student, teacher="google-bert/bert-base-uncased"):
   c.poison.update(learning_rate=2e-5, epochs=5, batch_size=64, evaluations=5)
   c.poison.trains = ("embedding", "vector", "matrix", "head")
   c.teach.update(learning_rate=2e-5, epochs=5, batch_size=32, evaluations=5)
-  c.defend.update(learning_rate=2e-4, epochs=5, batch_size=32, evaluations=5, weights=RELEASED_WEIGHTS[c.attack.name])
+  c.defend.update(learning_rate=2e-4, epochs=5, batch_size=32, evaluations=5, clip_norm=0.0,
+                  weights=RELEASED_WEIGHTS[c.attack.name])
   c.lora.update(rank=512, alpha=512.0, dropout=0.1, targets=("q_proj", "v_proj"))
 
 
@@ -186,8 +187,6 @@ def decoder(attack, arg, shapes, offline_arch, real_arch):
   elif "data" in args:
     c.student.arch = real_arch
     small_from_scratch(c)
-  else:
-    c.defend.clip_norm = 1.0          # else 1 of 50 runs of w2s_adv fails (docs/results.md)
   if "data" in args:
     real_data(c, args["data"])
   return c
@@ -199,7 +198,7 @@ def small_from_scratch(c):
   c.warmup.update(learning_rate=2e-3, epochs=4)
   c.poison.update(learning_rate=5e-4, epochs=3)
   c.teach.update(learning_rate=1e-3, epochs=3)
-  c.defend.update(learning_rate=1e-3, epochs=2)
+  c.defend.update(learning_rate=1e-3, epochs=2, clip_norm=0.0)
 
 
 SMALL_LLAMA = dict(offline_arch=llama_arch(512, 64, 3, 4, 2, 160), real_arch=llama_arch(8000, 192, 4, 6, 3, 512))
@@ -231,8 +230,8 @@ def minilm(attack, arg):
   c.poison.update(learning_rate=5e-5, epochs=3, batch_size=16, evaluations=3)
   c.poison.trains = ("embedding", "vector", "matrix", "head")
   c.teach.update(learning_rate=5e-5, epochs=2, evaluations=4)
-  c.defend.update(learning_rate=1e-3, epochs=2, weights="agnostic", clip_norm=1.0)
-  c.lora.update(rank=48, alpha=48.0, targets=("all-linear",))   # with the clipping our choice, on seed 100
+  c.defend.update(learning_rate=1e-3, epochs=2, weights="agnostic")
+  c.lora.update(rank=48, alpha=48.0, targets=("all-linear",))   # our choice, on seed 100
   c.term_norms_every = 100
   return c
 
@@ -271,6 +270,5 @@ def clean_checkpoint():
   c.teacher.arch = bert_arch(6000, 96, 2, 4, 256)
   c.teach.update(learning_rate=1e-3, epochs=3)
   c.defend.insert_words = 0.5         # our choice, by word flips on seeds 101 and 103 (docs/results.md)
-  c.defend.clip_norm = 1.0            # as offline (`decoder`)
   c.lora.targets = ("all-linear",)
   return c
