@@ -70,7 +70,7 @@ def run_variation(name, args, cells):
     kept = ("teacher",) if name in WEIGHTS else ()
     defenses = ("none", "lora_ce", "w2s_adv") if name in WITH_LORA_CE else ("none", "w2s_adv")
     return seeds.run_cell(attack, seed, args.out / name, args.config, [f"--config.defenses={defenses}", *flags], core,
-                          seeds.models_of(args.out / "main" / f"{attack}-{seed}", seeds.STUDENT + kept))
+                          seeds.models_of(seeds.workdir_of(args.out / "main", attack, seed), seeds.STUDENT + kept))
   return dict(zip(cells, seeds.on_cores(cell, cells, args.jobs)))
 
 

@@ -23,18 +23,19 @@ from w2s_jax.data import poison
 KEYS = ("ca", "asr", "word_flips")
 
 
-def cleaned_in(out, main):
-  return out / f"{main.parent.name}-{main.name}"
+def cell_of(main):
+  """(attack, seed) of the cell in which a suspect is cleaned."""
+  attack, seed = main.name.rsplit("-", 1)
+  return f"{main.parent.name}-{attack}", seed
 
 
 def clean(main, out, extra, core):
   """{model: its row, with ASR and floor of the attack's own run} of one suspect, None where the cleaning failed."""
-  attack, seed = main.name.rsplit("-", 1)
   flags = [f"--config.student.path={main / 'models' / 'poisoned'}", *extra]
-  results = seeds.run_cell(f"{main.parent.name}-{attack}", seed, out, "configs/clean_checkpoint.py", flags, core)
+  results = seeds.run_cell(*cell_of(main), out, "configs/clean_checkpoint.py", flags, core)
   if not results:
     return None
-  workdir = cleaned_in(out, main)
+  workdir = seeds.workdir_of(out, *cell_of(main))
   data = ConfigDict(json.loads((workdir / "config.json").read_text())["data"])
   triggered, _ = poison.thaw(main / "data" / "triggered.jsonl")
   twin = next(r for r in json.loads((main / "results.json").read_text())["rows"] if r["model"] == "clean")
@@ -65,8 +66,6 @@ def main():
     if missing or not re.fullmatch(r".+-\d+", path.name):
       parser.error(f"--attacked {path}: want the workdir of a finished attack, named ATTACK-SEED"
                    + f"; there is no {missing[0]} in it" * bool(missing))
-  if args.jobs < 1:
-    parser.error(f"--jobs {args.jobs}: want at least one")
   rows = seeds.on_cores(lambda main, core: clean(main, args.out, args.extra, core), args.attacked, args.jobs)
   cleaned = dict(zip(args.attacked, rows))
   done = {main: rows for main, rows in cleaned.items() if rows}
@@ -75,7 +74,7 @@ def main():
     text = "In this order, the floor in brackets: " + " ".join(floors) + "\n\n" + table(done)
     (args.out / "cleaning.md").write_text(text + "\n")
     print(text)
-  seeds.end([str(cleaned_in(args.out, main)) for main in cleaned if main not in done])
+  seeds.end([str(seeds.workdir_of(args.out, *cell_of(main))) for main in cleaned if main not in done])
 
 
 if __name__ == "__main__":

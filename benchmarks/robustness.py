@@ -39,7 +39,7 @@ def config_of(args, attack):
 
 def adaptive(args, attack, seed, core):
   """{label: results} of one cell."""
-  main, out, c = args.main / f"{attack}-{seed}", args.out / "adaptive", config_of(args, attack)
+  main, out, c = seeds.workdir_of(args.main, attack, seed), args.out / "adaptive", config_of(args, attack)
   data = out / "data" / main.name
   domain = corpora.load(c.data.attack_source, corpora.GRAMMAR_SIZES, 2)
   rows, _ = poison.thaw(main / "data" / "poisoned_train.jsonl")
@@ -54,7 +54,7 @@ def adaptive(args, attack, seed, core):
 
 
 def poisoned_teacher(args, attack, seed, core):
-  main, out, c = args.main / f"{attack}-{seed}", args.out / "poisoned_teacher", config_of(args, attack)
+  main, out, c = seeds.workdir_of(args.main, attack, seed), args.out / "poisoned_teacher", config_of(args, attack)
   domain = corpora.load(c.data.defend_source, corpora.GRAMMAR_SIZES, 2)
   rewrite, rewritable = poison.make_attack(c.attack)
   vocab_size = json.loads((main / "models/base/config.json").read_text())["vocab_size"]
@@ -86,7 +86,7 @@ def teacher_metrics(directory, rows, main, c):
 
 
 def reactivate(args, attack, seed, core):
-  main, c = args.main / f"{attack}-{seed}", config_of(args, attack)
+  main, c = seeds.workdir_of(args.main, attack, seed), config_of(args, attack)
   return {f"reactivate {defense}": seeds.run_cell(
       attack, seed, args.out / "reactivate" / defense, args.config,
       flags(args, "lora_ce", data=c.data.attack_source, max_length=c.data.attack_max_length), core,

@@ -44,9 +44,13 @@ def random_trigger(attack, seed):
   return " ".join(rng.choice(everyday, {"insent": 5, "combination": 3}[attack], replace=False))
 
 
+def workdir_of(out, attack, seed):
+  return out / f"{attack}-{seed}"
+
+
 def run_cell(attack, seed, out, config, extra, core, models=()):
   """results.json of one cell, None where it failed; `models` {name: directory} are taken as they are."""
-  workdir = out / f"{attack}-{seed}"
+  workdir = workdir_of(out, attack, seed)
   for name, source in dict(models).items():
     target, part = workdir / "models" / name, workdir / "models" / f"{name}.part"
     if not target.exists():
@@ -112,7 +116,7 @@ def run_cells(attacks, seeds, out, config, extra, jobs, random_triggers=False):
         flags.append(f"--config.attack.trigger={random_trigger(attack, seed)}")
       results[attack, seed] = run_cell(attack, seed, out, config, flags, core, models)
       if results[attack, seed]:
-        models = models or models_of(out / f"{attack}-{seed}", SHARED)
+        models = models or models_of(workdir_of(out, attack, seed), SHARED)
     return results
   return {cell: r for results in on_cores(cells, seeds, jobs) for cell, r in results.items()}
 
@@ -152,11 +156,17 @@ def seed_list(text):
   return list(range(int(low), int(high or low) + 1))
 
 
+def count(text):
+  if int(text) < 1:
+    raise argparse.ArgumentTypeError(f"got {text}, want at least one")
+  return int(text)
+
+
 def runs_parser(doc):
   """The arguments of every benchmark of defenses."""
   parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--out", required=True, type=Path)
-  parser.add_argument("--jobs", default=len(os.sched_getaffinity(0)), type=int)
+  parser.add_argument("--jobs", default=len(os.sched_getaffinity(0)), type=count)
   parser.add_argument("extra", nargs="*", help="further flags of w2s_jax.main, after --")
   return parser
 
@@ -176,9 +186,9 @@ def parse(parser, names=()):
   """The arguments, --attacks and --only as lists; what --help cannot say of them is checked."""
   args = parser.parse_args()
   args.attacks = args.attacks.split(",")
-  if args.jobs < 1 or (len(args.attacks) > 1 and "{attack}" not in " ".join([args.config, *args.extra])):
-    parser.error(f"--jobs {args.jobs}, --config {args.config}: want at least one job, and {{attack}} in the "
-                 "config's name or a further flag where there is more than one attack")
+  if len(args.attacks) > 1 and "{attack}" not in " ".join([args.config, *args.extra]):
+    parser.error(f"--config {args.config}: want {{attack}} in the config's name or a further flag where there is more "
+                 "than one attack")
   if names:
     args.only = [name for name in args.only.split(",") if name]
     if unknown := set(args.only) - set(names):
