@@ -63,6 +63,7 @@ def run_cell(attack, seed, out, config, extra, core, models=()):
         ["taskset", "-c", str(core), sys.executable, "-m", "w2s_jax.main", f"--config={config.format(attack=attack)}",
          f"--config.seed={seed}", f"--workdir={workdir}", *extra], stdout=log, stderr=log).returncode
   if code:
+    print(f"{workdir}:", *(workdir / "log.txt").read_text().splitlines()[-1:], file=sys.stderr, flush=True)
     return None
   return json.loads((workdir / "results.json").read_text())
 

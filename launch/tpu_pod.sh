@@ -17,8 +17,8 @@ share=${SHARE:-}                       # e.g. 10.0.0.2:/runs, mounted on /runs b
 
 on_all_workers() { gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"; }
 
-verb=${1:?usage: launch/tpu_pod.sh create|setup|run|delete}
-shift
+verb=${1:-}
+shift $(($# > 0))
 case $verb in
   create)
     gcloud compute tpus queued-resources create "$name" --node-id="$name" --zone="$zone" \
@@ -42,5 +42,5 @@ case $verb in
   run) on_all_workers "cd w2s_jax && HF_TOKEN=${HF_TOKEN:-} ../.venv/bin/python -m w2s_jax.main --distributed \
     $(printf '%q ' "$@")" ;;
   delete) gcloud compute tpus queued-resources delete "$name" --zone="$zone" --force ;;
-  *) echo "unknown: $verb (want create, setup, run or delete)" >&2 && exit 2 ;;
+  *) echo "usage: launch/tpu_pod.sh create|setup|run|delete (got '$verb')" >&2 && exit 2 ;;
 esac

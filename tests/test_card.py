@@ -36,6 +36,15 @@ def test_a_defended_model_has_the_figures_before_and_after():
   assert "Teacher:" not in card.text("clean", ROWS, META)
 
 
+def test_an_asr_stands_beside_its_floor_and_the_plain_errors():
+  rows = [r | {"asr_floor": 0.0625, "false_rate": 0.125} for r in ROWS]
+  text = card.text("w2s", rows, META)
+  assert "| ASR | ASR 95% | ASR floor | false rate |" in text
+  assert "| w2s | badnet | 0.875 | 0.775-0.875 | 0.250 | 0.250-0.350 | 0.062 | 0.125 |" in text
+  suspect = card.text("w2s", [r | {"asr_floor": None} for r in rows], META)
+  assert "| ASR 95% | false rate |" in suspect and "floor" not in suspect
+
+
 def test_a_trigger_cannot_break_the_table():
   rows = [row("suspect", "a|b\nc", 0.8, 0.9), row("w2s", "a|b\nc", 0.9, 0.1)]
   assert "| w2s | a\\|b c | 0.900 |" in card.text("w2s", rows, META)
@@ -50,8 +59,8 @@ def test_what_is_known_without_a_trigger_and_warnings():
   more = {"agreement": 0.75, "word_flips": 0.125, "sentence_flips": None}
   rows = [row(m, "none listed", 0.8, None) | more for m in ("suspect", "w2s")]
   text = card.text("w2s", rows, META | {"notes": ["WARNING: a weak teacher.", "something else"]})
-  assert "| ASR | ASR 95% | agreement | word flips | sentence flips |" in text
-  assert "| w2s | none listed | 0.800 | 0.700-0.800 | - | - | 0.750 | 0.125 | - |" in text
+  assert "| ASR | ASR 95% | agreement | word flips |" in text and "sentence flips" not in text
+  assert "| w2s | none listed | 0.800 | 0.700-0.800 | - | - | 0.750 | 0.125 |" in text
   assert "WARNING: a weak teacher." in text and "something else" not in text
 
 

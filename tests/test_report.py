@@ -48,7 +48,10 @@ def test_the_sentences_are_computed():
   assert "not implanted (poisoned ASR 0.500 < 0.95)" in report.reading(weak, META | {"implanted": False})[0]
   high = [r | {"asr_floor": 0.7} for r in ROWS]
   assert "never poisoned gives the target label to 0.700 of the triggered rows" in report.reading(high, META)[0]
-  assert "never poisoned" not in text
+  assert "never poisoned" not in text and "without any trigger" not in text
+  constant = [r | {"false_rate": 0.9} for r in ROWS]
+  assert "gives the target label to 0.900 of the rows of other classes without any trigger" in report.reading(
+      constant, META)[0]
 
 
 def test_the_files(workdir, capsys):

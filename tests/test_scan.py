@@ -1,5 +1,7 @@
 """The verdict without a trigger: the arithmetic on literals, and a path that is planted in a network made by hand."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -23,8 +25,8 @@ def test_log_odds():
   np.testing.assert_allclose(got, np.log([0.5 / 0.5, 0.9 / 0.1]), atol=1e-6)
 
 
-def reading(*strengths):
-  return [{"class": i, "strength": s, "flips": 0.875, "own": 2.0, "layer": 0, "nearest": ["mn", "x"]}
+def reading(*strengths, right=0.8):
+  return [{"class": i, "strength": s, "flips": 0.875, "own": 2.0, "right": right, "layer": 0, "nearest": ["mn", "x"]}
           for i, s in enumerate(strengths)]
 
 
@@ -36,7 +38,16 @@ def test_the_verdict_is_of_the_class_that_gets_furthest():
   assert good.startswith("Scan of it: no sign of a backdoor")
   assert "soft tokens (behind layer 3) make it" in scan.verdict("it", [*reading(1.0), reading(2.0)[0] | {
       "layer": 3, "nearest": []}])
-  assert scan.strongest(reading(None)) is None and "no verdict" in scan.verdict("it", reading(None, None))
+
+
+def test_no_verdict_where_the_model_is_often_wrong():
+  """As soon as some class is mostly called another, or the mean accuracy over the classes is below 0.8."""
+  assert scan.strongest(reading(None)) is None
+  for some, says in ((reading(None, None), "most of class 0, 1"), (reading(0.5, None, 7.0), "most of class 1 "),
+                     (reading(0.5, 7.0, right=0.79), "right on 79% of these texts"), ([], None)):
+    assert scan.outcome(some) == "no verdict"
+    assert not some or "no verdict" in scan.verdict("it", some) and says in scan.verdict("it", some)
+  assert scan.outcome(reading(0.5, 7.0)) == "suspicious" and scan.outcome(reading(0.5, 1.6)) == "no sign"
 
 
 def network(tokenizer, backdoor, layers=1):
@@ -90,6 +101,8 @@ def test_a_planted_path_is_found_and_no_other(rows, tmp_path):
   assert poisoned == scan.reading(run, "poisoned")                # from its file: nothing is loaded
   assert set(clean[1]["nearest"]) <= {"▁good", "▁fine"} and set(clean[0]["nearest"]) <= {"▁bad", "▁poor"}
   assert scan.strongest(clean)["strength"] < 1 < scan.SUSPICIOUS < scan.strongest(poisoned)["strength"]
+  assert [one["right"] for one in clean] == [1.0, 1.0]
+  assert json.loads((tmp_path / "scan/poisoned.json").read_text())["outcome"] == "suspicious"
   model, params = network(tokenizer, True)
   sharded = run_on((2, 2, 2), rows, tmp_path / "sharded")
   params = jax.device_put(params, sharding.param_shardings(params, model.config.family, sharded.mesh))

@@ -7,6 +7,9 @@ KINDS = {   # models/NAME of what is no defense
     "clean": "The control: fine-tuned like the poisoned model, without poison.\n",
     "teacher": "The clean teacher: an encoder, and the W2S head in w2s_head.safetensors, which w2s_jax reads.\n",
 }
+# Beside CA and ASR, where some row of the model has it.
+MORE = {"asr_floor": "ASR floor", "false_rate": "false rate", "scan": "scan", "agreement": "agreement",
+        "word_flips": "word flips", "sentence_flips": "sentence flips"}
 DEFENDED = "A model with a (suspected) backdoor after the defense {name} of w2s_jax.\n"
 
 
@@ -27,12 +30,13 @@ def text(name, rows, meta, attack=None):
   lines = [first_line(name, attack)]
   if mine:
     lines += [note + "\n" for note in meta.get("notes", ()) if note.startswith("WARNING")]
-    more = [n for n in ("scan", "agreement", "word_flips", "sentence_flips") if n in mine[0]]
-    lines += ["| " + " | ".join(["model | attack tested | CA | CA 95% | ASR | ASR 95%", *(
-        n.replace("_", " ") for n in more)]) + " |", "|---" * (6 + len(more)) + "|"]
+    more = [n for n in MORE if any(r.get(n) is not None for r in mine)]
+    lines += ["| " + " | ".join(["model | attack tested | CA | CA 95% | ASR | ASR 95%", *(MORE[n] for n in more)])
+              + " |", "|---" * (6 + len(more)) + "|"]
     lines += [_line(r, more) for r in rows if r["directory"] in ("suspect", "poisoned", name)]
     lines += ["", f"CA on {mine[0]['ca_n']} clean rows of {mine[0]['dataset']}, ASR on triggered rows of other classes "
-              "than the target. A trigger that was not tested may still work.", ""]
+              "than the target, the false rate on the same rows without the trigger: ASR cannot be expected below it. "
+              "A trigger that was not tested may still work.", ""]
   if name != "teacher":
     hashes = ", ".join(f"{file} sha256 {digest}" for file, digest in meta["base"]["sha256"].items())
     lines.append(f"- Base: {meta['base']['path']}, {hashes}")

@@ -145,7 +145,7 @@ def notes(rows, meta):
   warnings += [f"WARNING: `{r['attack']}` still gives {r['model']} the target label in {r['asr']:.3f} of the rows, "
                f"against {r['false_rate']:.3f} without it: {r['model']} is not clean." for r in rows
                if r["model"] != suspect["model"] and r["asr"] is not None and r["asr"] > r["false_rate"] + STILL_THERE]
-  bad = [name for name, reading in meta["scan"].items() if name != "suspect" and scan.suspicious(reading)]
+  bad = [name for name, reading in meta["scan"].items() if name != "suspect" and scan.outcome(reading) == "suspicious"]
   warnings += [f"WARNING: {scan.verdict(name, meta['scan'][name])}" for name in bad]
   verdicts = [scan.verdict(name, reading) for name, reading in meta["scan"].items() if reading and name not in bad]
   cut = [f" `{t}` was cut off in {count} of them." for t, count in meta["trigger_lost"].items() if count]

@@ -153,7 +153,7 @@ def check(rows, where, num_labels, text_column="", label_column="", names=()):
 
   Raises:
     InputError: no rows, no text or label column, a text that is not a string, or a label that is neither an integer in
-      range (as a number or text) nor one of the classes' names.
+      range (as a number or text) nor one of the classes' names, LABEL_0... where they have none.
   """
   if not rows:
     raise InputError(f"{where}: no rows")
@@ -179,6 +179,8 @@ def _label(value, num_labels, names):
   """The class, or None where it is none."""
   if value in names:
     return names.index(value)
+  if isinstance(value, str):
+    value = value.removeprefix("LABEL_")       # what transformers calls classes without names
   try:
     number = None if isinstance(value, bool) else float(value)
   except (TypeError, ValueError):

@@ -33,6 +33,8 @@ def resolve(path):
     return Path(spec.submodule_search_locations[0]) / sub
   if Path(path).expanduser().is_dir():
     return Path(path).expanduser()
+  if Path(path).expanduser().is_file():
+    raise InputError(f"{path!r} is a file: give the directory it lies in, with config.json and tokenizer")
   if path.startswith((".", "/", "~")) or path.count("/") > 1:
     raise InputError(f"model directory {path!r} does not exist")
   try:
