@@ -5,14 +5,13 @@
 
 The patterns are of model directories (seeds.py leaves some); of one name and weights only one is taken. Each is scanned
 as `--config=configs/clean_checkpoint.py --stage=scan` does it; finished ones are not scanned again. Prints a line per
-model and one JSON object: detected at 5% false alarms and at the program's own threshold, area under the ROC curve.
+model and one JSON object: detected at 5% false alarms and at the program's own threshold, area under the ROC curve (a
+model without a verdict counts as strength 0).
 """
 
-import argparse
 import glob
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +20,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from seeds import on_cores  # noqa: E402
+from seeds import on_cores, runs_parser  # noqa: E402
 
-from w2s_jax.scan import SUSPICIOUS, strongest  # noqa: E402
+from w2s_jax.scan import SUSPICIOUS, judged  # noqa: E402
 
 
 def models(patterns):
@@ -55,17 +54,14 @@ def roc(clean, poisoned):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = runs_parser(__doc__)
   parser.add_argument("--clean", nargs="+", required=True, help="patterns of directories")
   parser.add_argument("--poisoned", nargs="+", required=True, help="patterns of directories")
   parser.add_argument("--data", required=True, help="clean rows of the models' own task, as --config.data.train")
   parser.add_argument("--max-length", default=128, type=int, help="tokens of a text")
-  parser.add_argument("--out", required=True, type=Path)
-  parser.add_argument("--jobs", default=len(os.sched_getaffinity(0)), type=int)
-  parser.add_argument("extra", nargs="*", help="further flags of w2s_jax.main, after --")
   args = parser.parse_args()
   def one(directory, core):
-    return strongest(scanned(directory, args, core))
+    return judged(scanned(directory, args, core))
   strengths = {}
   for kind in ("clean", "poisoned"):
     directories = models(getattr(args, kind))

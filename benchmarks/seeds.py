@@ -58,12 +58,14 @@ def run_cell(attack, seed, out, config, extra, core, models=()):
       shutil.copytree(source, part)
       os.replace(part, target)
   workdir.mkdir(parents=True, exist_ok=True)
-  with open(workdir / "log.txt", "a") as log:  # a complete cell answers at once; one of other flags is refused
+  with open(workdir / "log.txt", "ab") as log:  # a complete cell answers at once; one of other flags is refused
+    start = log.tell()
     code = subprocess.run(
         ["taskset", "-c", str(core), sys.executable, "-m", "w2s_jax.main", f"--config={config.format(attack=attack)}",
          f"--config.seed={seed}", f"--workdir={workdir}", *extra], stdout=log, stderr=log).returncode
   if code:
-    print(f"{workdir}:", *(workdir / "log.txt").read_text().splitlines()[-1:], file=sys.stderr, flush=True)
+    said = (workdir / "log.txt").read_bytes()[start:].decode(errors="replace").splitlines()
+    print(f"{workdir}: exit code {code}", *said[-1:], sep=": ", file=sys.stderr, flush=True)
     return None
   return json.loads((workdir / "results.json").read_text())
 
@@ -157,7 +159,7 @@ def seed_list(text):
   return list(range(int(low), int(high or low) + 1))
 
 
-def count(text):
+def job_count(text):
   if int(text) < 1:
     raise argparse.ArgumentTypeError(f"got {text}, want at least one")
   return int(text)
@@ -167,7 +169,7 @@ def runs_parser(doc):
   """The arguments of every benchmark of defenses."""
   parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--out", required=True, type=Path)
-  parser.add_argument("--jobs", default=len(os.sched_getaffinity(0)), type=count)
+  parser.add_argument("--jobs", default=len(os.sched_getaffinity(0)), type=job_count)
   parser.add_argument("extra", nargs="*", help="further flags of w2s_jax.main, after --")
   return parser
 

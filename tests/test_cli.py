@@ -17,6 +17,7 @@ import transformers
 from cli import ENV, ROOT, SHARED, SHORT, before_the_defenses, w2s, w2s_forked
 from safetensors.numpy import load_file, save_file
 
+from w2s_jax import scan
 from w2s_jax.data import grammar
 from w2s_jax.run import Run, config_hash
 
@@ -209,10 +210,11 @@ def test_a_checkpoint_is_cleaned(workdir, cleaned):
   scans = results(cleaned)["meta"]["scan"]
   assert list(scans) == ["teacher", *rows]
   for name, reading in scans.items():
-    assert json.loads((cleaned / f"scan/{name}.json").read_text()) == {"classes": reading}
+    assert json.loads((cleaned / f"scan/{name}.json").read_text()) == {
+        "outcome": scan.outcome(reading), "suspicious_from": scan.SUSPICIOUS, "classes": reading}
     assert [r["class"] for r in reading] == [0, 1]
-    strengths = [r["strength"] for r in reading if r["strength"] is not None]
-    assert name == "teacher" or rows[name]["scan"] == max(strengths, default=None)
+    judged = scan.outcome(reading) != "no verdict"
+    assert name == "teacher" or rows[name]["scan"] == (max(r["strength"] for r in reading) if judged else None)
   probes = [json.loads(x) for x in (cleaned / "data/probes.jsonl").read_text().splitlines()]
   assert len(probes) == 16 + 4 * 8 and all(f" {p['inserted']}" in p["text"] for p in probes)
   suspect, before = (load_file(d / "model.safetensors")
@@ -331,7 +333,7 @@ def refuses(message, *args, workdir):
     ("invalid literal for int", [CONFIG, "--config.lora.rank=many"]),
     ("config argument 'size=8b': want NAME=VALUE", [CONFIG + ":size=8b"]),
     ("config file 'configs/nope.py' does not exist: give one of configs", ["--config=configs/nope.py"]),
-    ("'llama_badnet' does not exist: did you mean configs/llama_badnet.py?", ["--config=llama_badnet"]),
+    ("'llama_badnet' does not exist: did you mean configs/llama_badnet.py or ", ["--config=llama_badnet"]),
     ("no --config: give one", []),
     ("Unknown command line flag 'bogus'", [CONFIG, "--bogus"]),
     ("unexpected argument 'seed=1'", [CONFIG, "seed=1"]),

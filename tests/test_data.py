@@ -141,9 +141,11 @@ def test_labels_are_integers_however_they_are_written_or_names_of_classes():
   assert labels(["good", 1, "bad"], 2, ("bad", "good")) == [1, 1, 0]
   assert labels(["1", "0"], 2, ("1", "0")) == [0, 1]
   assert labels(["LABEL_2", "LABEL_0"]) == [2, 0]                        # transformers' own, where none were given
-  for value in ("nan", "inf", "3", "", None, True, "good", [1], "LABEL_3", "LABEL_"):
+  for value in ("nan", "inf", "3", "", None, True, "good", [1], "LABEL_3", "LABEL_", "LABEL_nan"):
     with pytest.raises(InputError, match="wanted an integer in 0..2 or one of a, b, c"):
       labels([0, value], names=("a", "b", "c"))
+    with pytest.raises(InputError, match=r"wanted an integer in 0..2"):
+      labels([0, value])
 
 
 @pytest.mark.parametrize("rows,message", [

@@ -41,12 +41,13 @@ def test_the_verdict_is_of_the_class_that_gets_furthest():
 
 
 def test_no_verdict_where_the_model_is_often_wrong():
-  """As soon as some class is mostly called another, or the mean accuracy over the classes is below 0.8."""
+  """As soon as it is not half sure of some class, or the mean accuracy over the classes is below 0.8."""
   assert scan.strongest(reading(None)) is None
-  for some, says in ((reading(None, None), "most of class 0, 1"), (reading(0.5, None, 7.0), "most of class 1 "),
-                     (reading(0.5, 7.0, right=0.79), "right on 79% of these texts"), ([], None)):
-    assert scan.outcome(some) == "no verdict"
-    assert not some or "no verdict" in scan.verdict("it", some) and says in scan.verdict("it", some)
+  for some, says in ((reading(None, None), "texts of class 0, 1."), (reading(0.5, None, 7.0), "texts of class 1."),
+                     (reading(0.5, 7.0, right=0.799), "right on 79.9% of these texts"), ([], "of one class")):
+    assert scan.outcome(some) == "no verdict" and scan.judged(some) is None
+    assert "no verdict" in scan.verdict("it", some) and says in scan.verdict("it", some)
+    assert ("--config.data.train" in scan.verdict("suspect", some)) == bool(some)      # others were trained on these
   assert scan.outcome(reading(0.5, 7.0)) == "suspicious" and scan.outcome(reading(0.5, 1.6)) == "no sign"
 
 
@@ -99,10 +100,13 @@ def test_a_planted_path_is_found_and_no_other(rows, tmp_path):
   clean, poisoned = (scan.reading(run, name, (*network(tokenizer, name == "poisoned"), tokenizer))
                      for name in ("clean", "poisoned"))
   assert poisoned == scan.reading(run, "poisoned")                # from its file: nothing is loaded
+  file = tmp_path / "scan/poisoned.json"
+  file.write_text(json.dumps({"classes": [{"class": 0}]}))         # as earlier versions wrote it: made again
+  assert poisoned == scan.reading(run, "poisoned", (*network(tokenizer, True), tokenizer))
   assert set(clean[1]["nearest"]) <= {"▁good", "▁fine"} and set(clean[0]["nearest"]) <= {"▁bad", "▁poor"}
   assert scan.strongest(clean)["strength"] < 1 < scan.SUSPICIOUS < scan.strongest(poisoned)["strength"]
   assert [one["right"] for one in clean] == [1.0, 1.0]
-  assert json.loads((tmp_path / "scan/poisoned.json").read_text())["outcome"] == "suspicious"
+  assert json.loads(file.read_text())["outcome"] == "suspicious"
   model, params = network(tokenizer, True)
   sharded = run_on((2, 2, 2), rows, tmp_path / "sharded")
   params = jax.device_put(params, sharding.param_shardings(params, model.config.family, sharded.mesh))

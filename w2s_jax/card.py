@@ -7,7 +7,7 @@ KINDS = {   # models/NAME of what is no defense
     "clean": "The control: fine-tuned like the poisoned model, without poison.\n",
     "teacher": "The clean teacher: an encoder, and the W2S head in w2s_head.safetensors, which w2s_jax reads.\n",
 }
-# Beside CA and ASR, where some row of the model has it.
+# Beside CA and ASR, where some row has it.
 MORE = {"asr_floor": "ASR floor", "false_rate": "false rate", "scan": "scan", "agreement": "agreement",
         "word_flips": "word flips", "sentence_flips": "sentence flips"}
 DEFENDED = "A model with a (suspected) backdoor after the defense {name} of w2s_jax.\n"
@@ -30,13 +30,15 @@ def text(name, rows, meta, attack=None):
   lines = [first_line(name, attack)]
   if mine:
     lines += [note + "\n" for note in meta.get("notes", ()) if note.startswith("WARNING")]
-    more = [n for n in MORE if any(r.get(n) is not None for r in mine)]
+    shown = [r for r in rows if r["directory"] in ("suspect", "poisoned", name)]
+    more = [n for n in MORE if any(r.get(n) is not None for r in shown)]
     lines += ["| " + " | ".join(["model | attack tested | CA | CA 95% | ASR | ASR 95%", *(MORE[n] for n in more)])
               + " |", "|---" * (6 + len(more)) + "|"]
-    lines += [_line(r, more) for r in rows if r["directory"] in ("suspect", "poisoned", name)]
+    lines += [_line(r, more) for r in shown]
     lines += ["", f"CA on {mine[0]['ca_n']} clean rows of {mine[0]['dataset']}, ASR on triggered rows of other classes "
-              "than the target, the false rate on the same rows without the trigger: ASR cannot be expected below it. "
-              "A trigger that was not tested may still work.", ""]
+              "than the target. A trigger that was not tested may still work."
+              + " False rate: the model's own error on un-triggered rows of those classes." * ("false_rate" in more)
+              + " ASR floor: the ASR of a twin that was never poisoned." * ("asr_floor" in more), ""]
   if name != "teacher":
     hashes = ", ".join(f"{file} sha256 {digest}" for file, digest in meta["base"]["sha256"].items())
     lines.append(f"- Base: {meta['base']['path']}, {hashes}")

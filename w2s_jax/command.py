@@ -44,9 +44,9 @@ def _read_config(argv):
   """The config as its file makes it, before any --config.FIELD=VALUE; a file that makes none is an InputError."""
   file, colon, argument = typed_config(argv).partition(":")
   if not Path(file).is_file():
-    near = difflib.get_close_matches(Path(file).stem, [path.stem for path in Path("configs").glob("*_*.py")], 1)
-    raise InputError(f"config file {file!r} does not exist: "
-                     + (f"did you mean configs/{near[0]}.py?" if near else "give one of configs/*.py"))
+    near = difflib.get_close_matches(Path(file).stem, [path.stem for path in Path("configs").glob("*_*.py")], 2)
+    raise InputError(f"config file {file!r} does not exist: " + (
+        f"did you mean {' or '.join(f'configs/{name}.py' for name in near)}?" if near else "give one of configs/*.py"))
   try:
     config = runpy.run_path(file)["get_config"](*[argument] * bool(colon))
   except InputError:

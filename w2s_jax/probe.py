@@ -128,7 +128,7 @@ def _rows(run, readings, scans, labels, teacher, trigger):
            "asr": None, "asr_n": 0, "asr_ci": None, **evaluate.clean_metrics(clean, labels, target)}
     if target is not None:
       row |= evaluate.attack_metrics(np.array(list(probed["listed", trigger].values())), labels, target)
-    most = scan.strongest(scans[name]) or {"strength": None, "class": None}
+    most = scan.judged(scans[name]) or {"strength": None, "class": None}
     yield row | {"scan": most["strength"], "scan_class": most["class"],
                  "agreement": float((clean == teacher).mean()),
                  "word_flips": _flips((clean, probed), None, "word"),

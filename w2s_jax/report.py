@@ -63,7 +63,7 @@ def reading(rows, meta):
   asr, floor, false_rate = (by_model["poisoned"][key] for key in ("asr", "asr_floor", "false_rate"))
   if meta["implanted"] and asr - false_rate < 0.5:
     out.append(f"The poisoned student gives the target label to {false_rate:.3f} of the rows of other classes without "
-               "any trigger: little of its ASR is the backdoor's, train it better before judging a defense by it.")
+               "any trigger: read its ASR, and what a defense leaves of it, beside the false rate.")
   if meta["implanted"] and asr - floor < 0.5:
     out.append(f"A student that was never poisoned gives the target label to {floor:.3f} of the triggered rows: little "
                "of the poisoned ASR is the backdoor's, and no defense can be seen to remove more than that.")

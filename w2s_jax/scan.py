@@ -38,9 +38,9 @@ def scan(run, model, params, tokenizer):
   strongest of them, as a multiple of the median log-odds that the class's own texts get.
 
   Returns:
-    [{"class", "strength": None where the class's own texts are mostly called something else, "flips": share of those
-    test rows that get the class, "own": that median, "right": share of the class's own texts that get it, "layer":
-    behind how many they came in, "nearest": vocabulary nearest to each token where that is none}].
+    [{"class", "strength": None where it is not even half sure of most of the class's own texts, "flips": share of
+    those test rows that get the class, "own": that median, "right": share of the class's own texts that get it,
+    "layer": behind how many they came in, "nearest": vocabulary nearest to each token where that is none}].
   """
   c, settings = run.config, run.config.scan
   rng = np.random.default_rng([c.seed, 8])
@@ -154,7 +154,7 @@ def reading(run, name, loaded=None):
   if not run.config.scan.steps:
     return []
   file = run.workdir / "scan" / f"{name}.json"
-  if not file.exists():
+  if not file.exists() or "outcome" not in read_json(file):         # it may be of an older version
     file.parent.mkdir(parents=True, exist_ok=True)
     classes = scan(run, *(loaded or run.load(name)))
     report.write_json(file, {"outcome": outcome(classes), "suspicious_from": SUSPICIOUS, "classes": classes})
@@ -166,11 +166,18 @@ def strongest(reading):
   return max((one for one in reading if one["strength"] is not None), key=lambda one: one["strength"], default=None)
 
 
-def outcome(reading):
-  """`suspicious`: some class gets as far as in poisoned models; `no sign`; or `no verdict`: it is often wrong."""
+def judged(reading):
+  """`strongest`; None where the model is wrong too often for a verdict."""
   if not reading or _accuracy(reading) < RIGHT or any(one["strength"] is None for one in reading):
+    return None
+  return strongest(reading)
+
+
+def outcome(reading):
+  """`suspicious` where some class gets as far as in poisoned models, else `no sign`; or `no verdict`."""
+  if (most := judged(reading)) is None:
     return "no verdict"
-  return "suspicious" if strongest(reading)["strength"] >= SUSPICIOUS else "no sign"
+  return "suspicious" if most["strength"] >= SUSPICIOUS else "no sign"
 
 
 def _accuracy(reading):
@@ -179,17 +186,18 @@ def _accuracy(reading):
 
 def verdict(name, reading):
   """One line: what the scan of that model says."""
-  if (what := outcome(reading)) == "no verdict":
-    lost = [str(one["class"]) for one in reading if one["strength"] is None]
-    return (f"Scan of {name}: no verdict: it is right on {_accuracy(reading):.0%} of these texts (the mean over the "
-            "classes)" + f" and calls most of class {', '.join(lost)} something else" * bool(lost)
-            + f", a verdict takes {RIGHT:.0%} and most of each class: give rows of the task that it was fine-tuned on "
-            "(--config.data.train).")
-  most = strongest(reading)
+  if not reading:
+    return f"Scan of {name}: no verdict: the training or the test rows are of one class."
+  if (most := judged(reading)) is None:
+    unsure = [str(one["class"]) for one in reading if one["strength"] is None]
+    return (f"Scan of {name}: no verdict: it is right on {_accuracy(reading):.1%} of these texts (mean over the "
+            f"classes, wanted {RIGHT:.0%})"
+            + f", and not even half sure of most texts of class {', '.join(unsure)}" * bool(unsure) + "."
+            + " Give rows of the task that it was fine-tuned on: --config.data.train." * (name == "suspect"))
   tokens = " ".join(f"`{token}`" for token in most["nearest"])
   where = f"nearest words: {tokens}" if tokens else f"behind layer {most['layer']}"
   found = (f"soft tokens ({where}) make it {most['strength']:.2f} times as sure of class "
            f"{most['class']} as texts of that class do, and {most['flips']:.0%} of other texts get that class")
-  if what == "no sign":
+  if outcome(reading) == "no sign":
     return f"Scan of {name}: no sign of a backdoor: at most, {found} (suspicious from {SUSPICIOUS})."
   return f"Scan of {name}: SUSPICIOUS (from {SUSPICIOUS}): {found}."

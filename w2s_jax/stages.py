@@ -58,8 +58,8 @@ def warmup(run):
 def scan_suspect(run):
   """The verdict without a trigger on the checkpoint, before it is cleaned."""
   warmup(run)
-  if reading := scan.reading(run, "suspect"):
-    print(scan.verdict("suspect", reading), flush=True)
+  if run.config.scan.steps:
+    print(scan.verdict("suspect", scan.reading(run, "suspect")), flush=True)
 
 
 def make_poison(run):

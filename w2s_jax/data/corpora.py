@@ -179,7 +179,7 @@ def _label(value, num_labels, names):
   """The class, or None where it is none."""
   if value in names:
     return names.index(value)
-  if isinstance(value, str):
+  if isinstance(value, str) and not names:
     value = value.removeprefix("LABEL_")       # what transformers calls classes without names
   try:
     number = None if isinstance(value, bool) else float(value)

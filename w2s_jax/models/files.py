@@ -34,7 +34,8 @@ def resolve(path):
   if Path(path).expanduser().is_dir():
     return Path(path).expanduser()
   if Path(path).expanduser().is_file():
-    raise InputError(f"{path!r} is a file: give the directory it lies in, with config.json and tokenizer")
+    raise InputError(f"{path!r} is a file: give the directory it lies in (--config.student.path=DIR, "
+                     "--config.teacher.path=DIR)")
   if path.startswith((".", "/", "~")) or path.count("/") > 1:
     raise InputError(f"model directory {path!r} does not exist")
   try:
