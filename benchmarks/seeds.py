@@ -121,7 +121,8 @@ def run_cells(attacks, seeds, out, config, extra, jobs, random_triggers=False):
       if results[attack, seed]:
         models = models or models_of(workdir_of(out, attack, seed), SHARED)
     return results
-  return {cell: r for results in on_cores(cells, seeds, jobs) for cell, r in results.items()}
+  done = {cell: r for results in on_cores(cells, seeds, jobs) for cell, r in results.items()}
+  return {(attack, seed): done[attack, seed] for attack in attacks for seed in seeds}
 
 
 def mean_sd(values):
