@@ -41,8 +41,8 @@ UNTIL = float(os.environ.get("W2S_UNTIL", "inf"))
 
 
 def pytest_collection_modifyitems(items):
-  """The longest file first, so that two workers end together."""
-  items.sort(key=lambda item: item.path.name != "test_readme.py")
+  """The longest file first, so that two workers end together; of slow tests, for which time may run out, last."""
+  items.sort(key=lambda item: (item.path.name == "test_readme.py") == bool(item.get_closest_marker("slow")))
 
 
 @pytest.hookimpl(tryfirst=True)
