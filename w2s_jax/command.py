@@ -45,8 +45,8 @@ def _read_config(argv):
   file, colon, argument = typed_config(argv).partition(":")
   if not Path(file).is_file():
     near = difflib.get_close_matches(Path(file).stem, [path.stem for path in Path("configs").glob("*_*.py")], 2)
-    raise InputError(f"config file {file!r} does not exist: " + (
-        f"did you mean {' or '.join(f'configs/{name}.py' for name in near)}?" if near else "give one of configs/*.py"))
+    raise InputError(f"config file {file!r} does not exist: "
+                     + _meant([f"configs/{name}.py" for name in near], "give one of configs/*.py"))
   try:
     config = runpy.run_path(file)["get_config"](*[argument] * bool(colon))
   except InputError:
@@ -71,8 +71,11 @@ def check_fields(argv, config):
   for field in (m[1] for a in argv if (m := re.match(r"--?config\.([\w.]+)", a))):
     if field not in fields:
       near = difflib.get_close_matches(field, fields, 3)
-      raise InputError(f"config has no field {field!r}" + (
-          f": did you mean {' or '.join(near)}?" if near else ": configs/common.py lists the fields"))
+      raise InputError(f"config has no field {field!r}: " + _meant(near, "configs/common.py lists the fields"))
+
+
+def _meant(near, otherwise):
+  return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
 def fail(error, debug):

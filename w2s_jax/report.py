@@ -57,10 +57,10 @@ def reading(rows, meta):
   """What this table shows and what it does not, in sentences computed from it."""
   by_model = {row["directory"]: row for row in rows}
   out = []
-  if not meta["implanted"]:
-    out.append(f"The backdoor is not implanted (poisoned ASR {by_model['poisoned']['asr']:.3f} < 0.95): the rows below "
-               "say little about any defense.")
   asr, floor, false_rate = (by_model["poisoned"][key] for key in ("asr", "asr_floor", "false_rate"))
+  if not meta["implanted"]:
+    out.append(f"The backdoor is not implanted (poisoned ASR {asr:.3f} < 0.95): the rows below say little about any "
+               "defense.")
   if meta["implanted"] and asr - false_rate < 0.5:
     out.append(f"The poisoned student gives the target label to {false_rate:.3f} of the rows of other classes without "
                "any trigger: read its ASR, and what a defense leaves of it, beside the false rate.")

@@ -154,11 +154,13 @@ def reading(run, name, loaded=None):
   if not run.config.scan.steps:
     return []
   file = run.workdir / "scan" / f"{name}.json"
-  if not file.exists() or "outcome" not in read_json(file):         # it may be of an older version
+  saved = read_json(file) if file.exists() else {}
+  if "outcome" not in saved:                          # as in files of older versions
     file.parent.mkdir(parents=True, exist_ok=True)
     classes = scan(run, *(loaded or run.load(name)))
-    report.write_json(file, {"outcome": outcome(classes), "suspicious_from": SUSPICIOUS, "classes": classes})
-  return read_json(file)["classes"]
+    saved = {"outcome": outcome(classes), "suspicious_from": SUSPICIOUS, "classes": classes}
+    report.write_json(file, saved)
+  return saved["classes"]
 
 
 def strongest(reading):

