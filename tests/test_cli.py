@@ -68,7 +68,9 @@ def test_files(workdir):
                        "w2s_adv": {"ce", "kd", "fa", "adv_ce", "adv_kd", "adv_fa"}}.items():
     lines = [json.loads(x) for x in (workdir / f"metrics/{stage}.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines] == [1, 2, 3, 4, 5, 6]
-    assert all({"loss"} | terms <= x.keys() for x in lines) and "grad_norm/ce" in lines[0]
+    assert all({"loss", "grad_norm"} | terms <= x.keys() for x in lines)
+    norms = {f"grad_norm/{term}" for term in terms} if len(terms) > 1 else set()
+    assert norms == {name for name in lines[0] if name.startswith("grad_norm/")}
     assert (workdir / "checkpoints" / stage / "6").is_dir()
   for name, digest in meta["sha256"].items():
     assert hashlib.sha256((workdir / "data" / name).read_bytes()).hexdigest() == digest
@@ -198,6 +200,7 @@ def cleaned(workdir, home):
             "--config.lora.export=True", f"--workdir={home / 'cleaned'}", *QUICK)
   assert out.returncode == 0, out.stderr
   assert "has no test split: 16 of its 80 train rows" in out.stdout and "| sentence flips |" in out.stdout
+  assert "already in" not in out.stdout
   return home / "cleaned"
 
 
@@ -258,6 +261,8 @@ def test_a_checkpoint_without_a_listed_trigger_and_rows_sorted_by_label(workdir,
   verdict = w2s(*flags, "--stage=scan")                        # alone it needs no other stage before it
   assert verdict.returncode == 0 and "\nScan of suspect: " in verdict.stdout, verdict.stderr
   assert not (home / "untriggered/models/teacher").exists()
+  off = w2s(*flags, "--stage=scan", "--config.scan.steps=0", f"--workdir={home / 'unscanned'}")
+  assert off.returncode == 0 and "not scanned (--config.scan.steps is 0)" in off.stdout, off.stderr
   out = w2s(*flags)
   assert verdict.stdout.splitlines()[-1] in out.stdout
   assert out.returncode == 0 and "| none listed | -      |" in out.stdout, out.stderr

@@ -142,6 +142,15 @@ def test_a_batch_larger_than_any_foreseen_still_fits():
   assert packing.pack_batch(arrays, np.arange(8), 8, 16, counts, 1, 0)["input_ids"].shape == (8, 16)
 
 
+@pytest.mark.parametrize("per_shape,shapes", [(0.9, 1), (1.1, 2), (2.1, 3)])
+def test_small_models_take_few_shapes(per_shape, shapes):
+  """As many as the stage's arithmetic is worth, and the one that holds any batch; with one shape all rows are its."""
+  lengths, steps = sst2_like(), 1000
+  flops = per_shape * packing.FLOPS_PER_SHAPE / (steps * 32 * lengths.mean())
+  counts, rows = packing.row_counts([lengths], [3], 32, 80, 1, steps, flops_per_token=flops)
+  assert len(counts) == shapes + 1 and counts[-1] == 32 and (shapes > 1 or rows == steps * counts[0])
+
+
 @pytest.mark.parametrize("groups", [1, 4])
 def test_evaluation_covers_every_row_once_in_one_shape(groups):
   arrays = arrays_for(SHAPE, sst2_like(320), 96)

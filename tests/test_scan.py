@@ -114,6 +114,15 @@ def test_a_planted_path_is_found_and_no_other(rows, tmp_path):
     assert one["nearest"] == other["nearest"] and one["strength"] == pytest.approx(other["strength"], rel=1e-3)
 
 
+def test_a_class_without_rows_is_named(rows, tmp_path, capsys):
+  tokenizer = tokenization.train([r["text"] for r in rows] * 3, "decoder", 64)
+  run = run_on((1, 1, 1), rows, tmp_path)
+  run.rows["test"] = [r for r in run.rows["test"] if r["label"]]
+  assert scan.scan(run, *network(tokenizer, True), tokenizer) == []
+  said = [line.partition(",")[0] for line in capsys.readouterr().out.splitlines()]
+  assert said == ["scan: class 0 left out", "scan: class 1 left out"]
+
+
 def test_behind_the_first_layer_it_is_found_as_well(rows, tmp_path):
   """The first of two layers adds nothing: what comes in behind it goes where words go."""
   tokenizer = tokenization.train([r["text"] for r in rows] * 3, "decoder", 64)

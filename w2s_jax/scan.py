@@ -53,6 +53,7 @@ def scan(run, model, params, tokenizer):
     others, held_out, own = ([r for r in rows if (r["label"] == target) == same][:settings.rows]
                              for rows, same in ((train, False), (test, False), (test, True)))
     if not others or not held_out or not own:
+      print(f"scan: class {target} left out, it needs training rows of other classes and test rows of both", flush=True)
       continue
     logits = _logits(run, model, params, run.encode(tokenizer, own, c.data.max_length))
     usual, right = float(np.median(_log_odds(logits, target))), float((logits.argmax(-1) == target).mean())

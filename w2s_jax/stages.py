@@ -57,9 +57,13 @@ def warmup(run):
 
 def scan_suspect(run):
   """The verdict without a trigger on the checkpoint, before it is cleaned."""
-  warmup(run)
+  if not run.model_dir("suspect").exists():
+    warmup(run)
+  run.claim()
   if run.config.scan.steps:
     print(scan.verdict("suspect", scan.reading(run, "suspect")), flush=True)
+  else:
+    print("suspect: not scanned (--config.scan.steps is 0)", flush=True)
 
 
 def make_poison(run):
@@ -263,8 +267,9 @@ def _train(run, names, model, starts, trains, each, dev, settings, loss, weights
   makes = [functools.partial(batches.make_batch, arrays, batch_size=settings.batch_size * views, buckets=c.data.buckets)
            for arrays in each]
   if packed and c.data.pack:
+    flops_per_token = 6 * sum(leaf.size for leaf in jax.tree.leaves(starts[0]["layers"]))   # both ways
     makes = packing.packers(each, seeds, settings.batch_size, c.data.buckets, shards, total, pad,
-                            c.steps_per_dispatch, views)
+                            c.steps_per_dispatch, views, flops_per_token)
   stack = functools.partial(packing.stack, groups=shards, pad_token_id=pad)
   def batches_from(step):
     streams = [batches.train_batches(
@@ -282,7 +287,8 @@ def _train(run, names, model, starts, trains, each, dev, settings, loss, weights
       steps_per_dispatch=c.steps_per_dispatch if packed else 1, key=keys[0] if runs == 1 else jnp.stack(keys),
       mesh=run.mesh, eval_every=max(1, total // settings.evaluations), workdir=run.workdir, config_hash=run.hash,
       dev_accuracy=dev_accuracy if dev else None, log_every=c.log_every, checkpoint_every=c.checkpoint_every,
-      term_norms=steps.make_term_norms(loss, weights, run.mesh, runs), term_norms_every=c.term_norms_every)
+      term_norms=steps.make_term_norms(loss, weights, run.mesh, runs),
+      term_norms_every=c.term_norms_every if len(weights) > 1 else 0)        # of one term it is the step's grad_norm
   for name, (_, chosen) in zip(names, fitted):
     print(f"{name}: {total} steps in {chosen['seconds']:.0f} s, " + (
         f"dev accuracy {chosen['dev_accuracy']:.4f} at step {chosen['step']}" if dev else "last step kept"), flush=True)

@@ -143,8 +143,11 @@ def make_term_norms(loss, weights, mesh, runs=1):
   """Jitted (state, frozen, batch, key) -> {"grad_norm/TERM": norm of that weighted term's own gradient}, as above."""
   def norms(state, frozen, batch, key):
     key = jax.random.fold_in(key, state.step)
-    def term(params, name):
-      return weights[name] * loss(params, frozen, batch, key)[1][name]
+    def weighted(params):
+      terms = loss(params, frozen, batch, key)[1]
+      return jnp.stack([weights[name] * terms[name] for name in weights])
     with sharding.on(mesh):
-      return {f"grad_norm/{name}": optax.tree_utils.tree_norm(jax.grad(term)(state.params, name)) for name in weights}
+      _, backward = jax.vjp(weighted, state.params)
+      each = jax.lax.map(lambda one: optax.tree_utils.tree_norm(backward(one)), jnp.eye(len(weights)))
+    return {f"grad_norm/{name}": norm for name, norm in zip(weights, each)}
   return jax.jit(norms if runs == 1 else _of_runs(norms))
