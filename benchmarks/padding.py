@@ -1,10 +1,12 @@
 """Padded share of the slots that a stage's training steps compute, and in how many shapes, as JSON lines.
 
-  python benchmarks/padding.py --data=DIR [--data=DIR...] [--max-length=128] [--batch=32] [--epochs=5] [--together=1]
+  python benchmarks/padding.py --data=DIR [--data=DIR...] [--max-length=128] [--batch=32] [--epochs=5] [--together=1] \
+      [--layer-params=2e7]
 
 DIR has train, dev and test files; a tokenizer of 8,000 tokens is trained on the training texts. `packed` is what the
 program computes, `padded` what batches padded to their longest text would. --together is config.steps_per_dispatch:
-batches that go to the device together are filled up alike.
+batches that go to the device together are filled up alike. --layer-params are those of the student: a small one takes
+fewer shapes (packing.FLOPS_PER_SHAPE).
 """
 
 import argparse
@@ -18,10 +20,10 @@ from configs import common  # noqa: E402
 from w2s_jax.data import batches, corpora, packing, tokenization  # noqa: E402
 
 
-def shares(arrays, steps, batch_size, seed, buckets, together=1):
+def shares(arrays, steps, batch_size, seed, buckets, together=1, layer_params=2e7):
   """{"packed", "padded": shares, "shapes": [rows, tokens] of each}, of the first `steps` steps."""
   n, tokens, slots, padded, shapes = len(arrays["length"]), 0, 0, 0, set()
-  make, = packing.packers([arrays], [seed], batch_size, buckets, 1, steps, 0, together)
+  make, = packing.packers([arrays], [seed], batch_size, buckets, 1, steps, 4 * layer_params, 0, together)
   packed = batches.train_batches(n, batch_size, make, seed, 0)
   chosen = batches.train_batches(n, batch_size, lambda rows: arrays["length"][rows], seed, 0)
   for first in range(0, steps, together):
@@ -52,13 +54,14 @@ def main():
   parser.add_argument("--epochs", type=int, default=5)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--together", type=int, default=1)
+  parser.add_argument("--layer-params", type=float, default=2e7)
   args = parser.parse_args()
   for data in args.data:
     arrays = encoded(data, args.max_length, args.seed)
     texts = len(arrays["length"])
     steps = args.epochs * batches.steps_per_epoch(texts, args.batch)
     print(json.dumps({"data": data, "texts": texts, "steps": steps} | shares(
-        arrays, steps, args.batch, args.seed, buckets(args.max_length), args.together)), flush=True)
+        arrays, steps, args.batch, args.seed, buckets(args.max_length), args.together, args.layer_params)), flush=True)
 
 
 if __name__ == "__main__":

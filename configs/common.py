@@ -108,7 +108,7 @@ def base(attack):
   c.steps_per_dispatch = 1            # steps that go to the device at once; more where a step takes milliseconds
   c.log_every = 10                    # steps
   c.checkpoint_every = 250            # steps, besides those at dev evaluations; 0: only those
-  c.term_norms_every = 50             # steps between gradient norms of each loss term; 0: never
+  c.term_norms_every = 50             # steps between gradient norms of each of several loss terms; 0: never
   return c
 
 

@@ -153,7 +153,7 @@ def run(llama):
     step = steps.make_train_step(loss, tx, steps.state_shardings(trainable, tx, "llama", mesh),
                                  sharding.param_shardings(frozen, "llama", mesh), mesh)
     state = steps.init_state(trainable, tx, "llama", mesh)
-    make, = packing.packers([each], [0], 4, (T,), sharding.batch_shards(mesh), count, 0, views=2)
+    make, = packing.packers([each], [0], 4, (T,), sharding.batch_shards(mesh), count, np.inf, 0, views=2)
     if not pack:
       make = functools.partial(batches.make_batch, each, batch_size=8, buckets=(T,))
     stream, losses = batches.train_batches(20, 4, lambda rows: make(batches.texts_of(rows, 20, 2)), 0, 0), []

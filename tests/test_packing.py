@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import test_models
 
-from w2s_jax import lora, sharding, steps
+from configs import common
+from w2s_jax import lora, sharding, stages, steps
 from w2s_jax.data import batches, packing
 from w2s_jax.defenses import w2s
+from w2s_jax.run import Run
 
 WEIGHTS = {"ce": 1.0, "kd": 0.5, "fa": 0.1}
 saved = test_models.saved
@@ -118,7 +120,7 @@ def test_at_most_fifteen_percent_padding_in_at_most_six_shapes():
   lengths = sst2_like()
   arrays = arrays_for(SHAPE, lengths, 96)
   num_steps = 2 * batches.steps_per_epoch(len(lengths), 32)
-  make, = packing.packers([arrays], [3], 32, (32, 64, 96, 128), 1, num_steps, 0)
+  make, = packing.packers([arrays], [3], 32, (32, 64, 96, 128), 1, num_steps, np.inf, 0)
   stream = batches.train_batches(len(lengths), 32, make, 3, 0)
   made = [next(stream) for _ in range(num_steps)]
   slots = sum(b["input_ids"].size for b in made)
@@ -128,7 +130,7 @@ def test_at_most_fifteen_percent_padding_in_at_most_six_shapes():
   row_length, = {b["input_ids"].shape[1] for b in made}
   assert row_length in (80, 88, 96)
   for other in (80, 88, 96):                                      # none of them would have been less
-    counts, _ = packing.row_counts([lengths], [3], 32, other, 1, num_steps)
+    counts, _ = packing.row_counts([lengths], [3], 32, other, 1, num_steps, np.inf)
     stream = batches.train_batches(len(lengths), 32, lambda rows, c=counts, T=other: packing.pack_batch(
         arrays, rows, 32, T, c, 1, 0), 3, 0)
     assert slots <= sum(next(stream)["input_ids"].size for _ in range(num_steps))
@@ -136,7 +138,7 @@ def test_at_most_fifteen_percent_padding_in_at_most_six_shapes():
 
 def test_a_batch_larger_than_any_foreseen_still_fits():
   lengths = np.full(64, 2)
-  counts, rows = packing.row_counts([lengths], [0], 8, 16, 1, steps=8)
+  counts, rows = packing.row_counts([lengths], [0], 8, 16, 1, 8, np.inf)
   assert counts == [1, 8] and rows == 8
   arrays = arrays_for(SHAPE, np.full(64, 16), 16)
   assert packing.pack_batch(arrays, np.arange(8), 8, 16, counts, 1, 0)["input_ids"].shape == (8, 16)
@@ -147,8 +149,28 @@ def test_small_models_take_few_shapes(per_shape, shapes):
   """As many as the stage's arithmetic is worth, and the one that holds any batch; with one shape all rows are its."""
   lengths, steps = sst2_like(), 1000
   flops = per_shape * packing.FLOPS_PER_SHAPE / (steps * 32 * lengths.mean())
-  counts, rows = packing.row_counts([lengths], [3], 32, 80, 1, steps, flops_per_token=flops)
+  counts, rows = packing.row_counts([lengths], [3], 32, 80, 1, steps, flops)
   assert len(counts) == shapes + 1 and counts[-1] == 32 and (shapes > 1 or rows == steps * counts[0])
+
+
+class Asked(Exception):
+  pass
+
+
+def test_a_stage_says_what_a_token_costs(llama, monkeypatch, tmp_path):
+  """Of its three layers: 4 operations for each frozen parameter, 6 for each of the adapters (rank 4, q and v)."""
+  def packers(each, seeds, batch_size, buckets, groups, steps, flops_per_token, *more):
+    raise Asked(flops_per_token)
+  monkeypatch.setattr(stages.packing, "packers", packers)
+  model, params = llama
+  config = common.clean_checkpoint()
+  run = Run(config, tmp_path, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]), "", {}, {}, {})
+  with pytest.raises(Asked) as asked:
+    stages._train(run, ["w2s"], model, [lora.add_lora(params, 4, 4.0, key=jax.random.key(0))], lora.LORA,
+                  [arrays_for(SHAPE, np.full(64, 5), 16)], None, config.defend, None, {"ce": 1.0})
+  matrices, norms, alphas = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48, 2 * 32, 2
+  adapters = 4 * (32 + 32) + 4 * (32 + 16)
+  assert asked.value.args == (3 * (4 * (matrices + norms + alphas) + 6 * adapters),)
 
 
 @pytest.mark.parametrize("groups", [1, 4])

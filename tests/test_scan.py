@@ -119,7 +119,7 @@ def test_a_class_without_rows_is_named(rows, tmp_path, capsys):
   run = run_on((1, 1, 1), rows, tmp_path)
   run.rows["test"] = [r for r in run.rows["test"] if r["label"]]
   assert scan.scan(run, *network(tokenizer, True), tokenizer) == []
-  said = [line.partition(",")[0] for line in capsys.readouterr().out.splitlines()]
+  said = [line.partition(" (")[0] for line in capsys.readouterr().out.splitlines()]
   assert said == ["scan: class 0 left out", "scan: class 1 left out"]
 
 

@@ -354,7 +354,7 @@ def test_three_seeds_at_once_are_three_runs(model, interrupted, request, make_ba
         key=jnp.stack(keys) if runs > 1 else keys[0], mesh=mesh,
         eval_every=EVAL_EVERY, workdir=workdir, config_hash="abc", log_every=1,
         dev_accuracy=lambda params: [best[s][asked[-1] // 4 - 1] for s in chosen])
-  makes = packing.packers([arrays] * 3, seeds, 8, (12,), 1, STEPS, 0)
+  makes = packing.packers([arrays] * 3, seeds, 8, (12,), 1, STEPS, np.inf, 0)
   if interrupted:
     with pytest.raises(KeyboardInterrupt):
       fit(seeds, tmp_path / "together", makes, stop_before=10, per_dispatch=3)

@@ -53,7 +53,7 @@ def scan(run, model, params, tokenizer):
     others, held_out, own = ([r for r in rows if (r["label"] == target) == same][:settings.rows]
                              for rows, same in ((train, False), (test, False), (test, True)))
     if not others or not held_out or not own:
-      print(f"scan: class {target} left out, it needs training rows of other classes and test rows of both", flush=True)
+      print(f"scan: class {target} left out (no test rows of it, or no rows of the others)", flush=True)
       continue
     logits = _logits(run, model, params, run.encode(tokenizer, own, c.data.max_length))
     usual, right = float(np.median(_log_odds(logits, target))), float((logits.argmax(-1) == target).mean())
@@ -100,7 +100,7 @@ def make_search(run, model, params, tokenizer, rows):
   def search(rows, target):
     arrays, _ = _with_triggers(run, model, tokenizer, rows)
     arrays["label"] = np.full(len(rows), target, np.int32)
-    make, = packing.packers([arrays], [c.seed], c.defend.batch_size, c.data.buckets, shards, settings.steps, pad,
+    make, = packing.packers([arrays], [c.seed], c.defend.batch_size, c.data.buckets, shards, settings.steps, 0, pad,
                             together=settings.steps)
     stream = batches.train_batches(len(rows), c.defend.batch_size, make, c.seed, 0)
     stacked = packing.stack(list(itertools.islice(stream, settings.steps)), shards, pad)

@@ -57,9 +57,10 @@ def warmup(run):
 
 def scan_suspect(run):
   """The verdict without a trigger on the checkpoint, before it is cleaned."""
-  if not run.model_dir("suspect").exists():
+  if run.model_dir("suspect").exists():
+    run.claim()
+  else:
     warmup(run)
-  run.claim()
   if run.config.scan.steps:
     print(scan.verdict("suspect", scan.reading(run, "suspect")), flush=True)
   else:
@@ -267,9 +268,9 @@ def _train(run, names, model, starts, trains, each, dev, settings, loss, weights
   makes = [functools.partial(batches.make_batch, arrays, batch_size=settings.batch_size * views, buckets=c.data.buckets)
            for arrays in each]
   if packed and c.data.pack:
-    flops_per_token = 6 * sum(leaf.size for leaf in jax.tree.leaves(starts[0]["layers"]))   # both ways
-    makes = packing.packers(each, seeds, settings.batch_size, c.data.buckets, shards, total, pad,
-                            c.steps_per_dispatch, views, flops_per_token)
+    moved, still = (sum(leaf.size for leaf in jax.tree.leaves(part.get("layers", {}))) for part in split[0])
+    makes = packing.packers(each, seeds, settings.batch_size, c.data.buckets, shards, total, 6 * moved + 4 * still, pad,
+                            c.steps_per_dispatch, views)
   stack = functools.partial(packing.stack, groups=shards, pad_token_id=pad)
   def batches_from(step):
     streams = [batches.train_batches(

@@ -147,7 +147,7 @@ def make_term_norms(loss, weights, mesh, runs=1):
       terms = loss(params, frozen, batch, key)[1]
       return jnp.stack([weights[name] * terms[name] for name in weights])
     with sharding.on(mesh):
-      _, backward = jax.vjp(weighted, state.params)
+      _, backward = jax.vjp(weighted, state.params)       # the loop compiles it once, however many terms there are
       each = jax.lax.map(lambda one: optax.tree_utils.tree_norm(backward(one)), jnp.eye(len(weights)))
     return {f"grad_norm/{name}": norm for name, norm in zip(weights, each)}
   return jax.jit(norms if runs == 1 else _of_runs(norms))

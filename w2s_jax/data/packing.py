@@ -6,15 +6,14 @@ its device.
 
 import functools
 import itertools
-import math
 
 import numpy as np
 
 from w2s_jax.data import batches
 
 MOST_SHAPES = 6          # of one stage's step
-STEPS_PER_SHAPE = 50     # a shape that serves fewer is not worth compiling,
-FLOPS_PER_SHAPE = 2e12   # nor one that serves fewer of these: on two cores what it would save takes less than that
+STEPS_PER_SHAPE = 50     # a stage takes one more shape for every so many steps
+FLOPS_PER_SHAPE = 1e12   # and so many operations: below, compiling takes longer on two cores than what it saves (ours)
 TILE = 8                 # row lengths that are tried are multiples of it
 MOST_SIMULATED = 4096    # batches that are laid out to choose the shapes
 
@@ -33,20 +32,18 @@ def first_fit(lengths, row_length):
   return out
 
 
-def packers(each, seeds, batch_size, buckets, groups, steps, pad_token_id, together=1, views=1,
-            flops_per_token=math.inf):
+def packers(each, seeds, batch_size, buckets, groups, steps, flops_per_token, pad_token_id, together=1, views=1):
   """[make(texts) -> packed batch] of each run, for a stage of so many steps; arguments as below.
 
   each: arrays of each run; their batches come in the same few shapes.
   batch_size: examples of a batch.
   views: texts of each, all of which are in the batch (batches.texts_of).
-  flops_per_token: of a step: small ones are worth fewer shapes.
   """
   lengths, bucket = [arrays["length"] for arrays in each], max(_row_length(arrays, buckets) for arrays in each)
   shortest = -(-max(mine.max() for mine in lengths) // TILE) * TILE
   layouts = []                                       # (slots of all batches, tokens of a row, rows of each shape)
   for row_length in {bucket, *range(shortest, bucket, TILE)[:MOST_SHAPES]}:
-    counts, rows = row_counts(lengths, seeds, batch_size, row_length, groups, steps, together, views, flops_per_token)
+    counts, rows = row_counts(lengths, seeds, batch_size, row_length, groups, steps, flops_per_token, together, views)
     layouts.append((rows * row_length, row_length, counts))
   _, row_length, counts = min(layouts)
   return [functools.partial(pack_batch, arrays, batch_size=batch_size * views, row_length=row_length, counts=counts,
@@ -80,7 +77,7 @@ def _row_length(arrays, buckets):
   return min(batches.bucket_length(arrays["length"].max(), buckets), arrays["input_ids"].shape[1])
 
 
-def row_counts(lengths, seeds, batch_size, row_length, groups, steps, together=1, views=1, flops_per_token=math.inf):
+def row_counts(lengths, seeds, batch_size, row_length, groups, steps, flops_per_token, together=1, views=1):
   """Ascending rows per group that a stage's batches are laid out in: at most MOST_SHAPES, the last holds any batch.
 
   They are quantiles of what the stage's own batches need. With it the rows of all those batches, laid out so.
@@ -89,9 +86,9 @@ def row_counts(lengths, seeds, batch_size, row_length, groups, steps, together=1
     lengths: [N] int of each run.
     seeds: of each run's order.
     steps: of the stage.
+    flops_per_token: floating-point operations of a step for each token; where they are few, so are the shapes.
     together: so many batches in a row, and of every run, will be filled up alike.
     views: texts of an example; `batch_size` counts examples.
-    flops_per_token: as in `packers`.
   """
   needed = []
   for mine, seed in zip(lengths, seeds):
