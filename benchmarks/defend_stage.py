@@ -66,7 +66,8 @@ def prepare(directory, data, epochs, max_steps, size="20m"):
       "evaluations": epochs, "eval_batch_size": 128, "log_every": LOG_EVERY,
       "weights": w2s.loss_weights("agnostic", width)}))
   lengths = tokenization.encode(tokenizer, [r["text"] for r in rows["train"]], LENGTH)
-  return steps, padding.shares(lengths, steps, BATCH, SEED, common.ENGLISH_DATA["buckets"])
+  layer_params = sum(leaf.size for leaf in jax.tree.leaves(params["layers"]))
+  return steps, padding.shares(lengths, steps, BATCH, SEED, common.ENGLISH_DATA["buckets"], layer_params)
 
 
 def our_command(directory, workdir, data, epochs, max_steps, stage, **fields):

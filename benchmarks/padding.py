@@ -20,7 +20,7 @@ from configs import common  # noqa: E402
 from w2s_jax.data import batches, corpora, packing, tokenization  # noqa: E402
 
 
-def shares(arrays, steps, batch_size, seed, buckets, together=1, layer_params=2e7):
+def shares(arrays, steps, batch_size, seed, buckets, layer_params, together=1):
   """{"packed", "padded": shares, "shapes": [rows, tokens] of each}, of the first `steps` steps."""
   n, tokens, slots, padded, shapes = len(arrays["length"]), 0, 0, 0, set()
   make, = packing.packers([arrays], [seed], batch_size, buckets, 1, steps, 4 * layer_params, 0, together)
@@ -61,7 +61,7 @@ def main():
     texts = len(arrays["length"])
     steps = args.epochs * batches.steps_per_epoch(texts, args.batch)
     print(json.dumps({"data": data, "texts": texts, "steps": steps} | shares(
-        arrays, steps, args.batch, args.seed, buckets(args.max_length), args.together, args.layer_params)), flush=True)
+        arrays, steps, args.batch, args.seed, buckets(args.max_length), args.layer_params, args.together)), flush=True)
 
 
 if __name__ == "__main__":

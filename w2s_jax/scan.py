@@ -100,8 +100,8 @@ def make_search(run, model, params, tokenizer, rows):
   def search(rows, target):
     arrays, _ = _with_triggers(run, model, tokenizer, rows)
     arrays["label"] = np.full(len(rows), target, np.int32)
-    make, = packing.packers([arrays], [c.seed], c.defend.batch_size, c.data.buckets, shards, settings.steps, 0, pad,
-                            together=settings.steps)
+    make, = packing.packers([arrays], [c.seed], c.defend.batch_size, c.data.buckets, shards, settings.steps,
+                            flops_per_token=0, pad_token_id=pad, together=settings.steps)
     stream = batches.train_batches(len(rows), c.defend.batch_size, make, c.seed, 0)
     stacked = packing.stack(list(itertools.islice(stream, settings.steps)), shards, pad)
     state, _ = steps_fn(steps.init_state(moving, tx, family, mesh), frozen,

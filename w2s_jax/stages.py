@@ -57,7 +57,7 @@ def warmup(run):
 
 def scan_suspect(run):
   """The verdict without a trigger on the checkpoint, before it is cleaned."""
-  if run.model_dir("suspect").exists():
+  if run.model_dir("suspect").exists():     # just now, in a whole run: not a stage that was found done
     run.claim()
   else:
     warmup(run)
@@ -268,6 +268,7 @@ def _train(run, names, model, starts, trains, each, dev, settings, loss, weights
   makes = [functools.partial(batches.make_batch, arrays, batch_size=settings.batch_size * views, buckets=c.data.buckets)
            for arrays in each]
   if packed and c.data.pack:
+    # 2 for the forward pass and 2 for the way back through it, of a parameter that trains 2 more for its own gradient
     moved, still = (sum(leaf.size for leaf in jax.tree.leaves(part.get("layers", {}))) for part in split[0])
     makes = packing.packers(each, seeds, settings.batch_size, c.data.buckets, shards, total, 6 * moved + 4 * still, pad,
                             c.steps_per_dispatch, views)
