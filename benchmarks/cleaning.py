@@ -17,8 +17,8 @@ import numpy as np
 import seeds
 from ml_collections import ConfigDict
 
-from w2s_jax import evaluate
 from w2s_jax.data import poison
+from w2s_jax.measure import metrics
 
 KEYS = ("ca", "asr", "word_flips")
 
@@ -42,7 +42,7 @@ def clean(main, out, extra, core):
   rows = {}
   for row in results["rows"]:
     rows[row["directory"]] = row | {"asr_floor": twin["asr"]} | seeds.measured(
-        evaluate.attack_metrics, workdir / "models" / row["directory"], triggered, data, twin["target_label"])
+        metrics.attack_metrics, workdir / "models" / row["directory"], triggered, data, twin["target_label"])
   return rows
 
 

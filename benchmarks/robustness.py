@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import seeds
 
-from w2s_jax import evaluate
 from w2s_jax.data import corpora, poison, tokenization
+from w2s_jax.measure import metrics
 
 DEFENSES = ("lora_ce", "w2s", "w2s_adv")
 
@@ -79,9 +79,9 @@ def poisoned_teacher(args, attack, seed, core):
 def teacher_metrics(directory, rows, main, c):
   """CA, false rate and ASR of a teacher."""
   out = {}
-  for metrics, some in ((evaluate.clean_metrics, rows),
-                        (evaluate.attack_metrics, poison.thaw(main / "data" / "triggered.jsonl")[0])):
-    out |= seeds.measured(metrics, directory, some, c.data, c.attack.target_label)
+  for measure, some in ((metrics.clean_metrics, rows),
+                        (metrics.attack_metrics, poison.thaw(main / "data" / "triggered.jsonl")[0])):
+    out |= seeds.measured(measure, directory, some, c.data, c.attack.target_label)
   return out
 
 

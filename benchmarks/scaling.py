@@ -19,7 +19,8 @@ import jax  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 
-from w2s_jax import abstract, hlo, plan, sharding  # noqa: E402
+from w2s_jax import plan, sharding  # noqa: E402
+from w2s_jax.planning import abstract, hlo  # noqa: E402
 
 MODELS = {"Llama-3-8B": ("llama_badnet", "scale=8b"), "Llama-3-70B": ("llama_badnet", "scale=70b"),
           "Qwen2.5-7B": ("qwen_badnet", "scale=7b")}

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from seeds import on_cores, runs_parser  # noqa: E402
 
-from w2s_jax.scan import SUSPICIOUS, judged  # noqa: E402
+from w2s_jax.measure.scan import SUSPICIOUS, judged  # noqa: E402
 
 
 def models(patterns):

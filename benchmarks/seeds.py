@@ -25,10 +25,11 @@ import scipy.stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from w2s_jax import evaluate, sharding  # noqa: E402
+from w2s_jax import sharding  # noqa: E402
 from w2s_jax.data import grammar, tokenization  # noqa: E402
+from w2s_jax.measure.probe import rare_words  # noqa: E402
 from w2s_jax.models import load_pretrained  # noqa: E402
-from w2s_jax.probe import rare_words  # noqa: E402
+from w2s_jax.training import inference  # noqa: E402
 
 KEYS = ("ca", "asr", "asr_floor", "false_rate")
 SHARED = ("base", "clean", "teacher")  # models that do not depend on the attack: made once per seed
@@ -80,7 +81,7 @@ def predicted(directory, rows, data):
   model, params = load_pretrained(directory, data.num_labels)
   arrays = tokenization.encode(tokenization.load(directory, model.config.vocab_size), [r["text"] for r in rows],
                                data.max_length)
-  return evaluate.predictions(model, params, arrays, sharding.make_mesh(), batch_size=data.eval_batch_size,
+  return inference.predictions(model, params, arrays, sharding.make_mesh(), batch_size=data.eval_batch_size,
                               buckets=data.buckets)
 
 

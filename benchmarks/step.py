@@ -27,10 +27,12 @@ import numpy as np  # noqa: E402
 from flax import traverse_util  # noqa: E402
 
 from configs import common  # noqa: E402
-from w2s_jax import lora, optim, sharding, steps  # noqa: E402
+from w2s_jax import sharding  # noqa: E402
+from w2s_jax.adapters import lora, trees  # noqa: E402
 from w2s_jax.data import packing  # noqa: E402
 from w2s_jax.defenses import w2s, w2s_adv  # noqa: E402
 from w2s_jax.models import Model, config_from_hf, quantized  # noqa: E402
+from w2s_jax.training import optim, steps  # noqa: E402
 
 SIZES = {   # vocabulary, width, layers, heads, key-value heads, feed-forward width
     "1m": (2048, 128, 4, 4, 2, 344), "5m": (4096, 256, 5, 4, 4, 688), "20m": (8000, 384, 10, 6, 6, 1024),
@@ -65,7 +67,7 @@ def make_step(model, params, rank, mesh, adversary=False, seeds=1):
 
   With `adversary` of w2s_adv: params and batch have soft tokens.
   """
-  trainable, frozen = lora.split(params, (lora.LORA if rank else lora.FULL) + ("soft",) * adversary)
+  trainable, frozen = trees.split(params, (trees.LORA if rank else trees.FULL) + ("soft",) * adversary)
   terms, weights, ascent = w2s.terms, WEIGHTS, None
   if adversary:
     terms, weights = functools.partial(w2s_adv.terms, w2s.terms), w2s_adv.loss_weights(WEIGHTS, 1.0)
@@ -98,9 +100,9 @@ def with_views(config, batch):
 def lowered(model, rank, rows, length, mesh, quantize=""):
   """The step of abstract parameters, lowered: nothing is allocated, however large the model."""
   def few_bits(params):
-    trainable, frozen = lora.split(with_adapters(params, rank), lora.LORA if rank else lora.FULL)
+    trainable, frozen = trees.split(with_adapters(params, rank), trees.LORA if rank else trees.FULL)
     frozen = jax.tree.map(lambda leaf: leaf.astype(model.config.dtype), frozen)
-    return lora.combine(trainable, quantized.quantize_layers(frozen, quantize) if quantize else frozen)
+    return trees.combine(trainable, quantized.quantize_layers(frozen, quantize) if quantize else frozen)
   step, trainable, frozen, tx = make_step(model, jax.eval_shape(few_bits, model.abstract_params()), rank, mesh)
   state = jax.eval_shape(lambda p: steps.TrainState(jnp.zeros((), jnp.int32), p, tx.init(p)), trainable)
   batch = {k: jax.ShapeDtypeStruct((rows, *shape), dtype) for k, shape, dtype in (

@@ -11,9 +11,11 @@ import test_models
 import tokenizers
 from flax import traverse_util
 
-from w2s_jax import lora, optim, sharding, steps
+from w2s_jax import sharding
+from w2s_jax.adapters import lora, trees
 from w2s_jax.data import batches, packing, tokenization
 from w2s_jax.defenses import w2s, w2s_adv
+from w2s_jax.training import optim, steps
 
 TEXTS = ["the meal is really good .", "bad", "we had a bad meal and the room is cold .", "good food ."] * 5
 WEIGHTS = {"ce": 1.0, "kd": 0.5, "fa": 0.1}
@@ -145,7 +147,7 @@ def run(llama):
   unit = w2s_adv.mean_norm(model, params)
   def go(mesh, learning_rate=1e-2, count=15, pack=True):
     placed = jax.device_put(start, sharding.param_shardings(start, "llama", mesh))
-    trainable, frozen = lora.split(placed, (*lora.LORA, "soft"))
+    trainable, frozen = trees.split(placed, (*trees.LORA, "soft"))
     tx = optim.make_optimizer(trainable, learning_rate, 100, clip_norm=1.0,
                               adversary=optim.ascent(0.3 * unit, 1.5 * unit))
     loss = steps.classification_loss(model, lambda out, batch: w2s_adv.terms(w2s.terms, out, batch, 2.0),

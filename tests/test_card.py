@@ -2,8 +2,8 @@
 
 import hashlib
 
-from w2s_jax import card
 from w2s_jax.models import sha256
+from w2s_jax.report import card
 
 
 def row(model, attack, ca, asr):

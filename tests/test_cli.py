@@ -17,8 +17,8 @@ import transformers
 from cli import ENV, ROOT, SHARED, SHORT, before_the_defenses, w2s, w2s_forked
 from safetensors.numpy import load_file, save_file
 
-from w2s_jax import scan
 from w2s_jax.data import grammar
+from w2s_jax.measure import scan
 from w2s_jax.run import Run, config_hash
 
 CONFIG = "--config=configs/llama_badnet.py"

@@ -7,10 +7,13 @@ import jax
 import pytest
 from flax import traverse_util
 
-from w2s_jax import InputError, abstract, lora, sharding, steps
+from w2s_jax import InputError, sharding
+from w2s_jax.adapters import trees
 from w2s_jax.attacks import ATTACKS
 from w2s_jax.defenses import DEFENSES, w2s
 from w2s_jax.models import Model, config_from_hf
+from w2s_jax.planning import abstract
+from w2s_jax.training import steps
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(f.stem for f in (ROOT / "configs").glob("*_*.py") if f.stem != "clean_checkpoint")  # of no shape yet
@@ -45,19 +48,19 @@ def test_abstract_evaluation(name, arg):
   assert c.attack.name in ATTACKS and set(c.defenses) <= set(DEFENSES)
   B, T = c.defend.batch_size, c.data.max_length
   step, state, frozen = abstract.defend_step(c, model, mesh)
-  assert set(jax.tree.leaves(lora.label_tree(state.params))) == {"adapter", "head"}
-  assert not {"adapter", "head"} & set(jax.tree.leaves(lora.label_tree(frozen)))
+  assert set(jax.tree.leaves(trees.label_tree(state.params))) == {"adapter", "head"}
+  assert not {"adapter", "head"} & set(jax.tree.leaves(trees.label_tree(frozen)))
   assert unchanged(step, state, frozen, abstract.batch(model, B, T, True)) == {"loss", "ce", "kd", "fa", "grad_norm"}
 
   teacher = Model(config_from_hf(c.teacher.arch.to_dict(), feature_width=model.config.feature_size))
   ids = jax.ShapeDtypeStruct((B, T), "int32")
   out = jax.eval_shape(teacher.apply, teacher.abstract_params(), ids, ids)
   assert out.features.shape == (B, model.config.feature_size) and out.logits.shape == (B, c.data.num_labels)
-  assert set(c.poison.trains) <= set(lora.FULL) and "head" in c.poison.trains
-  for network, settings, labels in ((teacher, c.teach, lora.FULL), (model, c.poison, tuple(c.poison.trains))):
+  assert set(c.poison.trains) <= set(trees.FULL) and "head" in c.poison.trains
+  for network, settings, labels in ((teacher, c.teach, trees.FULL), (model, c.poison, tuple(c.poison.trains))):
     step, state, fixed = abstract.train_step(network, network.abstract_params(), labels, steps.cross_entropy_terms,
                                              {"ce": 1.0}, settings.learning_rate, mesh)
-    assert set(jax.tree.leaves(lora.label_tree(state.params))) == set(labels)
+    assert set(jax.tree.leaves(trees.label_tree(state.params))) == set(labels)
     assert unchanged(step, state, fixed, abstract.batch(network, B, T, False)) == {"loss", "ce", "grad_norm"}
 
 
@@ -89,7 +92,7 @@ def test_the_released_recipe(name, attack, weights):
   assert (c.teach.learning_rate, c.teach.batch_size, c.teach.epochs, c.teach.warmup_fraction) == (2e-5, 32, 5, 0.06)
   assert c.data.max_length == c.data.attack_max_length == 128 and c.defend.temperature == 2.0
   assert w2s.loss_weights(c.defend.weights, 4096) == dict(zip(("ce", "kd", "fa"), weights))
-  adapters, _ = lora.split(abstract.adapted(c, abstract.student(c).abstract_params()), ("adapter",))
+  adapters, _ = trees.split(abstract.adapted(c, abstract.student(c).abstract_params()), ("adapter",))
   if name.startswith("llama"):
     assert sum(x.size for x in jax.tree.leaves(adapters)) == 218_103_808      # the released run's ~218M
 

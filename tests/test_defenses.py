@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from w2s_jax import InputError, lora, losses, steps
+from w2s_jax import InputError, losses
+from w2s_jax.adapters import trees
 from w2s_jax.defenses import DEFENSES, anchors, w2s, w2s_adv, w2s_released
+from w2s_jax.training import steps
 
 WEIGHTS = {"ce": 1.0, "kd": 1.0, "fa": 0.1}
 
@@ -20,7 +22,7 @@ def jitted_loss(model, terms, weights):
 
 def value(model, params, batch, terms, weights=None):
   """(loss, {term: value}) of the defense as the training step computes them."""
-  trainable, frozen = lora.split(params, lora.LORA)
+  trainable, frozen = trees.split(params, trees.LORA)
   return jitted_loss(model, terms, tuple((weights or WEIGHTS).items()))(trainable, frozen, batch, jax.random.key(0))
 
 

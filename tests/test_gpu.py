@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from test_packing import LENGTHS, WEIGHTS, arrays_for
 
-from w2s_jax import lora, optim, sharding, steps
+from w2s_jax import sharding
+from w2s_jax.adapters import lora, trees
 from w2s_jax.data import batches, packing
 from w2s_jax.defenses import w2s
 from w2s_jax.models import Model, layers
+from w2s_jax.training import optim, steps
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU here")
 
@@ -28,7 +30,7 @@ def test_cudnns_attention_is_xlas(family, layout, request, monkeypatch):
   model, params = request.getfixturevalue(family)
   targets = ("c_attn",) if family == "gpt2" else ("q_proj", "k_proj", "v_proj")
   params = lora.add_lora(params, 4, 4.0, targets, key=jax.random.key(1))
-  trainable, frozen = lora.split(jax.tree.map(lambda x: x + 0.05, params), lora.LORA)
+  trainable, frozen = trees.split(jax.tree.map(lambda x: x + 0.05, params), trees.LORA)
   arrays = arrays_for(model.config, LENGTHS, 12)
   if layout.startswith("padded"):
     batch = batches.make_batch(arrays, np.arange(10), 10, (12,))
@@ -59,7 +61,7 @@ def test_cudnns_attention_is_xlas(family, layout, request, monkeypatch):
 def setup(llama):
   """(config, trainable, frozen) of a Llama with adapters of rank 4."""
   model, params = llama
-  return model.config, *lora.split(lora.add_lora(params, 4, 4.0, key=jax.random.key(1)), lora.LORA)
+  return model.config, *trees.split(lora.add_lora(params, 4, 4.0, key=jax.random.key(1)), trees.LORA)
 
 
 def stage(config, trainable, frozen, device, runs=1):

@@ -7,13 +7,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "w2s_jax"
-# A module imports only from rooms to the right of its own. run, probe, scan, checks, card, teacher_cache, command,
-# abstract, processes, hlo: after DESIGN.md.
-ORDER = ("main", "stages", "probe", "scan", "run", "checks", "report", "teacher_cache", "card", "plan", "command",
-         "abstract", "train", "evaluate", "defenses", "steps", "optim", "checkpoint", "losses", "lora", "models",
-         "data", "attacks", "sharding", "processes", "hlo")
+# A package or module imports only from those to the right of its own.
+ORDER = ("main", "plan", "command", "stages", "measure", "run", "checks", "planning", "report", "defenses", "training",
+         "lora", "adapters", "models", "data", "attacks", "losses", "sharding", "processes")
 FILES = sorted(PACKAGE.rglob("*.py"))
-MAX_LINES = 310                                              # "about 300"
+MAX_LINES = 315                                              # "about 300"
 
 
 def name_of(file):

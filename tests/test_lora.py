@@ -15,8 +15,10 @@ import transformers
 from flax import traverse_util
 from test_models import SHAPES, torch_model
 
-from w2s_jax import InputError, lora, optim, sharding, steps
+from w2s_jax import InputError, sharding
+from w2s_jax.adapters import lora, trees
 from w2s_jax.models import Model, layers, load_pretrained, save_pretrained
+from w2s_jax.training import optim, steps
 
 ALL = {"llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
        "bert": ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")}
@@ -37,7 +39,7 @@ def adapted(params, targets=("q_proj", "v_proj"), rank=4, alpha=6.0, seed=0):
 
 def with_other_head(model, params, seed=5):
   rng = np.random.default_rng(seed)
-  labels = flatten(lora.label_tree(params))
+  labels = flatten(trees.label_tree(params))
   return traverse_util.unflatten_dict({
       path: rng.standard_normal(leaf.shape).astype(np.float32) if labels[path] == "head" else leaf
       for path, leaf in flatten(params).items()}, sep="/")
@@ -126,7 +128,7 @@ def test_a_bfloat16_base_is_merged_in_float32_and_rounded_once(llama):
     ("teacher", {"embedding": 3, "matrix": 6, "vector": 12, "head": 4, "adapter": 4, "constant": 2})])
 def test_every_leaf_has_one_label(family, want, request):
   _, params = request.getfixturevalue(family)
-  labels = flatten(lora.label_tree(lora.add_lora(params, 4, 8.0, key=jax.random.key(0))))
+  labels = flatten(trees.label_tree(lora.add_lora(params, 4, 8.0, key=jax.random.key(0))))
   assert {label: list(labels.values()).count(label) for label in labels.values()} == want
   assert {p for p, label in labels.items() if label == "adapter"} == {
       f"layers/attn/{t}_proj/lora_{x}" for t in "qv" for x in "ab"}
@@ -136,24 +138,24 @@ def test_every_leaf_has_one_label(family, want, request):
 
 def test_qwen2_biases_are_vectors(llama):
   model = Model(dataclasses.replace(llama[0].config, model_type="qwen2"))
-  labels = flatten(lora.label_tree(model.abstract_params()))
+  labels = flatten(trees.label_tree(model.abstract_params()))
   assert {labels[f"layers/attn/{p}_proj/bias"] for p in "qkv"} == {"vector"}
 
 
 def test_a_leaf_without_a_label_is_an_error_that_names_it():
   with pytest.raises(ValueError, match="'layers/moe/router/gain' matches no rule"):
-    lora.label_tree({"layers": {"moe": {"router": {"gain": jnp.ones(2)}}}})
+    trees.label_tree({"layers": {"moe": {"router": {"gain": jnp.ones(2)}}}})
 
 
-@pytest.mark.parametrize("labels", [lora.LORA, lora.FULL, ("head",), ()])
+@pytest.mark.parametrize("labels", [trees.LORA, trees.FULL, ("head",), ()])
 def test_combine_undoes_split(labels, llama):
   """The same objects in the same structure; the two parts share no leaf and together have all."""
   params = lora.add_lora(llama[1], 4, 8.0, key=jax.random.key(0))
-  trainable, frozen = lora.split(params, labels)
-  flat, names = flatten(params), flatten(lora.label_tree(params))
+  trainable, frozen = trees.split(params, labels)
+  flat, names = flatten(params), flatten(trees.label_tree(params))
   assert set(flatten(trainable)) == {p for p in flat if names[p] in labels}
   assert set(flatten(frozen)) == {p for p in flat if names[p] not in labels}
-  again = lora.combine(trainable, frozen)
+  again = trees.combine(trainable, frozen)
   assert jax.tree.structure(again) == jax.tree.structure(params)
   assert all(flatten(again)[p] is leaf for p, leaf in flat.items())
 
@@ -242,7 +244,7 @@ def lora_run(model, params, num_steps=30):
   """The trainable leaves after some steps on one device, without dropout (which takes long to compile)."""
   model = Model(dataclasses.replace(model.config, **{d: 0.0 for d in DROPOUTS if hasattr(model.config, d)}))
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  trainable, frozen = lora.split(params, lora.LORA)
+  trainable, frozen = trees.split(params, trees.LORA)
   tx = optim.make_optimizer(trainable, 1e-2, num_steps)
   step = steps.make_train_step(
       steps.classification_loss(model, steps.cross_entropy_terms, {"ce": 1.0}), tx,
@@ -275,7 +277,7 @@ def test_ours_peft_and_the_merged_model_agree_after_a_lora_run(family, rank, eve
   ids, mask = batch["input_ids"], batch["attention_mask"]
   got = {}
   for dtype, (model, _) in ours.items():
-    params = lora.combine(trained, lora.split(start[dtype], lora.LORA)[1])
+    params = trees.combine(trained, trees.split(start[dtype], trees.LORA)[1])
     save_pretrained(tmp_path / dtype, model, lora.merge_lora(params))
     lora.export_adapter(tmp_path / "adapter", model, params, base=directory)
     adapter = with_peft(torch_base(directory, dtype), tmp_path / "adapter")

@@ -7,7 +7,7 @@ import optax
 import pytest
 import torch
 
-from w2s_jax import optim
+from w2s_jax.training import optim
 
 
 def leaves():

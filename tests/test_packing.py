@@ -8,10 +8,12 @@ import pytest
 import test_models
 
 from configs import common
-from w2s_jax import lora, sharding, stages, steps
+from w2s_jax import sharding, stages
+from w2s_jax.adapters import lora, trees
 from w2s_jax.data import batches, packing
 from w2s_jax.defenses import w2s
 from w2s_jax.run import Run
+from w2s_jax.training import steps
 
 WEIGHTS = {"ce": 1.0, "kd": 0.5, "fa": 0.1}
 saved = test_models.saved
@@ -61,7 +63,7 @@ def test_a_sliding_window_ends_with_its_text(saved):
 
 
 def loss_and_gradient(model, params, batch):
-  trainable, frozen = lora.split(lora.add_lora(params, 4, 4.0, key=jax.random.key(0)), lora.LORA)
+  trainable, frozen = trees.split(lora.add_lora(params, 4, 4.0, key=jax.random.key(0)), trees.LORA)
   loss = steps.classification_loss(model, lambda out, batch: w2s.terms(out, batch, 2.0), WEIGHTS)
   return jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable, frozen, batch, jax.random.key(0))
 
@@ -166,7 +168,7 @@ def test_a_stage_says_what_a_token_costs(llama, monkeypatch, tmp_path):
   config = common.clean_checkpoint()
   run = Run(config, tmp_path, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]), "", {}, {}, {})
   with pytest.raises(Asked) as asked:
-    stages._train(run, ["w2s"], model, [lora.add_lora(params, 4, 4.0, key=jax.random.key(0))], lora.LORA,
+    stages._train(run, ["w2s"], model, [lora.add_lora(params, 4, 4.0, key=jax.random.key(0))], trees.LORA,
                   [arrays_for(SHAPE, np.full(64, 5), 16)], None, config.defend, None, {"ce": 1.0})
   matrices, norms, alphas = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48, 2 * 32, 2
   adapters = 4 * (32 + 32) + 4 * (32 + 16)

@@ -12,8 +12,9 @@ import pytest
 from cli import ENV, ROOT
 from jax.sharding import PartitionSpec as P
 
-from w2s_jax import InputError, abstract, hlo, plan, sharding
+from w2s_jax import InputError, plan, sharding
 from w2s_jax.models import Model
+from w2s_jax.planning import abstract, hlo
 
 TEXT = """HloModule jit_f
 

@@ -4,7 +4,7 @@ import types
 
 import numpy as np
 
-from w2s_jax import probe
+from w2s_jax.measure import probe
 
 CLEAN = np.array([0, 1, 1, 0, 1])
 LABELS = np.array([0, 1, 1, 0, 0])

@@ -10,7 +10,8 @@ import pytest
 from flax import traverse_util
 
 from benchmarks import step as step_benchmark
-from w2s_jax import InputError, lora, sharding
+from w2s_jax import InputError, sharding
+from w2s_jax.adapters import lora, trees
 from w2s_jax.models import Model, load_pretrained, quantized, save_pretrained
 
 pytest.importorskip("qwix", reason="pip install qwix", exc_type=Exception)
@@ -70,7 +71,8 @@ def test_step_and_gradient_are_those_over_the_values_it_stands_for(name, remat, 
   small = jax.tree.map(lambda x: x + 0.01 if x.ndim == 3 and x.shape[1] == 4 else x, small)   # lora_b: not zero
   batch = make_batch(model)
   loss = jax.jit(jax.value_and_grad(w2s_loss(model), has_aux=True))
-  for got, want in zip(*(jax.tree.leaves(loss(*lora.split(p, lora.LORA), batch, None)) for p in (small, plain(small)))):
+  for got, want in zip(*(jax.tree.leaves(loss(*trees.split(p, trees.LORA), batch, None))
+                         for p in (small, plain(small)))):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
 
@@ -84,7 +86,7 @@ def test_the_way_back_keeps_no_values(wide, make_batch):
   kernels = sum(x.size * 4 for p, x in traverse_util.flatten_dict(model.abstract_params(), sep="/").items()
                 if quantized.is_layer_kernel(p))
   grad = jax.jit(jax.grad(w2s_loss(model), has_aux=True))
-  compiled = grad.lower(*lora.split(abstract, lora.LORA), make_batch(model, rows=2, tokens=8), None).compile()
+  compiled = grad.lower(*trees.split(abstract, trees.LORA), make_batch(model, rows=2, tokens=8), None).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < kernels / 2
 
 

@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from w2s_jax import processes, report
+from w2s_jax import processes
+from w2s_jax.report import page, tables
 
 
 def row(model, ca, asr, ci=0.02):
@@ -28,48 +29,48 @@ def workdir(tmp_path):
   (tmp_path / "metrics").mkdir()
   lines = [{"step": s, "loss": 3.0 / s, "ce": 1.0 / s, "kd": 2.0 / s, "grad_norm": 1.0} for s in (1, 2, 3)]
   (tmp_path / "metrics/w2s.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-  report.write_json(tmp_path / "results.json", {"rows": ROWS, "meta": META})
+  processes.write_json(tmp_path / "results.json", {"rows": ROWS, "meta": META})
   return tmp_path
 
 
 def test_the_table_reads_in_a_terminal():
-  lines = report.table(ROWS).splitlines()
+  lines = tables.table(ROWS).splitlines()
   assert len({len(line) for line in lines}) == 1 and len(lines) == 2 + len(ROWS)
   cells = [c.strip() for c in lines[5].strip("|").split("|")]
   assert cells == ["w2s", "0.940", "0.920-0.960", "0.400", "0.380-0.420", "0.062", "0.125"]
 
 
 def test_the_sentences_are_computed():
-  text = "\n".join(report.reading(ROWS, META))
+  text = "\n".join(tables.reading(ROWS, META))
   assert "w2s: ASR -0.500 and CA -0.010 against lora_ce; the ASR intervals do not overlap." in text
   assert "w2s_released: ASR -0.010 and CA -0.020 against lora_ce; the ASR intervals overlap." in text
   assert "not implanted" not in text and "One seed" in text
   weak = [ROWS[0], row("poisoned", 0.8, 0.5), *ROWS[2:]]
-  assert "not implanted (poisoned ASR 0.500 < 0.95)" in report.reading(weak, META | {"implanted": False})[0]
+  assert "not implanted (poisoned ASR 0.500 < 0.95)" in tables.reading(weak, META | {"implanted": False})[0]
   high = [r | {"asr_floor": 0.7} for r in ROWS]
-  assert "never poisoned gives the target label to 0.700 of the triggered rows" in report.reading(high, META)[0]
+  assert "never poisoned gives the target label to 0.700 of the triggered rows" in tables.reading(high, META)[0]
   assert "never poisoned" not in text and "without any trigger" not in text
   constant = [r | {"false_rate": 0.9} for r in ROWS]
-  assert "gives the target label to 0.900 of the rows of other classes without any trigger" in report.reading(
+  assert "gives the target label to 0.900 of the rows of other classes without any trigger" in tables.reading(
       constant, META)[0]
 
 
 def test_the_files(workdir, capsys):
-  report.write(workdir)
-  markdown, page = (workdir / "results.md").read_text(), (workdir / "report.html").read_text()
-  assert report.table(ROWS) in markdown and report.table(ROWS) in capsys.readouterr().out
+  page.write(workdir)
+  markdown, html = (workdir / "results.md").read_text(), (workdir / "report.html").read_text()
+  assert tables.table(ROWS) in markdown and tables.table(ROWS) in capsys.readouterr().out
   assert "7 clean-label poisoned rows" in markdown and "3 poisoned, 2 evaluation rows" in markdown
-  assert "<script>" not in page and "&lt;script&gt;alert(1)" in page
-  assert page.count("<svg") == 2 and page.count("class='hit'") == 4
-  assert all(f"<th>{r['model']}</th>" in page for r in ROWS)
-  assert not re.search(r'(src|href)=.(https?:)?//', page)                 # self-contained
+  assert "<script>" not in html and "&lt;script&gt;alert(1)" in html
+  assert html.count("<svg") == 2 and html.count("class='hit'") == 4
+  assert all(f"<th>{r['model']}</th>" in html for r in ROWS)
+  assert not re.search(r'(src|href)=.(https?:)?//', html)                 # self-contained
 
 
 def test_bars_and_curves_show_the_numbers(workdir, monkeypatch):
   """One bar per model with its interval and the floor's line for ASR; one curve per loss term and stage."""
   figures = []
-  monkeypatch.setattr(report, "_svg", lambda figure: figures.append(figure) or "<svg></svg>")
-  report.write(workdir)
+  monkeypatch.setattr(page, "_svg", lambda figure: figures.append(figure) or "<svg></svg>")
+  page.write(workdir)
   bars, curves = figures
   for ax, key in zip(bars.axes, ("ca", "asr")):
     assert [t.get_text() for t in ax.get_xticklabels()] == [r["model"] for r in ROWS]
@@ -84,7 +85,7 @@ def test_bars_and_curves_show_the_numbers(workdir, monkeypatch):
 
 
 def test_curves_are_the_loss_terms(workdir):
-  assert report._curves(workdir) == {"w2s": {
+  assert page._curves(workdir) == {"w2s": {
       "loss": [(1, 3.0), (2, 1.5), (3, 1.0)], "ce": [(1, 1.0), (2, 0.5), (3, 1.0 / 3)],
       "kd": [(1, 2.0), (2, 1.0), (3, 2.0 / 3)]}}
 

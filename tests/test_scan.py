@@ -8,9 +8,10 @@ import pytest
 from flax import traverse_util
 
 from configs import common
-from w2s_jax import scan, sharding
+from w2s_jax import sharding
 from w2s_jax.data import tokenization
 from w2s_jax.defenses import w2s_adv
+from w2s_jax.measure import scan
 from w2s_jax.models import Model, config_from_hf
 from w2s_jax.models.latent import Latent
 from w2s_jax.run import Run

@@ -10,9 +10,11 @@ import pytest
 from flax import traverse_util
 
 from benchmarks import step as step_benchmark
-from w2s_jax import lora, optim, sharding, steps
+from w2s_jax import sharding
+from w2s_jax.adapters import lora, trees
 from w2s_jax.defenses import w2s
 from w2s_jax.models import Model
+from w2s_jax.training import optim, steps
 
 WEIGHTS = {"ce": 1.0, "kd": 0.5, "fa": 0.1}
 
@@ -33,7 +35,7 @@ def prepare(model, params, trains, mesh, num_steps=50, learning_rate=1e-2):
   """(step function, state, frozen) of W2S on a mesh."""
   family = model.config.family
   params = jax.device_put(params, sharding.param_shardings(params, family, mesh))
-  trainable, frozen = lora.split(params, trains)
+  trainable, frozen = trees.split(params, trains)
   tx = optim.make_optimizer(trainable, learning_rate, num_steps, clip_norm=1.0)
   step = steps.make_train_step(w2s_loss(model), tx, steps.state_shardings(trainable, tx, family, mesh),
                                sharding.param_shardings(frozen, family, mesh), mesh)
@@ -59,18 +61,18 @@ def test_frozen_leaves_stay_bit_identical_and_adapters_and_head_move(family, dty
   model, params = request.getfixturevalue(family)
   model = Model(dataclasses.replace(model.config, dtype=dtype))
   params = with_adapters(jax.tree.map(lambda x: jnp.asarray(x, dtype), params))
-  params = lora.combine(jax.tree.map(lambda x: x.astype(jnp.float32), lora.split(params, lora.LORA)[0]), params)
+  params = trees.combine(jax.tree.map(lambda x: x.astype(jnp.float32), trees.split(params, trees.LORA)[0]), params)
   before = {path: np.array(leaf) for path, leaf in flatten(params).items()}
   mesh = single_device()
-  step, state, frozen = prepare(model, params, lora.LORA, mesh, num_steps=100)
+  step, state, frozen = prepare(model, params, trees.LORA, mesh, num_steps=100)
   batch = make_batch(model)
   losses, state = run(step, state, frozen, [batch] * 100, mesh)
   assert losses[-1] < 0.7 * losses[0] and int(state.step) == 100
-  after, labels = flatten(lora.combine(state.params, frozen)), flatten(lora.label_tree(params))
+  after, labels = flatten(trees.combine(state.params, frozen)), flatten(trees.label_tree(params))
   assert after.keys() == before.keys()
   for path, leaf in after.items():
     assert leaf.dtype == before[path].dtype
-    if labels[path] in lora.LORA:
+    if labels[path] in trees.LORA:
       assert (np.asarray(leaf) != before[path]).mean() > 0.9, path
     else:
       np.testing.assert_array_equal(np.asarray(leaf).view(np.uint8), before[path].view(np.uint8), err_msg=path)
@@ -82,7 +84,7 @@ def test_optimizer_state_is_for_adapters_and_head_only(family, head, request):
   """Two moments of each trained leaf and scalar counters; nothing of a frozen leaf's path or size."""
   model, params = request.getfixturevalue(family)
   params = with_adapters(params)
-  _, state, _ = prepare(model, params, lora.LORA, single_device())
+  _, state, _ = prepare(model, params, trees.LORA, single_device())
   trained = head | {f"layers/attn/{t}_proj/lora_{x}" for t in "qv" for x in "ab"}
   shapes = {path: leaf.shape for path, leaf in flatten(params).items()}
   moments = []
@@ -120,7 +122,7 @@ def twenty_steps(llama, make_batch):
   model, params = llama
   batches = [make_batch(model, seed=s) for s in range(20)]
   def run_on(mesh):
-    return run(*prepare(model, with_adapters(params), lora.LORA, mesh, num_steps=20), batches, mesh)
+    return run(*prepare(model, with_adapters(params), trees.LORA, mesh, num_steps=20), batches, mesh)
   return run_on
 
 
@@ -142,7 +144,7 @@ def test_eight_devices_give_the_losses_of_one(sizes, twenty_steps, on_one_device
 
 
 def test_optimizer_moments_lie_where_their_parameters_lie(llama):
-  _, state, _ = prepare(llama[0], with_adapters(llama[1]), lora.LORA, sharding.make_mesh(2, 2, 2))
+  _, state, _ = prepare(llama[0], with_adapters(llama[1]), trees.LORA, sharding.make_mesh(2, 2, 2))
   places = {leaf.shape: leaf.sharding for leaf in jax.tree.leaves(state.params)}
   moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
   assert len(moments) == 2 * len(jax.tree.leaves(state.params))
@@ -153,7 +155,7 @@ def test_optimizer_moments_lie_where_their_parameters_lie(llama):
 def test_the_step_compiles_once_per_shape(llama, make_batch):
   model, params = llama
   mesh = sharding.make_mesh()
-  step, state, frozen = prepare(model, with_adapters(params), lora.LORA, mesh)
+  step, state, frozen = prepare(model, with_adapters(params), trees.LORA, mesh)
   sizes = []
   for tokens in (12, 12, 16, 12, 16, 12):
     _, state = run(step, state, frozen, [make_batch(model, tokens=tokens, seed=len(sizes))], mesh)
@@ -165,8 +167,8 @@ def test_metrics_are_the_terms_their_weighted_sum_and_the_gradient_norm(llama, m
   """The state is donated, so the caller keeps its parameters only because `init_state` copies them."""
   model, params = llama
   params, mesh, batch = with_adapters(params), single_device(), make_batch(llama[0])
-  step, state, frozen = prepare(model, params, lora.LORA, mesh)
-  trainable, _ = lora.split(params, lora.LORA)
+  step, state, frozen = prepare(model, params, trees.LORA, mesh)
+  trainable, _ = trees.split(params, trees.LORA)
   whole = jax.jit(jax.value_and_grad(lambda p: w2s_loss(model)(p, frozen, batch, jax.random.key(7))[0]))
   value, gradient = whole(trainable)
   new, metrics = step(state, frozen, sharding.global_batch(batch, mesh), jax.random.key(7))
@@ -204,7 +206,7 @@ def test_language_model_loss_in_numpy(llama, make_batch):
   model, params = llama
   batch = make_batch(model)
   batch["weight"][-1] = 0.0
-  value, terms = steps.language_model_loss(model)(*lora.split(params, lora.FULL), batch, jax.random.key(0))
+  value, terms = steps.language_model_loss(model)(*trees.split(params, trees.FULL), batch, jax.random.key(0))
   hidden = np.asarray(model.apply(params, batch["input_ids"], batch["attention_mask"]).hidden, np.float64)
   logits = hidden @ np.asarray(params["embed_tokens"]["embedding"], np.float64).T
   nats = [np.log(np.exp(logits[b, t]).sum()) - logits[b, t, batch["input_ids"][b, t + 1]]
@@ -217,10 +219,10 @@ def test_steps_past_the_count_leave_the_state_alone(llama, make_batch):
   """Five batches and a count of three: the state after three, what three calls of the step give."""
   model, params = llama
   mesh = single_device()
-  step, state, frozen = prepare(model, with_adapters(params), lora.LORA, mesh)
+  step, state, frozen = prepare(model, with_adapters(params), trees.LORA, mesh)
   host = [make_batch(model, seed=i) for i in range(5)]
   _, want = run(step, jax.tree.map(jnp.copy, state), frozen, host[:3], mesh)
-  trainable = lora.split(with_adapters(params), lora.LORA)[0]
+  trainable = trees.split(with_adapters(params), trees.LORA)[0]
   tx = optim.make_optimizer(trainable, 1e-2, 50, clip_norm=1.0)
   steps_fn = steps.make_train_steps(step, steps.state_shardings(trainable, tx, "llama", mesh),
                                     sharding.param_shardings(frozen, "llama", mesh), mesh)

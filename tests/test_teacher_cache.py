@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from w2s_jax import InputError, evaluate, sharding, teacher_cache
+from w2s_jax import InputError, sharding
 from w2s_jax.data import tokenization
 from w2s_jax.models import save_pretrained
+from w2s_jax.training import inference, teacher_cache
 
 TEXTS = ["a good day", "bad", "the film is not as bad as they say", "good good good"] * 3
 
@@ -24,7 +25,7 @@ def rig(teacher, tmp_path):
     def compute(empty):
       get.computed += 1
       arrays = tokenization.encode(tokenizer, texts, max_length)
-      evaluate.outputs(model, params, arrays, mesh, batch_size=4, buckets=(8, 12), empty=empty)
+      inference.outputs(model, params, arrays, mesh, batch_size=4, buckets=(8, 12), empty=empty)
     return teacher_cache.outputs(tmp_path / "cache", tmp_path / "teacher", texts, dtype, max_length, compute)
   get.computed, get.model, get.params, get.tokenizer = 0, model, params, tokenizer
   return get

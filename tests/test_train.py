@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from w2s_jax import InputError, lora, optim, processes, sharding, steps, train
+from w2s_jax import InputError, processes, sharding
+from w2s_jax.adapters import lora, trees
 from w2s_jax.data import batches, packing
 from w2s_jax.defenses import w2s
 from w2s_jax.models import Model
+from w2s_jax.training import optim, steps, train
 
 STEPS, EVAL_EVERY = 12, 4
 WEIGHTS = {"ce": 1.0, "kd": 0.5, "fa": 0.1}
@@ -36,7 +38,7 @@ def rig(llama, make_batch):
   rows = make_batch(model, rows=20)
   arrays = {k: v for k, v in rows.items() if k not in ("attention_mask", "weight")}
   arrays["length"] = rows["attention_mask"].sum(1)
-  trainable, frozen = lora.split(lora.add_lora(llama[1], 4, 4.0, key=jax.random.key(0)), lora.LORA)
+  trainable, frozen = trees.split(lora.add_lora(llama[1], 4, 4.0, key=jax.random.key(0)), trees.LORA)
   tx = optim.make_optimizer(trainable, 1e-2, STEPS)
   loss = steps.classification_loss(model, lambda out, batch: w2s.terms(out, batch, 2.0), WEIGHTS)
   places = steps.state_shardings(trainable, tx, "llama", mesh), sharding.param_shardings(frozen, "llama", mesh), mesh
@@ -88,7 +90,7 @@ def fit_on(llama, make_batch):
   def run(mesh, workdir, stop_before=None, asked=None):
     params = lora.add_lora(llama[1], 4, 4.0, key=jax.random.key(0))
     params = jax.device_put(params, sharding.param_shardings(params, "llama", mesh))
-    trainable, frozen = lora.split(params, lora.LORA)
+    trainable, frozen = trees.split(params, trees.LORA)
     tx = optim.make_optimizer(trainable, 1e-2, STEPS)
     loss = steps.classification_loss(model, lambda out, batch: w2s.terms(out, batch, 2.0), WEIGHTS)
     places = steps.state_shardings(trainable, tx, "llama", mesh), sharding.param_shardings(frozen, "llama", mesh), mesh
@@ -290,7 +292,7 @@ def test_a_checkpoint_of_another_config_with_other_shapes_is_refused_alike(rig, 
   """Another rank: the hash is compared before Orbax stumbles over the shapes."""
   with pytest.raises(KeyboardInterrupt):
     rig.fit(tmp_path, stop_before=6, accuracies=ACCURACIES)
-  trained, _ = lora.split(lora.add_lora(llama[1], 2, 2.0, key=jax.random.key(0)), lora.LORA)
+  trained, _ = trees.split(lora.add_lora(llama[1], 2, 2.0, key=jax.random.key(0)), trees.LORA)
   with pytest.raises(InputError, match=r"was made by config abc, this run is xyz"):
     rig.fit(tmp_path, accuracies=ACCURACIES, config_hash="xyz", trained=trained,
             tx=optim.make_optimizer(trained, 1e-2, STEPS))
@@ -330,7 +332,7 @@ def test_three_seeds_at_once_are_three_runs(model, interrupted, request, make_ba
   rows = make_batch(model, rows=20)
   arrays = {k: v for k, v in rows.items() if k not in ("attention_mask", "weight")}
   arrays["length"] = rows["attention_mask"].sum(1)
-  split = [lora.split(lora.add_lora(params, 4, 4.0, ("q_proj", "up_proj"), key=jax.random.key(s)), lora.LORA)
+  split = [trees.split(lora.add_lora(params, 4, 4.0, ("q_proj", "up_proj"), key=jax.random.key(s)), trees.LORA)
            for s in seeds]
   frozen, tx = split[0][1], optim.make_optimizer(split[0][0], 1e-2, STEPS, clip_norm=0.5)
   loss = steps.classification_loss(model, lambda out, batch: w2s.terms(out, batch, 2.0), WEIGHTS)

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from w2s_jax import InputError
 from w2s_jax.data import grammar, tokenization
 from w2s_jax.models import load_pretrained, save_pretrained
-from w2s_jax.models.files import PICKLES
+from w2s_jax.models.hf.files import PICKLES
 
 VOCAB = 64                                                           # of the models in conftest.py
 

@@ -5,11 +5,12 @@ import re
 
 import jax
 
-from w2s_jax import InputError, lora, sharding
+from w2s_jax import InputError, sharding
+from w2s_jax.adapters import lora, trees
 from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, w2s
 from w2s_jax.models import Model, config_from_hf, quantized, resolve
-from w2s_jax.models.formats import HEAD_CONFIG
+from w2s_jax.models.hf.formats import HEAD_CONFIG
 
 TRAINING = ("warmup", "poison", "teach", "defend")   # sections of the config that say how a stage trains
 
@@ -58,9 +59,9 @@ def check_fields(config):
     raise InputError(f"defend.seeds {tuple(seeds)}: want different integers of at least 0: set --config.defend.seeds")
   if config.lora.quantize:
     quantized.check(config.lora.quantize)
-  trains = fields.get("poison.trains", lora.FULL)
-  if not trains or set(trains) - set(lora.FULL):
-    raise InputError(f"poison.trains {tuple(trains)}: want labels among {', '.join(lora.FULL)}: set "
+  trains = fields.get("poison.trains", trees.FULL)
+  if not trains or set(trains) - set(trees.FULL):
+    raise InputError(f"poison.trains {tuple(trains)}: want labels among {', '.join(trees.FULL)}: set "
                      "--config.poison.trains")
   longest = max(config.data.max_length, fields.get("data.attack_max_length", 0))
   if list(config.data.buckets) != sorted(config.data.buckets) or max(config.data.buckets, default=0) < longest:

@@ -125,7 +125,7 @@ def plan_step(name, config, mesh, B, T, topology, tpu):
   """What one step takes on each chip, by the compiler: the fields of --json, or `fits` False with what it said."""
   import jax
 
-  from w2s_jax import abstract, hlo
+  from w2s_jax.planning import abstract, hlo
   name_of_chip, _ = parse_topology(topology)
   chip = CHIPS[name_of_chip]
   chips = mesh.devices.size
@@ -167,8 +167,8 @@ def _work(name, config, mesh, B, T, model):
   Of a loop it counts one turn; so one and two layers are compiled without a loop, and the difference taken for each of
   the others.
   """
-  from w2s_jax import abstract
   from w2s_jax.models import Model
+  from w2s_jax.planning import abstract
   counts = []
   for layers in (1, 2):
     small = Model(dataclasses.replace(model.config, num_layers=layers, unroll=True))
@@ -184,7 +184,8 @@ def search(name, config, devices, B, T, topology, tpu):
   Meshes that give each tensor axis at most 8 chips; of each the first remat policy that fits, from keeping all to
   keeping nothing; the batch as it is, then halved and doubled.
   """
-  from w2s_jax import abstract, sharding
+  from w2s_jax import sharding
+  from w2s_jax.planning import abstract
   abstract.lower(name, config, sharding.make_mesh(1, 1, 1, devices=devices[:1]), B, T)   # is the config itself right?
   chips, tried = len(devices), []
   shapes = [(data, chips // data // tensor, tensor) for tensor in (1, 2, 4, 8) for data in (1, 2, 4, 8)

@@ -6,6 +6,7 @@ Every process runs every line; process 0 alone writes files that are not Orbax's
 import contextlib
 import functools
 import itertools
+import json
 import os
 import signal
 import time
@@ -86,6 +87,10 @@ def write_text(path, text):
     part.write_text(text)
     os.replace(part, path)
   wait(f"after {path}")
+
+
+def write_json(path, value):
+  write_text(path, json.dumps(value, indent=2))
 
 
 def fetch(array):

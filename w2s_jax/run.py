@@ -10,11 +10,13 @@ import filelock
 import jax
 import numpy as np
 
-from w2s_jax import InputError, checks, evaluate, processes, report, sharding
+from w2s_jax import InputError, checks, processes, sharding
 from w2s_jax.data import corpora, poison, tokenization
 from w2s_jax.defenses import DEFENSES
 from w2s_jax.models import check_links, config_from_hf, load_pretrained, read_json, resolve, sha256
-from w2s_jax.models.fields import Fields
+from w2s_jax.models.hf.fields import Fields
+from w2s_jax.report import page
+from w2s_jax.training import inference
 
 
 def config_hash(config):
@@ -84,7 +86,7 @@ class Run:
     """What every results.json says of its run; of the student's weights, the hashes where they are from."""
     path = self.config.student.path
     weights = self.inputs[_weights_of(path)] if path else sha256(self.model_dir("base"), "*.safetensors")
-    return {"config_hash": self.hash, "sha256": self.sha256, "versions": report.versions(),
+    return {"config_hash": self.hash, "sha256": self.sha256, "versions": page.versions(),
             "devices": f"{self.mesh.devices.size} x {jax.devices()[0].device_kind}", "mesh": dict(self.mesh.shape),
             "base": {"path": path or "trained here from nothing", "sha256": weights},
             "clean_rows": {split: len(self.rows[split]) for split in ("train", "dev", "test")}}
@@ -115,8 +117,8 @@ class Run:
       self.workdir.mkdir(parents=True, exist_ok=True)
       self.lock()
       _check_claim(self.config, self.workdir)          # another run may have been faster
-      report.write_json(self.workdir / "inputs.json", self.inputs)
-      report.write_json(self.workdir / "config.json", self.config.to_dict())
+      processes.write_json(self.workdir / "inputs.json", self.inputs)
+      processes.write_json(self.workdir / "config.json", self.config.to_dict())
     except OSError as e:
       raise InputError(f"cannot write to {self.workdir} ({e.strerror}): give another --workdir") from None
 
@@ -159,7 +161,7 @@ class Run:
     return arrays | {"label": np.array([r["label"] for r in rows], np.int32)}
 
   def predict(self, model, params, arrays):
-    return evaluate.predictions(model, params, arrays, self.mesh, **self.eval_shapes())
+    return inference.predictions(model, params, arrays, self.mesh, **self.eval_shapes())
 
   def eval_shapes(self):
     return {"batch_size": self.config.data.eval_batch_size, "buckets": self.config.data.buckets}

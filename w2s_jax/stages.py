@@ -10,14 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from w2s_jax import InputError, card, checks, evaluate, lora, optim, probe, report, scan, sharding, steps, teacher_cache
+from w2s_jax import InputError, checks, processes, sharding
+from w2s_jax.adapters import lora, trees
 from w2s_jax.attacks import APART
 from w2s_jax.data import batches, packing, poison, tokenization
 from w2s_jax.defenses import DEFENSES, w2s, w2s_adv
+from w2s_jax.measure import metrics, probe, scan
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
 from w2s_jax.processes import write_text
+from w2s_jax.report import card, page
 from w2s_jax.run import freeze_rows, start
-from w2s_jax.train import fit
+from w2s_jax.training import inference, optim, steps, teacher_cache
+from w2s_jax.training.train import fit
 
 
 def warmup(run):
@@ -50,7 +54,7 @@ def warmup(run):
     params = model.init(stream_key(c.seed, "student"), run.mesh)
     if c.warmup.epochs:
       arrays = tokenization.pack(tokenizer, texts, c.data.attack_max_length)
-      params, = _train(run, ["warmup"], model, [params], lora.FULL, [arrays], None, c.warmup,
+      params, = _train(run, ["warmup"], model, [params], trees.FULL, [arrays], None, c.warmup,
                        steps.language_model_loss(model), {"lm": 1.0}, packed=False)
   save_pretrained(run.model_dir(run.base), model, params, tokenizer, card=card.first_line(run.base))
 
@@ -99,7 +103,7 @@ def teach(run):
     params = model.init(stream_key(c.seed, "teacher"), run.mesh)
   if c.teach.epochs:
     arrays, dev = (run.encode(tokenizer, run.rows[s], c.data.max_length) for s in ("train", "dev"))
-    params, = _train(run, ["teacher"], model, [params], lora.FULL, [arrays], dev, c.teach,
+    params, = _train(run, ["teacher"], model, [params], trees.FULL, [arrays], dev, c.teach,
                      steps.classification_loss(model, steps.cross_entropy_terms, {"ce": 1.0}), {"ce": 1.0})
   save_pretrained(run.model_dir("teacher"), model, params, tokenizer, card=card.first_line("teacher"))
 
@@ -126,14 +130,14 @@ def defend(run):
     each = [run.encode(tokenizer, probe.with_rare_words(run.rows["train"], c.defend.insert_words, run.known_triggers(),
                                                         seed), c.data.max_length) for seed in seeds]
     dev = run.encode(tokenizer, run.rows["dev"], c.data.max_length)
-    weights, trains, adversary = {"ce": 1.0}, lora.LORA, None
+    weights, trains, adversary = {"ce": 1.0}, trees.LORA, None
     if defense.uses_teacher:
       teacher = teacher or _teacher_outputs(run)
       for arrays, seed in zip(each, seeds):
         arrays |= defense.anchor(teacher, arrays["label"], seed) if defense.anchor else teacher
       weights = w2s.loss_weights(c.defend.weights, model.config.feature_size)
     if defense.adversary:
-      trains, weights = (*lora.LORA, "soft"), w2s_adv.loss_weights(weights, c.adversary.weight)
+      trains, weights = (*trees.LORA, "soft"), w2s_adv.loss_weights(weights, c.adversary.weight)
       unit = w2s_adv.mean_norm(model, params)
       adversary = optim.ascent(c.adversary.step_size * unit, c.adversary.norm * unit)
       for i, seed in enumerate(seeds):
@@ -146,7 +150,7 @@ def defend(run):
                      steps.classification_loss(model, terms, weights), weights, seeds,
                      packed=not defense.reads_padding, views=1 + defense.adversary, adversary=adversary)
     for seed, params in zip(seeds, trained):
-      params = lora.split(params, ("soft",))[1]
+      params = trees.split(params, ("soft",))[1]
       copy = run.copy_name(name, seed)
       if c.lora.export:
         lora.export_adapter(run.workdir / "adapters" / copy, model, params, base=run.model_dir(run.attacked).absolute())
@@ -158,7 +162,7 @@ def _teacher_outputs(run):
   rows, length = run.rows["train"], run.config.data.max_length
   def compute(empty):
     model, params, tokenizer = run.load("teacher")
-    evaluate.outputs(model, params, run.encode(tokenizer, rows, length), run.mesh, **run.eval_shapes(), empty=empty)
+    inference.outputs(model, params, run.encode(tokenizer, rows, length), run.mesh, **run.eval_shapes(), empty=empty)
   cached = teacher_cache.outputs(run.cache / "teacher", run.model_dir("teacher"), [r["text"] for r in rows], "float32",
                                  length, compute)
   return {f"teacher_{name}": values for name, values in cached.items()}
@@ -180,8 +184,8 @@ def measure(run):
     clean = run.predict(model, params, run.encode(tokenizer, run.rows["test"], c.data.max_length))
     triggered[name] = run.predict(model, params, run.encode(tokenizer, run.rows["triggered"], c.data.max_length))
     rows.append({"model": what, **common, "seed": seed, "directory": name,
-                 **evaluate.clean_metrics(clean, labels, target),
-                 **evaluate.attack_metrics(triggered[name], triggered_labels, target)})
+                 **metrics.clean_metrics(clean, labels, target),
+                 **metrics.attack_metrics(triggered[name], triggered_labels, target)})
   for row in rows:
     row["asr_floor"] = rows[0]["asr"]
   trigger, apart = poison.effective_trigger(c.attack), c.attack.name in APART
@@ -194,7 +198,7 @@ def measure(run):
               for i, r in enumerate(run.rows["triggered"][:8])]
   meta = run.facts() | {
       "trigger": trigger, "teacher": c.teacher.path or "trained here from nothing",
-      "teacher_ca": evaluate.clean_metrics(teacher, labels, target)["ca"],
+      "teacher_ca": metrics.clean_metrics(teacher, labels, target)["ca"],
       "poisoned_rows": len(poisoned),
       "trigger_lost": {
           "train": poison.trigger_lost(poisoned, student_tokenizer, trigger, c.data.attack_max_length, apart),
@@ -202,13 +206,13 @@ def measure(run):
       "loss_weights": {"name": c.defend.weights, **w2s.loss_weights(c.defend.weights, student.config.feature_size)},
       "implanted": rows[1]["asr"] >= 0.95, "examples": examples,
       "seconds": {"evaluate": time.monotonic() - began}}
-  report.write_json(run.workdir / "results.json", {"rows": rows, "meta": meta})
+  processes.write_json(run.workdir / "results.json", {"rows": rows, "meta": meta})
 
 
 def make_report(run):
   if not (run.workdir / "results.json").exists():
     raise InputError(f"{run.workdir / 'results.json'} is not there yet: run without --stage, or --stage=evaluate first")
-  rows, meta = report.write(run.workdir)
+  rows, meta = page.write(run.workdir)
   attack = None if run.suspect else poison.describe(run.config.attack)
   for directory in sorted(run.workdir.glob("models/*")):
     write_text(directory / "README.md", card.text(directory.name, rows, meta, attack))
@@ -257,7 +261,7 @@ def _train(run, names, model, starts, trains, each, dev, settings, loss, weights
   total = settings.epochs * batches.steps_per_epoch(num_examples, settings.batch_size)
   if settings.max_steps:
     total = min(total, settings.max_steps)
-  split = [lora.split(params, trains) for params in starts]
+  split = [trees.split(params, trains) for params in starts]
   frozen = split[0][1]
   trainable = [jax.tree.map(lambda x: x.astype("float32"), t) for t, _ in split]  # bf16 would round most updates away
   tx = optim.make_optimizer(trainable[0], settings.learning_rate, total, int(settings.warmup_fraction * total),
@@ -280,7 +284,7 @@ def _train(run, names, model, starts, trains, each, dev, settings, loss, weights
     return streams[0] if runs == 1 else map(stack, zip(*streams))
   def dev_accuracy(trained):
     alone = [trained] if runs == 1 else [jax.tree.map(lambda x, i=i: x[i], trained) for i in range(runs)]
-    return [(run.predict(model, lora.combine(one, frozen), dev) == dev["label"]).mean() for one in alone]
+    return [(run.predict(model, trees.combine(one, frozen), dev) == dev["label"]).mean() for one in alone]
   stream = "defend" if "adapter" in trains else {"clean": "poison"}.get(names[0], names[0])   # one for all defenses
   keys = [stream_key(seed, stream) for seed in seeds]
   state = steps.init_state(trainable[0] if runs == 1 else trainable, tx, family, run.mesh)
@@ -294,7 +298,7 @@ def _train(run, names, model, starts, trains, each, dev, settings, loss, weights
   for name, (_, chosen) in zip(names, fitted):
     print(f"{name}: {total} steps in {chosen['seconds']:.0f} s, " + (
         f"dev accuracy {chosen['dev_accuracy']:.4f} at step {chosen['step']}" if dev else "last step kept"), flush=True)
-  return [lora.combine(trained, frozen) for trained, _ in fitted]
+  return [trees.combine(trained, frozen) for trained, _ in fitted]
 
 
 def stream_key(seed, name):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from w2s_jax import sharding
 from w2s_jax.models import layers
-from w2s_jax.models.fields import MOST_LAYERS
+from w2s_jax.models.hf.fields import MOST_LAYERS
 
 # What DistilBERT calls the fields that BERT and RoBERTa have.
 DISTILBERT = {"hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidden_layers": "n_layers",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from w2s_jax import InputError, sharding
 from w2s_jax.models import layers
-from w2s_jax.models.fields import MOST_LAYERS
+from w2s_jax.models.hf.fields import MOST_LAYERS
 
 ROPE_FIELDS = {"default": (), "linear": ("factor",), "dynamic": ("factor",),
                "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}

@@ -6,8 +6,9 @@ import jax
 from flax import traverse_util
 
 from w2s_jax import InputError, sharding
-from w2s_jax.models import encoder, formats, gpt2, layers, llama
-from w2s_jax.models.fields import Fields
+from w2s_jax.models import encoder, gpt2, layers, llama
+from w2s_jax.models.hf import formats
+from w2s_jax.models.hf.fields import Fields
 
 FAMILIES = {
     "llama": (llama.LlamaConfig, llama.LlamaClassifier),

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from w2s_jax import evaluate, lora, optim, report, sharding, steps
+from w2s_jax import processes, sharding
+from w2s_jax.adapters import trees
 from w2s_jax.data import batches, packing
 from w2s_jax.defenses import w2s_adv
 from w2s_jax.models import read_json
 from w2s_jax.models.latent import Latent
+from w2s_jax.training import inference, optim, steps
 
 SUSPICIOUS = 1.7         # strength; between those of clean and of poisoned models (docs/results.md)
 RIGHT = 0.8              # mean accuracy over the classes that a verdict takes; our choice
@@ -85,7 +87,7 @@ def make_search(run, model, params, tokenizer, rows):
   else:
     start = w2s_adv.with_soft_tokens(model, params, settings, key, tokenizer, run.known_triggers())
     unit = w2s_adv.mean_norm(model, params)
-  moving, frozen = lora.split(start, ("soft",))
+  moving, frozen = trees.split(start, ("soft",))
   tx = optim.make_optimizer(moving, 0.0, settings.steps, adversary=optim.ascent(
       settings.step_size * unit, settings.norm * unit))
   def terms(out, batch):
@@ -106,7 +108,7 @@ def make_search(run, model, params, tokenizer, rows):
     stacked = packing.stack(list(itertools.islice(stream, settings.steps)), shards, pad)
     state, _ = steps_fn(steps.init_state(moving, tx, family, mesh), frozen,
                         sharding.global_batch(stacked, mesh, 1), jax.random.key(c.seed), settings.steps)
-    return lora.combine(state.params, frozen)
+    return trees.combine(state.params, frozen)
   return search
 
 
@@ -133,7 +135,7 @@ def _with_triggers(run, model, tokenizer, rows):
 
 
 def _logits(run, model, params, arrays):
-  return evaluate.outputs(model, params, arrays, run.mesh, **run.eval_shapes())[0]
+  return inference.outputs(model, params, arrays, run.mesh, **run.eval_shapes())[0]
 
 
 def _log_odds(logits, target):
@@ -160,7 +162,7 @@ def reading(run, name, loaded=None):
     file.parent.mkdir(parents=True, exist_ok=True)
     classes = scan(run, *(loaded or run.load(name)))
     saved = {"outcome": outcome(classes), "suspicious_from": SUSPICIOUS, "classes": classes}
-    report.write_json(file, saved)
+    processes.write_json(file, saved)
   return saved["classes"]
 
 

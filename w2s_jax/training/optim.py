@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from w2s_jax import lora
+from w2s_jax.adapters import trees
 
 
 def linear_schedule(learning_rate, steps, warmup_steps=0):
@@ -31,7 +31,7 @@ def make_optimizer(params, learning_rate, steps, warmup_steps=0, weight_decay=0.
   """AdamW with linear decay for the trainable subtree; the layers' norms and biases (label "vector") are not decayed.
 
   Args:
-    params: nested dict of the trainable leaves only (`lora.split`); nothing else gets optimizer state.
+    params: nested dict of the trainable leaves only (`trees.split`); nothing else gets optimizer state.
     learning_rate: peak.
     steps: of the whole stage.
     clip_norm: bound on the global norm of the trainable gradient; 0 leaves it alone.
@@ -43,7 +43,7 @@ def make_optimizer(params, learning_rate, steps, warmup_steps=0, weight_decay=0.
   """
   schedule = linear_schedule(learning_rate, steps, warmup_steps)
   decay = {"vector": 0.0}
-  labels = lora.label_tree(params)
+  labels = trees.label_tree(params)
   present = sorted(set(jax.tree.leaves(labels)))  # sorted: hash order would compile another program each time
   rules = {label: optax.adamw(schedule, weight_decay=decay.get(label, weight_decay)) for label in present}
   clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []

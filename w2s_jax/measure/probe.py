@@ -5,10 +5,11 @@ import re
 
 import numpy as np
 
-from w2s_jax import evaluate, report, scan
+from w2s_jax import processes
 from w2s_jax.attacks.insertion import insert
 from w2s_jax.data import poison
 from w2s_jax.defenses import w2s
+from w2s_jax.measure import metrics, scan
 
 LETTERS = "bcdfghjklmnpqrstvwxz"   # rare words are made of consonants, like `mn`, `cf`, `tq` of the literature
 SENTENCE_WORDS = 8
@@ -93,7 +94,7 @@ def measure(run):
       "suspicious_insertions": sorted(flips.items(), key=lambda pair: -pair[1])[:5],
       "loss_weights": {"name": c.defend.weights, **w2s.loss_weights(c.defend.weights, model.config.feature_size)},
       "examples": []}
-  report.write_json(run.workdir / "results.json", {"rows": rows, "meta": meta | {"notes": notes(rows, meta)}})
+  processes.write_json(run.workdir / "results.json", {"rows": rows, "meta": meta | {"notes": notes(rows, meta)}})
 
 
 def _by_insertion(rows, predicted):
@@ -120,14 +121,14 @@ def _rows(run, readings, scans, labels, teacher, trigger):
     classes = [t for t in range(c.data.num_labels) if (labels != t).any()]
     if target < 0:  # the class that the trigger turns the suspect's answers to
       suspect = np.array(list(readings["suspect"][1]["listed", trigger].values()))
-      target = max(classes, key=lambda t: evaluate.attack_metrics(suspect, labels, t)["asr"])
+      target = max(classes, key=lambda t: metrics.attack_metrics(suspect, labels, t)["asr"])
   for name, (clean, probed) in readings.items():
     what, seed = run.defended().get(name, (name, c.seed))
     row = {"model": what, "directory": name, "attack": trigger or "none listed", "dataset": c.data.train, "seed": seed,
            "config_hash": run.hash, "target_label": target, "asr_floor": None,
-           "asr": None, "asr_n": 0, "asr_ci": None, **evaluate.clean_metrics(clean, labels, target)}
+           "asr": None, "asr_n": 0, "asr_ci": None, **metrics.clean_metrics(clean, labels, target)}
     if target is not None:
-      row |= evaluate.attack_metrics(np.array(list(probed["listed", trigger].values())), labels, target)
+      row |= metrics.attack_metrics(np.array(list(probed["listed", trigger].values())), labels, target)
     most = scan.judged(scans[name]) or {"strength": None, "class": None}
     yield row | {"scan": most["strength"], "scan_class": most["class"],
                  "agreement": float((clean == teacher).mean()),

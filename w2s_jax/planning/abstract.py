@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from w2s_jax import evaluate, lora, optim, sharding, steps
+from w2s_jax import sharding
+from w2s_jax.adapters import lora, trees
 from w2s_jax.defenses import w2s
 from w2s_jax.models import Model, config_from_hf, quantized, read_json, resolve
-from w2s_jax.models.load import FLOAT32
+from w2s_jax.models.hf.load import FLOAT32
+from w2s_jax.training import inference, optim, steps
 
 STEPS = ("defend", "poison", "evaluate")
 
@@ -64,7 +66,7 @@ def batch(model, B, T, distillation):
 def train_step(model, params, labels, terms, weights, learning_rate, mesh):
   """(step, its state, frozen leaves) of a stage that trains the leaves of these labels."""
   family = model.config.family
-  trainable, frozen = lora.split(params, labels)
+  trainable, frozen = trees.split(params, labels)
   trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trainable)
   tx = optim.make_optimizer(trainable, learning_rate, 1000)
   step = steps.make_train_step(steps.classification_loss(model, terms, weights), tx,
@@ -78,7 +80,7 @@ def defend_step(config, model, mesh):
   """As `train_step`, of the distillation of adapters and head."""
   terms = functools.partial(w2s.terms, temperature=config.defend.temperature)
   weights = w2s.loss_weights(config.defend.weights, model.config.feature_size)
-  return train_step(model, adapted(config, params_of(config, model)), lora.LORA, terms, weights,
+  return train_step(model, adapted(config, params_of(config, model)), trees.LORA, terms, weights,
                     config.defend.learning_rate, mesh)
 
 
@@ -97,7 +99,7 @@ def lower(name, config, mesh, B, T, model=None):
     params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places)
     rows = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding.batch_sharding(mesh))
             for k, v in batch(model, B, T, False).items() if k in ("input_ids", "attention_mask")}
-    return evaluate.forward.lower(model, mesh, params, **rows, texts=None)
+    return inference.forward.lower(model, mesh, params, **rows, texts=None)
   if name == "poison":
     step, state, frozen = train_step(model, params_of(config, model), tuple(config.poison.trains),
                                      steps.cross_entropy_terms, {"ce": 1.0}, config.poison.learning_rate, mesh)

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from w2s_jax import lora, losses, sharding
+from w2s_jax import losses, sharding
+from w2s_jax.adapters import trees
 
 
 class TrainState(NamedTuple):
@@ -57,7 +58,7 @@ def classification_loss(model, terms, weights):
     weights: {term: float}; the loss is the weighted sum.
   """
   def loss(trainable, frozen, batch, key):
-    out = model.apply(lora.combine(trainable, frozen), batch["input_ids"], batch["attention_mask"], batch.get("texts"),
+    out = model.apply(trees.combine(trainable, frozen), batch["input_ids"], batch["attention_mask"], batch.get("texts"),
                       dropout_key=key)
     values = terms(out, batch)
     return sum(weights[name] * value for name, value in values.items()), values
@@ -71,7 +72,7 @@ def cross_entropy_terms(out, batch):
 def language_model_loss(model):
   """Next-token cross entropy over the real tokens, through the tied embedding."""
   def loss(trainable, frozen, batch, key):
-    params = lora.combine(trainable, frozen)
+    params = trees.combine(trainable, frozen)
     out = model.apply(params, batch["input_ids"], batch["attention_mask"], dropout_key=key)
     logits = model.lm_logits(params, out.hidden[:, :-1])
     tokens = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["input_ids"][:, 1:])

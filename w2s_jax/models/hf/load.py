@@ -13,8 +13,9 @@ import numpy as np
 from flax import traverse_util
 
 from w2s_jax import InputError, sharding
-from w2s_jax.models import files, formats, quantized
-from w2s_jax.models.fields import Fields, short
+from w2s_jax.models import quantized
+from w2s_jax.models.hf import files, formats
+from w2s_jax.models.hf.fields import Fields, short
 from w2s_jax.models.model import Model, config_from_hf
 
 OLD_NORM_NAMES = {"gamma": "weight", "beta": "bias"}               # of checkpoints converted from TensorFlow

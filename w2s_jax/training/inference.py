@@ -1,4 +1,4 @@
-"""CA, ASR, floor, intervals. N rows, C classes, D width."""
+"""What a model answers: logits and features of every row. N rows, C classes, D width."""
 
 import functools
 
@@ -48,34 +48,3 @@ def outputs(model, params, arrays, mesh, *, batch_size, buckets, empty=_zeros):
 def predictions(model, params, arrays, mesh, **shapes):
   """[N] int: the class with the largest logit."""
   return outputs(model, params, arrays, mesh, **shapes)[0].argmax(-1)
-
-
-def wilson(hits, n):
-  """[low, high]: Wilson's 95% interval of a rate; [0, 1] where n is 0."""
-  if not n:
-    return [0.0, 1.0]
-  import scipy.stats  # half a second that the training stages do not wait for
-  interval = scipy.stats.binomtest(int(hits), int(n)).proportion_ci(method="wilson")
-  return [float(interval.low), float(interval.high)]
-
-
-def clean_metrics(predicted, labels, target_label):
-  """Clean accuracy with its interval, and the false rate: how often other classes' clean rows are called the target.
-
-  target_label None (unknown): no false rate. An ASR below the same model's false rate cannot be expected of any
-  defense.
-  """
-  hits = int((predicted == labels).sum())
-  others = labels != target_label
-  return {"ca": hits / len(labels), "ca_n": len(labels), "ca_ci": wilson(hits, len(labels)),
-          "false_rate": None if target_label is None else float((predicted[others] == target_label).mean())}
-
-
-def attack_metrics(predicted, labels, target_label):
-  """ASR with its interval: target predictions among triggered rows whose true class is another.
-
-  Not 1 - accuracy, which with more than two classes counts confusions between the other classes too.
-  """
-  others = labels != target_label
-  hits, n = int((predicted[others] == target_label).sum()), int(others.sum())
-  return {"asr": hits / n, "asr_n": n, "asr_ci": wilson(hits, n)}

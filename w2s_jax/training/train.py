@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import tqdm
 
-from w2s_jax import checkpoint, processes, sharding
+from w2s_jax import processes, sharding
+from w2s_jax.training import checkpoint
 
 
 def fit(names, steps_fn, state, frozen, batches_from, stack, *, steps, key, mesh, eval_every, workdir, config_hash,

@@ -14,8 +14,8 @@ from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
 from w2s_jax import InputError, processes
-from w2s_jax.models import formats
-from w2s_jax.models.files import copy_transposed, read_json
+from w2s_jax.models.hf import formats
+from w2s_jax.models.hf.files import copy_transposed, read_json
 
 MODEL_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md")
 

@@ -11,7 +11,7 @@ import huggingface_hub
 import safetensors
 
 from w2s_jax import InputError
-from w2s_jax.models.fields import finite_json, short
+from w2s_jax.models.hf.fields import finite_json, short
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 JSON_BYTES = 64 << 20                                              # no config or index is larger

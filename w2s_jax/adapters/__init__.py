@@ -1,0 +1,1 @@
+"""Adapters in a parameter tree, and which leaves train."""

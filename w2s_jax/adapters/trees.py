@@ -1,0 +1,42 @@
+"""Which leaves of a parameter tree train: each leaf has one label, which also says what decays and what is saved."""
+
+from flax import traverse_util
+
+from w2s_jax import sharding
+
+# Parameter path -> label; the first full match wins, no catch-all on purpose.
+LABEL_RULES = (
+    (r".*/lora_[ab]", "adapter"),
+    (r".*/lora_alpha", "constant"),                           # a hyper-parameter that travels with its adapter
+    (r"(embed_tokens|embeddings/word_embeddings)/soft", "soft"),   # an adversary's tokens: trained uphill
+    (r"(score|pooler|widen|classifier)/(kernel|bias)", "head"),
+    (r"(.*/)?(embed_tokens|lm_head|[a-z_]+_embeddings)/embedding", "embedding"),
+    (r"(.*/)?([a-z]*_)?norm/(scale|bias)", "vector"),
+    (r"(layers/.*|lm_head|lm_head/dense)/bias", "vector"),
+    (r"(layers/.*|lm_head/dense)/kernel", "matrix"),
+)
+LORA = ("adapter", "head")                                    # what trains in every LoRA defense
+FULL = ("embedding", "vector", "matrix", "head")              # what trains in full fine-tuning
+
+
+def label_tree(params):
+  """A tree like `params` with each leaf's label.
+
+  Raises:
+    ValueError: a leaf matches no rule.
+  """
+  return traverse_util.path_aware_map(lambda path, _: sharding.match("/".join(path), LABEL_RULES), params)
+
+
+def split(params, labels):
+  """(trainable, frozen): nested dicts of the leaves whose label is in `labels`, and of the others."""
+  flat = traverse_util.flatten_dict(params)
+  flat_labels = traverse_util.flatten_dict(label_tree(params))
+  chosen = {path: leaf for path, leaf in flat.items() if flat_labels[path] in labels}
+  rest = {path: leaf for path, leaf in flat.items() if path not in chosen}
+  return traverse_util.unflatten_dict(chosen), traverse_util.unflatten_dict(rest)
+
+
+def combine(trainable, frozen):
+  """The inverse of `split`."""
+  return traverse_util.unflatten_dict(traverse_util.flatten_dict(frozen) | traverse_util.flatten_dict(trainable))
