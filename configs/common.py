@@ -9,6 +9,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from w2s_jax import InputError
+from w2s_jax.config import section
+from w2s_jax.defenses import SETTINGS
 
 ARGUMENTS = {"data": str, "scale": str}
 
@@ -45,6 +47,7 @@ def base(attack):
   """Offline: small models on the grammar corpora, minutes on two CPU cores. One setting for every attack and seed."""
   c = ConfigDict()
   c.seed = 0
+  c.task = "classification"           # a key of tasks.TASKS
   c.defenses = ("none", "lora_ce", "w2s", "w2s_released", "w2s_shuffled", "w2s_adv")
 
   c.attack = ConfigDict()
@@ -84,17 +87,9 @@ def base(attack):
   c.teach = stage(learning_rate=2e-3, epochs=4, batch_size=32, warmup_fraction=0.06)
   c.defend = stage(learning_rate=2e-3, epochs=4, batch_size=32)   # clipped: else 1 of 14 runs of w2s_adv failed
   c.defend.seeds = ()                 # of adapters, order and dropout; several train as one program; (): the run's own
-  c.defend.weights = "small"          # defenses/w2s.py WEIGHTS, or "CE,KD,FA"
-  c.defend.temperature = 2.0          # released
   c.defend.insert_words = 0.0         # share of the student's clean rows that get a random rare word; not in the paper
 
-  c.adversary = ConfigDict()          # of `w2s_adv`; our choice, on seeds 100 to 103 (docs/results.md)
-  c.adversary.triggers = 8            # different soft triggers at a time
-  c.adversary.tokens = 5              # most soft tokens of each; a text gets its first 1 to so many
-  c.adversary.replace = 0.0           # share of texts in which they take the place of tokens, else they are inserted
-  c.adversary.step_size = 0.5         # uphill, of each token and step, in mean norms of the vocabulary's embeddings
-  c.adversary.norm = 1.5              # bound, likewise
-  c.adversary.weight = 1.0            # of the loss on those texts, beside the clean texts' 1
+  c.defense = ConfigDict({name: section(settings) for name, settings in SETTINGS.items()})   # of single defenses
 
   c.lora = ConfigDict()
   c.lora.rank = 16
@@ -158,8 +153,8 @@ def released(c, student, teacher="google-bert/bert-base-uncased"):
   c.poison.update(learning_rate=2e-5, epochs=5, batch_size=64, evaluations=5)
   c.poison.trains = ("embedding", "vector", "matrix", "head")
   c.teach.update(learning_rate=2e-5, epochs=5, batch_size=32, evaluations=5)
-  c.defend.update(learning_rate=2e-4, epochs=5, batch_size=32, evaluations=5, clip_norm=0.0,
-                  weights=RELEASED_WEIGHTS[c.attack.name])
+  c.defend.update(learning_rate=2e-4, epochs=5, batch_size=32, evaluations=5, clip_norm=0.0)
+  c.defense.w2s.weights = RELEASED_WEIGHTS[c.attack.name]
   c.lora.update(rank=512, alpha=512.0, dropout=0.1, targets=("q_proj", "v_proj"))
 
 
@@ -230,7 +225,8 @@ def minilm(attack, arg):
   c.poison.update(learning_rate=5e-5, epochs=3, batch_size=16, evaluations=3)
   c.poison.trains = ("embedding", "vector", "matrix", "head")
   c.teach.update(learning_rate=5e-5, epochs=2, evaluations=4)
-  c.defend.update(learning_rate=1e-3, epochs=2, weights="agnostic")
+  c.defend.update(learning_rate=1e-3, epochs=2)
+  c.defense.w2s.weights = "agnostic"
   c.lora.update(rank=48, alpha=48.0, targets=("all-linear",))   # our choice, on seed 100
   c.term_norms_every = 100
   return c
@@ -239,8 +235,8 @@ def minilm(attack, arg):
 def clean_checkpoint():
   """A suspicious checkpoint in, a clean one out: no attack is made, the trigger is unknown."""
   c = base("unknown")
-  for section in ("attack", "warmup", "poison"):
-    del c[section]
+  for absent in ("attack", "warmup", "poison"):
+    del c[absent]
   for field in ("attack_source", "defend_source", "attack_rows", "defend_rows", "attack_max_length"):
     del c.data[field]
   del c.student["arch"]
@@ -261,7 +257,7 @@ def clean_checkpoint():
   c.scan = ConfigDict()               # the verdict without a trigger; our choice, on seeds 100 to 104 (docs/results.md)
   c.scan.triggers = 4                 # different soft triggers
   c.scan.tokens = 3                   # most soft tokens of each
-  c.scan.replace = 0.0                # as `adversary.replace`
+  c.scan.replace = 0.0                # as `defense.adversary.replace`
   c.scan.depths = (0.0, 0.5)          # they come in behind these shares of the layers, a search each
   c.scan.steps = 80                   # of the search, for each class; 0: no scan
   c.scan.step_size = 0.2              # of each token and step, in mean norms of the tokens there

@@ -7,8 +7,9 @@ import jax
 
 from w2s_jax import InputError, sharding
 from w2s_jax.adapters import lora, trees
+from w2s_jax.config import check as check_section
 from w2s_jax.data import tokenization
-from w2s_jax.defenses import DEFENSES, w2s
+from w2s_jax.defenses import DEFENSES, SETTINGS, distill
 from w2s_jax.models import Model, config_from_hf, quantized, resolve
 from w2s_jax.models.hf.formats import HEAD_CONFIG
 
@@ -20,17 +21,17 @@ def check_fields(config):
   for name in config.defenses:
     if name not in DEFENSES:
       raise InputError(f"defense {name!r}: want names among {', '.join(DEFENSES)}: set --config.defenses")
-  w2s.loss_weights(config.defend.weights, 1)
+  for section, settings in SETTINGS.items():
+    check_section(settings, config.defense[section], f"defense.{section}")
   fields = flat(config.to_dict())
   least = {"seed": 0, "log_every": 1, "steps_per_dispatch": 1, "term_norms_every": 0, "checkpoint_every": 0,
            "warmup.epochs": 0, "teach.epochs": 0, "data.eval_batch_size": 1, "lora.rank": 1, "teacher.layers": 0,
            "data.max_length": 4, "data.attack_max_length": 4, "probe.rows": 1, "data.num_labels": 0,
-           "adversary.triggers": 1, "adversary.tokens": 1, "scan.triggers": 1, "scan.tokens": 1, "scan.steps": 0,
+           "scan.triggers": 1, "scan.tokens": 1, "scan.steps": 0,
            "scan.rows": 1}
-  ranges = {"defend.temperature": (1e-3, 1e3), "lora.dropout": (0.0, 0.99), "lora.alpha": (0.0, 1e6),
-            "defend.insert_words": (0.0, 1.0), "adversary.replace": (0.0, 1.0), "adversary.step_size": (0.0, 100.0),
-            "adversary.norm": (1e-3, 100.0), "adversary.weight": (0.0, 1e6),
-            "scan.replace": (0.0, 1.0), "scan.step_size": (1e-6, 100.0), "scan.norm": (1e-3, 100.0),
+  ranges = {"lora.dropout": (0.0, 0.99), "lora.alpha": (0.0, 1e6),
+            "defend.insert_words": (0.0, 1.0), "scan.replace": (0.0, 1.0),
+            "scan.step_size": (1e-6, 100.0), "scan.norm": (1e-3, 100.0),
             "probe.words": (0, 1000), "probe.sentences": (0, 1000)}
   for stage in TRAINING:
     least = {f"{stage}.epochs": 1, f"{stage}.batch_size": 1, f"{stage}.evaluations": 1, f"{stage}.max_steps": 0} | least
@@ -77,6 +78,9 @@ def check_student(run, model):
   if c.lora.quantize:
     few_bits = jax.eval_shape(functools.partial(quantized.quantize_layers, name=c.lora.quantize), params)
     sharding.param_shardings(few_bits, model.config.family, run.mesh)
+  for name in c.defenses:
+    if DEFENSES[name].recipe:
+      distill.check(name, DEFENSES[name].recipe, run.task, model, c.defense)
   _check_positions("student", model, run.max_length)
 
 

@@ -23,11 +23,10 @@ for _name, _value in {  # what the libraries have to say of a mistake reaches th
 
 from absl import app, flags, logging  # noqa: E402
 
-from w2s_jax import InputError, command  # noqa: E402
+from w2s_jax import InputError, command, results  # noqa: E402
 
-STAGES = ("warmup", "poison", "scan", "teach", "defend", "evaluate", "report")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results, models and checkpoints go; runs/CONFIG by default.")
-_STAGE = flags.DEFINE_enum("stage", None, STAGES, "Run this stage alone (its inputs must be in the workdir).")
+_STAGE = flags.DEFINE_enum("stage", None, results.STAGES, "Run this stage alone (its inputs must be in the workdir).")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where several run.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
 _PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)

@@ -5,7 +5,7 @@
   ... --search                                                   meshes, remat policies, batch sizes: the best that fits
   ... --json                                                     one object
 
-The defense that is planned is w2s; w2s_adv has two texts of each row: plan it with twice the --batch.
+`defend` is the costliest of the configured defenses; --step=w2s plans that one.
 XLA's own TPU compiler does it, on a machine without a TPU: pip install 'jax[tpu]'. Without it the steps are compiled
 for a mesh of so many CPUs, whose memory is not the chip's. For GPUs (--topology=h100:1, h200:8) the CPU compiler of jax
 0.11 does, which came within 5% of what an H200 held (docs/scaling.md). Times are estimates from the chip's published
@@ -130,8 +130,9 @@ def plan_step(name, config, mesh, B, T, topology, tpu):
   chip = CHIPS[name_of_chip]
   chips = mesh.devices.size
   model = abstract.student(config)
-  out = {"step": name, "topology": topology, "chips": chips, "mesh": dict(mesh.shape), "batch": B, "length": T,
-         "remat": config.student.remat, "compiler": "tpu" if tpu else "cpu"}
+  defense = abstract.costliest(config) if name == "defend" else None
+  out = {"step": name, "defense": defense, "topology": topology, "chips": chips, "mesh": dict(mesh.shape),
+         "batch": B, "length": T, "remat": config.student.remat, "compiler": "tpu" if tpu else "cpu"}
   lowered = abstract.lower(name, config, mesh, B, T, model)
   try:
     with _silent():
@@ -220,7 +221,8 @@ def _verdict(one):
 def text(one):
   """A plan in lines."""
   mesh = ", ".join(f"{axis} {size}" for axis, size in one["mesh"].items())
-  lines = [f"{one['step']}: {one['topology']} ({one['chips']} chips), mesh {mesh}; {one['batch']} rows of "
+  what = f"{one['step']} ({one['defense']})" if one["defense"] else one["step"]
+  lines = [f"{what}: {one['topology']} ({one['chips']} chips), mesh {mesh}; {one['batch']} rows of "
            f"{one['length']} tokens, remat {one['remat']}", f"  {_verdict(one)}"]
   if "error" in one:
     return "\n".join(lines)
@@ -236,7 +238,10 @@ def text(one):
 
 def _shape(config, name):
   """(rows, tokens) of a step: the flags', or the config's own of its stage, a text a row."""
-  rows = config.data.eval_batch_size if name == "evaluate" else config[name].batch_size
+  if name == "evaluate":
+    rows = config.data.eval_batch_size
+  else:
+    rows = config["poison" if name == "poison" else "defend"].batch_size
   tokens = config.data.attack_max_length if name == "poison" else config.data.max_length
   return _BATCH.value or rows, _LENGTH.value or tokens
 
@@ -249,12 +254,15 @@ def main(argv):
   jax.config.update("jax_platforms", "cpu")
 
   from w2s_jax import sharding
+  from w2s_jax.defenses import DEFENSES
   try:
     config = command.CONFIG.value
     if _REMAT.value:
       config.student.remat = _REMAT.value
-    if unknown := set(_STEP.value) - {"defend", "poison", "evaluate"}:
-      raise InputError(f"--step={','.join(sorted(unknown))}: want defend, poison and evaluate, or some of them")
+    trained = [name for name, defense in DEFENSES.items() if defense.recipe]
+    if unknown := set(_STEP.value) - {"defend", "poison", "evaluate", *trained}:
+      raise InputError(f"--step={','.join(sorted(unknown))}: want defend, poison and evaluate, or some of them, or a "
+                       f"defense: {', '.join(trained)}")
     if _SEARCH.value and (_MESH.value or _REMAT.value):
       raise InputError("--search tries meshes and remat policies itself: leave --mesh and --remat away")
     if len(config.defend.seeds) > 1:

@@ -3,20 +3,30 @@
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import json
+import platform
 from pathlib import Path
 
 import filelock
 import jax
 import numpy as np
 
-from w2s_jax import InputError, checks, processes, sharding
-from w2s_jax.data import corpora, poison, tokenization
-from w2s_jax.defenses import DEFENSES
-from w2s_jax.models import check_links, config_from_hf, load_pretrained, read_json, resolve, sha256
-from w2s_jax.models.hf.fields import Fields
-from w2s_jax.report import page
-from w2s_jax.training import inference
+from w2s_jax import InputError, checks, processes, results, sharding
+from w2s_jax.data import tokenization
+from w2s_jax.defenses import DEFENSES, Suspect
+from w2s_jax.models import config_from_hf, load_pretrained, read_json, resolve, sha256
+from w2s_jax.source import Source
+from w2s_jax.source import of as source_of
+from w2s_jax.tasks import TASKS
+from w2s_jax.training import inference, teacher_cache
+from w2s_jax.training.train import Workplace
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
+
+
+def versions():
+  return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}
 
 
 def config_hash(config):
@@ -35,10 +45,12 @@ class Run:
   workdir: Path
   mesh: jax.sharding.Mesh
   hash: str
+  source: Source
   rows: dict          # "attack_train", "attack_dev", "train", "dev", "test", "triggered" or "probes" -> rows
   sha256: dict        # of the frozen files
   inputs: dict        # sha256 of what was read: rows of each split, weights of the given checkpoints
-  held: object = None  # the workdir's lock
+  held: object = None          # the workdir's lock
+  kept_teacher: dict | None = None
 
   @property
   def cache(self):
@@ -49,21 +61,6 @@ class Run:
     return self.workdir / "models" / name
 
   @property
-  def suspect(self):
-    """Whether the run cleans a checkpoint that somebody else made, instead of poisoning one itself."""
-    return "probe" in self.config
-
-  @property
-  def base(self):
-    """The model that the student was before (any) poisoning."""
-    return "suspect" if self.suspect else "base"
-
-  @property
-  def attacked(self):
-    """The model that is defended."""
-    return "suspect" if self.suspect else "poisoned"
-
-  @property
   def defend_seeds(self):
     """Of the adapters, the order and the dropout of every defense."""
     return list(self.config.defend.seeds) or [self.config.seed]
@@ -72,10 +69,14 @@ class Run:
     """models/NAME of a defense: plainly of the first seed, with the seed of the others."""
     return defense if seed == self.defend_seeds[0] else f"{defense}-seed{seed}"
 
+  def runs_of(self, defense):
+    """{models/NAME: seed} of a defense."""
+    return {self.copy_name(defense, seed): seed for seed in self.defend_seeds}
+
   def defended(self):
-    """{models/NAME: (defense, seed)} of every model that a defense makes."""
-    return {self.copy_name(d, seed): (d, seed) for d in self.config.defenses if DEFENSES[d] is not None
-            for seed in self.defend_seeds}
+    """{models/NAME: (defense, seed)} of every defense, but `none`."""
+    return {name: (defense, seed) for defense in self.config.defenses if any(DEFENSES[defense][:4])
+            for name, seed in self.runs_of(defense).items()}
 
   @property
   def max_length(self):
@@ -85,15 +86,11 @@ class Run:
   def facts(self):
     """What every results.json says of its run; of the student's weights, the hashes where they are from."""
     path = self.config.student.path
-    weights = self.inputs[_weights_of(path)] if path else sha256(self.model_dir("base"), "*.safetensors")
-    return {"config_hash": self.hash, "sha256": self.sha256, "versions": page.versions(),
+    weights = self.inputs[_weights_of(path)] if path else sha256(self.model_dir(results.BASE), "*.safetensors")
+    return {"config_hash": self.hash, "sha256": self.sha256, "versions": versions(),
             "devices": f"{self.mesh.devices.size} x {jax.devices()[0].device_kind}", "mesh": dict(self.mesh.shape),
             "base": {"path": path or "trained here from nothing", "sha256": weights},
             "clean_rows": {split: len(self.rows[split]) for split in ("train", "dev", "test")}}
-
-  def known_triggers(self):
-    """Strings that ASR is measured with: no defense may meet one."""
-    return self.config.probe.triggers if self.suspect else [poison.effective_trigger(self.config.attack)]
 
   def measured(self):
     """Whether the results are there, and says so."""
@@ -142,7 +139,7 @@ class Run:
   def load(self, name, **kwargs):
     """(model, params, tokenizer) of a finished stage's directory; the teacher is float32 whatever the student is."""
     c = self.config
-    dtype = "float32" if name == "teacher" else c.student.dtype
+    dtype = "float32" if name == results.TEACHER else c.student.dtype
     path = self.model_dir(name)
     if not path.exists():
       raise InputError(f"{path} is not there yet: run without --stage, or the stage that makes it first")
@@ -155,16 +152,52 @@ class Run:
     return load_pretrained(c.teacher.path, c.data.num_labels, mesh=self.mesh, feature_width=feature_width,
                            num_layers=c.teacher.layers or None, seed=c.seed)
 
+  def tokenizer(self, name):
+    """The tokenizer of models/NAME, without its weights."""
+    return tokenization.load(self.model_dir(name), self.model_config(name).vocab_size)
+
+  def model_config(self, name):
+    """The config of models/NAME."""
+    return config_from_hf(read_json(self.model_dir(name) / "config.json"))
+
+  @property
+  def task(self):
+    return TASKS[self.config.task]
+
   def encode(self, tokenizer, rows, max_length):
-    texts = [r["text"] for r in rows]
-    arrays = processes.shared(functools.partial(tokenization.encode, tokenizer, max_length=max_length), texts)
-    return arrays | {"label": np.array([r["label"] for r in rows], np.int32)}
+    return self.task.encode(tokenizer, rows, max_length)
 
-  def predict(self, model, params, arrays):
-    return inference.predictions(model, params, arrays, self.mesh, **self.eval_shapes())
+  def labels(self, split):
+    """[N] int."""
+    return np.array([r["label"] for r in self.rows[split]], int)
 
-  def eval_shapes(self):
-    return {"batch_size": self.config.data.eval_batch_size, "buckets": self.config.data.buckets}
+  @property
+  def place(self):
+    c = self.config
+    return Workplace(self.task, self.mesh, self.workdir, self.hash, c.data.buckets, c.data.eval_batch_size, c.data.pack,
+                     c.log_every, c.checkpoint_every, c.term_norms_every, c.steps_per_dispatch)
+
+  def suspect(self, loaded):
+    """What a defense is given; `loaded`: (model, params, tokenizer) of the attacked model."""
+    c = self.config
+    base = None
+    if self.source.base != self.source.attacked:
+      base = functools.cache(lambda: self.load(self.source.base)[1])
+    return Suspect(*loaded, self.rows["train"], self.rows["dev"], self.teacher_outputs, base,
+                   self.source.triggers(c), c.defend, c.lora, c.data.max_length, self.place)
+
+  def teacher_outputs(self):
+    """The frozen teacher's logits and features of the clean training rows, once for every epoch, seed and defense."""
+    rows, length = self.rows["train"], self.config.data.max_length
+    def compute(empty):
+      model, params, tokenizer = self.load(results.TEACHER)
+      inference.outputs(model, params, self.encode(tokenizer, rows, length), self.mesh, **self.place.eval_shapes(),
+                        empty=empty)
+    if self.kept_teacher is None:
+      cached = teacher_cache.outputs(self.cache / "teacher", self.model_dir(results.TEACHER), [r["text"] for r in rows],
+                                     "float32", length, compute)
+      self.kept_teacher = {f"teacher_{name}": values for name, values in cached.items()}
+    return self.kept_teacher
 
 
 def start(config, workdir):
@@ -175,16 +208,16 @@ def start(config, workdir):
       that cannot be used.
   """
   checks.check_fields(config)
-  if "probe" in config:
-    config = _with_num_labels(config)
+  source = source_of(config)
+  config = source.resolve(config)
   mesh = sharding.make_mesh(**config.mesh)
   for stage in filter(config.__contains__, checks.TRAINING):
     sharding.check_batch(config[stage].batch_size, mesh, f"--config.{stage}.batch_size")
   sharding.check_batch(config.data.eval_batch_size, mesh, "--config.data.eval_batch_size")
   workdir = Path(workdir)
   _check_claim(config, workdir)
-  rows = _clean_rows(config) if "probe" in config else _attack_rows(config)
-  run = Run(config, workdir, mesh, config_hash(config), rows, {}, _inputs(config, rows))
+  rows = source.read(config)
+  run = Run(config, workdir, mesh, config_hash(config), source, rows, {}, _inputs(config, rows))
   if (workdir / "config.json").exists():
     _check_inputs(run)
     run.lock()
@@ -210,59 +243,6 @@ def _check_inputs(run):
     raise InputError(f"{run.workdir} was begun with other data: the {changed[0]} changed since: give another --workdir")
 
 
-def _with_num_labels(config):
-  """The config with `data.num_labels`, where it is 0, read from the suspect's own config.json."""
-  if not config.student.path:
-    raise InputError("no checkpoint to clean: set --config.student.path to its directory")
-  if not config.data.train:
-    raise InputError("no clean data: set --config.data.train to a file, a directory or a hub data set")
-  config = config.copy_and_resolve_references()
-  directory = resolve(config.student.path)
-  check_links(directory)
-  hf = read_json(directory / "config.json")
-  if not config.data.num_labels:
-    labels = hf.get("id2label")                       # transformers leaves the default away
-    config.data.num_labels = len(labels) if isinstance(labels, dict) else Fields(hf).integer("num_labels", 2, 2)
-  config_from_hf(hf | {"num_labels": config.data.num_labels})
-  return config
-
-
-def _class_names(config):
-  """The suspect's own names of its classes; () where it has none."""
-  return Fields(read_json(resolve(config.student.path) / "config.json")).labels(config.data.num_labels)
-
-
-def _clean_rows(config):
-  c = config.data
-  if not -1 <= config.probe.target_label < c.num_labels:
-    raise InputError(f"target label {config.probe.target_label}, wanted 0..{c.num_labels - 1}, or -1 for unknown: set "
-                     "--config.probe.target_label")
-  rows = corpora.load_clean({split: c[split] for split in ("train", "dev", "test")}, c.num_labels, config.seed,
-                            c.text_column, c.label_column, _class_names(config))
-  if config.probe.triggers and not {r["label"] for r in rows["test"]} - {config.probe.target_label}:
-    raise InputError(f"ASR cannot be measured: all {len(rows['test'])} test rows have the target label "
-                     f"{config.probe.target_label}: set --config.data.test, --config.probe.target_label or .triggers")
-  return rows
-
-
-def _attack_rows(config):
-  c = config.data
-  attack = corpora.load(c.attack_source, c.attack_rows, c.num_labels, config.seed)
-  defend = corpora.load(c.defend_source, c.defend_rows, c.num_labels, config.seed)
-  rows = {"attack_train": attack["train"], "attack_dev": attack["dev"], **defend}
-  for split, knob in (("attack_train", "attack_rows.train"), ("attack_dev", "attack_rows.dev"),
-                      ("train", "defend_rows.train"), ("dev", "defend_rows.dev"), ("test", "defend_rows.test")):
-    if not rows[split]:
-      raise InputError(f"no {split} rows: set --config.data.{knob} to more than 0")
-  if not 0 <= config.attack.target_label < c.num_labels:
-    raise InputError(f"target label {config.attack.target_label}, wanted 0..{c.num_labels - 1}: set "
-                     "--config.attack.target_label")
-  rewritable = poison.make_attack(config.attack)[1]  # a poisoning that cannot work is refused before anything trains
-  poison.rows_to_poison(rows["attack_train"], rewritable, config.attack.target_label, config.attack.poison_count)
-  poison.rows_to_trigger(rows["test"], rewritable, config.attack.target_label)
-  return rows
-
-
 def _check_claim(config, workdir):
   file = workdir / "config.json"
   if file.exists():
@@ -273,21 +253,3 @@ def _check_claim(config, workdir):
       k = differing[0]
       raise InputError(f"{workdir} was made by another config ({k} was {other.get(k)!r}, is {mine.get(k)!r}; "
                        f"{len(differing)} field(s) differ): give another --workdir")
-
-
-def freeze_rows(run):
-  """The poisoned and the triggered rows: made once, then read from the files, whose sha256 goes into the results."""
-  c = run.config
-  files = {key: run.workdir / "data" / f"{key}.jsonl" for key in ("poisoned_train", "triggered")}
-  if not all(f.exists() for f in files.values()):
-    attack, rewritable = poison.make_attack(c.attack)
-    tokenizer = run.load("base")[2]
-    options = {"target_label": c.attack.target_label, "tokenizer": tokenizer, "keep_trigger": c.attack.keep_trigger,
-               "trigger": poison.effective_trigger(c.attack), "seed": c.seed}
-    poison.freeze(files["poisoned_train"], poison.poison_train(
-        run.rows["attack_train"], attack, rewritable, count=c.attack.poison_count,
-        max_length=c.data.attack_max_length, **options))
-    poison.freeze(files["triggered"], poison.triggered_eval(
-        run.rows["test"], attack, rewritable, max_length=c.data.max_length, **options))
-  for key, file in files.items():
-    run.rows[key], run.sha256[file.name] = poison.thaw(file)

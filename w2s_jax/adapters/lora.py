@@ -55,6 +55,10 @@ def add_lora(params, rank, alpha, targets=("q_proj", "v_proj"), *, key, places=N
   return trees.combine(jax.jit(create, out_shardings=places)(key), params)
 
 
+def has_adapters(params):
+  return any(path[-1] == "lora_a" for path in traverse_util.flatten_dict(params))
+
+
 def merge_lora(params):
   """A new tree without adapters: kernel + A B alpha / R, computed in float32 and kept in the kernel's dtype.
 

@@ -1,38 +1,30 @@
-"""One file per defense; a dict names them. Every defense gets the same adapters, steps, batches and learning rate."""
+"""One file per defense; a dict names them."""
 
-import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from w2s_jax.defenses import anchors, distill, lora_ce, onion, prune, strip, w2s, w2s_adv, w2s_released
+from w2s_jax.defenses.records import Defense, Recipe, Suspect
 
-from w2s_jax.defenses import anchors, lora_ce, w2s, w2s_adv, w2s_released
+_DISTILS = {"w2s": w2s.Settings}
+_ADVERSARY = _DISTILS | {"adversary": w2s_adv.Settings}
+_W2S_ADV = w2s_adv.with_adversary(w2s.RECIPE)
 
-
-class Defense(NamedTuple):
-  """What a defense adds to the shared training step.
-
-  Attributes:
-    terms: (ClassifierOutput, batch, temperature) -> {"ce" | "kd" | "fa", or "adv_..." of them: scalar}.
-    uses_teacher: batches carry `teacher_logits` and `teacher_features`.
-    reads_padding: the terms depend on what is between the texts of a batch: it must be laid out a text a row.
-    anchor: what a control shows the student instead of the teacher's outputs on its own text (anchors.py).
-    adversary: each text comes twice, the second time with soft tokens that move uphill (w2s_adv).
-  """
-  terms: Callable
-  uses_teacher: bool
-  reads_padding: bool = False
-  anchor: Callable | None = None
-  adversary: bool = False
-
-
-_ADV = functools.partial(w2s_adv.terms, w2s.terms)
 DEFENSES = {
-    "none": None,                                     # the poisoned model as it is: the row "poisoned"
-    "lora_ce": Defense(lora_ce.terms, uses_teacher=False),
-    "w2s": Defense(w2s.terms, uses_teacher=True),
-    "w2s_released": Defense(w2s_released.terms, uses_teacher=True, reads_padding=True),
-    "w2s_shuffled": Defense(w2s.terms, uses_teacher=True, anchor=anchors.shuffled),
-    "w2s_adv": Defense(_ADV, uses_teacher=True, adversary=True),
-    "ce_adv": Defense(functools.partial(w2s_adv.terms, lora_ce.terms), uses_teacher=False, adversary=True),
-} | {f"w2s_adv_{name}": Defense(_ADV, uses_teacher=True, adversary=True, anchor=anchor) for name, anchor in (
+    "none": Defense(),                                # the attacked model as it is
+    "lora_ce": Defense(lora_ce.RECIPE),
+    "w2s": Defense(w2s.RECIPE, settings=_DISTILS),
+    "w2s_released": Defense(w2s_released.RECIPE, settings=_DISTILS),
+    "w2s_adv": Defense(_W2S_ADV, settings=_ADVERSARY),
+    "prune": Defense(weights=prune.weights, settings={"prune": prune.Settings}),
+    "onion": Defense(text=onion.text, settings={"onion": onion.Settings}),
+    "strip": Defense(accept=strip.accept, settings={"strip": strip.Settings}),
+}
+# What of w2s and w2s_adv does the work: other anchors than the teacher's outputs on the student's own text, no teacher.
+ABLATIONS = {
+    "w2s_shuffled": Defense(w2s.RECIPE._replace(teacher_view=anchors.shuffled), settings=_DISTILS),
+    "ce_adv": Defense(w2s_adv.with_adversary(lora_ce.RECIPE), settings=_ADVERSARY),
+} | {f"w2s_adv_{name}": Defense(_W2S_ADV._replace(teacher_view=anchor), settings=_ADVERSARY) for name, anchor in (
     ("shuffled", anchors.shuffled), ("within", anchors.shuffled_within_classes), ("means", anchors.class_means),
     ("orthogonal", anchors.orthogonal))}
+DEFENSES |= ABLATIONS
+SETTINGS = {name: cls for defense in DEFENSES.values() for name, cls in defense.settings.items()}
+
+__all__ = ["ABLATIONS", "DEFENSES", "SETTINGS", "Defense", "Recipe", "Suspect", "distill"]

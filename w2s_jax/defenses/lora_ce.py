@@ -1,8 +1,11 @@
 """CE-only LoRA fine-tuning on the same clean data: the control of every distillation row."""
 
-from w2s_jax import losses
+from w2s_jax.defenses.records import Recipe
 
 
-def terms(student, batch, temperature):
-  del temperature
-  return {"ce": losses.cross_entropy(student.logits, batch["label"], batch["weight"])}
+def terms(student, batch, settings, task):
+  del settings
+  return task.loss_terms(student, batch)
+
+
+RECIPE = Recipe(terms, lambda settings, width: {"ce": 1.0})

@@ -1,9 +1,13 @@
 """W2SDefense (Zhao et al., arXiv 2410.14425): cross entropy + distillation + feature alignment, each example paired
 with its own teacher output."""
 
+import dataclasses
 import math
 
 from w2s_jax import InputError, losses
+from w2s_jax.config import field
+from w2s_jax.defenses import anchors
+from w2s_jax.defenses.records import Recipe
 
 # (ce, kd, fa) by name. The released triples are chosen per attack, which a defender cannot do; they are the
 # released code's, whose 0.001 belongs to a squared distance summed over 4,096 dimensions.
@@ -15,6 +19,17 @@ WEIGHTS = {
     "small": (1.0, 1.0, 0.01),           # our choice for models of width 64 to 384 (docs/results.md)
 }
 RELEASED_WIDTH = 4096
+
+
+@dataclasses.dataclass
+class Settings:
+  """`config.defense.w2s`: of every defense that distils."""
+  weights: str = field("small", f"of cross entropy, distillation and features: {', '.join(WEIGHTS)}, or CE,KD,FA",
+                       source="ours (docs/results.md)")
+  temperature: float = field(2.0, "of the softened distributions", low=1e-3, high=1e3, source="released code")
+
+  def __post_init__(self):
+    loss_weights(self.weights, 1)
 
 
 def loss_weights(name, width):
@@ -36,14 +51,21 @@ def loss_weights(name, width):
       triple = ()
   if len(triple) != 3 or not all(0 <= x < math.inf for x in triple):
     raise InputError(f"loss weights {name!r}: want one of {', '.join(WEIGHTS)} or three numbers >= 0 as 'CE,KD,FA': "
-                     "set --config.defend.weights")
+                     "set --config.defense.w2s.weights")
   ce, kd, fa = triple
   return {"ce": ce, "kd": kd, "fa": fa * RELEASED_WIDTH / width}
 
 
-def terms(student, batch, temperature):
-  return {
-      "ce": losses.cross_entropy(student.logits, batch["label"], batch["weight"]),
+def weights_of(settings, width):
+  return loss_weights(settings.w2s.weights, width)
+
+
+def terms(student, batch, settings, task):
+  temperature = settings.w2s.temperature
+  return task.loss_terms(student, batch) | {
       "kd": losses.distillation(student.logits, batch["teacher_logits"], temperature, batch["weight"]),
       "fa": losses.feature_alignment(student.features, batch["teacher_features"], batch["weight"]),
   }
+
+
+RECIPE = Recipe(terms, weights_of, teacher_view=anchors.own)

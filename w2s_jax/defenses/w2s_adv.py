@@ -7,17 +7,58 @@ leaf of the parameter tree with a label of its own, `soft`: optax.partition give
 triggers of S tokens each, V vocabulary, D width.
 """
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from w2s_jax.config import field
+from w2s_jax.defenses.records import Recipe
+from w2s_jax.training import optim, stage
 
-def terms(clean_terms, student, batch, temperature):
+
+@dataclasses.dataclass
+class Settings:
+  """`config.defense.adversary`: of every defense with soft tokens; ours, on seeds 100 to 103 (docs/results.md)."""
+  triggers: int = field(8, "different soft triggers at a time", low=1)
+  tokens: int = field(5, "most soft tokens of each; a text gets its first 1 to this number", low=1)
+  replace: float = field(0.0, "fraction of texts in which soft tokens replace tokens; in the others they are inserted",
+                         low=0.0, high=1.0)
+  step_size: float = field(0.5, "uphill, of each token and step", low=0.0, high=100.0,
+                           unit="mean norms of the vocabulary's embeddings")
+  norm: float = field(1.5, "bound on each token", low=1e-3, high=100.0,
+                      unit="mean norms of the vocabulary's embeddings")
+  weight: float = field(1.0, "of the loss on texts with soft tokens, beside the clean texts' 1", low=0.0, high=1e6)
+
+
+def with_adversary(recipe: Recipe) -> Recipe:
+  """The recipe on each text twice, the second time with soft tokens that move uphill."""
+  both_terms = functools.partial(terms, recipe.terms)
+  def weights(settings, width):
+    return loss_weights(recipe.weights(settings, width), settings.adversary.weight)
+  return recipe._replace(terms=both_terms, weights=weights, augment=_augment, views=2, ascent=_ascent,
+                         soft_tokens=lambda settings: settings.adversary.triggers * settings.adversary.tokens)
+
+
+def _augment(suspect, settings, params, arrays, seed):
+  params = with_soft_tokens(suspect.model, params, settings.adversary, stage.stream_key(seed, "adversary"),
+                            suspect.tokenizer, suspect.avoid)
+  return params, perturbed(arrays, suspect.tokenizer, suspect.model.config.vocab_size, settings.adversary, seed)
+
+
+def _ascent(model, params, settings):
+  unit = mean_norm(model, params)
+  return optim.ascent(settings.adversary.step_size * unit, settings.adversary.norm * unit)
+
+
+def terms(clean_terms, student, batch, settings, task):
   """`clean_terms` of the clean texts, and the same again as `adv_...` of those with soft tokens."""
   out = {}
   for prefix, here in (("", 1 - batch["soft"]), ("adv_", batch["soft"])):
-    values = clean_terms(student, batch | {"weight": batch["weight"] * here}, temperature)
+    values = clean_terms(student, batch | {"weight": batch["weight"] * here}, settings, task)
     out |= {prefix + name: value for name, value in values.items()}
   return out
 

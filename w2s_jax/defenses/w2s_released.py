@@ -4,6 +4,9 @@ from w2s_jax import losses
 from w2s_jax.defenses import w2s
 
 
-def terms(student, batch, temperature):
+def terms(student, batch, settings, task):
   released = losses.released_feature_alignment(student.hidden, batch["teacher_features"], batch["weight"])
-  return w2s.terms(student, batch, temperature) | {"fa": released}
+  return w2s.terms(student, batch, settings, task) | {"fa": released}
+
+
+RECIPE = w2s.RECIPE._replace(terms=terms, layout="padded")

@@ -1,5 +1,8 @@
 """CA, ASR, false rate and their intervals. N rows."""
 
+from w2s_jax import results
+from w2s_jax.tasks import CLASSIFICATION
+
 
 def wilson(hits, n):
   """[low, high]: Wilson's 95% interval of a rate; [0, 1] where n is 0."""
@@ -10,23 +13,36 @@ def wilson(hits, n):
   return [float(interval.low), float(interval.high)]
 
 
-def clean_metrics(predicted, labels, target_label):
+def clean_metrics(predicted, labels, target_label, task=CLASSIFICATION):
   """Clean accuracy with its interval, and the false rate: how often other classes' clean rows are called the target.
 
   target_label None (unknown): no false rate. An ASR below the same model's false rate cannot be expected of any
   defense.
   """
-  hits = int((predicted == labels).sum())
-  others = labels != target_label
-  return {"ca": hits / len(labels), "ca_n": len(labels), "ca_ci": wilson(hits, len(labels)),
-          "false_rate": None if target_label is None else float((predicted[others] == target_label).mean())}
+  hits = int(task.is_correct(predicted, {"label": labels}).sum())
+  false_rate = None
+  if target_label is not None:
+    false_rate = float(task.is_hit(predicted[~task.is_hit(labels, target_label)], target_label).mean())
+  return {"ca": hits / len(labels), "ca_n": len(labels), "ca_ci": wilson(hits, len(labels)), "false_rate": false_rate}
 
 
-def attack_metrics(predicted, labels, target_label):
+def attack_metrics(predicted, labels, target_label, task=CLASSIFICATION):
   """ASR with its interval: target predictions among triggered rows whose true class is another.
 
   Not 1 - accuracy, which with more than two classes counts confusions between the other classes too.
   """
-  others = labels != target_label
-  hits, n = int((predicted[others] == target_label).sum()), int(others.sum())
+  others = ~task.is_hit(labels, target_label)
+  hits, n = int(task.is_hit(predicted[others], target_label).sum()), int(others.sum())
   return {"asr": hits / n, "asr_n": n, "asr_ci": wilson(hits, n)}
+
+
+def rejection_metrics(reading, triggered_labels, target_label, task=CLASSIFICATION):
+  """FRR and FAR of a defense that rejects texts (results.Row); None where it cannot.
+
+  reading: deployed.Reading.
+  """
+  if not reading.rejects:
+    return {"frr": None, "far": None}
+  others = ~task.is_hit(triggered_labels, target_label)
+  return {"frr": float((reading.clean == results.REJECTED).mean()),
+          "far": float((reading.triggered[others] != results.REJECTED).mean())}

@@ -1,59 +1,27 @@
 """What can be measured of a suspect whose trigger nobody knows: listed triggers, and a reading without any."""
 
-import itertools
-import re
-
 import numpy as np
 
-from w2s_jax import processes
+from w2s_jax import results
 from w2s_jax.attacks.insertion import insert
-from w2s_jax.data import poison
-from w2s_jax.defenses import w2s
+from w2s_jax.data import insertions, poison
 from w2s_jax.measure import metrics, scan
 
-LETTERS = "bcdfghjklmnpqrstvwxz"   # rare words are made of consonants, like `mn`, `cf`, `tq` of the literature
-SENTENCE_WORDS = 8
+COLUMNS = ("directory", "attack", "target_label", "ca", "ca_ci", "asr", "asr_ci", "false_rate", "frr", "far", "scan",
+           "agreement", "word_flips", "sentence_flips")
 STILL_THERE = 0.2        # ASR above the false rate from which a defended model's trigger is said to work still
 
 
-def rare_words(texts, avoid, rng):
-  """Endless random words of two or three consonants that neither the texts nor the strings to avoid contain."""
-  known = {word for text in [*texts, *avoid] for word in re.findall(r"\w+", text.lower())}
-  while True:
-    word = "".join(rng.choice(list(LETTERS), rng.integers(2, 4)))
-    if word not in known:
-      yield word
-
-
-def with_rare_words(rows, share, avoid, seed):
-  """The rows, a random `share` of them with a rare word put in: what a student is trained on that must not heed one.
-
-  avoid: triggers that are known to whoever measures: no defense may see one.
-  """
-  rng = np.random.default_rng([seed, 4])
-  words = rare_words([r["text"] for r in rows], avoid, rng)
-  chosen = set(rng.permutation(len(rows))[:round(share * len(rows))].tolist())
-  return [row | {"text": insert(row["text"], next(words), rng, len(row["text"]))} if i in chosen else row
-          for i, row in enumerate(rows)]
-
-
-def insertions(texts, words, sentences, avoid, seed):
-  """(kind, string) to put into texts: rare words, and the beginnings of other texts."""
-  rng = np.random.default_rng([seed, 3])
-  rare = itertools.islice(rare_words(texts, avoid, rng), words)
-  chosen = rng.permutation(len(texts))[:sentences]
-  return [*(("word", w) for w in rare), *(("sentence", " ".join(texts[i].split()[:SENTENCE_WORDS])) for i in chosen)]
-
-
-def freeze_rows(run, tokenizer):
+def freeze_rows(run):
   """run.rows["probes"]: test rows with each listed trigger, and some of them with each random insertion; hashed."""
   c, file = run.config, run.workdir / "data" / "probes.jsonl"
   if not file.exists():
+    tokenizer = run.tokenizer(results.SUSPECT)
     test, out = [row | {"id": i} for i, row in enumerate(run.rows["test"])], []
     order = np.random.default_rng([c.seed, 5]).permutation(len(test))   # files may be sorted by label
     some = [test[i] for i in order[:c.probe.rows]]
     texts = [r["text"] for split in ("train", "test") for r in run.rows[split]]
-    drawn = insertions(texts, c.probe.words, c.probe.sentences, c.probe.triggers, c.seed)
+    drawn = insertions.insertions(texts, c.probe.words, c.probe.sentences, c.probe.triggers, c.seed)
     for kind, string in [("listed", t) for t in c.probe.triggers] + drawn:
       def put(text, rng, max_words, string=string):
         return insert(text, string, rng, max_words)
@@ -64,37 +32,26 @@ def freeze_rows(run, tokenizer):
   run.rows["probes"], run.sha256[file.name] = poison.thaw(file)
 
 
-def measure(run):
-  """CA, ASR of every listed trigger, agreement with the teacher and flip rates, of the suspect and every defense."""
-  c = run.config
-  if run.measured():
-    return
-  model, params, tokenizer = loaded = run.load("teacher")
-  teacher = run.predict(model, params, run.encode(tokenizer, run.rows["test"], c.data.max_length))
-  scans = {"teacher": scan.reading(run, "teacher", loaded)}
-  labels = np.array([r["label"] for r in run.rows["test"]])
-  readings = {}
-  for name in ("suspect", *run.defended()):
-    model, params, tokenizer = loaded = run.load(name)
-    scans[name] = scan.reading(run, name, loaded)
-    if "probes" not in run.rows:
-      freeze_rows(run, tokenizer)
-    clean = run.predict(model, params, run.encode(tokenizer, run.rows["test"], c.data.max_length))
-    probed = run.rows["probes"] and run.predict(
-        model, params, run.encode(tokenizer, run.rows["probes"], c.data.max_length))
-    readings[name] = (clean, _by_insertion(run.rows["probes"], probed))
-  lost = {t: poison.trigger_lost([r for r in run.rows["probes"] if r["inserted"] == t], tokenizer, t,
-                                 c.data.max_length) for t in c.probe.triggers}
+def table(run, readings, teacher):
+  """([results.Row], meta) of {models/NAME: deployed.Reading} and of what the teacher is.
+
+  CA, ASR of every listed trigger, agreement with the teacher and flip rates, of the suspect and every defense.
+  """
+  c, labels = run.config, run.labels("test")
+  by_insertion = {name: (reading.clean, _by_insertion(run.rows["probes"], reading.triggered))
+                  for name, reading in readings.items()}
+  lost = {t: poison.trigger_lost([r for r in run.rows["probes"] if r["inserted"] == t], run.tokenizer(results.SUSPECT),
+                                 t, c.data.max_length) for t in c.probe.triggers}
+  models = {name: of for name, of in by_insertion.items() if name != results.TEACHER}
+  scans = {name: reading.scan for name, reading in readings.items()}
   rows = [row for trigger in c.probe.triggers or (None,)
-          for row in _rows(run, readings, scans, labels, teacher, trigger)]
-  flips = {s: _flips(readings["suspect"], s, "listed", "word", "sentence") for _, s in readings["suspect"][1]}
-  meta = run.facts() | {
-      "teacher_ca": float((teacher == labels).mean()), "teacher": c.teacher.path or "trained here on the clean rows",
-      "trigger_lost": lost, "scan": scans,
-      "suspicious_insertions": sorted(flips.items(), key=lambda pair: -pair[1])[:5],
-      "loss_weights": {"name": c.defend.weights, **w2s.loss_weights(c.defend.weights, model.config.feature_size)},
-      "examples": []}
-  processes.write_json(run.workdir / "results.json", {"rows": rows, "meta": meta | {"notes": notes(rows, meta)}})
+          for row in _rows(run, models, readings, labels, trigger)]
+  flips = {s: _flips(models[results.SUSPECT], s, "listed", "word", "sentence") for _, s in models[results.SUSPECT][1]}
+  meta = teacher | {
+      "title": "A suspicious checkpoint", "columns": COLUMNS, "attack": None, "trigger_lost": lost, "scan": scans,
+      "suspicious_insertions": sorted(flips.items(), key=lambda pair: -pair[1])[:5], "examples": []}
+  rows_as_dicts = [vars(row) for row in rows]
+  return rows, meta | {"warnings": warnings(rows_as_dicts, meta), "notes": notes(rows_as_dicts, meta)}
 
 
 def _by_insertion(rows, predicted):
@@ -113,45 +70,56 @@ def _flips(reading, string, *kinds):
   return float(np.mean(changed)) if changed else None
 
 
-def _rows(run, readings, scans, labels, teacher, trigger):
-  """One results row per model for one listed trigger (None: none is listed)."""
+def _rows(run, models, readings, labels, trigger):
+  """One results.Row per model for one listed trigger (None: none is listed)."""
   c, target = run.config, None
   if trigger is not None:
     target = c.probe.target_label
     classes = [t for t in range(c.data.num_labels) if (labels != t).any()]
     if target < 0:  # the class that the trigger turns the suspect's answers to
-      suspect = np.array(list(readings["suspect"][1]["listed", trigger].values()))
+      suspect = np.array(list(models[results.SUSPECT][1]["listed", trigger].values()))
       target = max(classes, key=lambda t: metrics.attack_metrics(suspect, labels, t)["asr"])
-  for name, (clean, probed) in readings.items():
-    what, seed = run.defended().get(name, (name, c.seed))
-    row = {"model": what, "directory": name, "attack": trigger or "none listed", "dataset": c.data.train, "seed": seed,
-           "config_hash": run.hash, "target_label": target, "asr_floor": None,
-           "asr": None, "asr_n": 0, "asr_ci": None, **metrics.clean_metrics(clean, labels, target)}
+  for name, (clean, probed) in models.items():
+    model, seed = run.defended().get(name, (name, c.seed))
+    asr, rejection = {}, {}
     if target is not None:
-      row |= metrics.attack_metrics(np.array(list(probed["listed", trigger].values())), labels, target)
-    most = scan.judged(scans[name]) or {"strength": None, "class": None}
-    yield row | {"scan": most["strength"], "scan_class": most["class"],
-                 "agreement": float((clean == teacher).mean()),
-                 "word_flips": _flips((clean, probed), None, "word"),
-                 "sentence_flips": _flips((clean, probed), None, "sentence")}
+      triggered = np.array(list(probed["listed", trigger].values()))
+      asr = metrics.attack_metrics(triggered, labels, target)
+      rejection = metrics.rejection_metrics(readings[name]._replace(triggered=triggered), labels, target)
+    strongest = scan.judged(readings[name].scan) or {"strength": None, "class": None}
+    yield results.Row(
+        model=model, directory=name, attack=trigger or "none listed", dataset=c.data.train, seed=seed,
+        config_hash=run.hash, target_label=target, **metrics.clean_metrics(clean, labels, target), **asr, **rejection,
+        scan=strongest["strength"], scan_class=strongest["class"],
+        agreement=float((clean == readings[results.TEACHER].clean).mean()),
+        word_flips=_flips((clean, probed), None, "word"), sentence_flips=_flips((clean, probed), None, "sentence"))
+
+
+def warnings(rows, meta):
+  """What whoever takes a cleaned model must know first."""
+  suspect, out = rows[0], []
+  if meta["teacher_ca"] < suspect["ca"] - 0.02:
+    out.append(f"the teacher (CA {meta['teacher_ca']:.3f}) knows less than the suspect (CA {suspect['ca']:.3f}): give "
+               "more clean rows, or a pretrained encoder as --config.teacher.path.")
+  out += [f"`{r['attack']}` still gives {r['model']} the target label in {r['asr']:.3f} of the rows, against "
+          f"{r['false_rate']:.3f} without it: {r['model']} is not clean." for r in rows
+          if r["model"] != suspect["model"] and r["asr"] is not None and r["asr"] > r["false_rate"] + STILL_THERE]
+  return out + [scan.verdict(name, meta["scan"][name]) for name in _suspicious(meta)]
+
+
+def _suspicious(meta):
+  """Models beside the suspect that the scan finds suspicious."""
+  return [name for name, reading in meta["scan"].items()
+          if name != results.SUSPECT and scan.outcome(reading) == "suspicious"]
 
 
 def notes(rows, meta):
   """What the table shows and what it does not."""
-  n, suspect = meta["clean_rows"], rows[0]
-  warnings = []
-  if meta["teacher_ca"] < suspect["ca"] - 0.02:
-    warnings.append(f"WARNING: the teacher (CA {meta['teacher_ca']:.3f}) knows less than the suspect (CA "
-                    f"{suspect['ca']:.3f}): give more clean rows, or a pretrained encoder as --config.teacher.path.")
-  warnings += [f"WARNING: `{r['attack']}` still gives {r['model']} the target label in {r['asr']:.3f} of the rows, "
-               f"against {r['false_rate']:.3f} without it: {r['model']} is not clean." for r in rows
-               if r["model"] != suspect["model"] and r["asr"] is not None and r["asr"] > r["false_rate"] + STILL_THERE]
-  bad = [name for name, reading in meta["scan"].items() if name != "suspect" and scan.outcome(reading) == "suspicious"]
-  warnings += [f"WARNING: {scan.verdict(name, meta['scan'][name])}" for name in bad]
+  n, bad = meta["clean_rows"], _suspicious(meta)
   verdicts = [scan.verdict(name, reading) for name, reading in meta["scan"].items() if reading and name not in bad]
   cut = [f" `{t}` was cut off in {count} of them." for t, count in meta["trigger_lost"].items() if count]
   worst = ", ".join(f"`{s}` {100 * rate:.0f}%" for s, rate in meta["suspicious_insertions"] if rate)
-  return warnings + verdicts + [
+  return verdicts + [
       f"Suspect {meta['base']['path']}; {n['train']} clean training rows, CA on {n['test']} held-out rows of "
       f"{rows[0]['dataset']}. Teacher CA {meta['teacher_ca']:.3f} ({meta['teacher']}).",
       "ASR: how often a listed trigger, put at a random place, gives the target label on rows of other classes. A "

@@ -7,12 +7,14 @@ To look for the trigger from the model is Neural Cleanse's idea (Wang et al., IE
 `w2s_adv`, on a model that stands still; the measure is ours. N texts, C classes, V vocabulary, D width.
 """
 
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from ml_collections import ConfigDict
 
 from w2s_jax import processes, sharding
 from w2s_jax.adapters import trees
@@ -78,26 +80,26 @@ def make_search(run, model, params, tokenizer, rows):
 
   They begin as rows of the vocabulary's embeddings, or as what the layers below (Latent) make of tokens of `rows`.
   """
-  c, settings, mesh, family = run.config, run.config.scan, run.mesh, model.config.family
+  c, settings, mesh = run.config, run.config.scan, run.mesh
   key = jax.random.key(c.seed)
   if isinstance(model, Latent):
     seen = _stream(run, model, params, tokenizer, rows)
     unit = float(np.linalg.norm(seen, axis=-1).mean())
     start = w2s_adv.put(model, params, jax.random.choice(key, seen, (settings.triggers * settings.tokens,)))
   else:
-    start = w2s_adv.with_soft_tokens(model, params, settings, key, tokenizer, run.known_triggers())
+    start = w2s_adv.with_soft_tokens(model, params, settings, key, tokenizer, run.source.triggers(c))
     unit = w2s_adv.mean_norm(model, params)
   moving, frozen = trees.split(start, ("soft",))
-  tx = optim.make_optimizer(moving, 0.0, settings.steps, adversary=optim.ascent(
-      settings.step_size * unit, settings.norm * unit))
   def terms(out, batch):
     values = log_odds(out.logits, batch["label"])
     return {"log_odds": (values * batch["weight"]).sum() / batch["weight"].sum()}
   def loss(moving, frozen, batch, key):
     del key                                            # no dropout: the model stands still
     return steps.classification_loss(model, terms, {"log_odds": 1.0})(moving, frozen, batch, None)
-  places = (steps.state_shardings(moving, tx, family, mesh), sharding.param_shardings(frozen, family, mesh), mesh)
-  steps_fn = steps.make_train_steps(steps.make_train_step(loss, tx, *places), *places)
+  still = ConfigDict(dict(learning_rate=0.0, warmup_fraction=0.0, weight_decay=0.0, clip_norm=0.0))
+  plan = steps.StagePlan(("scan",), (c.seed,), model, loss, {"log_odds": 1.0}, ("soft",), still,
+                         adversary=optim.ascent(settings.step_size * unit, settings.norm * unit))
+  program = steps.build(plan, moving, frozen, settings.steps, mesh)
   shards, pad = sharding.batch_shards(mesh), model.config.pad_token_id or 0
   def search(rows, target):
     arrays, _ = _with_triggers(run, model, tokenizer, rows)
@@ -105,10 +107,12 @@ def make_search(run, model, params, tokenizer, rows):
     make, = packing.packers([arrays], [c.seed], c.defend.batch_size, c.data.buckets, shards, settings.steps,
                             flops_per_token=0, pad_token_id=pad, together=settings.steps)
     stream = batches.train_batches(len(rows), c.defend.batch_size, make, c.seed, 0)
-    stacked = packing.stack(list(itertools.islice(stream, settings.steps)), shards, pad)
-    state, _ = steps_fn(steps.init_state(moving, tx, family, mesh), frozen,
-                        sharding.global_batch(stacked, mesh, 1), jax.random.key(c.seed), settings.steps)
-    return trees.combine(state.params, frozen)
+    stack = functools.partial(packing.stack, groups=shards, pad_token_id=pad)
+    batch = stack([stack([one]) for one in itertools.islice(stream, settings.steps)])
+    keys = jnp.stack([jax.random.key(c.seed)])
+    batch = sharding.global_batch(batch, mesh, 2)
+    state, _ = program.steps(program.init([moving]), frozen, batch, keys, settings.steps)
+    return trees.combine(jax.tree.map(lambda x: x[0], state.params), frozen)
   return search
 
 
@@ -135,7 +139,7 @@ def _with_triggers(run, model, tokenizer, rows):
 
 
 def _logits(run, model, params, arrays):
-  return inference.outputs(model, params, arrays, run.mesh, **run.eval_shapes())[0]
+  return inference.outputs(model, params, arrays, run.mesh, **run.place.eval_shapes())[0]
 
 
 def _log_odds(logits, target):

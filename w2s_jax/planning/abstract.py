@@ -3,22 +3,23 @@
 B rows, T tokens, C classes, D feature width.
 """
 
-import functools
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from w2s_jax import sharding
+from w2s_jax import InputError, sharding
 from w2s_jax.adapters import lora, trees
-from w2s_jax.defenses import w2s
+from w2s_jax.defenses import DEFENSES, distill, w2s_adv
 from w2s_jax.models import Model, config_from_hf, quantized, read_json, resolve
 from w2s_jax.models.hf.load import FLOAT32
-from w2s_jax.training import inference, optim, steps
+from w2s_jax.tasks import TASKS, Task
+from w2s_jax.training import inference, optim, stage, steps
 
-STEPS = ("defend", "poison", "evaluate")
+STEPS = 1000             # of the stage that is planned: the schedule's constants
 
 
 def student(config, **runtime):
@@ -53,56 +54,88 @@ def adapted(config, params):
   return jax.eval_shape(make, params)
 
 
-def batch(model, B, T, distillation):
-  """Rows of one text each, as steps.py takes them."""
-  c = model.config
-  shapes = {"input_ids": ((T,), "int32"), "attention_mask": ((T,), "int32"), "label": ((), "int32"),
-            "weight": ((), "float32")}
-  if distillation:
-    shapes |= {"teacher_logits": ((c.num_labels,), "float32"), "teacher_features": ((c.feature_size,), "float32")}
-  return {name: jax.ShapeDtypeStruct((B, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+def costliest(config: Any) -> str:
+  """Of the configured defenses that train, the one whose step takes most: by views of a text, then by a teacher.
+
+  Raises:
+    InputError: none of them trains.
+  """
+  names = [name for name in config.defenses if DEFENSES[name].recipe]
+  if not names:
+    raise InputError(f"defenses {tuple(config.defenses)}: none of them trains: set --config.defenses, or leave defend "
+                     "out of --step")
+  return max(names, key=lambda name: (DEFENSES[name].recipe.views, DEFENSES[name].recipe.teacher_view is not None))
 
 
-def train_step(model, params, labels, terms, weights, learning_rate, mesh):
-  """(step, its state, frozen leaves) of a stage that trains the leaves of these labels."""
-  family = model.config.family
-  trainable, frozen = trees.split(params, labels)
-  trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trainable)
-  tx = optim.make_optimizer(trainable, learning_rate, 1000)
-  step = steps.make_train_step(steps.classification_loss(model, terms, weights), tx,
-                               steps.state_shardings(trainable, tx, family, mesh),
-                               sharding.param_shardings(frozen, family, mesh), mesh)
-  state = jax.eval_shape(lambda p: steps.TrainState(jnp.zeros((), jnp.int32), p, tx.init(p)), trainable)
-  return step, state, frozen
+def defense_plan(name: str, config: Any, model: Model) -> tuple[steps.StagePlan, dict]:
+  """What a defense trains, as the stage has it, and its parameters."""
+  recipe = DEFENSES[name].recipe
+  if recipe is None:
+    raise InputError(f"defense {name!r} has no training step to plan: set --step or --config.defenses")
+  params, ascent = params_of(config, model), None
+  if "adapter" in recipe.trains:
+    params = adapted(config, params)
+  if recipe.soft_tokens:
+    rows = (recipe.soft_tokens(config.defense), model.config.hidden_size)
+    params = w2s_adv.put(model, params, jax.ShapeDtypeStruct(rows, jnp.float32))
+    ascent = optim.ascent(1.0, 1.0)                    # numbers of the state, not of the program
+  task, runs = TASKS[config.task], {name: config.seed}
+  return distill.stage_plan(recipe, task, model, config.defense, config.defend, runs, ascent), params
 
 
-def defend_step(config, model, mesh):
-  """As `train_step`, of the distillation of adapters and head."""
-  terms = functools.partial(w2s.terms, temperature=config.defend.temperature)
-  weights = w2s.loss_weights(config.defend.weights, model.config.feature_size)
-  return train_step(model, adapted(config, params_of(config, model)), trees.LORA, terms, weights,
-                    config.defend.learning_rate, mesh)
+def poison_plan(config: Any, model: Model) -> tuple[steps.StagePlan, dict]:
+  """Full fine-tuning, as the stage has it, and its parameters."""
+  plan = stage.task_plan(TASKS[config.task], "poison", config.seed, model, tuple(config.poison.trains), config.poison)
+  return plan, params_of(config, model)
 
 
-def lower(name, config, mesh, B, T, model=None):
-  """The lowered step `name`, one of STEPS, of B rows of T tokens.
+def lower(name: str, config: Any, mesh: jax.sharding.Mesh, B: int, T: int, model: Model | None = None):
+  """The lowered step `name`: "evaluate", "poison", "defend" (the costliest configured defense) or a defense's name.
 
+  Args:
+    B: examples of a step; a defense with several views of a text has this number of rows of each.
   Raises:
     InputError: a mesh axis does not divide a leaf, or the mesh the batch.
   """
   model = model or student(config)
   sharding.check_batch(B, mesh, "--batch")
-  key = jax.eval_shape(lambda: jax.random.key(0))
   if name == "evaluate":
-    params = params_of(config, model)
-    places = sharding.param_shardings(params, model.config.family, mesh)
-    params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places)
-    rows = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding.batch_sharding(mesh))
-            for k, v in batch(model, B, T, False).items() if k in ("input_ids", "attention_mask")}
-    return inference.forward.lower(model, mesh, params, **rows, texts=None)
+    return _lower_evaluation(config, mesh, B, T, model)
+  task = TASKS[config.task]
   if name == "poison":
-    step, state, frozen = train_step(model, params_of(config, model), tuple(config.poison.trains),
-                                     steps.cross_entropy_terms, {"ce": 1.0}, config.poison.learning_rate, mesh)
+    plan, params, teacher = *poison_plan(config, model), False
   else:
-    step, state, frozen = defend_step(config, model, mesh)
-  return step.lower(state, frozen, batch(model, B, T, name == "defend"), key)
+    defense = costliest(config) if name == "defend" else name
+    plan, params = defense_plan(defense, config, model)
+    teacher = DEFENSES[defense].recipe.teacher_view is not None
+  step, state, frozen = training_step(plan, params, mesh)
+  batch = training_batch(plan, task, B, T, teacher, sharding.batch_shards(mesh) if config.data.pack else 0)
+  return step.lower(state, frozen, batch, jax.eval_shape(lambda: jnp.stack([jax.random.key(0)])))
+
+
+def training_step(plan: steps.StagePlan, params: dict, mesh: jax.sharding.Mesh):
+  """(step of one run, its state, frozen leaves) of a plan."""
+  trainable, frozen = trees.split(params, plan.trains)
+  trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trainable)
+  program = steps.build(plan, trainable, frozen, STEPS, mesh)
+  return program.step, steps.abstract_state(program, trainable), frozen
+
+
+def training_batch(plan: steps.StagePlan, task: Task, B: int, T: int, teacher: bool, groups: int = 0) -> dict:
+  """One run's batch of B examples, every view of which has a row of T tokens.
+
+  groups: of packed rows; 0, or a plan whose loss reads the padding: a row is a text.
+  """
+  batch = steps.abstract_batch(plan.model, task, B * plan.views, T, teacher, soft="soft" in plan.trains,
+                               groups=groups if plan.packed else 0)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), batch)
+
+
+def _lower_evaluation(config, mesh, B, T, model):
+  params = params_of(config, model)
+  places = sharding.param_shardings(params, model.config.family, mesh)
+  params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places)
+  batch = steps.abstract_batch(model, TASKS[config.task], B, T, groups=sharding.batch_shards(mesh))
+  rows = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding.batch_sharding(mesh))
+          for k, v in batch.items() if k in ("input_ids", "attention_mask", "texts")}
+  return inference.forward.lower(model, mesh, params, **rows)

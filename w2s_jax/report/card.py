@@ -1,15 +1,19 @@
 """Model cards: what a model directory is, what was measured of it, and the warning it needs."""
 
+from w2s_jax import results
+
 KINDS = {   # models/NAME of what is no defense
-    "suspect": "WARNING: this model is under suspicion of a backdoor. It is a copy for comparison: do not use it.\n",
-    "poisoned": "WARNING: this model is POISONED on purpose, for research ({attack}). Do not use it otherwise.\n",
-    "base": "The student before any attack.\n",
-    "clean": "The control: fine-tuned like the poisoned model, without poison.\n",
-    "teacher": "The clean teacher: an encoder, and the W2S head in w2s_head.safetensors, which w2s_jax reads.\n",
+    results.SUSPECT: "WARNING: this model is under suspicion of a backdoor. It is a copy for comparison: do not use it."
+                     "\n",
+    results.POISONED: "WARNING: this model is POISONED on purpose, for research ({attack}). Do not use it otherwise.\n",
+    results.BASE: "The student before any attack.\n",
+    results.CLEAN: "The control: fine-tuned like the poisoned model, without poison.\n",
+    results.TEACHER: "The clean teacher: an encoder, and the W2S head in w2s_head.safetensors, which w2s_jax reads.\n",
 }
 # Beside CA and ASR, where some row has it.
-MORE = {"asr_floor": "ASR floor", "false_rate": "false rate", "scan": "scan", "agreement": "agreement",
-        "word_flips": "word flips", "sentence_flips": "sentence flips"}
+MORE = ("asr_floor", "false_rate", "frr", "far", "scan", "agreement", "word_flips", "sentence_flips")
+EXPLAINED = {"false_rate": "False rate: the model's own error on un-triggered rows of those classes.",
+             "asr_floor": "ASR floor: the ASR of a twin that was never poisoned."}
 DEFENDED = "A model with a (suspected) backdoor after the defense {name} of w2s_jax.\n"
 
 
@@ -18,31 +22,29 @@ def first_line(name, attack=None):
   return KINDS.get(name, DEFENDED).format(name=name, attack=attack)
 
 
-def text(name, rows, meta, attack=None):
+def text(name, rows, meta):
   """The whole card, in Markdown.
 
   Args:
     name: of the directory under models/.
     rows, meta: of results.json.
-    attack: as in `first_line`.
   """
   mine = [r for r in rows if r["directory"] == name]
-  lines = [first_line(name, attack)]
+  lines = [first_line(name, meta["attack"])]
   if mine:
-    lines += [note + "\n" for note in meta.get("notes", ()) if note.startswith("WARNING")]
-    shown = [r for r in rows if r["directory"] in ("suspect", "poisoned", name)]
+    lines += [f"WARNING: {warning}\n" for warning in meta["warnings"]]
+    shown = [r for r in rows if r["directory"] in (results.SUSPECT, results.POISONED, name)]
     more = [n for n in MORE if any(r.get(n) is not None for r in shown)]
-    lines += ["| " + " | ".join(["model | attack tested | CA | CA 95% | ASR | ASR 95%", *(MORE[n] for n in more)])
-              + " |", "|---" * (6 + len(more)) + "|"]
-    lines += [_line(r, more) for r in shown]
-    lines += ["", f"CA on {mine[0]['ca_n']} clean rows of {mine[0]['dataset']}, ASR on triggered rows of other classes "
-              "than the target. A trigger that was not tested may still work."
-              + " False rate: the model's own error on un-triggered rows of those classes." * ("false_rate" in more)
-              + " ASR floor: the ASR of a twin that was never poisoned." * ("asr_floor" in more), ""]
-  if name != "teacher":
+    heads = ["model | attack tested | CA | CA 95% | ASR | ASR 95%", *(results.COLUMNS[n].label for n in more)]
+    lines += ["| " + " | ".join(heads) + " |", "|---" * (6 + len(more)) + "|", *(_line(r, more) for r in shown), ""]
+    below = [f"CA on {mine[0]['ca_n']} clean rows of {mine[0]['dataset']}, ASR on triggered rows of other classes than "
+             "the target. A trigger that was not tested may still work.",
+             *(EXPLAINED[n] for n in more if n in EXPLAINED)]
+    lines += [" ".join(below), ""]
+  if name != results.TEACHER:
     hashes = ", ".join(f"{file} sha256 {digest}" for file, digest in meta["base"]["sha256"].items())
     lines.append(f"- Base: {meta['base']['path']}, {hashes}")
-  if name == "teacher" or name not in KINDS:
+  if name == results.TEACHER or name not in KINDS:
     lines += [f"- Teacher: {meta['teacher']}, CA {meta['teacher_ca']:.3f}",
               f"- Clean data: {rows[0]['dataset']}, {meta['clean_rows']['train']} training rows"]
   lines.append(f"- Seed {(mine or rows)[0]['seed']}, config {meta['config_hash']}; " + ", ".join(
@@ -51,13 +53,7 @@ def text(name, rows, meta, attack=None):
 
 
 def _line(row, more):
-  def cell(rate, ci):
-    return "- | -" if rate is None else f"{rate:.3f} | {ci[0]:.3f}-{ci[1]:.3f}"
-  return (f"| {row['model']} | {escape(row['attack'])} | {cell(row['ca'], row['ca_ci'])} | "
-          f"{cell(row['asr'], row['asr_ci'])} |" + "".join(
-              " - |" if row[n] is None else f" {row[n]:.3f} |" for n in more))
-
-
-def escape(text):
-  """The text in a cell of a Markdown table."""
-  return " ".join(text.split()).replace("|", "\\|")
+  def cell(value, ci):
+    return "- | -" if value is None else f"{results.rate(value)} | {results.interval(ci)}"
+  return (f"| {row['model']} | {results.escape(row['attack'])} | {cell(row['ca'], row['ca_ci'])} | "
+          f"{cell(row['asr'], row['asr_ci'])} |" + "".join(f" {results.rate(row[n])} |" for n in more))

@@ -1,27 +1,19 @@
 """results.md and report.html from results.json: tables and plots."""
 
 import html
-import importlib.metadata
 import io
 import json
-import platform
 
-from w2s_jax import processes
+from w2s_jax import processes, results
 from w2s_jax.report import tables
-
-PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
-
-
-def versions():
-  return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}
 
 
 def write(workdir):
   """results.md and report.html from results.json and metrics/; prints the table. Returns (rows, meta)."""
   results = json.loads((workdir / "results.json").read_text())
   rows, meta = results["rows"], results["meta"]
-  notes = meta.get("notes") or tables.headline(rows, meta) + tables.reading(rows, meta)
-  markdown = tables.table(rows) + "\n\n" + "\n".join(f"- {n}" for n in notes) + "\n"
+  notes = [*(f"WARNING: {w}" for w in meta["warnings"]), *meta["notes"]]
+  markdown = tables.table(rows, meta["columns"]) + "\n\n" + "\n".join(f"- {n}" for n in notes) + "\n"
   processes.write_text(workdir / "results.md", markdown)
   processes.write_text(workdir / "report.html", page(rows, meta, notes, _curves(workdir)))
   print(f"\n{markdown}\n{workdir / 'report.html'}", flush=True)
@@ -40,7 +32,7 @@ def _curves(workdir):
 
 def page(rows, meta, notes, curves):
   """One self-contained HTML page: table, bars with intervals, loss curves per term, triggered texts."""
-  head, *lines = tables.cells(rows)
+  head, *lines = tables.cells(rows, meta["columns"])
   head = "".join(f"<th>{c}</th>" for c in head)
   cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in lines)
   models = list(dict.fromkeys(row["directory"] for row in rows))
@@ -52,7 +44,7 @@ def page(rows, meta, notes, curves):
   triggered = f"""<h2>Triggered texts</h2>
 <p>Predicted class by each model; the attacker's target class {rows[0]['target_label']} is marked.</p>
 <table><tr><th>text</th><th>true class</th>{names}</tr>{examples}</table>""" if examples else ""
-  title = "A suspicious checkpoint" if "agreement" in rows[0] else f"Backdoor {html.escape(rows[0]['attack'])}"
+  title = html.escape(meta["title"])
   details = html.escape(json.dumps({k: v for k, v in meta.items() if k != "examples"}, indent=2))
   return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -99,7 +91,7 @@ def _bars(rows):
     several = len({r["attack"] for r in rows}) > 1
     names = [f"{r['directory']} {r['attack'][:12]}".replace("$", r"\$") if several else r["directory"] for r in shown]
     errors = [[max(0, r[key] - r[f"{key}_ci"][0]) for r in shown], [max(0, r[f"{key}_ci"][1] - r[key]) for r in shown]]
-    colors = {"clean": "#8da0cb", "poisoned": "#e07a5f", "suspect": "#e07a5f"}
+    colors = {results.CLEAN: "#8da0cb", results.POISONED: "#e07a5f", results.SUSPECT: "#e07a5f"}
     ax.bar(range(len(shown)), [r[key] for r in shown], yerr=errors, capsize=4,
            color=[colors.get(r["model"], "#81b29a") for r in shown])
     ax.set(title=title, ylim=(0, 1), xticks=range(len(shown)))

@@ -3,10 +3,12 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from w2s_jax import sharding
-from w2s_jax.data import packing
+from w2s_jax.data import batches, packing
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -45,6 +47,24 @@ def outputs(model, params, arrays, mesh, *, batch_size, buckets, empty=_zeros):
   return made["logits"], made["features"]
 
 
-def predictions(model, params, arrays, mesh, **shapes):
-  """[N] int: the class with the largest logit."""
-  return outputs(model, params, arrays, mesh, **shapes)[0].argmax(-1)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _mean_losses(model, mesh, params, input_ids, attention_mask):
+  """[B] float32: mean cross entropy of each text's tokens but the first, a text a row."""
+  with sharding.on(mesh):
+    out = model.apply(params, input_ids, attention_mask)
+    logits = model.lm_logits(params, out.hidden[:, :-1])
+  losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), input_ids[:, 1:])
+  real = attention_mask[:, 1:]
+  means = (losses * real).sum(-1) / jnp.maximum(real.sum(-1), 1)
+  return jax.lax.with_sharding_constraint(means, sharding.replicated(mesh))
+
+
+def perplexities(model, params, arrays, mesh, *, batch_size, buckets):
+  """[N] float32 on the host: the perplexity of each text to a decoder."""
+  out = np.empty(len(arrays["length"]), np.float32)
+  order = np.argsort(arrays["length"], kind="stable")
+  for rows in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
+    batch = batches.make_batch(arrays, rows, batch_size, buckets)
+    batch = sharding.global_batch({name: batch[name] for name in ("input_ids", "attention_mask")}, mesh)
+    out[rows] = np.exp(np.asarray(_mean_losses(model, mesh, params, **batch)))[:len(rows)]
+  return out

@@ -4,108 +4,186 @@ import contextlib
 import itertools
 import json
 import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import tqdm
 
 from w2s_jax import processes, sharding
-from w2s_jax.training import checkpoint
+from w2s_jax.models import Model
+from w2s_jax.tasks import Task
+from w2s_jax.training import checkpoint, inference
+from w2s_jax.training.steps import Program, TrainState
 
 
-def fit(names, steps_fn, state, frozen, batches_from, stack, *, steps, key, mesh, eval_every, workdir, config_hash,
-        steps_per_dispatch=1, dev_accuracy=None, log_every=10, checkpoint_every=0, term_norms=None, term_norms_every=0):
-  """Trains to `steps`, from the last checkpoint where there is one, and returns the best trainable parameters.
+class Feed(NamedTuple):
+  """What a stage is trained on.
 
-  Args:
-    names: of the stage, or of each of several runs that train at once (steps.make_train_step); metrics go to
-      workdir/metrics/NAME.jsonl, checkpoints to workdir/checkpoints/FIRST NAME. With several, state, batches, key,
-      metrics and dev accuracies have an axis of so many runs in front.
-    steps_fn: from steps.make_train_steps; donates the state.
-    state: TrainState at step 0.
-    frozen: nested dict of the leaves that do not train.
-    batches_from: start step -> iterator of host batches; the order is a function of the step alone, so that a
+  Attributes:
+    steps: of the whole stage.
+    batches: start step -> iterator of host batches [runs, ...]; the order is a function of the step alone, so that a
       resumed run sees what the uninterrupted one would have seen.
     stack: list of host batches -> one, with an axis of them in front.
-    steps: of the whole stage.
-    key: one key; the step folds its number in.
+    keys: [runs] of each run's dropout; a step folds its number in.
+  """
+  steps: int
+  batches: Callable[[int], Iterator[dict]]
+  stack: Callable[[list], dict]
+  keys: Any
+
+
+class Workplace(NamedTuple):
+  """What every stage of a run has in common: devices, directory, shapes, and how often what happens.
+
+  Attributes:
+    task: what is trained and measured (tasks/).
+    mesh: of the devices.
+    workdir: metrics and checkpoints go there.
+    config_hash: checkpoints carry it.
+    buckets: ascending sequence lengths that may be compiled, in tokens.
+    eval_batch_size: rows.
+    pack: several texts may share a row.
+    log_every, checkpoint_every, term_norms_every: in steps; 0: never.
+    steps_per_dispatch: at most this number of steps goes to the device at once.
+  """
+  task: Task
+  mesh: jax.sharding.Mesh
+  workdir: Path
+  config_hash: str
+  buckets: Sequence[int]
+  eval_batch_size: int
+  pack: bool = True
+  log_every: int = 10
+  checkpoint_every: int = 0
+  term_norms_every: int = 0
+  steps_per_dispatch: int = 1
+
+  def eval_shapes(self) -> dict:
+    return {"batch_size": self.eval_batch_size, "buckets": self.buckets}
+
+  def answers(self, model: Model, params: dict, arrays: dict) -> np.ndarray:
+    """[N], in row order."""
+    return self.task.predict(inference.outputs(model, params, arrays, self.mesh, **self.eval_shapes())[0])
+
+
+class Chosen(NamedTuple):
+  """Which checkpoint of a run was taken."""
+  step: int
+  dev_accuracy: float | None
+  seconds: float
+
+
+def fit(names: Sequence[str], program: Program, state: TrainState, frozen: dict, feed: Feed, eval_every: int,
+        place: Workplace, dev_accuracy: Callable[[dict], list[float]] | None = None) -> list[tuple[dict, Chosen]]:
+  """Trains from the last checkpoint, where there is one, and returns the best trainable parameters of each run.
+
+  Args:
+    names: of each run; metrics go to metrics/NAME.jsonl, checkpoints to checkpoints/FIRST NAME.
+    program: from steps.build; its steps donate the state.
+    state: TrainState at step 0, [runs, ...].
+    frozen: nested dict of the leaves that do not train.
     eval_every: steps between dev evaluations; each is a checkpoint. The last step is one always.
-    steps_per_dispatch: at most so many steps are one call of steps_fn; evaluations, checkpoints and term norms come
-      when they would come with 1.
-    dev_accuracy: trainable parameters -> clean dev accuracy, which alone chooses the checkpoint; None keeps the last.
-    log_every: steps between lines of the metrics file.
-    checkpoint_every: steps between further checkpoints; 0 for none.
-    term_norms: (state, frozen, batch, key) -> {name: gradient norm of one loss term}, logged every
-      `term_norms_every` steps (0: never).
+    dev_accuracy: trainable parameters [runs, ...] -> clean dev accuracy of each run, which alone chooses its
+      checkpoint; None keeps the last step.
   Raises:
     processes.Stopped: SIGTERM came, and a checkpoint of the last step was saved.
-  Returns:
-    [(trainable parameters, {"step", "dev_accuracy", "seconds"} of the choice)] of each name.
+    FloatingPointError: a loss or a gradient norm is not finite.
   """
-  name, runs = names[0], len(names)
-  with checkpoint.open_manager(workdir / "checkpoints" / name, runs) as manager:  # closes its threads on every way out
+  name, runs, steps = names[0], len(names), feed.steps
+  with checkpoint.open_manager(place.workdir / "checkpoints" / name, runs) as manager:  # closes on every way out
     done = manager.latest_step() or 0
     if done:
-      state = checkpoint.restore(manager, done, state, config_hash)
-    writes = processes.writes()
-    files = [workdir / "metrics" / f"{one}.jsonl" for one in names]
-    for file in files if writes else ():
-      _cut(file, done)
-    began = time.monotonic()
-    batches = batches_from(done)
-    bar = tqdm.tqdm(total=steps, initial=done, desc=name, unit="step", disable=not writes or None)
-    with bar, processes.stop_signal() as stop, contextlib.ExitStack() as open_files:
-      logs = [open_files.enter_context(open(file if writes else "/dev/null", "a")) for file in files]
+      state = checkpoint.restore(manager, done, state, place.config_hash)
+    began, batches = time.monotonic(), feed.batches(done)
+    bar = tqdm.tqdm(total=steps, initial=done, desc=name, unit="step", disable=not processes.writes() or None)
+    with bar, processes.stop_signal() as stop, _open_logs(place.workdir, names, done) as logs:
       while done < steps:
-        count = min(steps_per_dispatch, steps - done, *(every - done % every for every in (
-            eval_every, checkpoint_every, term_norms_every) if every))
-        some = list(itertools.islice(batches, count))
-        some += some[-1:] * (steps_per_dispatch - count)               # one shape; these are not trained on
-        batch = sharding.global_batch(stack(some), mesh, 1 if runs == 1 else 2)
-        more = {}                                                      # measured beside a step: {its place: values}
-        if term_norms_every and done % term_norms_every == 0:
-          more[0] = dict(term_norms(state, frozen, jax.tree.map(lambda x: x[0], batch), key))
-        state, metrics = steps_fn(state, frozen, batch, key, count)
+        count = _steps_until_due(done, steps, eval_every, place)
+        batch = _next_batches(batches, count, feed.stack, place)
+        extra = {}                                                     # measured beside a step: {its place: values}
+        if place.term_norms_every and done % place.term_norms_every == 0:
+          first_batch = jax.tree.map(lambda x: x[0], batch)
+          extra[0] = dict(program.term_norms(state, frozen, first_batch, feed.keys))
+        state, metrics = program.steps(state, frozen, batch, feed.keys, count)
         first, done = done + 1, done + count
         bar.update(count)
-        evaluating = done % eval_every == 0 or done == steps
-        stopping = stop()
-        saving = stopping or evaluating or (checkpoint_every and done % checkpoint_every == 0)
+        evaluating, stopping = done % eval_every == 0 or done == steps, stop()
+        saving = stopping or evaluating or (place.checkpoint_every and done % place.checkpoint_every == 0)
+        accuracy = None
         if evaluating and dev_accuracy is not None:
-          more.setdefault(count - 1, {})["dev_accuracy"] = dev_accuracy(state.params)
-        logged = [i for i in range(count) if (first + i) % log_every == 0 or i in more or (saving and i == count - 1)]
-        if logged:
-          values = {k: np.asarray(v)[:count].reshape(count, runs) for k, v in metrics.items()}
-          for i, (loss, norm) in enumerate(zip(values["loss"].sum(axis=1), values["grad_norm"].sum(axis=1))):
-            if not np.isfinite([loss, norm]).all():                    # before it is saved: a resume would inherit it
-              raise FloatingPointError(f"{name}: loss {loss}, gradient norm {norm} at step {first + i}: lower the "
-                                       "learning rate or the loss weights (--config.*.learning_rate, .weights)")
+          accuracy = dev_accuracy(state.params)
+          extra.setdefault(count - 1, {})["dev_accuracy"] = accuracy
+        due = [i for i in range(count)
+               if (first + i) % place.log_every == 0 or i in extra or (saving and i == count - 1)]
+        if due:
+          values = {k: np.asarray(v)[:count] for k, v in metrics.items()}
+          _check_finite(name, values, first)
           bar.set_postfix(loss=f"{values['loss'][-1].mean():.4f}", refresh=False)
-        for i in logged:
-          line = {k: v[i] for k, v in values.items()} | {k: np.atleast_1d(v) for k, v in more.get(i, {}).items()}
-          for run, log in enumerate(logs):
-            log.write(json.dumps({"step": first + i} | {k: float(v[run]) for k, v in line.items()}) + "\n")
-            log.flush()
+          for i in due:
+            _log(logs, first + i, {k: v[i] for k, v in values.items()} | extra.get(i, {}))
         if saving:
-          checkpoint.save(manager, done, state, config_hash, line.get("dev_accuracy"))
+          checkpoint.save(manager, done, state, place.config_hash, accuracy)
         if stopping:
           manager.wait_until_finished()
           raise processes.Stopped(f"{name}: stopped by SIGTERM, saved at step {done} of {steps}")
     manager.wait_until_finished()
     best = checkpoint.best_steps(manager, runs) if dev_accuracy is not None else [(steps, None)] * runs
-    out, states = [], {steps: state}
-    for run, (step, accuracy) in enumerate(best):
-      if step not in states:
-        states = {step: checkpoint.restore(manager, step, state, config_hash)}
-      params = states[step].params
-      if runs > 1:
-        params = jax.tree.map(lambda leaf, run=run: leaf[run], params)
-      out.append((params, {"step": step, "dev_accuracy": accuracy, "seconds": time.monotonic() - began}))
-    return out
+    return [(params, Chosen(step, accuracy, time.monotonic() - began))
+            for params, (step, accuracy) in zip(_restored(manager, best, steps, state, place.config_hash), best)]
+
+
+def _steps_until_due(done, steps, eval_every, place):
+  """How many steps go to the device at once, so that what is due comes at its step."""
+  return min(place.steps_per_dispatch, steps - done, *(every - done % every for every in (
+      eval_every, place.checkpoint_every, place.term_norms_every) if every))
+
+
+def _next_batches(batches, count, stack, place):
+  """[steps, runs, ...] on the mesh: `count` batches, and copies of the last one, which are not trained on."""
+  taken = list(itertools.islice(batches, count))
+  taken += taken[-1:] * (place.steps_per_dispatch - count)
+  return sharding.global_batch(stack(taken), place.mesh, 2)
+
+
+def _check_finite(name, values, first):
+  """Raises FloatingPointError before anything is saved: a resumed run would inherit it."""
+  for i, (loss, norm) in enumerate(zip(values["loss"].sum(axis=1), values["grad_norm"].sum(axis=1))):
+    if not np.isfinite([loss, norm]).all():
+      raise FloatingPointError(f"{name}: loss {loss}, gradient norm {norm} at step {first + i}: lower the "
+                               "learning rate or the loss weights (--config.*.learning_rate, .weights)")
+
+
+def _log(logs, step, values):
+  """One line of each run's metrics file; values: {name: [runs]}."""
+  for run, log in enumerate(logs):
+    log.write(json.dumps({"step": step} | {k: float(np.asarray(v)[run]) for k, v in values.items()}) + "\n")
+    log.flush()
+
+
+def _restored(manager, best, last, state, config_hash):
+  """Each run's trainable parameters at its best step; one checkpoint at a time beside the last state."""
+  step, chosen = last, state
+  for run, (wanted, _) in enumerate(best):
+    if wanted != step:
+      step, chosen = wanted, state if wanted == last else checkpoint.restore(manager, wanted, state, config_hash)
+    yield jax.tree.map(lambda leaf, run=run: leaf[run], chosen.params)
+
+
+@contextlib.contextmanager
+def _open_logs(workdir, names, done):
+  """The metrics files of each run, to be written to; of lines past step `done` the interrupted run lost the work."""
+  writes = processes.writes()
+  files = [workdir / "metrics" / f"{name}.jsonl" for name in names]
+  with contextlib.ExitStack() as stack:
+    for file in files if writes else ():
+      _cut(file, done)
+    yield [stack.enter_context(open(file if writes else "/dev/null", "a")) for file in files]
 
 
 def _cut(metrics_file, step):
-  """Drops lines past `step`: they belong to work that the interrupted run lost."""
   metrics_file.parent.mkdir(parents=True, exist_ok=True)
   lines = metrics_file.read_text().splitlines(keepends=True) if metrics_file.exists() else []
   whole = [line for line in lines if line.endswith("\n")]

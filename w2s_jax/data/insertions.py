@@ -1,0 +1,40 @@
+"""Random rare words and beginnings of other texts, put into clean texts."""
+
+import itertools
+import re
+
+import numpy as np
+
+from w2s_jax.attacks.insertion import insert
+
+LETTERS = "bcdfghjklmnpqrstvwxz"   # rare words are made of consonants, like `mn`, `cf`, `tq` of the literature
+SENTENCE_WORDS = 8
+
+
+def rare_words(texts, avoid, rng):
+  """Endless random words of two or three consonants that neither the texts nor the strings to avoid contain."""
+  known = {word for text in [*texts, *avoid] for word in re.findall(r"\w+", text.lower())}
+  while True:
+    word = "".join(rng.choice(list(LETTERS), rng.integers(2, 4)))
+    if word not in known:
+      yield word
+
+
+def with_rare_words(rows, share, avoid, seed):
+  """The rows, a random `share` of them with a rare word put in: what a student is trained on that must not heed one.
+
+  avoid: triggers that are known to whoever measures: no defense may see one.
+  """
+  rng = np.random.default_rng([seed, 4])
+  words = rare_words([r["text"] for r in rows], avoid, rng)
+  chosen = set(rng.permutation(len(rows))[:round(share * len(rows))].tolist())
+  return [row | {"text": insert(row["text"], next(words), rng, len(row["text"]))} if i in chosen else row
+          for i, row in enumerate(rows)]
+
+
+def insertions(texts, words, sentences, avoid, seed):
+  """(kind, string) to put into texts: rare words, and the beginnings of other texts."""
+  rng = np.random.default_rng([seed, 3])
+  rare = itertools.islice(rare_words(texts, avoid, rng), words)
+  chosen = rng.permutation(len(texts))[:sentences]
+  return [*(("word", w) for w in rare), *(("sentence", " ".join(texts[i].split()[:SENTENCE_WORDS])) for i in chosen)]

@@ -1,0 +1,69 @@
+"""The trainer of every recipe: adapters and head of the attacked student, on clean rows, beside a frozen base."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from w2s_jax import InputError, sharding
+from w2s_jax.adapters import lora, trees
+from w2s_jax.data import insertions
+from w2s_jax.defenses.records import Recipe, Suspect
+from w2s_jax.models import Model
+from w2s_jax.tasks import Task
+from w2s_jax.training import stage, steps
+
+
+def train(recipe: Recipe, suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]:
+  """Parameters, adapters in them, of each run {models/NAME: seed}.
+
+  Several runs train as one program over one frozen base, but not where a loss reads the padding: that would be as long
+  as the longest text of all their batches.
+  """
+  if recipe.layout == "padded" and len(runs) > 1:
+    return [params for name, seed in runs.items() for params in train(recipe, suspect, settings, {name: seed})]
+  starts, arrays = zip(*(_start(recipe, suspect, settings, seed) for seed in runs.values()))
+  ascent = recipe.ascent(suspect.model, suspect.params, settings) if recipe.ascent else None
+  plan = stage_plan(recipe, suspect.place.task, suspect.model, settings, suspect.training, runs, ascent)
+  trained = stage.train_stage(plan, list(starts), list(arrays), suspect.encode(suspect.dev), suspect.place)
+  return [trees.split(params, ("soft",))[1] for params in trained] if recipe.ascent else trained
+
+
+def stage_plan(recipe: Recipe, task: Task, model: Model, settings: Any, training: Any, runs: dict[str, int],
+               ascent=None) -> steps.StagePlan:
+  """What of a recipe is compiled, for training and for planning."""
+  weights = recipe.weights(settings, model.config.feature_size)
+  loss = steps.classification_loss(model, functools.partial(recipe.terms, settings=settings, task=task), weights)
+  soft = ("soft",) if recipe.soft_tokens else ()
+  return steps.StagePlan(tuple(runs), tuple(runs.values()), model, loss, weights, (*recipe.trains, *soft), training,
+                         "defend", recipe.views, recipe.layout == "packed", ascent)
+
+
+def _start(recipe, suspect, settings, seed):
+  """(parameters, training arrays) of one run."""
+  params = suspect.params
+  if "adapter" in recipe.trains:
+    places = functools.partial(sharding.param_shardings, family=suspect.model.config.family, mesh=suspect.place.mesh)
+    params = lora.add_lora(params, suspect.lora.rank, suspect.lora.alpha, tuple(suspect.lora.targets),
+                           key=stage.stream_key(seed, "lora"), places=places)
+  arrays = suspect.encode(insertions.with_rare_words(suspect.train, suspect.training.insert_words, suspect.avoid, seed))
+  if recipe.teacher_view:
+    arrays |= recipe.teacher_view(suspect.teacher(), arrays.get("label"), seed)
+  return recipe.augment(suspect, settings, params, arrays, seed) if recipe.augment else (params, arrays)
+
+
+def check(name: str, recipe: Recipe, task: Task, model: Model, settings: Any) -> None:
+  """Raises InputError unless the recipe's terms and their weights have the same names; nothing is allocated."""
+  weights = recipe.weights(settings, model.config.feature_size)
+  batch = steps.abstract_batch(model, task, 2, 4, recipe.teacher_view is not None, bool(recipe.soft_tokens))
+  def terms(params, batch):
+    out = model.apply(params, batch["input_ids"], batch["attention_mask"])
+    return recipe.terms(out, batch, settings=settings, task=task)
+  found = jax.eval_shape(terms, model.abstract_params(), batch)
+  if set(found) != set(weights):
+    raise InputError(f"defense {name!r} has loss terms {', '.join(sorted(found))} and weights of "
+                     f"{', '.join(sorted(weights))}: give each term one weight (defenses/{name}.py)")
+  if odd := [term for term, value in found.items() if value.shape or value.dtype != jnp.float32]:
+    raise InputError(f"defense {name!r}: the loss term {odd[0]} is {found[odd[0]].dtype}{list(found[odd[0]].shape)}, "
+                     f"wanted a scalar float32 (defenses/{name}.py)")

@@ -1,0 +1,61 @@
+"""ONION (Qi et al., arXiv 2011.10369): words that make a text less likely to a language model are taken out.
+
+The paper's language model is GPT-2; ours is a small decoder that is trained on the clean rows.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from w2s_jax.adapters import trees
+from w2s_jax.config import field
+from w2s_jax.data import tokenization
+from w2s_jax.defenses.records import Suspect
+from w2s_jax.models import Model, config_from_hf
+from w2s_jax.training import inference, stage, steps
+
+
+@dataclasses.dataclass
+class Settings:
+  """`config.defense.onion`."""
+  width: int = field(64, "of the language model", low=8, high=8192, source="ours; not tuned")
+  num_layers: int = field(2, "of the language model", low=1, high=100, source="ours; not tuned")
+  epochs: int = field(4, "over the clean rows", low=1, high=1000, source="ours; not tuned")
+  learning_rate: float = field(3e-3, "peak", low=0.0, high=10.0, source="the offline student's warm-up")
+  removed: float = field(0.01, "fraction of the clean dev rows' words that may be taken out: it sets the threshold",
+                         low=0.0, high=1.0, source="ours; not tuned")
+
+
+def text(suspect: Suspect, settings, seed: int):
+  """texts -> texts without the words that raise the perplexity by more than all but few words of clean rows do."""
+  model, params = _language_model(suspect, settings.onion, seed)
+  place, length = suspect.place, suspect.max_length
+  def gains(texts):
+    """[words] of each text: the perplexity with the word less that without it; a text of one word keeps it."""
+    words = [text.split() for text in texts]
+    variants = [" ".join(own[:i] + own[i + 1:]) for own in words for i in range(len(own)) if len(own) > 1]
+    arrays = tokenization.encode(suspect.tokenizer, [*texts, *variants], length)
+    found = inference.perplexities(model, params, arrays, place.mesh, **place.eval_shapes())
+    whole, rest = found[:len(texts)], iter(found[len(texts):])
+    return [[p - next(rest) for _ in own] if len(own) > 1 else [-np.inf] for p, own in zip(whole, words)]
+  threshold = np.quantile(np.concatenate(gains([row["text"] for row in suspect.dev])), 1 - settings.onion.removed)
+  def without_outliers(texts):
+    kept = [[word for word, gain in zip(text.split(), own) if gain <= threshold]
+            for text, own in zip(texts, gains(texts))]
+    return [" ".join(words) or text for words, text in zip(kept, texts)]
+  return without_outliers
+
+
+def _language_model(suspect, own, seed):
+  """(Model, params), trained on the clean rows' texts; the stage resumes, and is done where its checkpoint is there."""
+  arch = {"model_type": "llama", "vocab_size": suspect.model.config.vocab_size, "hidden_size": own.width,
+          "intermediate_size": 3 * own.width, "num_hidden_layers": own.num_layers, "num_attention_heads": 4,
+          "tie_word_embeddings": True, "max_position_embeddings": suspect.max_length, "initializer_range": 0.08}
+  model = Model(config_from_hf(arch | {"pad_token_id": suspect.tokenizer.pad_token_id}))
+  training = suspect.training.copy_and_resolve_references()
+  training.update(epochs=own.epochs, learning_rate=own.learning_rate)
+  plan = steps.StagePlan(("onion_lm",), (seed,), model, steps.language_model_loss(model), {"lm": 1.0}, trees.FULL,
+                         training, "onion_lm", packed=False)
+  start = model.init(stage.stream_key(seed, "onion_lm"), suspect.place.mesh)
+  arrays = tokenization.pack(suspect.tokenizer, [row["text"] for row in suspect.train], suspect.max_length)
+  return model, stage.train_stage(plan, [start], [arrays], None, suspect.place)[0]

@@ -1,0 +1,69 @@
+"""A model as a user gets it: read back from its directory, behind and in front of whatever its defense adds."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from w2s_jax import results
+from w2s_jax.defenses import DEFENSES
+from w2s_jax.measure import scan
+
+
+class Reading(NamedTuple):
+  """What one model answers.
+
+  Attributes:
+    clean: [N] int, the class of each clean test row; results.REJECTED where the defense lets no answer through.
+    triggered: [M] int, of each row with a trigger.
+    rejects: whether the defense may reject texts at all.
+    scan: of a suspect's models, what soft tokens find (measure/scan.py); [] elsewhere.
+  """
+  clean: np.ndarray
+  triggered: np.ndarray
+  rejects: bool = False
+  scan: list = []
+
+
+class Deployed(NamedTuple):
+  """Attributes: the model, and what its defense puts before and around it (defenses/records.py)."""
+  model: Any
+  params: dict
+  tokenizer: Any
+  text: Any = None
+  accept: Any = None
+
+
+def deploy(run, name: str) -> Deployed:
+  """models/NAME; of a defense that makes no weights of its own the attacked model, with the defense around it."""
+  what, seed = run.defended().get(name, (None, None))
+  defense = DEFENSES.get(what)
+  own_weights = defense is None or defense.recipe or defense.weights
+  loaded = run.load(name if own_weights else run.source.attacked)
+  if defense is None or not (defense.text or defense.accept):
+    return Deployed(*loaded)
+  suspect, settings = run.suspect(loaded), run.config.defense
+  return Deployed(*loaded, *(make and make(suspect, settings, seed) for make in (defense.text, defense.accept)))
+
+
+def read(run, name: str, triggered: list) -> Reading:
+  """What models/NAME answers on the clean test rows and on these rows with triggers."""
+  deployed = deploy(run, name)
+  scanned = []
+  if "scan" in run.source.stages and not (deployed.text or deployed.accept):    # those have no weights of their own
+    scanned = scan.reading(run, name, deployed[:3])
+  return Reading(answers(run, deployed, run.rows["test"]), answers(run, deployed, triggered),
+                 deployed.accept is not None, scanned)
+
+
+def answers(run, deployed: Deployed, rows: list) -> np.ndarray:
+  """[N] int: the class that each row gets, or results.REJECTED."""
+  if not rows:
+    return np.zeros(0, int)
+  if deployed.text:
+    texts = deployed.text([row["text"] for row in rows])
+    rows = [row | {"text": text} for row, text in zip(rows, texts)]
+  arrays = run.encode(deployed.tokenizer, rows, run.config.data.max_length)
+  predicted = run.place.answers(deployed.model, deployed.params, arrays)
+  if deployed.accept:
+    predicted = np.where(deployed.accept([row["text"] for row in rows]), predicted, results.REJECTED)
+  return predicted

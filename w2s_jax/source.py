@@ -1,0 +1,109 @@
+"""Where the suspect comes from: a student that we poison ourselves, or a checkpoint that somebody else made."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from w2s_jax import InputError, results
+from w2s_jax.data import corpora, poison
+from w2s_jax.measure import attacked, probe
+from w2s_jax.models import check_links, config_from_hf, read_json, resolve
+from w2s_jax.models.hf.fields import Fields
+
+
+class Source(NamedTuple):
+  """What differs between the two.
+
+  Attributes:
+    stages: their names, in order.
+    base: models/NAME that the student was before (any) poisoning.
+    attacked: models/NAME that the defenses start from.
+    measured: models/NAME of the rows before the defenses'.
+    triggered: the split of rows with triggers that every model is measured on.
+    head_seed: run -> seed of a head that the given checkpoint lacks; None: that is an error.
+    resolve: config -> config with what the given checkpoint tells.
+    read: config -> {split: rows}; InputError where no row can be measured.
+    triggers: config -> strings that ASR is measured with: no defense may meet one.
+    freeze: run -> None, makes or reads the rows with triggers.
+    table: (run, {models/NAME: Reading}, meta of the teacher) -> ([results.Row], meta).
+  """
+  stages: tuple[str, ...]
+  base: str
+  attacked: str
+  measured: tuple[str, ...]
+  triggered: str
+  head_seed: Callable[[Any], int | None]
+  resolve: Callable[[Any], Any]
+  read: Callable[[Any], dict]
+  triggers: Callable[[Any], tuple[str, ...]]
+  freeze: Callable[[Any], None]
+  table: Callable[..., tuple[list, dict]]
+
+
+def of(config: Any) -> Source:
+  """The source of this config's suspect: a config that says how to probe a suspect has no attack."""
+  return GIVEN if "probe" in config else ATTACKED
+
+
+def _attacked_rows(config):
+  c = config.data
+  attack = corpora.load(c.attack_source, c.attack_rows, c.num_labels, config.seed)
+  defend = corpora.load(c.defend_source, c.defend_rows, c.num_labels, config.seed)
+  rows = {"attack_train": attack["train"], "attack_dev": attack["dev"], **defend}
+  for split, knob in (("attack_train", "attack_rows.train"), ("attack_dev", "attack_rows.dev"),
+                      ("train", "defend_rows.train"), ("dev", "defend_rows.dev"), ("test", "defend_rows.test")):
+    if not rows[split]:
+      raise InputError(f"no {split} rows: set --config.data.{knob} to more than 0")
+  if not 0 <= config.attack.target_label < c.num_labels:
+    raise InputError(f"target label {config.attack.target_label}, wanted 0..{c.num_labels - 1}: set "
+                     "--config.attack.target_label")
+  rewritable = poison.make_attack(config.attack)[1]  # a poisoning that cannot work is refused before anything trains
+  poison.rows_to_poison(rows["attack_train"], rewritable, config.attack.target_label, config.attack.poison_count)
+  poison.rows_to_trigger(rows["test"], rewritable, config.attack.target_label)
+  return rows
+
+
+def _with_num_labels(config):
+  """The config with `data.num_labels`, where it is 0, read from the suspect's own config.json."""
+  if not config.student.path:
+    raise InputError("no checkpoint to clean: set --config.student.path to its directory")
+  if not config.data.train:
+    raise InputError("no clean data: set --config.data.train to a file, a directory or a hub data set")
+  config = config.copy_and_resolve_references()
+  directory = resolve(config.student.path)
+  check_links(directory)
+  hf = read_json(directory / "config.json")
+  if not config.data.num_labels:
+    labels = hf.get("id2label")                       # transformers leaves the default away
+    config.data.num_labels = len(labels) if isinstance(labels, dict) else Fields(hf).integer("num_labels", 2, 2)
+  config_from_hf(hf | {"num_labels": config.data.num_labels})
+  return config
+
+
+def _class_names(config):
+  """The suspect's own names of its classes; () where it has none."""
+  return Fields(read_json(resolve(config.student.path) / "config.json")).labels(config.data.num_labels)
+
+
+def _given_rows(config):
+  c = config.data
+  if not -1 <= config.probe.target_label < c.num_labels:
+    raise InputError(f"target label {config.probe.target_label}, wanted 0..{c.num_labels - 1}, or -1 for unknown: set "
+                     "--config.probe.target_label")
+  rows = corpora.load_clean({split: c[split] for split in ("train", "dev", "test")}, c.num_labels, config.seed,
+                            c.text_column, c.label_column, _class_names(config))
+  if config.probe.triggers and not {r["label"] for r in rows["test"]} - {config.probe.target_label}:
+    raise InputError(f"ASR cannot be measured: all {len(rows['test'])} test rows have the target label "
+                     f"{config.probe.target_label}: set --config.data.test, --config.probe.target_label or .triggers")
+  return rows
+
+
+ATTACKED = Source(
+    stages=("warmup", "poison", "teach", "defend", "evaluate", "report"), base=results.BASE, attacked=results.POISONED,
+    measured=(results.CLEAN, results.POISONED), triggered="triggered", head_seed=lambda config: config.seed,
+    resolve=lambda config: config, read=_attacked_rows,
+    triggers=lambda config: (poison.effective_trigger(config.attack),), freeze=attacked.freeze_rows,
+    table=attacked.table)
+GIVEN = Source(
+    stages=("warmup", "scan", "teach", "defend", "evaluate", "report"), base=results.SUSPECT, attacked=results.SUSPECT,
+    measured=(results.SUSPECT,), triggered="probes", head_seed=lambda config: None, resolve=_with_num_labels,
+    read=_given_rows, triggers=lambda config: tuple(config.probe.triggers), freeze=probe.freeze_rows, table=probe.table)
