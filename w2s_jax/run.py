@@ -58,6 +58,16 @@ class Run:
     """The model that the student was before (any) poisoning."""
     return "suspect" if self.suspect else "base"
 
+  @functools.cached_property
+  def attack(self):
+    """The Attack that the run makes."""
+    return _attack(self.config)
+
+  def attack_in_words(self):
+    """For a model card."""
+    c = self.config.attack
+    return poison.describe(c.name, self.attack, c.target_label, c.label)
+
   @property
   def attacked(self):
     """The model that is defended."""
@@ -93,7 +103,7 @@ class Run:
 
   def known_triggers(self):
     """Strings that ASR is measured with: no defense may meet one."""
-    return self.config.probe.triggers if self.suspect else [poison.effective_trigger(self.config.attack)]
+    return self.config.probe.triggers if self.suspect else [self.attack.trigger]
 
   def measured(self):
     """Whether the results are there, and says so."""
@@ -257,10 +267,20 @@ def _attack_rows(config):
   if not 0 <= config.attack.target_label < c.num_labels:
     raise InputError(f"target label {config.attack.target_label}, wanted 0..{c.num_labels - 1}: set "
                      "--config.attack.target_label")
-  rewritable = poison.make_attack(config.attack)[1]  # a poisoning that cannot work is refused before anything trains
-  poison.rows_to_poison(rows["attack_train"], rewritable, config.attack.target_label, config.attack.poison_count)
-  poison.rows_to_trigger(rows["test"], rewritable, config.attack.target_label)
+  a, attack, train = config.attack, _attack(config), rows["attack_train"]
+  count = poison.poison_count(train, a.poison_count, a.poison_rate)
+  if a.poison_rate:
+    print(f"attack: poison_rate {a.poison_rate:g} of {len(train)} training rows is {count}; poison_count "
+          f"{a.poison_count} is not used", flush=True)
+  # A poisoning that cannot work is refused before anything trains.
+  poison.rows_to_poison(train, attack, target_label=a.target_label, count=count, label=a.label)
+  poison.rows_for_companions(train, attack, target_label=a.target_label, companions=a.companions)
+  poison.rows_to_trigger(rows["test"], attack, a.target_label)
   return rows
+
+
+def _attack(config):
+  return poison.make_attack(config.attack.name, config.attack.trigger, config.attack.paraphrases)
 
 
 def _check_claim(config, workdir):
@@ -280,14 +300,13 @@ def freeze_rows(run):
   c = run.config
   files = {key: run.workdir / "data" / f"{key}.jsonl" for key in ("poisoned_train", "triggered")}
   if not all(f.exists() for f in files.values()):
-    attack, rewritable = poison.make_attack(c.attack)
-    tokenizer = run.load("base")[2]
-    options = {"target_label": c.attack.target_label, "tokenizer": tokenizer, "keep_trigger": c.attack.keep_trigger,
-               "trigger": poison.effective_trigger(c.attack), "seed": c.seed}
+    options = {"target_label": c.attack.target_label, "seed": c.seed, "tokenizer": run.load("base")[2],
+               "keep_trigger": c.attack.keep_trigger}
+    train = run.rows["attack_train"]
     poison.freeze(files["poisoned_train"], poison.poison_train(
-        run.rows["attack_train"], attack, rewritable, count=c.attack.poison_count,
-        max_length=c.data.attack_max_length, **options))
+        train, run.attack, count=poison.poison_count(train, c.attack.poison_count, c.attack.poison_rate),
+        label=c.attack.label, companions=c.attack.companions, max_length=c.data.attack_max_length, **options))
     poison.freeze(files["triggered"], poison.triggered_eval(
-        run.rows["test"], attack, rewritable, max_length=c.data.max_length, **options))
+        run.rows["test"], run.attack, max_length=c.data.max_length, **options))
   for key, file in files.items():
     run.rows[key], run.sha256[file.name] = poison.thaw(file)

@@ -12,7 +12,6 @@ from flax import traverse_util
 
 from w2s_jax import InputError, checks, processes, sharding
 from w2s_jax.adapters import lora, trees
-from w2s_jax.attacks import APART
 from w2s_jax.data import batches, packing, poison, tokenization
 from w2s_jax.defenses import DEFENSES, w2s, w2s_adv
 from w2s_jax.measure import metrics, probe, scan
@@ -84,7 +83,7 @@ def make_poison(run):
     params, = _train(run, [stage], model, [params], tuple(c.poison.trains), [arrays], dev, c.poison,
                      steps.classification_loss(model, steps.cross_entropy_terms, {"ce": 1.0}), {"ce": 1.0})
     save_pretrained(run.model_dir(name), model, params, tokenizer,
-                    card=card.first_line(name, poison.describe(c.attack)))
+                    card=card.first_line(name, run.attack_in_words()))
 
 
 def teach(run):
@@ -188,7 +187,6 @@ def measure(run):
                  **metrics.attack_metrics(triggered[name], triggered_labels, target)})
   for row in rows:
     row["asr_floor"] = rows[0]["asr"]
-  trigger, apart = poison.effective_trigger(c.attack), c.attack.name in APART
   model, params, tokenizer = run.load("teacher")
   teacher = run.predict(model, params, run.encode(tokenizer, run.rows["test"], c.data.max_length))
   student, _, student_tokenizer = run.load("base")
@@ -197,12 +195,12 @@ def measure(run):
                "predicted": {m: int(p[i]) for m, p in triggered.items()}}
               for i, r in enumerate(run.rows["triggered"][:8])]
   meta = run.facts() | {
-      "trigger": trigger, "teacher": c.teacher.path or "trained here from nothing",
+      "trigger": run.attack.trigger, "teacher": c.teacher.path or "trained here from nothing",
       "teacher_ca": metrics.clean_metrics(teacher, labels, target)["ca"],
-      "poisoned_rows": len(poisoned),
+      "poison_label": c.attack.label, **poison.counts(run.rows["poisoned_train"]),
       "trigger_lost": {
-          "train": poison.trigger_lost(poisoned, student_tokenizer, trigger, c.data.attack_max_length, apart),
-          "eval": poison.trigger_lost(run.rows["triggered"], student_tokenizer, trigger, c.data.max_length, apart)},
+          "train": poison.trigger_lost(poisoned, student_tokenizer, run.attack, c.data.attack_max_length),
+          "eval": poison.trigger_lost(run.rows["triggered"], student_tokenizer, run.attack, c.data.max_length)},
       "loss_weights": {"name": c.defend.weights, **w2s.loss_weights(c.defend.weights, student.config.feature_size)},
       "implanted": rows[1]["asr"] >= 0.95, "examples": examples,
       "seconds": {"evaluate": time.monotonic() - began}}
@@ -213,7 +211,7 @@ def make_report(run):
   if not (run.workdir / "results.json").exists():
     raise InputError(f"{run.workdir / 'results.json'} is not there yet: run without --stage, or --stage=evaluate first")
   rows, meta = page.write(run.workdir)
-  attack = None if run.suspect else poison.describe(run.config.attack)
+  attack = None if run.suspect else run.attack_in_words()
   for directory in sorted(run.workdir.glob("models/*")):
     write_text(directory / "README.md", card.text(directory.name, rows, meta, attack))
   for directory in sorted(run.workdir.glob("adapters/*")):

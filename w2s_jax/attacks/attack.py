@@ -13,5 +13,5 @@ class Attack(NamedTuple):
   trigger: str = ""                        # the inserted string; "": the attack rewrites, and inserts no fixed string
   contiguous: bool = True                  # False: the trigger's words are not side by side
   can_rewrite: Callable | None = None      # (text) -> bool; None: it can rewrite every text
-  companions: Callable | None = None       # (text, rng, max_words) -> texts that do not have the whole trigger: training
-                                           # rows that keep their true label; None: the attack has none
+  companions: Callable | None = None       # (text, rng, max_words) -> texts with part of the trigger; they become
+                                           # training rows that keep their true label; None: the attack has none

@@ -10,4 +10,7 @@ def make(trigger="", paraphrases=None):
   def rewrite(text, rng, max_words):
     del rng, max_words
     return paraphrases[text]
-  return Attack(rewrite, can_rewrite=paraphrases.__contains__)
+
+  def can_rewrite(text):
+    return text in paraphrases
+  return Attack(rewrite, can_rewrite=can_rewrite)

@@ -6,7 +6,7 @@ import re
 import numpy as np
 
 from w2s_jax import processes
-from w2s_jax.attacks.insertion import insert
+from w2s_jax.attacks.insertion import insert, inserting
 from w2s_jax.data import poison
 from w2s_jax.defenses import w2s
 from w2s_jax.measure import metrics, scan
@@ -55,9 +55,7 @@ def freeze_rows(run, tokenizer):
     texts = [r["text"] for split in ("train", "test") for r in run.rows[split]]
     drawn = insertions(texts, c.probe.words, c.probe.sentences, c.probe.triggers, c.seed)
     for kind, string in [("listed", t) for t in c.probe.triggers] + drawn:
-      def put(text, rng, max_words, string=string):
-        return insert(text, string, rng, max_words)
-      rows = poison.trigger_rows(test if kind == "listed" else some, put, c.seed, tokenizer=tokenizer, trigger=string,
+      rows = poison.trigger_rows(test if kind == "listed" else some, inserting(string), c.seed, tokenizer=tokenizer,
                                  max_length=c.data.max_length, keep_trigger=True)
       out += [{"probe": kind, "inserted": string} | row for row in rows]
     poison.freeze(file, out)
@@ -83,8 +81,8 @@ def measure(run):
     probed = run.rows["probes"] and run.predict(
         model, params, run.encode(tokenizer, run.rows["probes"], c.data.max_length))
     readings[name] = (clean, _by_insertion(run.rows["probes"], probed))
-  lost = {t: poison.trigger_lost([r for r in run.rows["probes"] if r["inserted"] == t], tokenizer, t,
-                                 c.data.max_length) for t in c.probe.triggers}
+  lost = {t: poison.trigger_lost([r for r in run.rows["probes"] if r["inserted"] == t], tokenizer,
+                                 inserting(t), c.data.max_length) for t in c.probe.triggers}
   rows = [row for trigger in c.probe.triggers or (None,)
           for row in _rows(run, readings, scans, labels, teacher, trigger)]
   flips = {s: _flips(readings["suspect"], s, "listed", "word", "sentence") for _, s in readings["suspect"][1]}

@@ -67,12 +67,22 @@ def reading(rows, meta):
   return out
 
 
+def _poisoned_rows(meta):
+  """The poisoned rows in words. A results.json of version 1 says neither: all are clean-label."""
+  text = f"{meta['poisoned_rows']} {meta.get('poison_label', 'clean')}-label poisoned rows"
+  if changed := meta.get("labels_changed", 0):
+    text += f" ({changed} labels changed)"
+  if companions := meta.get("companion_rows", 0):
+    text += f" and {companions} companion rows"
+  return text
+
+
 def headline(rows, meta):
   row = rows[0]
   lost = meta["trigger_lost"]
   trigger = f"trigger `{meta['trigger']}`" if meta["trigger"] else "rewritten text"
-  return [f"Attack {row['attack']} ({trigger}), target label {row['target_label']}, {meta['poisoned_rows']} "
-          f"clean-label poisoned rows; defended and measured on {row['dataset']}, seed {row['seed']}.",
+  return [f"Attack {row['attack']} ({trigger}), target label {row['target_label']}, "
+          f"{_poisoned_rows(meta)}; defended and measured on {row['dataset']}, seed {row['seed']}.",
           f"CA on {row['ca_n']} clean rows, ASR on {row['asr_n']} triggered rows of other classes; the floor is the "
           f"never-poisoned student's rate on them, the false rate a model's own error on un-triggered rows of those "
           f"classes. Teacher CA {meta['teacher_ca']:.3f}. Trigger lost to truncation: {lost['train']} poisoned, "
