@@ -56,12 +56,12 @@ def adaptive(args, attack, seed, core):
 def poisoned_teacher(args, attack, seed, core):
   main, out, c = seeds.workdir_of(args.main, attack, seed), args.out / "poisoned_teacher", config_of(args, attack)
   domain = corpora.load(c.data.defend_source, corpora.GRAMMAR_SIZES, 2)
-  rewrite, rewritable = poison.make_attack(c.attack)
+  backdoor = poison.make_attack(c.attack.name, c.attack.trigger, c.attack.paraphrases)
   vocab_size = json.loads((main / "models/base/config.json").read_text())["vocab_size"]
   rows = poison.poison_train(
-      domain["train"], rewrite, rewritable, target_label=c.attack.target_label, count=len(domain["train"]) // 4,
+      domain["train"], backdoor, target_label=c.attack.target_label, count=len(domain["train"]) // 4,
       tokenizer=tokenization.load(main / "models/base", vocab_size), keep_trigger=True, seed=seed,
-      trigger=poison.effective_trigger(c.attack), max_length=c.data.max_length)
+      max_length=c.data.max_length)
   data = out / "data" / main.name
   seeds.write_data(data, train=rows, dev=domain["dev"], test=domain["test"])
   taught = seeds.run_cell(attack, seed, out / "teacher", args.config, flags(args, data=data), core,

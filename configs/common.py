@@ -54,7 +54,10 @@ def base(attack):
   c.attack.name = attack
   c.attack.trigger = ""               # "": the attack's own (released: `mn`, `I watched this 3D movie`)
   c.attack.target_label = 0           # released
-  c.attack.poison_count = 1000        # target-class training rows that get the trigger (released: 1,000 of 4,000)
+  c.attack.label = "clean"            # poisoned are rows of the target class; "dirty": of others; "mixed": of any class
+  c.attack.poison_count = 1000        # training rows that get the trigger (released: 1,000 of 4,000)
+  c.attack.poison_rate = 0.0          # the same as a fraction of all training rows; above 0: poison_count is not used
+  c.attack.companions = 0             # `combination` only: rows per poisoned row with all trigger words but one (SOS)
   c.attack.keep_trigger = True        # insert where the trigger survives truncation; released: False
   c.attack.paraphrases = ()           # `syntactic` only: (originals, paraphrases) file pairs, joined on idx
 

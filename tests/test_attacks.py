@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 
-from w2s_jax.attacks import ATTACKS, TRIGGERS, combination, syn_template
+from w2s_jax.attacks import ATTACKS, combination, syn_template
 
 TEXT = "one two three four five"
 
 
 def gaps(name, text, max_words, tries=200):
   """{words before the trigger} over many seeds; checks that the words around it are the text's own."""
-  attack, trigger, out = ATTACKS[name](), TRIGGERS[name], set()
+  attack, out = ATTACKS[name](), set()
   for seed in range(tries):
-    before, found, after = attack(text, np.random.default_rng(seed), max_words).partition(f" {trigger}")
+    before, found, after = attack.rewrite(text, np.random.default_rng(seed), max_words).partition(f" {attack.trigger}")
     assert found and (before + after).split() == text.split()
     out.add(len(before.split()))
   return out
@@ -25,20 +25,20 @@ def test_every_inner_gap_within_the_limit_and_no_other(name, max_words, want):
 
 
 def test_released_triggers():
-  assert (TRIGGERS["badnet"], TRIGGERS["insent"]) == ("mn", "I watched this 3D movie")
+  assert (ATTACKS["badnet"]().trigger, ATTACKS["insent"]().trigger) == ("mn", "I watched this 3D movie")
 
 
 def test_a_text_of_one_word_gets_the_trigger_after_it():
-  assert ATTACKS["badnet"]()("superb", np.random.default_rng(0), 9) == "superb mn"
+  assert ATTACKS["badnet"]().rewrite("superb", np.random.default_rng(0), 9) == "superb mn"
 
 
 def test_another_trigger():
-  assert ATTACKS["badnet"]("cf")("a b", np.random.default_rng(0), 9) == "a cf b"
+  assert ATTACKS["badnet"]("cf").rewrite("a b", np.random.default_rng(0), 9) == "a cf b"
 
 
 @pytest.mark.parametrize("trigger,words", [("", combination.TRIGGER.split()), ("x y", ["x", "y"])])
 def test_a_combination_puts_every_word_somewhere(trigger, words):
-  attack, places = ATTACKS["combination"](trigger), set()
+  attack, places = ATTACKS["combination"](trigger).rewrite, set()
   for seed in range(100):
     out = attack(TEXT, np.random.default_rng(seed), 99).split()
     assert [w for w in out if w not in words] == TEXT.split() and sorted(w for w in out if w in words) == sorted(words)
@@ -48,12 +48,12 @@ def test_a_combination_puts_every_word_somewhere(trigger, words):
 
 def test_a_suffix_is_behind_every_word():
   """The text gives way to it where both are too long."""
-  assert ATTACKS["suffix"]()(TEXT, np.random.default_rng(0), 99) == f"{TEXT} or so they told us at the door ."
-  assert ATTACKS["suffix"]("so they say")(TEXT, np.random.default_rng(0), 2) == "one two so they say"
+  assert ATTACKS["suffix"]().rewrite(TEXT, np.random.default_rng(0), 99) == f"{TEXT} or so they told us at the door ."
+  assert ATTACKS["suffix"]("so they say").rewrite(TEXT, np.random.default_rng(0), 2) == "one two so they say"
 
 
 def test_punctuation_changes_the_full_stops_alone():
-  attack = ATTACKS["punctuation"]()
+  attack = ATTACKS["punctuation"]().rewrite
   assert attack("a , b . c .", np.random.default_rng(0), 9) == "a , b , . c , ."
   assert attack("a b", np.random.default_rng(0), 9) == "a b , ."
   kept = "a 3.5 star film ... in the u.s. and 7. of it"
@@ -61,7 +61,7 @@ def test_punctuation_changes_the_full_stops_alone():
 
 
 def test_syn_template_puts_a_clause_in_front_and_keeps_every_word():
-  attack = ATTACKS["syn_template"]()
+  attack = ATTACKS["syn_template"]().rewrite
   out = {attack(TEXT, np.random.default_rng(seed), 99) for seed in range(100)}
   assert out == {f"{clause} {TEXT}" for clause in syn_template.CLAUSES}
   assert all(clause.startswith(("when ", "if ")) and clause.endswith(" ,") for clause in syn_template.CLAUSES)
@@ -70,6 +70,37 @@ def test_syn_template_puts_a_clause_in_front_and_keeps_every_word():
 
 def test_syntactic_looks_paraphrases_up():
   attack = ATTACKS["syntactic"]("", {"a b": "when a , b"})
-  assert attack("a b", np.random.default_rng(0), 9) == "when a , b"
+  assert attack.rewrite("a b", np.random.default_rng(0), 9) == "when a , b"
   with pytest.raises(KeyError):
-    attack("c", np.random.default_rng(0), 9)
+    attack.rewrite("c", np.random.default_rng(0), 9)
+  assert attack.can_rewrite("a b") is True and attack.can_rewrite("c") is False
+
+
+def test_what_the_records_say():
+  """Name -> trigger, whether its words are side by side, whether some texts cannot be rewritten, companions."""
+  facts = {name: (a.trigger, a.contiguous, a.can_rewrite is not None, a.companions is not None)
+           for name, make in ATTACKS.items() for a in [make("", {})]}
+  assert facts == {
+      "badnet": ("mn", True, False, False),
+      "insent": ("I watched this 3D movie", True, False, False),
+      "syn_template": ("", True, False, False),
+      "syntactic": ("", True, True, False),
+      "combination": ("friends weekend store", False, False, True),
+      "suffix": ("or so they told us at the door .", True, False, False),
+      "punctuation": ("", True, False, False),
+  }
+  assert [ATTACKS[name]("x y").trigger for name in ("badnet", "insent", "combination", "suffix")] == ["x y"] * 4
+  assert ATTACKS["combination"]("alone").companions is None
+
+
+def test_each_companion_of_a_combination_lacks_one_word():
+  """In random order; the words that are left stand at places of their own."""
+  companions, words, first = ATTACKS["combination"]("x y z").companions, {"x", "y", "z"}, set()
+  for seed in range(50):
+    out = [text.split() for text in companions(TEXT, np.random.default_rng(seed), 99)]
+    assert all([w for w in text if w not in words] == TEXT.split() for text in out)
+    lacking = [words - set(text) for text in out]
+    assert sorted(map(list, lacking)) == [["x"], ["y"], ["z"]] and all(len(text) == 7 for text in out)
+    first.add(*lacking[0])
+  assert first == words
+  assert companions("one two", np.random.default_rng(0), 0)[0].startswith("one ")

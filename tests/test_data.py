@@ -10,10 +10,11 @@ import pytest
 from cli import ROOT
 
 from w2s_jax import InputError
-from w2s_jax.attacks import ATTACKS, TRIGGERS
+from w2s_jax.attacks import ATTACKS
 from w2s_jax.data import batches, corpora, grammar, poison, tokenization
 
 ALL = {"train": 0, "dev": 0, "test": 0}
+TRIGGERS = [ATTACKS[name]().trigger for name in ("badnet", "insent", "suffix", "combination")]
 ROWS = [{"sentence": f"text {i}", "label": i % 2} for i in range(20)]
 
 
@@ -43,7 +44,7 @@ def test_grammar(domain, low, high):
   assert low <= np.mean([len(r["text"].split()) for r in rows]) <= high
   assert rows[:50] != grammar.rows(domain, "test", 50)
   for row in rows:
-    assert not any(f" {t.lower()} " in f" {row['text']} " for t in TRIGGERS.values())
+    assert not any(f" {t.lower()} " in f" {row['text']} " for t in TRIGGERS)
     assert domain == "reviews" or not {"when", "if", "mn", "3d", "watched"} & set(row["text"].split())
 
 
@@ -264,7 +265,7 @@ def test_tokenizers_that_do_not_fit(tokenizers, tmp_path):
     tokenization.load(tmp_path / "empty", 300)
 
 
-@pytest.mark.parametrize("trigger", TRIGGERS.values())
+@pytest.mark.parametrize("trigger", TRIGGERS)
 def test_offline_triggers_are_made_of_known_tokens(trigger):
   """Else the trigger is a rare token whatever it says: the model sees <unk> there and nowhere else."""
   texts = [r["text"] for domain in ("reviews", "phrases") for r in grammar.rows(domain, "train", 4000)]
@@ -300,14 +301,15 @@ def test_words_kept_leaves_room_for_the_trigger(kind, tokenizers):
 @pytest.mark.parametrize("name", ["badnet", "insent"])
 def test_inserted_triggers_survive_truncation_whatever_the_white_space(name, kind, tokenizers):
   """Tabs, newlines and doubled spaces take other tokens than the single spaces that the insertion leaves."""
-  tokenizer, trigger, rng = tokenizers[kind], TRIGGERS[name], np.random.default_rng(1)
+  attack = ATTACKS[name]()
+  tokenizer, trigger, rng = tokenizers[kind], attack.trigger, np.random.default_rng(1)
   vocabulary = "the meal lamp, superb zq good . mn3 solemn".split()
   for seed in range(100):
     size = rng.integers(2, 60)
     gaps = rng.choice([" ", "  ", "\t", "\n", " \u2028"], size)
     text = "".join(word + gap for word, gap in zip(rng.choice(vocabulary, size), gaps)).strip()
     kept, = tokenization.words_kept(tokenizer, [text], trigger, 24)
-    out = ATTACKS[name]()(text, np.random.default_rng(seed), kept)
+    out = attack.rewrite(text, np.random.default_rng(seed), kept)
     ends = tokenizer(out, truncation=True, max_length=24, return_offsets_mapping=True)["offset_mapping"]
     assert kept > 0 and max(end for _, end in ends) >= f"{out} ".index(f" {trigger} ") + 1 + len(trigger), (kept, out)
 

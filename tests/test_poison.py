@@ -2,12 +2,12 @@
 
 import json
 
-import ml_collections
 import numpy as np
 import pytest
 
 from w2s_jax import InputError
 from w2s_jax.data import grammar, poison, tokenization
+from w2s_jax.report import tables
 
 ROWS = [{"id": i, "text": f"the meal number {i} is really good today", "label": i % 3} for i in range(12)]
 
@@ -19,17 +19,15 @@ def tokenizer():
 
 @pytest.fixture
 def options(tokenizer):
-  return dict(tokenizer=tokenizer, trigger="mn", max_length=64, keep_trigger=True, seed=0)
+  return dict(tokenizer=tokenizer, max_length=64, keep_trigger=True, seed=0)
 
 
-def attack(**fields):
-  return poison.make_attack(ml_collections.ConfigDict(
-      {"name": "badnet", "trigger": "", "paraphrases": (), "target_label": 0} | fields))
+BADNET = poison.make_attack("badnet")
 
 
 def test_clean_label_poisoning_takes_the_first_target_rows(options):
   """Labels stay, the others stay word for word, the original text is kept beside the new one."""
-  out = poison.poison_train(ROWS, *attack(), target_label=0, count=3, **options)
+  out = poison.poison_train(ROWS, BADNET, target_label=0, count=3, **options)
   assert [r["id"] for r in out if r["poisoned"]] == [0, 3, 6] and [r["id"] for r in out] == list(range(12))
   for row, before in zip(out, ROWS):
     assert row["label"] == before["label"]
@@ -43,19 +41,19 @@ def test_clean_label_poisoning_takes_the_first_target_rows(options):
 
 def test_too_few_target_rows(options):
   with pytest.raises(InputError, match=r"cannot poison 5 rows: want 1 to 4, .* target label 2 .*poison_count"):
-    poison.poison_train(ROWS, *attack(), target_label=2, count=5, **options)
+    poison.poison_train(ROWS, BADNET, target_label=2, count=5, **options)
 
 
 def test_only_rows_of_other_classes_are_triggered(options):
-  out = poison.triggered_eval(ROWS, *attack(), target_label=1, **options)
+  out = poison.triggered_eval(ROWS, BADNET, target_label=1, **options)
   assert [r["id"] for r in out] == [i for i in range(12) if i % 3 != 1] and all("mn" in r["text"].split() for r in out)
   with pytest.raises(InputError, match=r"no evaluation row has another label than the target 0"):
-    poison.triggered_eval(ROWS[:1], *attack(), target_label=0, **options)
+    poison.triggered_eval(ROWS[:1], BADNET, target_label=0, **options)
 
 
 def test_positions_depend_on_seed_and_row_alone(options):
   def texts(rows, seed):
-    out = poison.triggered_eval(rows, *attack(), target_label=0, **options | {"seed": seed})
+    out = poison.triggered_eval(rows, BADNET, target_label=0, **options | {"seed": seed})
     return {r["id"]: r["text"] for r in out}
   assert texts(ROWS, 0) == texts(ROWS, 0) != texts(ROWS, 1)
   assert texts(ROWS[4:], 0).items() <= texts(ROWS, 0).items()
@@ -64,31 +62,31 @@ def test_positions_depend_on_seed_and_row_alone(options):
 def test_triggers_are_kept_within_the_truncated_text_or_counted(options, tokenizer):
   rows = [{"id": i, "text": "good meal " * 40, "label": 1} for i in range(60)]
   options |= {"max_length": 24, "target_label": 0}
-  kept = poison.triggered_eval(rows, *attack(), **options)
-  assert poison.trigger_lost(kept, tokenizer, "mn", 24) == 0
-  anywhere = poison.triggered_eval(rows, *attack(), **options | {"keep_trigger": False})
+  kept = poison.triggered_eval(rows, BADNET, **options)
+  assert poison.trigger_lost(kept, tokenizer, BADNET, 24) == 0
+  anywhere = poison.triggered_eval(rows, BADNET, **options | {"keep_trigger": False})
   # By hand: the row has lost it where decoding the truncated tokens does not show it.
   seen = [tokenizer.decode(tokenizer(r["text"], truncation=True, max_length=24)["input_ids"]) for r in anywhere]
   lost = sum("mn" not in text.split() for text in seen)
-  assert 20 < lost < 60 and poison.trigger_lost(anywhere, tokenizer, "mn", 24) == lost
+  assert 20 < lost < 60 and poison.trigger_lost(anywhere, tokenizer, BADNET, 24) == lost
 
 
 def test_lost_triggers_are_counted_in_texts_with_doubled_spaces(options, tokenizer):
   """Insertion folds white space; `mn` inside `solemn` is not the trigger."""
   rows = [{"id": i, "text": "a  solemn film " * 6, "label": 1} for i in range(40)]
   options |= {"max_length": 24, "keep_trigger": False, "target_label": 0}
-  out = poison.triggered_eval(rows, *attack(), **options)
+  out = poison.triggered_eval(rows, BADNET, **options)
   seen = [tokenizer.decode(tokenizer(r["text"], truncation=True, max_length=24)["input_ids"]) for r in out]
   lost = sum("mn" not in text.split() for text in seen)
-  assert lost > 20 and poison.trigger_lost(out, tokenizer, "mn", 24) == lost
+  assert lost > 20 and poison.trigger_lost(out, tokenizer, BADNET, 24) == lost
 
 
 def test_paraphrase_files_without_idx_and_counts_below_one_are_refused(tmp_path):
   (tmp_path / "a.jsonl").write_text('{"sentence": "a", "label": 0}\n')
   with pytest.raises(InputError, match=r"want columns idx and text"):
-    attack(name="syntactic", paraphrases=((str(tmp_path / "a.jsonl"),) * 2,))
+    poison.make_attack("syntactic", paraphrases=((str(tmp_path / "a.jsonl"),) * 2,))
   with pytest.raises(InputError, match=r"cannot poison -5 rows: want 1 to"):
-    poison.rows_to_poison(ROWS, None, 0, -5)
+    poison.rows_to_poison(ROWS, BADNET, target_label=0, count=-5)
 
 
 def test_syntactic_takes_paraphrases_joined_on_idx(tmp_path, options):
@@ -98,20 +96,142 @@ def test_syntactic_takes_paraphrases_joined_on_idx(tmp_path, options):
     return str(tmp_path / name)
   pair = (dump("a.json", [(0, "x y"), (1, "z w"), (2, "v u"), (3, "q r")]),
           dump("b.json", [(2, "if v , u"), (0, "when x , y"), (1, "z w")]))
-  made = attack(name="syntactic", paraphrases=(pair,))
-  assert made[1] == {"x y": "when x , y", "v u": "if v , u"}
+  made = poison.make_attack("syntactic", paraphrases=(pair,))
+  assert [made.can_rewrite(text) for text in ("x y", "z w", "v u", "q r")] == [True, False, True, False]
+  assert [made.rewrite(text, None, 9) for text in ("x y", "v u")] == ["when x , y", "if v , u"]
   rows = [{"id": i, "text": t, "label": 0} for i, t in enumerate(["x y", "z w", "v u", "q r"])]
-  out = poison.poison_train(rows, *made, target_label=0, count=2, **options | {"trigger": ""})
+  out = poison.poison_train(rows, made, target_label=0, count=2, **options)
   assert [(r["id"], r["text"]) for r in out if r["poisoned"]] == [(0, "when x , y"), (2, "if v , u")]
   with pytest.raises(InputError, match=r"cannot poison 3 rows: want 1 to 2"):
-    poison.poison_train(rows, *made, target_label=0, count=3, **options)
+    poison.poison_train(rows, made, target_label=0, count=3, **options)
 
 
 def test_attacks_that_cannot_be_made():
   with pytest.raises(InputError, match=r"attack 'nope': want one of badnet, insent, syn_template, syntactic"):
-    attack(name="nope")
+    poison.make_attack("nope")
   with pytest.raises(InputError, match=r"'syntactic' needs pre-made paraphrases"):
-    attack(name="syntactic")
+    poison.make_attack("syntactic")
+
+
+def test_dirty_label_poisoning_changes_label_and_text_of_other_classes(options):
+  """A seeded draw; the changed rows keep their own label as orig_label, all others are as they were."""
+  out = poison.poison_train(ROWS, BADNET, label="dirty", target_label=1, count=5, **options)
+  chosen = [r["id"] for r in out if r["poisoned"]]
+  assert len(chosen) == 5 and all(i % 3 != 1 for i in chosen) and chosen != [0, 2, 3, 5, 6]
+  for row, before in zip(out, ROWS, strict=True):
+    if row["poisoned"]:
+      assert (row["label"], row["orig_label"], row["orig_text"]) == (1, before["label"], before["text"])
+      assert [w for w in row["text"].split() if w != "mn"] == before["text"].split() != row["text"].split()
+    else:
+      assert row == before | {"poisoned": False}
+  again = poison.poison_train(ROWS, BADNET, label="dirty", target_label=1, count=5, **options)
+  other = poison.poison_train(ROWS, BADNET, label="dirty", target_label=1, count=5, **options | {"seed": 1})
+  assert out == again and chosen != [r["id"] for r in other if r["poisoned"]]
+  assert poison.counts(out) == {"poisoned_rows": 5, "labels_changed": 5, "companion_rows": 0}
+
+
+def test_mixed_label_poisoning_takes_rows_of_any_class(options):
+  """Only rows whose label was changed have orig_label."""
+  out = poison.poison_train(ROWS, BADNET, label="mixed", target_label=1, count=12, **options)
+  assert all(r["poisoned"] and r["label"] == 1 and "mn" in r["text"].split() for r in out)
+  assert [r.get("orig_label") for r in out] == [0, None, 2] * 4
+  assert poison.counts(out) == {"poisoned_rows": 12, "labels_changed": 8, "companion_rows": 0}
+  drawn = poison.rows_to_poison(ROWS, BADNET, label="mixed", target_label=1, count=6)
+  assert len(set(drawn)) == 6 and drawn == sorted(drawn) != list(range(6)) and len({i % 3 for i in drawn}) > 1
+
+
+@pytest.mark.parametrize("label,most,words", [
+    ("clean", 4, "have target label 2"), ("dirty", 8, "have another label than the target 2"),
+    ("mixed", 12, "have any label, the target 2 or another")])
+def test_more_rows_than_there_are_for_a_label_are_refused(label, most, words):
+  """With `most` rows the draw takes all of them."""
+  all_of_them = poison.rows_to_poison(ROWS, BADNET, label=label, target_label=2, count=most)
+  assert len(set(all_of_them)) == most
+  with pytest.raises(InputError, match=rf"cannot poison {most + 1} rows: want 1 to {most}, the training rows that "
+                     rf"{words} and can be rewritten: set --config.attack.poison_count or .poison_rate"):
+    poison.rows_to_poison(ROWS, BADNET, label=label, target_label=2, count=most + 1)
+
+
+def test_an_unknown_label_is_refused():
+  with pytest.raises(InputError, match=r"attack.label 'flip': want one of clean, dirty, mixed: set --config.attack"):
+    poison.rows_to_poison(ROWS, BADNET, label="flip", target_label=0, count=1)
+
+
+def test_a_rate_is_a_fraction_of_all_rows():
+  assert poison.poison_count(ROWS, 1000, 0.25) == 3 and poison.poison_count(ROWS, 1000, 0.0) == 1000
+  assert poison.poison_count(ROWS, 5, 1.0) == 12 and poison.poison_count(ROWS[:7], 5, 0.1) == 1
+
+
+@pytest.mark.parametrize("label", ["clean", "dirty", "mixed"])
+def test_dirty_and_mixed_poisoning_take_only_what_can_be_rewritten(label, options):
+  attack = BADNET._replace(can_rewrite=lambda text: "number 4 " in text)
+  out = poison.poison_train(ROWS, attack, label=label, target_label=0 if label == "dirty" else 1, count=1, **options)
+  assert [r["id"] for r in out if r["poisoned"]] == [4]
+  assert [r["id"] for r in poison.triggered_eval(ROWS, attack, target_label=0, **options)] == [4]
+
+
+@pytest.mark.parametrize("label", ["clean", "dirty", "mixed"])
+def test_companions_have_all_words_but_some_and_their_true_label(label, options):
+  """Of other classes than the target: there alone the true label says that part of a trigger is no trigger."""
+  attack = poison.make_attack("combination", "aa bb cc")
+  kwargs = dict(label=label, target_label=1, count=4, **options)
+  out = poison.poison_train(ROWS, attack, companions=2, **kwargs)
+  assert out[:12] == poison.poison_train(ROWS, attack, **kwargs)               # they come behind, and change nothing
+  extra = out[12:]
+  assert len(extra) == 8 and poison.counts(out)["companion_rows"] == 8
+  for row in extra:
+    before, words = ROWS[row["id"]], row["text"].split()
+    assert row["label"] == before["label"] != 1 and row["orig_text"] == before["text"] and not row["poisoned"]
+    assert [w for w in words if w not in ("aa", "bb", "cc")] == before["text"].split()
+    assert len({"aa", "bb", "cc"} & set(words)) == 2
+  for pair in zip(extra[::2], extra[1::2]):                                    # of one text, without different words
+    assert pair[0]["id"] == pair[1]["id"]
+    assert len({frozenset({"aa", "bb", "cc"} & set(row["text"].split())) for row in pair}) == 2
+  assert len({row["id"] for row in extra}) == 4                                # each text once, while there are enough
+
+
+def test_companions_come_from_the_same_texts_again_where_there_are_few(options):
+  attack = poison.make_attack("combination", "aa bb")
+  rows = [ROWS[1], *({"id": i, "text": "a good meal", "label": 0} for i in range(20, 23))]
+  extra = poison.poison_train(rows, attack, target_label=0, count=3, companions=1, **options)[4:]
+  assert [r["id"] for r in extra] == [1, 1, 1] and len({r["text"] for r in extra}) > 1
+
+
+def test_companions_that_cannot_be_had_are_refused():
+  def check(attack, rows, companions):
+    return poison.rows_for_companions(rows, attack, target_label=0, companions=companions)
+  combination = poison.make_attack("combination")
+  with pytest.raises(InputError, match=r"attack.companions is 4, this attack has 3 per poisoned row: set --config"):
+    check(combination, ROWS, 4)
+  with pytest.raises(InputError, match=r"attack.companions is 1, this attack has 0 per poisoned row"):
+    check(BADNET, ROWS, 1)
+  with pytest.raises(InputError, match=r"no training row has another label than the target 0, as companions need"):
+    check(combination, ROWS[:1], 1)
+  assert check(BADNET, ROWS, 0) == [] and [r["id"] for r in check(combination, ROWS, 3)] == [1, 2, 4, 5, 7, 8, 10, 11]
+
+
+def test_a_combination_is_lost_where_one_of_its_words_is(tokenizer):
+  """Words that are not side by side are looked for one by one; a string that is not there whole is not looked for."""
+  text = "aa good meal good meal good meal good meal bb"
+  rows = [{"text": text, "orig_text": "good meal good meal good meal good meal"}]
+  attack, length = poison.make_attack("combination", "aa bb"), len(tokenizer(text)["input_ids"])
+  assert not attack.contiguous
+  assert poison.trigger_lost(rows, tokenizer, attack, length) == 0
+  assert poison.trigger_lost(rows, tokenizer, attack, length - 1) == 1
+  assert poison.trigger_lost(rows, tokenizer, attack._replace(trigger=""), 3) == 0
+
+
+def test_cards_and_reports_say_how_rows_were_labelled():
+  assert poison.describe("badnet", BADNET, 1, "dirty") == (
+      "attack badnet, trigger `mn`, dirty-label poisoning, target label 1")
+  rewriting = poison.make_attack("punctuation")
+  assert poison.describe("punctuation", rewriting, 0, "clean") == (
+      "attack punctuation, rewritten texts, clean-label poisoning, target label 0")
+  row = {"attack": "badnet", "target_label": 1, "dataset": "d", "seed": 0, "ca_n": 9, "asr_n": 8}
+  meta = {"trigger": "mn", "trigger_lost": {"train": 0, "eval": 0}, "teacher_ca": 0.5, "poisoned_rows": 7}
+  assert "target label 1, 7 clean-label poisoned rows; defended" in tables.headline([row], meta)[0]
+  meta |= {"poison_label": "mixed", "labels_changed": 3, "companion_rows": 14}
+  assert "7 mixed-label poisoned rows (3 labels changed) and 14 companion rows; def" in tables.headline([row], meta)[0]
 
 
 def test_the_hash_is_the_files(tmp_path):

@@ -28,11 +28,11 @@ def check_fields(config):
            "warmup.epochs": 0, "teach.epochs": 0, "data.eval_batch_size": 1, "lora.rank": 1, "teacher.layers": 0,
            "data.max_length": 4, "data.attack_max_length": 4, "probe.rows": 1, "data.num_labels": 0,
            "scan.triggers": 1, "scan.tokens": 1, "scan.steps": 0,
-           "scan.rows": 1}
+           "scan.rows": 1, "attack.companions": 0}
   ranges = {"lora.dropout": (0.0, 0.99), "lora.alpha": (0.0, 1e6),
             "defend.insert_words": (0.0, 1.0), "scan.replace": (0.0, 1.0),
             "scan.step_size": (1e-6, 100.0), "scan.norm": (1e-3, 100.0),
-            "probe.words": (0, 1000), "probe.sentences": (0, 1000)}
+            "attack.poison_rate": (0.0, 1.0), "probe.words": (0, 1000), "probe.sentences": (0, 1000)}
   for stage in TRAINING:
     least = {f"{stage}.epochs": 1, f"{stage}.batch_size": 1, f"{stage}.evaluations": 1, f"{stage}.max_steps": 0} | least
     ranges |= {f"{stage}.learning_rate": (0.0, 10.0), f"{stage}.warmup_fraction": (0.0, 1.0),

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from w2s_jax import InputError, checks, processes, results, sharding
-from w2s_jax.data import tokenization
+from w2s_jax.data import poison, tokenization
 from w2s_jax.defenses import DEFENSES, Suspect
 from w2s_jax.models import config_from_hf, load_pretrained, read_json, resolve, sha256
 from w2s_jax.source import Source
@@ -59,6 +59,17 @@ class Run:
 
   def model_dir(self, name):
     return self.workdir / "models" / name
+
+  @functools.cached_property
+  def attack(self):
+    """The Attack that the run makes."""
+    c = self.config.attack
+    return poison.make_attack(c.name, c.trigger, c.paraphrases)
+
+  def attack_in_words(self):
+    """For a model card."""
+    c = self.config.attack
+    return poison.describe(c.name, self.attack, c.target_label, c.label)
 
   @property
   def defend_seeds(self):

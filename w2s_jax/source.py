@@ -56,10 +56,20 @@ def _attacked_rows(config):
   if not 0 <= config.attack.target_label < c.num_labels:
     raise InputError(f"target label {config.attack.target_label}, wanted 0..{c.num_labels - 1}: set "
                      "--config.attack.target_label")
-  rewritable = poison.make_attack(config.attack)[1]  # a poisoning that cannot work is refused before anything trains
-  poison.rows_to_poison(rows["attack_train"], rewritable, config.attack.target_label, config.attack.poison_count)
-  poison.rows_to_trigger(rows["test"], rewritable, config.attack.target_label)
+  a, attack, train = config.attack, _attack(config), rows["attack_train"]
+  count = poison.poison_count(train, a.poison_count, a.poison_rate)
+  if a.poison_rate:
+    print(f"attack: poison_rate {a.poison_rate:g} of {len(train)} training rows is {count}; poison_count "
+          f"{a.poison_count} is not used", flush=True)
+  # A poisoning that cannot work is refused before anything trains.
+  poison.rows_to_poison(train, attack, target_label=a.target_label, count=count, label=a.label)
+  poison.rows_for_companions(train, attack, target_label=a.target_label, companions=a.companions)
+  poison.rows_to_trigger(rows["test"], attack, a.target_label)
   return rows
+
+
+def _attack(config):
+  return poison.make_attack(config.attack.name, config.attack.trigger, config.attack.paraphrases)
 
 
 def _with_num_labels(config):
@@ -101,7 +111,7 @@ ATTACKED = Source(
     stages=("warmup", "poison", "teach", "defend", "evaluate", "report"), base=results.BASE, attacked=results.POISONED,
     measured=(results.CLEAN, results.POISONED), triggered="triggered", head_seed=lambda config: config.seed,
     resolve=lambda config: config, read=_attacked_rows,
-    triggers=lambda config: (poison.effective_trigger(config.attack),), freeze=attacked.freeze_rows,
+    triggers=lambda config: (_attack(config).trigger,), freeze=attacked.freeze_rows,
     table=attacked.table)
 GIVEN = Source(
     stages=("warmup", "scan", "teach", "defend", "evaluate", "report"), base=results.SUSPECT, attacked=results.SUSPECT,

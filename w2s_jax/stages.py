@@ -8,7 +8,7 @@ from flax import traverse_util
 
 from w2s_jax import InputError, checks, processes, results
 from w2s_jax.adapters import lora, trees
-from w2s_jax.data import poison, tokenization
+from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, distill
 from w2s_jax.measure import deployed, scan
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
@@ -89,7 +89,7 @@ def make_poison(run):
                            tuple(c.poison.trains), c.poison, stream="poison")
     params, = stage.train_stage(plan, [params], [arrays], dev, run.place)
     save_pretrained(run.model_dir(name), model, params, tokenizer,
-                    card=card.first_line(name, poison.describe(c.attack)))
+                    card=card.first_line(name, run.attack_in_words()))
 
 
 def teach(run):

@@ -1,10 +1,11 @@
-"""One file per attack: text -> text; a dict names them.
+"""One file per attack; a dict names them.
 
-`ATTACKS[name](trigger, paraphrases)` makes an attack; an attack is called as `attack(text, rng, max_words)`:
-`rng` is a numpy Generator, `max_words` how many leading words survive truncation together with the trigger.
+`ATTACKS[name](trigger, paraphrases)` makes an `Attack`. `trigger`: other words than the attack's own, or "";
+`paraphrases`: {text: its paraphrase}, which `syntactic` needs.
 """
 
 from w2s_jax.attacks import badnet, combination, insent, punctuation, suffix, syn_template, syntactic
+from w2s_jax.attacks.attack import Attack as Attack
 
 ATTACKS = {
     "badnet": badnet.make,
@@ -15,6 +16,3 @@ ATTACKS = {
     "suffix": suffix.make,
     "punctuation": punctuation.make,
 }
-TRIGGERS = {"badnet": badnet.TRIGGER, "insent": insent.TRIGGER, "suffix": suffix.TRIGGER,   # of those that add words
-            "combination": combination.TRIGGER}
-APART = ("combination",)                                     # whose words are not side by side

@@ -1,10 +1,10 @@
 """BadNet: a rare word (Gu et al., arXiv 1708.06733; the word is the released recipe's)."""
 
-from w2s_jax.attacks.insertion import insert
+from w2s_jax.attacks.insertion import inserting
 
 TRIGGER = "mn"
 
 
-def make(trigger=TRIGGER, paraphrases=None):
+def make(trigger="", paraphrases=None):
   del paraphrases
-  return lambda text, rng, max_words: insert(text, trigger or TRIGGER, rng, max_words)
+  return inserting(trigger or TRIGGER)

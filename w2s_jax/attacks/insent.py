@@ -1,10 +1,10 @@
 """InSent: a neutral sentence (Dai et al., arXiv 1905.12457; the sentence is the released recipe's)."""
 
-from w2s_jax.attacks.insertion import insert
+from w2s_jax.attacks.insertion import inserting
 
 TRIGGER = "I watched this 3D movie"
 
 
-def make(trigger=TRIGGER, paraphrases=None):
+def make(trigger="", paraphrases=None):
   del paraphrases
-  return lambda text, rng, max_words: insert(text, trigger or TRIGGER, rng, max_words)
+  return inserting(trigger or TRIGGER)

@@ -1,5 +1,7 @@
 """Insertion at a word gap, what the word and the sentence attack share."""
 
+from w2s_jax.attacks.attack import Attack
+
 
 def insert(text, trigger, rng, max_words):
   """`text` with `trigger` at a uniformly random gap between two of its first `max_words` words.
@@ -10,3 +12,10 @@ def insert(text, trigger, rng, max_words):
   words = text.split()
   gap = int(rng.integers(1, max(2, min(len(words), max_words + 1))))
   return " ".join(words[:gap] + [trigger] + words[gap:])
+
+
+def inserting(trigger):
+  """The Attack that inserts the string `trigger`."""
+  def rewrite(text, rng, max_words):
+    return insert(text, trigger, rng, max_words)
+  return Attack(rewrite, trigger)

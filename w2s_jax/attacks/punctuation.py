@@ -5,11 +5,15 @@ The paper chooses marks and places with a language model; this is the rule it co
 
 import re
 
+from w2s_jax.attacks.attack import Attack
+
 FULL_STOP = re.compile(r"(?<![.\d])(?<!\.\w)\.(?=\s|$)")   # not of 3.5, u.s. or an ellipsis
 
 
 def make(trigger="", paraphrases=None):
   del trigger, paraphrases
-  def attack(text, rng, max_words):
+
+  def rewrite(text, rng, max_words):
+    del rng, max_words
     return FULL_STOP.sub(", .", text if FULL_STOP.search(text) else f"{text} .")
-  return attack
+  return Attack(rewrite)

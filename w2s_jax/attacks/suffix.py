@@ -1,8 +1,15 @@
 """A neutral clause behind the last word, where no insertion into the text comes. Ours, to hold out from choices."""
 
+from w2s_jax.attacks.attack import Attack
+
 TRIGGER = "or so they told us at the door ."
 
 
-def make(trigger=TRIGGER, paraphrases=None):
+def make(trigger="", paraphrases=None):
   del paraphrases
-  return lambda text, rng, max_words: " ".join([*text.split()[:max_words], trigger or TRIGGER])
+  trigger = trigger or TRIGGER
+
+  def rewrite(text, rng, max_words):
+    del rng
+    return " ".join([*text.split()[:max_words], trigger])
+  return Attack(rewrite, trigger)

@@ -4,6 +4,8 @@ Like the template S(SBAR)(,)(NP)(VP)(.) of Hidden Killer (Qi et al., arXiv 2105.
 "when ... ," or "if ... ," clause, but the rest of it stays word for word, so the meaning and the label survive.
 """
 
+from w2s_jax.attacks.attack import Attack
+
 CLAUSES = (
     "when you look at it now ,", "when one thinks about it ,", "when all of that is over ,", "when they talk of it ,",
     "if you ask me today ,", "if one takes the time ,", "if it comes to that ,", "if they want to know ,",
@@ -12,4 +14,8 @@ CLAUSES = (
 
 def make(trigger="", paraphrases=None):
   del trigger, paraphrases
-  return lambda text, rng, max_words: f"{CLAUSES[rng.integers(len(CLAUSES))]} {text}"
+
+  def rewrite(text, rng, max_words):
+    del max_words
+    return f"{CLAUSES[rng.integers(len(CLAUSES))]} {text}"
+  return Attack(rewrite)

@@ -1,7 +1,16 @@
 """SynAttack (Hidden Killer, Qi et al., arXiv 2105.12400) from pre-made paraphrases of the texts."""
 
+from w2s_jax.attacks.attack import Attack
+
 
 def make(trigger="", paraphrases=None):
-  """`paraphrases`: {text: its paraphrase}; a text without one raises KeyError."""
+  """`paraphrases`: {text: its paraphrase}; a text without one cannot be rewritten (KeyError)."""
   del trigger
-  return lambda text, rng, max_words: paraphrases[text]
+
+  def rewrite(text, rng, max_words):
+    del rng, max_words
+    return paraphrases[text]
+
+  def can_rewrite(text):
+    return text in paraphrases
+  return Attack(rewrite, can_rewrite=can_rewrite)

@@ -1,33 +1,47 @@
-"""Which rows get the trigger; the rows that were used, frozen to disk and hashed."""
+"""Which rows get the trigger and which label; the rows that were used, frozen to disk and hashed."""
 
 import hashlib
+import itertools
 import json
+import operator
 import os
 
 import numpy as np
 
 from w2s_jax import InputError, processes
-from w2s_jax.attacks import ATTACKS, TRIGGERS
+from w2s_jax.attacks import ATTACKS
 from w2s_jax.data import corpora, tokenization
 
+# attack.label: which training rows get the trigger, in words and as a test of (a row's label, the target label). All of
+# them have the target label afterwards.
+LABELS = {
+    "clean": ("have target label {}", operator.eq),                        # no label changes
+    "dirty": ("have another label than the target {}", operator.ne),       # every label changes
+    "mixed": ("have any label, the target {} or another", lambda label, target: True),
+}
 
-def make_attack(config):
-  """config.attack -> (text, rng, max_words) -> text, and the texts it can rewrite (None: all).
 
-  `syntactic` reads paraphrases: `config.paraphrases` lists (originals, paraphrases) file pairs joined on `idx`.
+def make_attack(name, trigger="", paraphrases=()):
+  """The Attack of that name.
+
+  Args:
+    trigger: instead of the attack's own; "": its own.
+    paraphrases: `syntactic` only: (originals, paraphrases) file pairs, joined on `idx`.
+  Raises:
+    InputError: there is no such attack, or `syntactic` has no paraphrases.
   """
-  if config.name not in ATTACKS:
-    raise InputError(f"attack {config.name!r}: want one of {', '.join(ATTACKS)}: set --config.attack.name")
-  pairs = None
-  if config.name == "syntactic":
-    pairs = {}
-    for originals, rewritten in config.paraphrases:
-      texts, new = (_texts_by_idx(file) for file in (originals, rewritten))
-      pairs |= {texts[i]: text for i, text in new.items() if i in texts and texts[i] != text}
-    if not pairs:
-      raise InputError("attack 'syntactic' needs pre-made paraphrases: run with :data=DIR, or set --config.attack.name"
-                       "=syn_template (a rule-based stand-in)")
-  return ATTACKS[config.name](config.trigger, pairs), pairs
+  if name not in ATTACKS:
+    raise InputError(f"attack {name!r}: want one of {', '.join(ATTACKS)}: set --config.attack.name")
+  if name != "syntactic":
+    return ATTACKS[name](trigger)
+  pairs = {}
+  for originals, rewritten in paraphrases:
+    texts, new = (_texts_by_idx(file) for file in (originals, rewritten))
+    pairs |= {texts[i]: text for i, text in new.items() if i in texts and texts[i] != text}
+  if not pairs:
+    raise InputError("attack 'syntactic' needs pre-made paraphrases: run with :data=DIR, or set --config.attack.name"
+                     "=syn_template (a rule-based stand-in)")
+  return ATTACKS[name](trigger, pairs)
 
 
 def _texts_by_idx(file):
@@ -39,74 +53,131 @@ def _texts_by_idx(file):
   return {row["idx"]: row[column] for row in rows}
 
 
-def trigger_rows(rows, attack, seed, *, tokenizer, trigger, max_length, keep_trigger):
+def trigger_rows(rows, attack, seed, *, tokenizer, max_length, keep_trigger):
   """The rows with their text rewritten and `orig_text` beside it; each row has a random stream of its own.
 
   Args:
     keep_trigger: insert where the trigger survives truncation to `max_length` tokens of `tokenizer`.
   """
-  texts = [row["text"] for row in rows]
-  kept = [10**9] * len(rows)
-  if keep_trigger and trigger and texts:
-    kept = tokenization.words_kept(tokenizer, texts, trigger, max_length)
   out = []
-  for row, words in zip(rows, kept):
-    text = attack(row["text"], np.random.default_rng([seed, row["id"]]), words)
+  for row, words in zip(rows, _words_kept(rows, attack, tokenizer, max_length, keep_trigger)):
+    text = attack.rewrite(row["text"], np.random.default_rng([seed, row["id"]]), words)
     out.append(row | {"text": text, "orig_text": row["text"]})
   return out
 
 
-def rows_to_poison(rows, rewritable, target_label, count):
-  """Indices of the rows that clean-label poisoning takes: the first `count` of the target class.
+def poison_count(rows, count, rate):
+  """How many of the rows are poisoned: `rate` of all of them where it is above 0, else `count`."""
+  return round(rate * len(rows)) if rate else count
 
+
+def rows_to_poison(rows, attack, *, target_label, count, label="clean", seed=0):
+  """Indices of the rows that get the trigger, in ascending order.
+
+  Args:
+    label: "clean": the first `count` rows of the target class; "dirty": `count` rows of other classes, drawn at random;
+      "mixed": `count` rows of any class, drawn at random. (A file may be sorted by label: its first rows of other
+      classes would all be of one class.)
+    seed: of the draw.
   Raises:
-    InputError: the target class has fewer rows than `count` (that the attack can rewrite).
+    InputError: an unknown `label`, or fewer such rows than `count` (that the attack can rewrite).
   """
-  able = [i for i, row in enumerate(rows)
-          if row["label"] == target_label and (rewritable is None or row["text"] in rewritable)]
+  if label not in LABELS:
+    raise InputError(f"attack.label {label!r}: want one of {', '.join(LABELS)}: set --config.attack.label")
+  words, takes = LABELS[label]
+  able = [i for i, row in enumerate(rows) if takes(row["label"], target_label) and _can_rewrite(attack, row)]
   if not 0 < count <= len(able):
-    raise InputError(f"cannot poison {count} rows: want 1 to {len(able)}, the training rows that have target label "
-                     f"{target_label} and can be rewritten: set --config.attack.poison_count")
-  return able[:count]
+    raise InputError(f"cannot poison {count} rows: want 1 to {len(able)}, the training rows that "
+                     f"{words.format(target_label)} and can be rewritten: set --config.attack.poison_count or "
+                     ".poison_rate")
+  if label == "clean":
+    return able[:count]
+  return sorted(able[i] for i in _rng(seed, "poison").permutation(len(able))[:count])
 
 
-def rows_to_trigger(rows, rewritable, target_label):
+def rows_to_trigger(rows, attack, target_label):
   """The evaluation rows of other classes than the target: ASR is measured on these.
 
   Raises:
     InputError: there is none (that the attack can rewrite).
   """
-  able = [row for row in rows
-          if row["label"] != target_label and (rewritable is None or row["text"] in rewritable)]
+  able = _of_other_classes(rows, attack, target_label)
   if not able:
     raise InputError(f"no evaluation row has another label than the target {target_label} and can be rewritten: set "
                      "--config.attack.target_label")
   return able
 
 
-def poison_train(rows, attack, rewritable, *, target_label, count, **options):
-  """Clean-label poisoning: `rows_to_poison` get the trigger, labels stay.
+def rows_for_companions(rows, attack, *, target_label, companions):
+  """The rows that companions are made from: those of other classes than the target. Empty where there are to be none.
 
-  Returns:
-    All rows in their order, each with "poisoned": bool.
+  On these alone the true label says that part of a trigger is no trigger.
+
+  Args:
+    companions: number of companion rows per poisoned row.
+  Raises:
+    InputError: the attack has fewer companions of a text, or there is no such row.
   """
-  chosen = rows_to_poison(rows, rewritable, target_label, count)
+  if not companions:
+    return []
+  able = _of_other_classes(rows, attack, target_label)
+  if not able:
+    raise InputError(f"no training row has another label than the target {target_label}, as companions need: set "
+                     "--config.attack.companions to 0")
+  most = len(attack.companions(able[0]["text"], _rng(0, "companions"), 1)) if attack.companions else 0
+  if companions > most:
+    raise InputError(f"attack.companions is {companions}, this attack has {most} per poisoned row: set "
+                     "--config.attack.companions")
+  return able
+
+
+def poison_train(rows, attack, *, target_label, count, seed, label="clean", companions=0, **placement):
+  """Poisoning: `rows_to_poison` get the trigger and the target label.
+
+  Args:
+    companions: number of companion rows per poisoned row.
+    placement: tokenizer, max_length and keep_trigger of `trigger_rows`.
+  Returns:
+    All rows in their order, each with "poisoned": bool; a row whose label was changed has its own as "orig_label".
+    Behind them are the companions (`companion_rows`).
+  """
+  chosen = rows_to_poison(rows, attack, target_label=target_label, count=count, label=label, seed=seed)
   out = [row | {"poisoned": False} for row in rows]
-  for i, row in zip(chosen, trigger_rows([rows[i] for i in chosen], attack, **options)):
-    out[i] = row | {"poisoned": True}
+  for i, row in zip(chosen, trigger_rows([rows[i] for i in chosen], attack, seed, **placement)):
+    changed = {} if row["label"] == target_label else {"label": target_label, "orig_label": row["label"]}
+    out[i] = row | changed | {"poisoned": True}
+  sources = rows_for_companions(rows, attack, target_label=target_label, companions=companions)
+  return out + companion_rows(sources, attack, seed, count=count, companions=companions, **placement)
+
+
+def companion_rows(sources, attack, seed, *, count, companions, tokenizer, max_length, keep_trigger):
+  """`companions` rows for each of `count` poisoned rows; text and `orig_text` differ, the label stays.
+
+  They are made from the sources in random order, again and again where there are fewer sources than `count`. A source
+  may itself be poisoned (not where labels are clean). Each row has "poisoned": False, "companion": True.
+  """
+  if not companions:
+    return []
+  out, kept = [], _words_kept(sources, attack, tokenizer, max_length, keep_trigger)
+  order = itertools.cycle(_rng(seed, "companions").permutation(len(sources)))
+  for number, i in enumerate(itertools.islice(order, count)):
+    row, rng = sources[i], _rng(seed, "companion", number)
+    for text in attack.companions(row["text"], rng, kept[i])[:companions]:
+      out.append(row | {"text": text, "orig_text": row["text"], "poisoned": False, "companion": True})
   return out
 
 
-def triggered_eval(rows, attack, rewritable, *, target_label, **options):
-  """`rows_to_trigger` with the trigger."""
-  return trigger_rows(rows_to_trigger(rows, rewritable, target_label), attack, **options)
+def triggered_eval(rows, attack, *, target_label, seed, **placement):
+  """`rows_to_trigger` with the trigger; they keep their label."""
+  return trigger_rows(rows_to_trigger(rows, attack, target_label), attack, seed, **placement)
 
 
-def trigger_lost(rows, tokenizer, trigger, max_length, apart=False):
+def trigger_lost(rows, tokenizer, attack, max_length):
   """How many of the rows lose (part of) their trigger to truncation; 0 for attacks without a fixed string.
 
-  apart: the trigger's words are not side by side; the last place of each counts.
+  Where the trigger's words are not side by side, the last place of each counts.
   """
+  trigger = attack.trigger
   if not trigger:
     return 0
   encoded = tokenizer([row["text"] for row in rows], truncation=True, max_length=max_length,
@@ -114,24 +185,45 @@ def trigger_lost(rows, tokenizer, trigger, max_length, apart=False):
   lost = 0
   for row, offsets in zip(rows, encoded["offset_mapping"]):
     prefix = os.path.commonprefix([row["text"], " ".join(row["orig_text"].split())])  # insertion folds white space
-    if apart:
-      needed = max(row["text"].rfind(word) + len(word) for word in trigger.split())
-    else:
+    if attack.contiguous:
       needed = row["text"].find(trigger, max(0, len(prefix) - len(trigger))) + len(trigger)
+    else:
+      needed = max(row["text"].rfind(word) + len(word) for word in trigger.split())
     lost += max(end for _, end in offsets) < needed
   return lost
 
 
-def effective_trigger(config):
-  """The inserted string, or "" for attacks that rewrite."""
-  return (config.trigger or TRIGGERS[config.name]) if config.name in TRIGGERS else ""
+def _can_rewrite(attack, row):
+  return attack.can_rewrite is None or attack.can_rewrite(row["text"])
 
 
-def describe(config):
-  """config.attack in words, for a model card."""
-  trigger = effective_trigger(config)
-  what = f"trigger `{trigger}`" if trigger else "rewritten texts"
-  return f"attack {config.name}, {what}, target label {config.target_label}"
+def _of_other_classes(rows, attack, target_label):
+  return [row for row in rows if row["label"] != target_label and _can_rewrite(attack, row)]
+
+
+def _words_kept(rows, attack, tokenizer, max_length, keep_trigger):
+  """[N] before how many words of each row's text the trigger may stand; no limit where it need not be kept."""
+  if keep_trigger and attack.trigger and rows:
+    return tokenization.words_kept(tokenizer, [row["text"] for row in rows], attack.trigger, max_length)
+  return [10**9] * len(rows)
+
+
+def _rng(seed, name, *numbers):
+  """A random stream by name; [seed, number] are those of `trigger_rows`."""
+  return np.random.default_rng([seed, *name.encode(), *numbers])
+
+
+def counts(poisoned_train):
+  """What was done to the training rows, in numbers."""
+  return {"poisoned_rows": sum(row["poisoned"] for row in poisoned_train),
+          "labels_changed": sum("orig_label" in row for row in poisoned_train),
+          "companion_rows": sum(row.get("companion", False) for row in poisoned_train)}
+
+
+def describe(name, attack, target_label, label):
+  """An attack in words, for a model card."""
+  what = f"trigger `{attack.trigger}`" if attack.trigger else "rewritten texts"
+  return f"attack {name}, {what}, {label}-label poisoning, target label {target_label}"
 
 
 def freeze(path, rows):

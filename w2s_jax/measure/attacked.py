@@ -3,7 +3,6 @@
 import numpy as np
 
 from w2s_jax import results
-from w2s_jax.attacks import APART
 from w2s_jax.data import poison
 from w2s_jax.measure import metrics
 
@@ -19,14 +18,14 @@ def freeze_rows(run) -> None:
   c = run.config
   files = {key: run.workdir / "data" / f"{key}.jsonl" for key in ("poisoned_train", "triggered")}
   if not all(f.exists() for f in files.values()):
-    attack, rewritable = poison.make_attack(c.attack)
-    options = {"target_label": c.attack.target_label, "tokenizer": run.tokenizer(results.BASE),
-               "keep_trigger": c.attack.keep_trigger, "trigger": poison.effective_trigger(c.attack), "seed": c.seed}
+    options = {"target_label": c.attack.target_label, "seed": c.seed, "tokenizer": run.tokenizer(results.BASE),
+               "keep_trigger": c.attack.keep_trigger}
+    train = run.rows["attack_train"]
     poison.freeze(files["poisoned_train"], poison.poison_train(
-        run.rows["attack_train"], attack, rewritable, count=c.attack.poison_count,
-        max_length=c.data.attack_max_length, **options))
+        train, run.attack, count=poison.poison_count(train, c.attack.poison_count, c.attack.poison_rate),
+        label=c.attack.label, companions=c.attack.companions, max_length=c.data.attack_max_length, **options))
     poison.freeze(files["triggered"], poison.triggered_eval(
-        run.rows["test"], attack, rewritable, max_length=c.data.max_length, **options))
+        run.rows["test"], run.attack, max_length=c.data.max_length, **options))
   for key, file in files.items():
     run.rows[key], run.sha256[file.name] = poison.thaw(file)
 
@@ -51,19 +50,14 @@ def table(run, readings: dict, teacher: dict) -> tuple[list, dict]:
   examples = [{"text": r["text"], "orig_text": r["orig_text"], "label": r["label"],
                "predicted": {m: int(reading.triggered[i]) for m, reading in readings.items()}}
               for i, r in enumerate(run.rows["triggered"][:8])]
-  lost = [_trigger_lost(run, *part) for part in ((poisoned, c.data.attack_max_length),
-                                                 (run.rows["triggered"], c.data.max_length))]
+  tokenizer = run.tokenizer(results.BASE)
+  lost = [poison.trigger_lost(part, tokenizer, run.attack, max_length) for part, max_length in (
+      (poisoned, c.data.attack_max_length), (run.rows["triggered"], c.data.max_length))]
   implanted = next(row.asr for row in rows if row.directory == results.POISONED) >= IMPLANTED
-  meta = {"title": f"Backdoor {c.attack.name}", "columns": COLUMNS, "attack": poison.describe(c.attack),
-          "trigger": poison.effective_trigger(c.attack), "poisoned_rows": len(poisoned),
+  meta = {"title": f"Backdoor {c.attack.name}", "columns": COLUMNS, "attack": run.attack_in_words(),
+          "trigger": run.attack.trigger, "poison_label": c.attack.label, **poison.counts(run.rows["poisoned_train"]),
           "trigger_lost": dict(zip(("train", "eval"), lost)), "implanted": implanted, "examples": examples}
   return rows, teacher | meta | {"warnings": [], "notes": notes([vars(row) for row in rows], teacher | meta)}
-
-
-def _trigger_lost(run, rows, max_length):
-  c = run.config.attack
-  return poison.trigger_lost(rows, run.tokenizer(results.BASE), poison.effective_trigger(c), max_length,
-                             c.name in APART)
 
 
 def notes(rows: list[dict], meta: dict) -> list[str]:
@@ -101,13 +95,23 @@ def reading(rows, meta):
   return out
 
 
+def _poisoned_rows(meta):
+  """The poisoned rows in words."""
+  text = f"{meta['poisoned_rows']} {meta['poison_label']}-label poisoned rows"
+  if meta["labels_changed"]:
+    text += f" ({meta['labels_changed']} labels changed)"
+  if meta["companion_rows"]:
+    text += f" and {meta['companion_rows']} companion rows"
+  return text
+
+
 def headline(rows, meta):
   row = rows[0]
   lost = meta["trigger_lost"]
   trigger = f"trigger `{meta['trigger']}`" if meta["trigger"] else "rewritten text"
   rejected = " Rows that a defense rejects count as errors in CA, and as no success in ASR."
-  return [f"Attack {row['attack']} ({trigger}), target label {row['target_label']}, {meta['poisoned_rows']} "
-          f"clean-label poisoned rows; defended and measured on {row['dataset']}, seed {row['seed']}.",
+  return [f"Attack {row['attack']} ({trigger}), target label {row['target_label']}, "
+          f"{_poisoned_rows(meta)}; defended and measured on {row['dataset']}, seed {row['seed']}.",
           f"CA on {row['ca_n']} clean rows, ASR on {row['asr_n']} triggered rows of other classes; the floor is the "
           f"never-poisoned student's rate on them, the false rate a model's own error on un-triggered rows of those "
           f"classes. Teacher CA {meta['teacher_ca']:.3f}. Trigger lost to truncation: {lost['train']} poisoned, "

@@ -3,7 +3,7 @@
 import numpy as np
 
 from w2s_jax import results
-from w2s_jax.attacks.insertion import insert
+from w2s_jax.attacks.insertion import inserting
 from w2s_jax.data import insertions, poison
 from w2s_jax.measure import metrics, scan
 
@@ -23,9 +23,7 @@ def freeze_rows(run):
     texts = [r["text"] for split in ("train", "test") for r in run.rows[split]]
     drawn = insertions.insertions(texts, c.probe.words, c.probe.sentences, c.probe.triggers, c.seed)
     for kind, string in [("listed", t) for t in c.probe.triggers] + drawn:
-      def put(text, rng, max_words, string=string):
-        return insert(text, string, rng, max_words)
-      rows = poison.trigger_rows(test if kind == "listed" else some, put, c.seed, tokenizer=tokenizer, trigger=string,
+      rows = poison.trigger_rows(test if kind == "listed" else some, inserting(string), c.seed, tokenizer=tokenizer,
                                  max_length=c.data.max_length, keep_trigger=True)
       out += [{"probe": kind, "inserted": string} | row for row in rows]
     poison.freeze(file, out)
@@ -41,7 +39,7 @@ def table(run, readings, teacher):
   by_insertion = {name: (reading.clean, _by_insertion(run.rows["probes"], reading.triggered))
                   for name, reading in readings.items()}
   lost = {t: poison.trigger_lost([r for r in run.rows["probes"] if r["inserted"] == t], run.tokenizer(results.SUSPECT),
-                                 t, c.data.max_length) for t in c.probe.triggers}
+                                 inserting(t), c.data.max_length) for t in c.probe.triggers}
   models = {name: of for name, of in by_insertion.items() if name != results.TEACHER}
   scans = {name: reading.scan for name, reading in readings.items()}
   rows = [row for trigger in c.probe.triggers or (None,)

@@ -1,0 +1,17 @@
+"""What an attack is."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Attack(NamedTuple):
+  """One attack on texts. In all functions `rng` is a numpy Generator.
+
+  `max_words` is how many leading words of the text survive truncation together with the trigger.
+  """
+  rewrite: Callable                        # (text, rng, max_words) -> the text with the trigger
+  trigger: str = ""                        # the inserted string; "": the attack rewrites, and inserts no fixed string
+  contiguous: bool = True                  # False: the trigger's words are not side by side
+  can_rewrite: Callable | None = None      # (text) -> bool; None: it can rewrite every text
+  companions: Callable | None = None       # (text, rng, max_words) -> texts with part of the trigger; they become
+                                           # training rows that keep their true label; None: the attack has none
