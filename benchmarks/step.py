@@ -11,7 +11,6 @@ FLOPs are counted on the same step with its layers unrolled: of a loop the compi
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
 import statistics
 import sys
@@ -25,13 +24,16 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from flax import traverse_util  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
 
 from configs import common  # noqa: E402
 from w2s_jax import sharding  # noqa: E402
 from w2s_jax.adapters import lora, trees  # noqa: E402
+from w2s_jax.config import section  # noqa: E402
 from w2s_jax.data import packing  # noqa: E402
-from w2s_jax.defenses import w2s, w2s_adv  # noqa: E402
+from w2s_jax.defenses import DEFENSES, SETTINGS, distill, w2s_adv  # noqa: E402
 from w2s_jax.models import Model, config_from_hf, quantized  # noqa: E402
+from w2s_jax.tasks import CLASSIFICATION  # noqa: E402
 from w2s_jax.training import optim, steps  # noqa: E402
 
 SIZES = {   # vocabulary, width, layers, heads, key-value heads, feed-forward width
@@ -39,7 +41,8 @@ SIZES = {   # vocabulary, width, layers, heads, key-value heads, feed-forward wi
     "60m": (16000, 640, 10, 10, 10, 1712), "1b": (128256, 2048, 16, 32, 8, 8192),
     "7b": (152064, 3584, 28, 28, 4, 18944), "8b": (128256, 4096, 32, 32, 8, 14336)}
 MODEL_TYPES = {"7b": "qwen2"}    # Qwen2.5-7B; the others are Llamas, 8b Llama-3-8B
-WEIGHTS = {"ce": 1.0, "kd": 1.0, "fa": 0.01}
+DEFENSE = ConfigDict({name: section(settings) for name, settings in SETTINGS.items()})
+TRAINING = ConfigDict(dict(learning_rate=1e-4, warmup_fraction=0.0, weight_decay=0.01, clip_norm=0.0))
 TARGETS = ("q_proj", "v_proj")
 SOFT_TOKENS = 40         # of w2s_adv's defaults
 
@@ -63,21 +66,17 @@ def with_soft_tokens(model, params):
 
 
 def make_step(model, params, rank, mesh, adversary=False, seeds=1):
-  """(step, trainable, frozen, optimizer) of W2S; `params` may be abstract. Frozen kernels keep their dtype.
+  """(program, trainable, frozen) of W2S; `params` may be abstract. Frozen kernels keep their dtype.
 
   With `adversary` of w2s_adv: params and batch have soft tokens.
   """
-  trainable, frozen = trees.split(params, (trees.LORA if rank else trees.FULL) + ("soft",) * adversary)
-  terms, weights, ascent = w2s.terms, WEIGHTS, None
+  recipe, ascent = DEFENSES["w2s_adv" if adversary else "w2s"].recipe, None
   if adversary:
-    terms, weights = functools.partial(w2s_adv.terms, w2s.terms), w2s_adv.loss_weights(WEIGHTS, 1.0)
     ascent = optim.ascent(0.5, 1.5)
-  tx = optim.make_optimizer(trainable, 1e-4, 1000, adversary=ascent)
-  loss = steps.classification_loss(model, lambda out, batch: terms(out, batch, 2.0), weights)
-  family = model.config.family
-  step = steps.make_train_step(loss, tx, steps.state_shardings(trainable, tx, family, mesh),
-                               sharding.param_shardings(frozen, family, mesh), mesh, seeds)
-  return step, trainable, frozen, tx
+  plan = distill.stage_plan(recipe, CLASSIFICATION, model, DEFENSE, TRAINING, {str(i): i for i in range(seeds)}, ascent)
+  labels = plan.trains if rank else (*trees.FULL, *plan.trains[len(trees.LORA):])
+  trainable, frozen = trees.split(params, labels)
+  return steps.build(plan, trainable, frozen, 1000, mesh), trainable, frozen
 
 
 def random_batch(config, rows, length, seed=0):
@@ -103,13 +102,11 @@ def lowered(model, rank, rows, length, mesh, quantize=""):
     trainable, frozen = trees.split(with_adapters(params, rank), trees.LORA if rank else trees.FULL)
     frozen = jax.tree.map(lambda leaf: leaf.astype(model.config.dtype), frozen)
     return trees.combine(trainable, quantized.quantize_layers(frozen, quantize) if quantize else frozen)
-  step, trainable, frozen, tx = make_step(model, jax.eval_shape(few_bits, model.abstract_params()), rank, mesh)
-  state = jax.eval_shape(lambda p: steps.TrainState(jnp.zeros((), jnp.int32), p, tx.init(p)), trainable)
-  batch = {k: jax.ShapeDtypeStruct((rows, *shape), dtype) for k, shape, dtype in (
-      ("input_ids", (length,), "int32"), ("attention_mask", (length,), "int32"), ("label", (), "int32"),
-      ("weight", (), "float32"), ("teacher_logits", (2,), "float32"),
-      ("teacher_features", (model.config.feature_size,), "float32"))}
-  return step.lower(state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0)))
+  program, trainable, frozen = make_step(model, jax.eval_shape(few_bits, model.abstract_params()), rank, mesh)
+  batch = steps.abstract_batch(model, CLASSIFICATION, rows, length, teacher=True)
+  batch = {name: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for name, x in batch.items()}
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+  return program.step.lower(steps.abstract_state(program, trainable), frozen, batch, keys)
 
 
 def random_params(model):
@@ -132,24 +129,22 @@ def timed_steps(model, rank, batches, mesh, adversary=False, seeds=1, trace=None
     ([seconds of each step], the compiler's memory_analysis()); the first step's seconds have the compilation.
   """
   params = with_adapters(random_params(model), rank)
-  step, trainable, frozen, tx = make_step(model, with_soft_tokens(model, params) if adversary else params, rank, mesh,
-                                          adversary, seeds)
+  program, trainable, frozen = make_step(model, with_soft_tokens(model, params) if adversary else params, rank, mesh,
+                                         adversary, seeds)
   trainable = jax.tree.map(lambda x: x.astype("float32"), trainable)
-  key = jax.random.key(0)
-  state = steps.init_state(trainable if seeds == 1 else [trainable] * seeds, tx, model.config.family, mesh)
+  state = program.init([trainable] * seeds)
   frozen = jax.device_put(frozen, sharding.param_shardings(frozen, model.config.family, mesh))
   del params, trainable
   if adversary:
     batches = [with_views(model.config, batch) for batch in batches]
-  if seeds > 1:
-    batches, key = [packing.stack([batch] * seeds, 1, 0) for batch in batches], jax.random.split(key, seeds)
-  batches = [sharding.global_batch(batch, mesh, seeds > 1) for batch in batches]
+  batches = [sharding.global_batch(packing.stack([batch] * seeds, 1, 0), mesh, 1) for batch in batches]
+  keys = jax.random.split(jax.random.key(0), seeds)
   seconds = []
   start = time.perf_counter()
-  compiled = step.lower(state, frozen, batches[0], key).compile()
+  compiled = program.step.lower(state, frozen, batches[0], keys).compile()
   with contextlib.ExitStack() as tracing:
     for batch in batches:
-      state, metrics = compiled(state, frozen, batch, key)
+      state, metrics = compiled(state, frozen, batch, keys)
       if not np.isfinite(metrics["loss"]).all():               # waits for the device
         raise FloatingPointError(f"loss {metrics['loss']} after {len(seconds)} steps")
       jax.block_until_ready(state)

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rig
 import test_models
 import tokenizers
 from flax import traverse_util
+from rig import alone, keys, make_program, one_run
 
 from w2s_jax import sharding
 from w2s_jax.adapters import lora, trees
@@ -97,18 +99,18 @@ def test_ascent_by_hand():
   np.testing.assert_allclose(rows + updates["soft"], [[1.0, -2.0], [3.0, 4.0], [0.0, 2.0]], rtol=1e-6)
 
 
-def test_the_step_of_another_student_is_the_same_program():
+def test_the_step_of_another_student_is_the_same_program(llama):
   """Embeddings of another mean norm make another step size and bound, which nothing has to be compiled for."""
   trainable = {"embed_tokens": {"soft": jnp.ones((3, 2))}, "score": {"kernel": jnp.ones((2, 2))}}
-  mesh, batch = sharding.make_mesh(), {"label": jnp.zeros(8, jnp.int32)}
+  mesh, batch = sharding.make_mesh(), {"label": jnp.zeros((1, 8), jnp.int32)}
   def loss(params, frozen, batch, key):
     value = (params["embed_tokens"]["soft"] @ params["score"]["kernel"]).sum()
     return value, {"ce": value}
   def step(unit):
-    tx = optim.make_optimizer(trainable, 1e-2, 10, clip_norm=1.0, adversary=optim.ascent(0.1 * unit, 5.0 * unit))
-    step = steps.make_train_step(loss, tx, steps.state_shardings(trainable, tx, "llama", mesh), {}, mesh)
-    args = steps.init_state(trainable, tx, "llama", mesh), {}, batch, jax.random.key(0)
-    return step.lower(*args).as_text(), step(*args)[0].params["embed_tokens"]["soft"] - 1
+    program = make_program(llama[0], trainable, {}, mesh, 10, loss=loss, weights={"ce": 1.0}, clip_norm=1.0,
+                           adversary=optim.ascent(0.1 * unit, 5.0 * unit))
+    args = program.init([trainable]), {}, batch, keys(0)
+    return program.step.lower(*args).as_text(), program.step(*args)[0].params["embed_tokens"]["soft"][0] - 1
   (one, moved), (other, further) = step(1.0), step(2.0)
   assert one == other
   np.testing.assert_allclose(further, 2 * moved, rtol=1e-5)
@@ -121,10 +123,10 @@ def test_terms_are_those_of_each_view(llama, make_batch):
   batch = make_batch(model)
   soft = np.array([0, 0, 1, 0, 1, 1, 0, 1], np.float32)
   def terms(batch, of):
-    return of(jax.jit(model.apply)(params, batch["input_ids"], batch["attention_mask"]), batch, 2.0)
-  got = terms(batch | {"soft": soft}, lambda *args: w2s_adv.terms(w2s.terms, *args))
+    return of(jax.jit(model.apply)(params, batch["input_ids"], batch["attention_mask"]), batch)
+  got = terms(batch | {"soft": soft}, rig.terms(functools.partial(w2s_adv.terms, w2s.terms)))
   for prefix, value in (("", 0), ("adv_", 1)):
-    want = terms({k: v[soft == value] for k, v in batch.items()}, w2s.terms)
+    want = terms({k: v[soft == value] for k, v in batch.items()}, rig.terms(w2s.terms))
     for name in WEIGHTS:
       np.testing.assert_allclose(got[prefix + name], want[name], rtol=1e-5)
   assert w2s_adv.loss_weights(WEIGHTS, 3.0) == {**WEIGHTS, "adv_ce": 3.0, "adv_kd": 1.5, "adv_fa": 0.1 * 3.0}
@@ -148,13 +150,11 @@ def run(llama):
   def go(mesh, learning_rate=1e-2, count=15, pack=True):
     placed = jax.device_put(start, sharding.param_shardings(start, "llama", mesh))
     trainable, frozen = trees.split(placed, (*trees.LORA, "soft"))
-    tx = optim.make_optimizer(trainable, learning_rate, 100, clip_norm=1.0,
-                              adversary=optim.ascent(0.3 * unit, 1.5 * unit))
-    loss = steps.classification_loss(model, lambda out, batch: w2s_adv.terms(w2s.terms, out, batch, 2.0),
-                                     w2s_adv.loss_weights(WEIGHTS, 1.0))
-    step = steps.make_train_step(loss, tx, steps.state_shardings(trainable, tx, "llama", mesh),
-                                 sharding.param_shardings(frozen, "llama", mesh), mesh)
-    state = steps.init_state(trainable, tx, "llama", mesh)
+    weights = w2s_adv.loss_weights(WEIGHTS, 1.0)
+    loss = steps.classification_loss(model, rig.terms(functools.partial(w2s_adv.terms, w2s.terms)), weights)
+    program = make_program(model, trainable, frozen, mesh, 100, loss=loss, weights=weights, clip_norm=1.0,
+                           learning_rate=learning_rate, adversary=optim.ascent(0.3 * unit, 1.5 * unit))
+    state = program.init([trainable])
     make, = packing.packers([each], [0], 4, (T,), sharding.batch_shards(mesh), count, np.inf, 0, views=2)
     if not pack:
       make = functools.partial(batches.make_batch, each, batch_size=8, buckets=(T,))
@@ -162,9 +162,9 @@ def run(llama):
     for _ in range(count):
       batch = next(stream)
       assert batch["soft"].sum() == 4 and len(batch["soft"]) == len(batch["label"]) == 8
-      state, metrics = step(state, frozen, sharding.global_batch(batch, mesh), jax.random.key(7))
-      losses.append({k: float(v) for k, v in metrics.items()})
-    return losses, state.params, start["embed_tokens"]["soft"], unit
+      state, metrics = program.step(state, frozen, sharding.global_batch(one_run(batch), mesh, 1), keys(7))
+      losses.append({k: float(v[0]) for k, v in metrics.items()})
+    return losses, alone(state.params), start["embed_tokens"]["soft"], unit
   return go
 
 

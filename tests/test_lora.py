@@ -13,12 +13,14 @@ import pytest
 import torch
 import transformers
 from flax import traverse_util
+from rig import alone, keys, make_program, one_run
 from test_models import SHAPES, torch_model
 
 from w2s_jax import InputError, sharding
 from w2s_jax.adapters import lora, trees
 from w2s_jax.models import Model, layers, load_pretrained, save_pretrained
-from w2s_jax.training import optim, steps
+from w2s_jax.tasks import CLASSIFICATION
+from w2s_jax.training import steps
 
 ALL = {"llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
        "bert": ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")}
@@ -245,16 +247,13 @@ def lora_run(model, params, num_steps=30):
   model = Model(dataclasses.replace(model.config, **{d: 0.0 for d in DROPOUTS if hasattr(model.config, d)}))
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   trainable, frozen = trees.split(params, trees.LORA)
-  tx = optim.make_optimizer(trainable, 1e-2, num_steps)
-  step = steps.make_train_step(
-      steps.classification_loss(model, steps.cross_entropy_terms, {"ce": 1.0}), tx,
-      steps.state_shardings(trainable, tx, model.config.family, mesh),
-      sharding.param_shardings(frozen, model.config.family, mesh), mesh)
-  state = steps.init_state(trainable, tx, model.config.family, mesh)
+  program = make_program(model, trainable, frozen, mesh, num_steps, weights={"ce": 1.0}, loss=steps.classification_loss(
+      model, CLASSIFICATION.loss_terms, {"ce": 1.0}))
+  state = program.init([trainable])
   for i in range(num_steps):
-    batch = sharding.global_batch(easy_rows(model.config, 100 + i), mesh)
-    state, _ = step(state, frozen, batch, jax.random.key(1))
-  return state.params
+    batch = sharding.global_batch(one_run(easy_rows(model.config, 100 + i)), mesh, 1)
+    state, _ = program.step(state, frozen, batch, keys(1))
+  return alone(state.params)
 
 
 @pytest.mark.parametrize("family,rank,every", RUNS)

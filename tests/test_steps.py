@@ -8,50 +8,41 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from rig import WEIGHTS, alone, keys, make_program, one_run, w2s_loss
 
 from benchmarks import step as step_benchmark
 from w2s_jax import sharding
 from w2s_jax.adapters import lora, trees
-from w2s_jax.defenses import w2s
 from w2s_jax.models import Model
-from w2s_jax.training import optim, steps
-
-WEIGHTS = {"ce": 1.0, "kd": 0.5, "fa": 0.1}
+from w2s_jax.training import steps
 
 
 def flatten(params):
   return traverse_util.flatten_dict(params, sep="/")
 
 
-def w2s_loss(model, weights=None):
-  return steps.classification_loss(model, lambda out, batch: w2s.terms(out, batch, 2.0), weights or WEIGHTS)
-
-
 def single_device():
   return sharding.make_mesh(devices=jax.devices()[:1])
 
 
-def prepare(model, params, trains, mesh, num_steps=50, learning_rate=1e-2):
-  """(step function, state, frozen) of W2S on a mesh."""
-  family = model.config.family
-  params = jax.device_put(params, sharding.param_shardings(params, family, mesh))
+def prepare(model, params, trains, mesh, num_steps=50):
+  """(program, state, frozen) of W2S on a mesh."""
+  params = jax.device_put(params, sharding.param_shardings(params, model.config.family, mesh))
   trainable, frozen = trees.split(params, trains)
-  tx = optim.make_optimizer(trainable, learning_rate, num_steps, clip_norm=1.0)
-  step = steps.make_train_step(w2s_loss(model), tx, steps.state_shardings(trainable, tx, family, mesh),
-                               sharding.param_shardings(frozen, family, mesh), mesh)
-  return step, steps.init_state(trainable, tx, family, mesh), frozen
+  program = make_program(model, trainable, frozen, mesh, num_steps, clip_norm=1.0)
+  return program, program.init([trainable]), frozen
 
 
 def with_adapters(params, rank=8):
   return lora.add_lora(params, rank, float(rank), key=jax.random.key(0))
 
 
-def run(step, state, frozen, batches, mesh):
+def run(program, state, frozen, batches, mesh):
   """(losses, state) after one step on each host batch."""
   losses = []
   for batch in batches:
-    state, metrics = step(state, frozen, sharding.global_batch(batch, mesh), jax.random.key(7))
-    losses.append(float(metrics["loss"]))
+    state, metrics = program.step(state, frozen, sharding.global_batch(one_run(batch), mesh, 1), keys(7))
+    losses.append(float(metrics["loss"][0]))
   return losses, state
 
 
@@ -64,9 +55,10 @@ def test_frozen_leaves_stay_bit_identical_and_adapters_and_head_move(family, dty
   params = trees.combine(jax.tree.map(lambda x: x.astype(jnp.float32), trees.split(params, trees.LORA)[0]), params)
   before = {path: np.array(leaf) for path, leaf in flatten(params).items()}
   mesh = single_device()
-  step, state, frozen = prepare(model, params, trees.LORA, mesh, num_steps=100)
+  program, state, frozen = prepare(model, params, trees.LORA, mesh, num_steps=100)
   batch = make_batch(model)
-  losses, state = run(step, state, frozen, [batch] * 100, mesh)
+  losses, state = run(program, state, frozen, [batch] * 100, mesh)
+  state = alone(state)
   assert losses[-1] < 0.7 * losses[0] and int(state.step) == 100
   after, labels = flatten(trees.combine(state.params, frozen)), flatten(trees.label_tree(params))
   assert after.keys() == before.keys()
@@ -85,6 +77,7 @@ def test_optimizer_state_is_for_adapters_and_head_only(family, head, request):
   model, params = request.getfixturevalue(family)
   params = with_adapters(params)
   _, state, _ = prepare(model, params, trees.LORA, single_device())
+  state = alone(state)
   trained = head | {f"layers/attn/{t}_proj/lora_{x}" for t in "qv" for x in "ab"}
   shapes = {path: leaf.shape for path, leaf in flatten(params).items()}
   moments = []
@@ -146,7 +139,7 @@ def test_eight_devices_give_the_losses_of_one(sizes, twenty_steps, on_one_device
 def test_optimizer_moments_lie_where_their_parameters_lie(llama):
   _, state, _ = prepare(llama[0], with_adapters(llama[1]), trees.LORA, sharding.make_mesh(2, 2, 2))
   places = {leaf.shape: leaf.sharding for leaf in jax.tree.leaves(state.params)}
-  moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+  moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 1]
   assert len(moments) == 2 * len(jax.tree.leaves(state.params))
   for leaf in moments:
     assert leaf.sharding.is_equivalent_to(places[leaf.shape], leaf.ndim)
@@ -155,29 +148,30 @@ def test_optimizer_moments_lie_where_their_parameters_lie(llama):
 def test_the_step_compiles_once_per_shape(llama, make_batch):
   model, params = llama
   mesh = sharding.make_mesh()
-  step, state, frozen = prepare(model, with_adapters(params), trees.LORA, mesh)
+  program, state, frozen = prepare(model, with_adapters(params), trees.LORA, mesh)
   sizes = []
   for tokens in (12, 12, 16, 12, 16, 12):
-    _, state = run(step, state, frozen, [make_batch(model, tokens=tokens, seed=len(sizes))], mesh)
-    sizes.append(step._cache_size())
+    _, state = run(program, state, frozen, [make_batch(model, tokens=tokens, seed=len(sizes))], mesh)
+    sizes.append(program.step._cache_size())
   assert sizes == [1, 1, 2, 2, 2, 2]
 
 
 def test_metrics_are_the_terms_their_weighted_sum_and_the_gradient_norm(llama, make_batch):
-  """The state is donated, so the caller keeps its parameters only because `init_state` copies them."""
+  """The state is donated, so the caller keeps its parameters only because `init` copies them."""
   model, params = llama
   params, mesh, batch = with_adapters(params), single_device(), make_batch(llama[0])
-  step, state, frozen = prepare(model, params, trees.LORA, mesh)
+  program, state, frozen = prepare(model, params, trees.LORA, mesh)
   trainable, _ = trees.split(params, trees.LORA)
   whole = jax.jit(jax.value_and_grad(lambda p: w2s_loss(model)(p, frozen, batch, jax.random.key(7))[0]))
   value, gradient = whole(trainable)
-  new, metrics = step(state, frozen, sharding.global_batch(batch, mesh), jax.random.key(7))
+  new, metrics = program.step(state, frozen, sharding.global_batch(one_run(batch), mesh, 1), keys(7))
+  metrics = alone(metrics)
   assert set(metrics) == {"loss", "ce", "kd", "fa", "grad_norm"}
   np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
   np.testing.assert_allclose(metrics["loss"], sum(w * metrics[k] for k, w in WEIGHTS.items()), rtol=1e-6)
   norm = np.sqrt(sum(np.square(np.asarray(g, np.float64)).sum() for g in jax.tree.leaves(gradient)))
   np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
-  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params)) and int(new.step) == 1
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params)) and int(new.step[0]) == 1
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
 
@@ -185,9 +179,10 @@ def test_term_norms_by_hand(llama, make_batch):
   """With the head alone trained: d(ce)/d(kernel) = features^T (softmax - onehot) / B, and fa does not reach it."""
   model, params = llama
   batch, mesh = make_batch(model), single_device()
-  _, state, frozen = prepare(model, params, ("head",), mesh)
   weights = {"ce": 5.0, "kd": 0.5, "fa": 0.1}
-  norms = steps.make_term_norms(w2s_loss(model, weights), weights, mesh)(state, frozen, batch, jax.random.key(7))
+  trainable, frozen = trees.split(params, ("head",))
+  program = make_program(model, trainable, frozen, mesh, weights=weights)
+  norms = alone(program.term_norms(program.init([trainable]), frozen, one_run(batch), keys(7)))
   out = model.apply(params, batch["input_ids"], batch["attention_mask"])
   def softmax(x):
     return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
@@ -219,14 +214,10 @@ def test_steps_past_the_count_leave_the_state_alone(llama, make_batch):
   """Five batches and a count of three: the state after three, what three calls of the step give."""
   model, params = llama
   mesh = single_device()
-  step, state, frozen = prepare(model, with_adapters(params), trees.LORA, mesh)
+  program, state, frozen = prepare(model, with_adapters(params), trees.LORA, mesh)
   host = [make_batch(model, seed=i) for i in range(5)]
-  _, want = run(step, jax.tree.map(jnp.copy, state), frozen, host[:3], mesh)
-  trainable = trees.split(with_adapters(params), trees.LORA)[0]
-  tx = optim.make_optimizer(trainable, 1e-2, 50, clip_norm=1.0)
-  steps_fn = steps.make_train_steps(step, steps.state_shardings(trainable, tx, "llama", mesh),
-                                    sharding.param_shardings(frozen, "llama", mesh), mesh)
-  batches = sharding.global_batch({k: np.stack([b[k] for b in host]) for k in host[0]}, mesh, 1)
-  got, metrics = steps_fn(state, frozen, batches, jax.random.key(7), 3)
-  assert int(got.step) == 3 and metrics["loss"].shape == (5,)
+  _, want = run(program, jax.tree.map(jnp.copy, state), frozen, host[:3], mesh)
+  batches = {k: np.stack([b[k] for b in host])[:, None] for k in host[0]}
+  got, metrics = program.steps(state, frozen, sharding.global_batch(batches, mesh, 2), keys(7), 3)
+  assert int(got.step[0]) == 3 and metrics["loss"].shape == (5, 1)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), got, want)

@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rig import WEIGHTS, alone, keys, make_program, one_run
 
 from w2s_jax import InputError, processes, sharding
 from w2s_jax.adapters import lora, trees
 from w2s_jax.data import batches, packing
-from w2s_jax.defenses import w2s
 from w2s_jax.models import Model
-from w2s_jax.training import optim, steps, train
+from w2s_jax.tasks import CLASSIFICATION
+from w2s_jax.training import train
 
 STEPS, EVAL_EVERY = 12, 4
-WEIGHTS = {"ce": 1.0, "kd": 0.5, "fa": 0.1}
 stack = functools.partial(packing.stack, groups=1, pad_token_id=0)
 
 
@@ -39,14 +39,11 @@ def rig(llama, make_batch):
   arrays = {k: v for k, v in rows.items() if k not in ("attention_mask", "weight")}
   arrays["length"] = rows["attention_mask"].sum(1)
   trainable, frozen = trees.split(lora.add_lora(llama[1], 4, 4.0, key=jax.random.key(0)), trees.LORA)
-  tx = optim.make_optimizer(trainable, 1e-2, STEPS)
-  loss = steps.classification_loss(model, lambda out, batch: w2s.terms(out, batch, 2.0), WEIGHTS)
-  places = steps.state_shardings(trainable, tx, "llama", mesh), sharding.param_shardings(frozen, "llama", mesh), mesh
-  steps_fn = steps.make_train_steps(steps.make_train_step(loss, tx, *places), *places)
-  term_norms = steps.make_term_norms(loss, WEIGHTS, mesh)
-  out = types.SimpleNamespace(kept={}, asked=[], mesh=mesh)
+  program = make_program(model, trainable, frozen, mesh, STEPS)
+  out = types.SimpleNamespace(kept={}, asked=[], mesh=mesh, trainable=trainable, program=program)
 
-  def fit(workdir, stop_before=None, accuracies=None, trained=trainable, tx=tx, at_step=None, **options):
+  def fit(workdir, stop_before=None, accuracies=None, trained=trainable, program=program, at_step=None,
+          eval_every=EVAL_EVERY, **options):
     def batches_from(start):
       source = batches.train_batches(20, 8, functools.partial(batches.make_batch, arrays, batch_size=8, buckets=(12,)),
                                      seed=3, start_step=start)
@@ -55,18 +52,21 @@ def rig(llama, make_batch):
           raise KeyboardInterrupt
         (at_step or {}).get(step, lambda: None)()
         out.asked.append(step)
-        yield next(source)
+        yield one_run(next(source))
     def dev_accuracy(params):
-      out.kept[out.asked[-1]] = jax.tree.map(np.asarray, params)
+      out.kept[out.asked[-1]] = alone(jax.tree.map(np.asarray, params))
       return [accuracies[out.asked[-1]]]
     out.asked.clear()
-    options = dict(steps=STEPS, eval_every=EVAL_EVERY, log_every=1, config_hash="abc") | options
-    fitted, = train.fit(["w2s"], options.pop("steps_fn", steps_fn), steps.init_state(trained, tx, "llama", mesh),
-                        frozen, batches_from, stack, key=jax.random.key(11), mesh=mesh, workdir=workdir,
-                        dev_accuracy=dev_accuracy if accuracies else None, term_norms=term_norms, **options)
+    fitted, = train.fit(["w2s"], program, program.init([trained]), frozen,
+                        train.Feed(STEPS, batches_from, stack, keys(11)), eval_every, place(mesh, workdir, **options),
+                        dev_accuracy if accuracies else None)
     return fitted
-  out.fit, out.trainable = fit, trainable
+  out.fit, out.rebuilt = fit, functools.partial(make_program, model, frozen=frozen, mesh=mesh, num_steps=STEPS)
   return out
+
+
+def place(mesh, workdir, config_hash="abc", log_every=1, **options):
+  return train.Workplace(CLASSIFICATION, mesh, workdir, config_hash, (12,), 8, log_every=log_every, **options)
 
 
 def lines(workdir):
@@ -91,20 +91,17 @@ def fit_on(llama, make_batch):
     params = lora.add_lora(llama[1], 4, 4.0, key=jax.random.key(0))
     params = jax.device_put(params, sharding.param_shardings(params, "llama", mesh))
     trainable, frozen = trees.split(params, trees.LORA)
-    tx = optim.make_optimizer(trainable, 1e-2, STEPS)
-    loss = steps.classification_loss(model, lambda out, batch: w2s.terms(out, batch, 2.0), WEIGHTS)
-    places = steps.state_shardings(trainable, tx, "llama", mesh), sharding.param_shardings(frozen, "llama", mesh), mesh
+    program = make_program(model, trainable, frozen, mesh, STEPS)
     def batches_from(step):
       for number in range(step, STEPS):
         if asked is not None:
           asked.append(number + 1)
         if number + 1 == stop_before:
           raise KeyboardInterrupt
-        yield host[number]
+        yield one_run(host[number])
     (fitted, _), = train.fit(
-        ["w2s"], steps.make_train_steps(steps.make_train_step(loss, tx, *places), *places),
-        steps.init_state(trainable, tx, "llama", mesh), frozen, batches_from, stack, steps=STEPS, eval_every=STEPS,
-        log_every=1, checkpoint_every=3, config_hash="abc", key=jax.random.key(11), mesh=mesh, workdir=workdir)
+        ["w2s"], program, program.init([trainable]), frozen, train.Feed(STEPS, batches_from, stack, keys(11)), STEPS,
+        place(mesh, workdir, checkpoint_every=3))
     return [json.loads(line)["loss"] for line in lines(workdir)], fitted
   return run
 
@@ -160,7 +157,7 @@ def test_resumed_is_uninterrupted(stop_before, resumes_at, rig, uninterrupted, t
   assert rig.asked == list(range(resumes_at, STEPS + 1))
   assert lines(tmp_path) == want_lines
   same(params, want_params)
-  assert {k: chosen[k] for k in ("step", "dev_accuracy")} == {k: want_chosen[k] for k in ("step", "dev_accuracy")}
+  assert chosen[:2] == want_chosen[:2]                          # step and dev accuracy
 
 
 @pytest.mark.parametrize("per_dispatch", [2, 5, 100])
@@ -172,7 +169,7 @@ def test_several_steps_in_one_dispatch_are_those_steps(per_dispatch, rig, uninte
     rig.fit(tmp_path, stop_before=8, **options)
   assert [json.loads(line)["step"] for line in lines(tmp_path)][-1] in (5, 6)
   got, got_chosen = rig.fit(tmp_path, **options)
-  assert got_chosen["step"] == chosen["step"]
+  assert got_chosen.step == chosen.step
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, params)
   ours, theirs = ([json.loads(line) for line in some] for some in (lines(tmp_path), whole))
   assert [line.keys() for line in ours] == [line.keys() for line in theirs]
@@ -204,7 +201,7 @@ def test_resuming_twice(rig, uninterrupted, tmp_path):
 def test_a_finished_stage_takes_no_step_and_returns_the_same(rig, uninterrupted, tmp_path):
   rig.fit(tmp_path, accuracies=ACCURACIES, **NORMS)
   params, chosen = rig.fit(tmp_path, accuracies=ACCURACIES, **NORMS)
-  assert rig.asked == [] and chosen["step"] == 8
+  assert rig.asked == [] and chosen.step == 8
   assert lines(tmp_path) == uninterrupted[0]
   same(params, uninterrupted[1])
 
@@ -226,7 +223,7 @@ def test_the_best_checkpoint_by_dev_accuracy_comes_back(accuracies, best, rig, t
   with pytest.raises(KeyboardInterrupt):
     rig.fit(tmp_path, stop_before=11, accuracies=accuracies)
   params, chosen = rig.fit(tmp_path, accuracies=accuracies)
-  assert (chosen["step"], chosen["dev_accuracy"]) == (best, accuracies[best])
+  assert (chosen.step, chosen.dev_accuracy) == (best, accuracies[best])
   same(params, rig.kept[best])
   assert all(differ(params, rig.kept[step]) for step in accuracies if step != best)
   logged = {line["step"]: line["dev_accuracy"] for line in map(json.loads, lines(tmp_path)) if "dev_accuracy" in line}
@@ -238,18 +235,18 @@ def test_the_best_checkpoint_by_dev_accuracy_comes_back(accuracies, best, rig, t
 def test_among_equals_a_resumed_run_chooses_as_the_uninterrupted_one(accuracies, rig, tmp_path):
   """Small dev sets tie often; whichever of the equals it is, it is the same one, and it is still on disk."""
   want, chosen = rig.fit(tmp_path / "whole", accuracies=accuracies)
-  same(want, rig.kept[chosen["step"]])
+  same(want, rig.kept[chosen.step])
   for stop_before in (7, 10):
     with pytest.raises(KeyboardInterrupt):
       rig.fit(tmp_path / f"{stop_before}", stop_before=stop_before, accuracies=accuracies)
     params, again = rig.fit(tmp_path / f"{stop_before}", accuracies=accuracies)
-    assert again["step"] == chosen["step"] and accuracies[again["step"]] == max(accuracies.values())
+    assert again.step == chosen.step and accuracies[again.step] == max(accuracies.values())
     same(params, want)
 
 
 def test_without_dev_accuracy_the_last_step_is_kept(rig, uninterrupted, tmp_path):
   params, chosen = rig.fit(tmp_path)
-  assert (chosen["step"], chosen["dev_accuracy"]) == (STEPS, None)
+  assert (chosen.step, chosen.dev_accuracy) == (STEPS, None)
   same(params, rig.kept[STEPS])                                 # of the runs above, which took the same steps
   assert not any("dev_accuracy" in line for line in lines(tmp_path))
 
@@ -295,7 +292,7 @@ def test_a_checkpoint_of_another_config_with_other_shapes_is_refused_alike(rig, 
   trained, _ = trees.split(lora.add_lora(llama[1], 2, 2.0, key=jax.random.key(0)), trees.LORA)
   with pytest.raises(InputError, match=r"was made by config abc, this run is xyz"):
     rig.fit(tmp_path, accuracies=ACCURACIES, config_hash="xyz", trained=trained,
-            tx=optim.make_optimizer(trained, 1e-2, STEPS))
+            program=rig.rebuilt(trained))
 
 
 def test_a_checkpoint_of_another_version_is_refused(rig, tmp_path):
@@ -303,8 +300,7 @@ def test_a_checkpoint_of_another_version_is_refused(rig, tmp_path):
   with pytest.raises(KeyboardInterrupt):
     rig.fit(tmp_path, stop_before=6, accuracies=ACCURACIES)
   with pytest.raises(InputError, match=r"checkpoints/w2s/4 does not fit \(.*another version.*--workdir"):
-    rig.fit(tmp_path, accuracies=ACCURACIES,
-            tx=optim.make_optimizer(rig.trainable, 1e-2, STEPS, clip_norm=1.0))
+    rig.fit(tmp_path, accuracies=ACCURACIES, program=rig.rebuilt(rig.trainable, clip_norm=1.0))
 
 
 @pytest.mark.parametrize("broken", ["loss", "grad_norm"])
@@ -312,10 +308,10 @@ def test_a_step_that_is_not_finite_stops_the_stage_and_says_where(broken, rig, t
   """No line and no checkpoint of that step remains, though it was no step to be logged."""
   def steps_fn(state, frozen, batches, key, count):
     step = state.step + 1
-    fine = jnp.ones(1)
-    return state._replace(step=step), {"loss": fine, "grad_norm": fine, broken: jnp.where(step < 6, fine, jnp.nan)}
+    fine = jnp.ones((1, 1))
+    return state._replace(step=step), {"loss": fine, "grad_norm": fine, broken: jnp.where(step[0] < 6, fine, jnp.nan)}
   with pytest.raises(FloatingPointError, match=r"w2s: loss .*nan.* at step 6: lower the learning rate"):
-    rig.fit(tmp_path, steps_fn=steps_fn, log_every=5, checkpoint_every=2, eval_every=100)
+    rig.fit(tmp_path, program=rig.program._replace(steps=steps_fn), log_every=5, checkpoint_every=2, eval_every=100)
   assert [json.loads(line)["step"] for line in lines(tmp_path)] == [2, 4, 5]
   saved = sorted(int(p.name) for p in (tmp_path / "checkpoints/w2s").iterdir() if p.name.isdigit())
   assert saved == [4]
@@ -327,44 +323,39 @@ def test_a_step_that_is_not_finite_stops_the_stage_and_says_where(broken, rig, t
 def test_three_seeds_at_once_are_three_runs(model, interrupted, request, make_batch, tmp_path):
   """Adapters, order, dropout and best step differ; batches are packed; also stopped half-way and resumed."""
   model, params = request.getfixturevalue(model)
-  family, mesh, seeds = model.config.family, sharding.make_mesh(devices=jax.devices()[:1]), (3, 5, 8)
+  mesh, seeds = sharding.make_mesh(devices=jax.devices()[:1]), (3, 5, 8)
   model = Model(dataclasses.replace(model.config, lora_dropout=0.2))
   rows = make_batch(model, rows=20)
   arrays = {k: v for k, v in rows.items() if k not in ("attention_mask", "weight")}
   arrays["length"] = rows["attention_mask"].sum(1)
   split = [trees.split(lora.add_lora(params, 4, 4.0, ("q_proj", "up_proj"), key=jax.random.key(s)), trees.LORA)
            for s in seeds]
-  frozen, tx = split[0][1], optim.make_optimizer(split[0][0], 1e-2, STEPS, clip_norm=0.5)
-  loss = steps.classification_loss(model, lambda out, batch: w2s.terms(out, batch, 2.0), WEIGHTS)
+  frozen = split[0][1]
   best = {3: (0.5, 0.9, 0.1), 5: (0.7, 0.2, 0.1), 8: (0.1, 0.6, 0.6)}
   def fit(chosen, workdir, makes, stop_before=None, per_dispatch=1):
     runs, asked = len(chosen), []
-    places = (steps.state_shardings(split[0][0], tx, family, mesh),
-              sharding.param_shardings(frozen, family, mesh), mesh, runs)
-    steps_fn = steps.make_train_steps(steps.make_train_step(loss, tx, *places), *places)
+    program = make_program(model, split[0][0], frozen, mesh, STEPS, runs=runs, clip_norm=0.5)
     def batches_from(step):
       streams = [batches.train_batches(20, 8, make, seed, step) for make, seed in zip(makes, chosen)]
       for number, some in enumerate(zip(*streams), step + 1):
         if number == stop_before:
           raise KeyboardInterrupt
         asked.append(number)
-        yield some[0] if runs == 1 else stack(some)
-    starts, keys = [split[seeds.index(s)][0] for s in chosen], [jax.random.key(s) for s in chosen]
+        yield stack(some)
     return train.fit(
-        [f"w2s{s}" for s in chosen], steps_fn, steps.init_state(starts if runs > 1 else starts[0], tx, family, mesh),
-        frozen, batches_from, stack, steps=STEPS, steps_per_dispatch=per_dispatch,
-        key=jnp.stack(keys) if runs > 1 else keys[0], mesh=mesh,
-        eval_every=EVAL_EVERY, workdir=workdir, config_hash="abc", log_every=1,
-        dev_accuracy=lambda params: [best[s][asked[-1] // 4 - 1] for s in chosen])
+        [f"w2s{s}" for s in chosen], program, program.init([split[seeds.index(s)][0] for s in chosen]), frozen,
+        train.Feed(STEPS, batches_from, stack, keys(*chosen)), EVAL_EVERY,
+        place(mesh, workdir, steps_per_dispatch=per_dispatch),
+        lambda params: [best[s][asked[-1] // 4 - 1] for s in chosen])
   makes = packing.packers([arrays] * 3, seeds, 8, (12,), 1, STEPS, np.inf, 0)
   if interrupted:
     with pytest.raises(KeyboardInterrupt):
       fit(seeds, tmp_path / "together", makes, stop_before=10, per_dispatch=3)
   together = fit(seeds, tmp_path / "together", makes, per_dispatch=3)
-  assert [chosen["step"] for _, chosen in together] == [8, 4, 12]
+  assert [chosen.step for _, chosen in together] == [8, 4, 12]
   for seed, make, (params, chosen) in zip(seeds, makes, together):
     (alone, alone_chosen), = fit([seed], tmp_path / "alone", [make])
-    assert chosen["step"] == alone_chosen["step"] and chosen["dev_accuracy"] == alone_chosen["dev_accuracy"]
+    assert chosen.step == alone_chosen.step and chosen.dev_accuracy == alone_chosen.dev_accuracy
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), params, alone)
     ours, theirs = ([json.loads(x) for x in (tmp_path / where / f"metrics/w2s{seed}.jsonl").read_text().splitlines()]
                     for where in ("together", "alone"))
