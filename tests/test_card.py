@@ -11,14 +11,15 @@ def row(model, attack, ca, asr):
           "ca_ci": [ca - 0.1, ca], "asr": asr, "asr_ci": None if asr is None else [asr, asr + 0.1], "asr_n": 90}
 
 
-META = {"base": {"path": "some/llama", "sha256": {"model.safetensors": "ab12"}}, "teacher": "some/bert",
+META = {"attack": "attack badnet, trigger `mn`, target label 0", "warnings": [],
+        "base": {"path": "some/llama", "sha256": {"model.safetensors": "ab12"}}, "teacher": "some/bert",
         "teacher_ca": 0.8125, "clean_rows": {"train": 321, "dev": 1, "test": 200}, "config_hash": "c0ffee",
         "versions": {"jax": "0.10.2"}}
 ROWS = [row("clean", "badnet", 0.9, 0.1), row("poisoned", "badnet", 0.85, 1.0), row("w2s", "badnet", 0.875, 0.25)]
 
 
 def test_a_poisoned_model_says_so_first():
-  text = card.text("poisoned", ROWS, META, "attack badnet, trigger `mn`, target label 0")
+  text = card.text("poisoned", ROWS, META)
   first = text.splitlines()[0]
   assert first.startswith("WARNING: this model is POISONED") and "trigger `mn`, target label 0" in first
   suspect = card.text("suspect", [row("suspect", "mn", 0.8, 0.9)], META)
@@ -58,7 +59,7 @@ def test_no_trigger_was_listed():
 def test_what_is_known_without_a_trigger_and_warnings():
   more = {"agreement": 0.75, "word_flips": 0.125, "sentence_flips": None}
   rows = [row(m, "none listed", 0.8, None) | more for m in ("suspect", "w2s")]
-  text = card.text("w2s", rows, META | {"notes": ["WARNING: a weak teacher.", "something else"]})
+  text = card.text("w2s", rows, META | {"warnings": ["a weak teacher."], "notes": ["something else"]})
   assert "| ASR | ASR 95% | agreement | word flips |" in text and "sentence flips" not in text
   assert "| w2s | none listed | 0.800 | 0.700-0.800 | - | - | 0.750 | 0.125 |" in text
   assert "WARNING: a weak teacher." in text and "something else" not in text

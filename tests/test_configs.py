@@ -13,7 +13,8 @@ from w2s_jax.attacks import ATTACKS
 from w2s_jax.defenses import DEFENSES, w2s
 from w2s_jax.models import Model, config_from_hf
 from w2s_jax.planning import abstract
-from w2s_jax.training import steps
+from w2s_jax.tasks import CLASSIFICATION
+from w2s_jax.training import stage
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(f.stem for f in (ROOT / "configs").glob("*_*.py") if f.stem != "clean_checkpoint")  # of no shape yet
@@ -34,9 +35,10 @@ def variants():
 
 def unchanged(step, state, frozen, batch):
   """Metric names of an abstract step that keeps every shape and dtype of its state."""
-  after, metrics = jax.eval_shape(step, state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0)))
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+  after, metrics = jax.eval_shape(step, state, frozen, batch, keys)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
-  assert all(value.shape == () for value in metrics.values())
+  assert all(value.shape == (1,) for value in metrics.values())
   return set(metrics)
 
 
@@ -47,10 +49,12 @@ def test_abstract_evaluation(name, arg):
   model, mesh = abstract.student(c), sharding.make_mesh(2, 2, 2)
   assert c.attack.name in ATTACKS and set(c.defenses) <= set(DEFENSES)
   B, T = c.defend.batch_size, c.data.max_length
-  step, state, frozen = abstract.defend_step(c, model, mesh)
+  plan, params = abstract.defense_plan("w2s", c, model)
+  step, state, frozen = abstract.training_step(plan, params, mesh)
   assert set(jax.tree.leaves(trees.label_tree(state.params))) == {"adapter", "head"}
   assert not {"adapter", "head"} & set(jax.tree.leaves(trees.label_tree(frozen)))
-  assert unchanged(step, state, frozen, abstract.batch(model, B, T, True)) == {"loss", "ce", "kd", "fa", "grad_norm"}
+  batch = abstract.training_batch(plan, CLASSIFICATION, B, T, True)
+  assert unchanged(step, state, frozen, batch) == {"loss", "ce", "kd", "fa", "grad_norm"}
 
   teacher = Model(config_from_hf(c.teacher.arch.to_dict(), feature_width=model.config.feature_size))
   ids = jax.ShapeDtypeStruct((B, T), "int32")
@@ -58,10 +62,11 @@ def test_abstract_evaluation(name, arg):
   assert out.features.shape == (B, model.config.feature_size) and out.logits.shape == (B, c.data.num_labels)
   assert set(c.poison.trains) <= set(trees.FULL) and "head" in c.poison.trains
   for network, settings, labels in ((teacher, c.teach, trees.FULL), (model, c.poison, tuple(c.poison.trains))):
-    step, state, fixed = abstract.train_step(network, network.abstract_params(), labels, steps.cross_entropy_terms,
-                                             {"ce": 1.0}, settings.learning_rate, mesh)
+    plan = stage.task_plan(CLASSIFICATION, "stage", 0, network, labels, settings)
+    step, state, fixed = abstract.training_step(plan, network.abstract_params(), mesh)
     assert set(jax.tree.leaves(trees.label_tree(state.params))) == set(labels)
-    assert unchanged(step, state, fixed, abstract.batch(network, B, T, False)) == {"loss", "ce", "grad_norm"}
+    batch = abstract.training_batch(plan, CLASSIFICATION, B, T, False)
+    assert unchanged(step, state, fixed, batch) == {"loss", "ce", "grad_norm"}
 
 
 def parameters(model):
@@ -90,8 +95,8 @@ def test_the_released_recipe(name, attack, weights):
   assert (c.defend.learning_rate, c.defend.batch_size, c.defend.epochs, c.defend.weight_decay) == (2e-4, 32, 5, 0.01)
   assert (c.poison.learning_rate, c.poison.batch_size, c.poison.epochs, c.poison.clip_norm) == (2e-5, 64, 5, 1.0)
   assert (c.teach.learning_rate, c.teach.batch_size, c.teach.epochs, c.teach.warmup_fraction) == (2e-5, 32, 5, 0.06)
-  assert c.data.max_length == c.data.attack_max_length == 128 and c.defend.temperature == 2.0
-  assert w2s.loss_weights(c.defend.weights, 4096) == dict(zip(("ce", "kd", "fa"), weights))
+  assert c.data.max_length == c.data.attack_max_length == 128 and c.defense.w2s.temperature == 2.0
+  assert w2s.loss_weights(c.defense.w2s.weights, 4096) == dict(zip(("ce", "kd", "fa"), weights))
   adapters, _ = trees.split(abstract.adapted(c, abstract.student(c).abstract_params()), ("adapter",))
   if name.startswith("llama"):
     assert sum(x.size for x in jax.tree.leaves(adapters)) == 218_103_808      # the released run's ~218M

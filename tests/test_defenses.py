@@ -1,15 +1,15 @@
 """What each defense's loss depends on, and what it must not depend on. B rows, T tokens."""
 
 import functools
-import inspect
 
 import jax
 import numpy as np
 import pytest
+import rig
 
 from w2s_jax import InputError, losses
 from w2s_jax.adapters import trees
-from w2s_jax.defenses import DEFENSES, anchors, w2s, w2s_adv, w2s_released
+from w2s_jax.defenses import ABLATIONS, DEFENSES, Defense, Suspect, anchors, lora_ce, w2s, w2s_released
 from w2s_jax.training import steps
 
 WEIGHTS = {"ce": 1.0, "kd": 1.0, "fa": 0.1}
@@ -17,7 +17,7 @@ WEIGHTS = {"ce": 1.0, "kd": 1.0, "fa": 0.1}
 
 @functools.cache
 def jitted_loss(model, terms, weights):
-  return jax.jit(steps.classification_loss(model, lambda out, batch: terms(out, batch, 2.0), dict(weights)))
+  return jax.jit(steps.classification_loss(model, rig.terms(terms), dict(weights)))
 
 
 def value(model, params, batch, terms, weights=None):
@@ -26,10 +26,12 @@ def value(model, params, batch, terms, weights=None):
   return jitted_loss(model, terms, tuple((weights or WEIGHTS).items()))(trainable, frozen, batch, jax.random.key(0))
 
 
-def weights_of(name, clean=WEIGHTS):
-  """Of every term of the defense, from those of w2s."""
-  clean = clean if DEFENSES[name].uses_teacher else {"ce": 1.0}
-  return w2s_adv.loss_weights(clean, 0.5) if DEFENSES[name].adversary else clean
+RECIPES = {name: defense.recipe for name, defense in DEFENSES.items() if defense.recipe}
+
+
+def weights_of(name):
+  """Of every term of the defense, at the student's width."""
+  return RECIPES[name].weights(rig.DEFENSE, 32)
 
 
 def both_views(batch):
@@ -78,7 +80,7 @@ def test_w2s_released_depends_on_both(family, request, make_batch):
   np.testing.assert_allclose([reversed_rows["ce"], padded["kd"]], [own["ce"], own["kd"]], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [n for n, d in DEFENSES.items() if d is not None])
+@pytest.mark.parametrize("name", RECIPES)
 def test_filler_rows_change_nothing(name, llama, make_batch):
   """A short batch filled up with copies at weight 0 gives the value of the short batch itself."""
   model, params = llama
@@ -86,7 +88,7 @@ def test_filler_rows_change_nothing(name, llama, make_batch):
   short = {k: v[:5] for k, v in batch.items()}
   filled = {k: np.concatenate([v[:5], v[:1], v[:1], v[:1]]) for k, v in batch.items()}
   filled["weight"] = np.array([1.0] * 5 + [0.0] * 3, np.float32)
-  want, got = (value(model, params, b, DEFENSES[name].terms, weights_of(name))[0] for b in (short, filled))
+  want, got = (value(model, params, b, RECIPES[name].terms, weights_of(name))[0] for b in (short, filled))
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
@@ -98,11 +100,11 @@ def test_w2s_released_is_the_released_arithmetic_on_a_model(llama, make_batch):
   np.testing.assert_allclose(value(model, params, batch, w2s_released.terms)[1]["fa"], want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [n for n, d in DEFENSES.items() if d is not None])
+@pytest.mark.parametrize("name", RECIPES)
 def test_terms_have_the_names_of_their_weights_and_make_up_the_loss(name, llama, make_batch):
   model, params = llama
-  weights = weights_of(name, w2s.loss_weights("small", model.config.feature_size))
-  total, terms = value(model, params, both_views(make_batch(model)), DEFENSES[name].terms, weights)
+  weights = weights_of(name)
+  total, terms = value(model, params, both_views(make_batch(model)), RECIPES[name].terms, weights)
   assert set(terms) == set(weights)
   np.testing.assert_allclose(total, sum(weights[k] * terms[k] for k in weights), rtol=1e-6)
 
@@ -110,7 +112,7 @@ def test_terms_have_the_names_of_their_weights_and_make_up_the_loss(name, llama,
 def test_the_control_reads_no_teacher(llama, make_batch):
   model, params = llama
   batch = {k: v for k, v in make_batch(model).items() if not k.startswith("teacher")}
-  total, terms = value(model, params, batch, DEFENSES["lora_ce"].terms, {"ce": 1.0})
+  total, terms = value(model, params, batch, lora_ce.terms, {"ce": 1.0})
   out = model.apply(params, batch["input_ids"], batch["attention_mask"])
   np.testing.assert_allclose(total, losses.cross_entropy(out.logits, batch["label"]), rtol=1e-6)
 
@@ -118,12 +120,17 @@ def test_the_control_reads_no_teacher(llama, make_batch):
 def test_the_dict_of_defenses():
   """`none` is the poisoned model itself; only the controls show an example other than its own teacher output."""
   anchored = ["w2s_adv_shuffled", "w2s_adv_within", "w2s_adv_means", "w2s_adv_orthogonal"]
-  assert list(DEFENSES) == ["none", "lora_ce", "w2s", "w2s_released", "w2s_shuffled", "w2s_adv", "ce_adv", *anchored]
-  assert DEFENSES["none"] is None and [n for n, d in DEFENSES.items() if d and d.anchor] == ["w2s_shuffled", *anchored]
-  assert [n for n, d in DEFENSES.items() if d and not d.uses_teacher] == ["lora_ce", "ce_adv"]
-  assert [n for n, d in DEFENSES.items() if d and d.adversary] == ["w2s_adv", "ce_adv", *anchored]
-  assert DEFENSES["w2s_shuffled"].terms is DEFENSES["w2s"].terms   # the same loss: only the pairing differs
-  assert all("trigger" not in inspect.signature(d.terms).parameters for d in DEFENSES.values() if d)
+  assert list(RECIPES) == ["lora_ce", "w2s", "w2s_released", "w2s_adv", "w2s_shuffled", "ce_adv", *anchored]
+  assert list(DEFENSES) == ["none", "lora_ce", "w2s", "w2s_released", "w2s_adv", "prune", "onion", "strip",
+                            "w2s_shuffled", "ce_adv", *anchored]
+  assert list(ABLATIONS) == ["w2s_shuffled", "ce_adv", *anchored]
+  assert DEFENSES["none"] == Defense()
+  views = {name: recipe.teacher_view for name, recipe in RECIPES.items()}
+  assert [n for n, view in views.items() if view not in (None, anchors.own)] == ["w2s_shuffled", *anchored]
+  assert [n for n, view in views.items() if view is None] == ["lora_ce", "ce_adv"]
+  assert [n for n, r in RECIPES.items() if r.views == 2] == ["w2s_adv", "ce_adv", *anchored]
+  assert RECIPES["w2s_shuffled"].terms is RECIPES["w2s"].terms     # the same loss: only the pairing differs
+  assert not {name for name in Suspect._fields if "trigger" in name or "attack" in name}
 
 
 def outputs(n, labels):
@@ -189,5 +196,5 @@ def test_three_numbers_as_text():
 
 @pytest.mark.parametrize("bad", ["released", "1,2", "1,2,3,4", "1,x,3", "", "1,-2,3", "nan,1,1", "1,inf,1"])
 def test_other_weights_are_an_error_that_lists_the_names(bad):
-  with pytest.raises(InputError, match=r"loss weights .*released_badnet.*CE,KD,FA.*--config\.defend\.weights"):
+  with pytest.raises(InputError, match=r"loss weights .*released_badnet.*CE,KD,FA.*--config\.defense\.w2s\.weights"):
     w2s.loss_weights(bad, 64)

@@ -6,7 +6,9 @@ import pytest
 
 from w2s_jax import sharding
 from w2s_jax.measure import metrics
+from w2s_jax.tasks import CLASSIFICATION
 from w2s_jax.training import inference
+from w2s_jax.training.train import Workplace
 
 
 @pytest.mark.parametrize("hits,n,low,high", [
@@ -51,5 +53,5 @@ def test_outputs_are_in_row_order_however_they_are_batched(devices, llama):
     np.testing.assert_allclose(features[i], one.features[0], atol=1e-5)
   other = inference.outputs(model, params, arrays, mesh, batch_size=16, buckets=(16,))
   np.testing.assert_allclose(logits, other[0], atol=1e-5)
-  np.testing.assert_array_equal(inference.predictions(model, params, arrays, mesh, batch_size=8, buckets=(16,)),
-                                logits.argmax(-1))
+  place = Workplace(CLASSIFICATION, mesh, None, "", (16,), 8)
+  np.testing.assert_array_equal(place.answers(model, params, arrays), logits.argmax(-1))

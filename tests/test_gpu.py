@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import rig
 from test_packing import LENGTHS, WEIGHTS, arrays_for
 
 from w2s_jax import sharding
@@ -12,7 +13,7 @@ from w2s_jax.adapters import lora, trees
 from w2s_jax.data import batches, packing
 from w2s_jax.defenses import w2s
 from w2s_jax.models import Model, layers
-from w2s_jax.training import optim, steps
+from w2s_jax.training import steps
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU here")
 
@@ -42,7 +43,7 @@ def test_cudnns_attention_is_xlas(family, layout, request, monkeypatch):
 
   def gradient(dtype):
     of = Model(dataclasses.replace(model.config, dtype=dtype))
-    loss = steps.classification_loss(of, lambda out, batch: w2s.terms(out, batch, 2.0), WEIGHTS)
+    loss = steps.classification_loss(of, rig.terms(w2s.terms), WEIGHTS)
     compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(trainable, frozen, batch, None).compile()
     (value, _), grads = compiled(trainable, frozen, batch, None)
     return (value, grads), "fmha" in compiled.as_text()
@@ -65,14 +66,11 @@ def setup(llama):
 
 
 def stage(config, trainable, frozen, device, runs=1):
-  """(step, state, frozen, mesh) of W2S on one device."""
-  mesh, tx = sharding.make_mesh(devices=[device]), optim.make_optimizer(trainable, 1e-1, 10)
-  loss = steps.classification_loss(Model(config), lambda out, batch: w2s.terms(out, batch, 2.0), WEIGHTS)
-  places = sharding.param_shardings(frozen, config.family, mesh)
-  step = steps.make_train_step(loss, tx, steps.state_shardings(trainable, tx, config.family, mesh), places, mesh, runs)
-  trainable = jax.device_put(trainable, device)
-  state = steps.init_state(trainable if runs == 1 else [trainable] * runs, tx, config.family, mesh)
-  return step, state, jax.device_put(frozen, places), mesh
+  """(program, state, frozen, mesh) of W2S on one device."""
+  mesh = sharding.make_mesh(devices=[device])
+  program = rig.make_program(Model(config), trainable, frozen, mesh, 10, weights=WEIGHTS, runs=runs, learning_rate=1e-1)
+  state = program.init([jax.device_put(trainable, device)] * runs)
+  return program, state, jax.device_put(frozen, sharding.param_shardings(frozen, config.family, mesh)), mesh
 
 
 def test_two_runs_at_once_in_bfloat16(setup, make_batch):
@@ -80,14 +78,14 @@ def test_two_runs_at_once_in_bfloat16(setup, make_batch):
   config, trainable, frozen = setup
   config = dataclasses.replace(config, dtype="bfloat16")
   of_each, keys = [make_batch(Model(config), seed=seed) for seed in (0, 1)], jax.random.split(jax.random.key(0), 2)
-  def metrics(batch, key, runs):
-    step, state, placed, mesh = stage(config, trainable, frozen, jax.devices()[0], runs)
-    batch, out = sharding.global_batch(batch, mesh, runs - 1), []
+  def metrics(batch, keys, runs):
+    program, state, placed, mesh = stage(config, trainable, frozen, jax.devices()[0], runs)
+    batch, out = sharding.global_batch(batch, mesh, 1), []
     for _ in range(3):
-      state, seen = step(state, placed, batch, key)
+      state, seen = program.step(state, placed, batch, keys)
       out.append([seen["loss"], seen["grad_norm"]])
     return np.array(out)
-  alone = np.stack([metrics(batch, key, 1) for batch, key in zip(of_each, keys)], axis=-1)
+  alone = np.concatenate([metrics(rig.one_run(batch), keys[i:i + 1], 1) for i, batch in enumerate(of_each)], axis=-1)
   together = metrics(jax.tree.map(lambda *x: np.stack(x), *of_each), keys, 2)
   assert abs(alone[..., 0] - alone[..., 1]).max() > 0.1
   np.testing.assert_allclose(together, alone, rtol=0.05)
@@ -98,11 +96,11 @@ def test_steps_are_the_cpus(setup, make_batch):
   config, trainable, frozen = setup
   def losses(device):
     with jax.default_device(device):
-      step, state, placed, mesh = stage(config, trainable, frozen, device)
-      batch, key, out = sharding.global_batch(make_batch(Model(config)), mesh), jax.random.key(0), []
+      program, state, placed, mesh = stage(config, trainable, frozen, device)
+      batch, out = sharding.global_batch(rig.one_run(make_batch(Model(config))), mesh, 1), []
       for _ in range(10):
-        state, metrics = step(state, placed, batch, key)
-        out.append(float(metrics["loss"]))
+        state, metrics = program.step(state, placed, batch, rig.keys(0))
+        out.append(float(metrics["loss"][0]))
     return np.array(out)
 
   with jax.default_matmul_precision("float32"):

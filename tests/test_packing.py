@@ -5,15 +5,17 @@ import types
 import jax
 import numpy as np
 import pytest
+import rig
 import test_models
 
 from configs import common
-from w2s_jax import sharding, stages
+from w2s_jax import sharding
 from w2s_jax.adapters import lora, trees
 from w2s_jax.data import batches, packing
 from w2s_jax.defenses import w2s
-from w2s_jax.run import Run
-from w2s_jax.training import steps
+from w2s_jax.tasks import CLASSIFICATION
+from w2s_jax.training import stage, steps
+from w2s_jax.training.train import Workplace
 
 WEIGHTS = {"ce": 1.0, "kd": 0.5, "fa": 0.1}
 saved = test_models.saved
@@ -64,7 +66,7 @@ def test_a_sliding_window_ends_with_its_text(saved):
 
 def loss_and_gradient(model, params, batch):
   trainable, frozen = trees.split(lora.add_lora(params, 4, 4.0, key=jax.random.key(0)), trees.LORA)
-  loss = steps.classification_loss(model, lambda out, batch: w2s.terms(out, batch, 2.0), WEIGHTS)
+  loss = steps.classification_loss(model, rig.terms(w2s.terms), WEIGHTS)
   return jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable, frozen, batch, jax.random.key(0))
 
 
@@ -163,13 +165,14 @@ def test_a_stage_says_what_a_token_costs(llama, monkeypatch, tmp_path):
   """Of its three layers: 4 operations for each frozen parameter, 6 for each of the adapters (rank 4, q and v)."""
   def packers(each, seeds, batch_size, buckets, groups, steps, flops_per_token, *more):
     raise Asked(flops_per_token)
-  monkeypatch.setattr(stages.packing, "packers", packers)
+  monkeypatch.setattr(packing, "packers", packers)
   model, params = llama
   config = common.clean_checkpoint()
-  run = Run(config, tmp_path, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]), "", {}, {}, {})
+  plan = stage.task_plan(CLASSIFICATION, "w2s", 0, model, trees.LORA, config.defend)
+  place = Workplace(CLASSIFICATION, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]), tmp_path, "", (16,), 8)
   with pytest.raises(Asked) as asked:
-    stages._train(run, ["w2s"], model, [lora.add_lora(params, 4, 4.0, key=jax.random.key(0))], trees.LORA,
-                  [arrays_for(SHAPE, np.full(64, 5), 16)], None, config.defend, None, {"ce": 1.0})
+    stage.train_stage(plan, [lora.add_lora(params, 4, 4.0, key=jax.random.key(0))],
+                      [arrays_for(SHAPE, np.full(64, 5), 16)], None, place)
   matrices, norms, alphas = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48, 2 * 32, 2
   adapters = 4 * (32 + 32) + 4 * (32 + 16)
   assert asked.value.args == (3 * (4 * (matrices + norms + alphas) + 6 * adapters),)

@@ -7,7 +7,7 @@ import pytest
 
 from w2s_jax import InputError
 from w2s_jax.data import grammar, poison, tokenization
-from w2s_jax.report import tables
+from w2s_jax.measure import attacked
 
 ROWS = [{"id": i, "text": f"the meal number {i} is really good today", "label": i % 3} for i in range(12)]
 
@@ -227,11 +227,13 @@ def test_cards_and_reports_say_how_rows_were_labelled():
   rewriting = poison.make_attack("punctuation")
   assert poison.describe("punctuation", rewriting, 0, "clean") == (
       "attack punctuation, rewritten texts, clean-label poisoning, target label 0")
-  row = {"attack": "badnet", "target_label": 1, "dataset": "d", "seed": 0, "ca_n": 9, "asr_n": 8}
-  meta = {"trigger": "mn", "trigger_lost": {"train": 0, "eval": 0}, "teacher_ca": 0.5, "poisoned_rows": 7}
-  assert "target label 1, 7 clean-label poisoned rows; defended" in tables.headline([row], meta)[0]
+  row = {"attack": "badnet", "target_label": 1, "dataset": "d", "seed": 0, "ca_n": 9, "asr_n": 8, "frr": None}
+  meta = {"trigger": "mn", "trigger_lost": {"train": 0, "eval": 0}, "teacher_ca": 0.5, "poisoned_rows": 7,
+          "poison_label": "clean", "labels_changed": 0, "companion_rows": 0}
+  assert "target label 1, 7 clean-label poisoned rows; defended" in attacked.headline([row], meta)[0]
   meta |= {"poison_label": "mixed", "labels_changed": 3, "companion_rows": 14}
-  assert "7 mixed-label poisoned rows (3 labels changed) and 14 companion rows; def" in tables.headline([row], meta)[0]
+  text = attacked.headline([row], meta)[0]
+  assert "7 mixed-label poisoned rows (3 labels changed) and 14 companion rows; def" in text
 
 
 def test_the_hash_is_the_files(tmp_path):

@@ -4,7 +4,9 @@ import types
 
 import numpy as np
 
+from w2s_jax.data import insertions
 from w2s_jax.measure import probe
+from w2s_jax.measure.deployed import Reading
 
 CLEAN = np.array([0, 1, 1, 0, 1])
 LABELS = np.array([0, 1, 1, 0, 0])
@@ -23,9 +25,11 @@ def rows(trigger, target=-1, labels=LABELS):
       data=types.SimpleNamespace(num_labels=2, train="d"))
   run = types.SimpleNamespace(config=config, hash="h", defended=lambda: {"w2s": ("w2s", 3)})
   kept = {("listed", "mn"): dict(enumerate(CLEAN))} | {k: v for k, v in PROBED.items() if k[0] != "listed"}
-  readings = {"suspect": (CLEAN, PROBED), "w2s": (CLEAN, kept)}
+  models = {"suspect": (CLEAN, PROBED), "w2s": (CLEAN, kept)}
   scans = {"suspect": [scanned(0, 0.9), scanned(1, 2.5)], "w2s": [scanned(0, None), scanned(1, None)]}
-  return list(probe._rows(run, readings, scans, labels, np.array([0, 1, 0, 0, 1]), trigger))
+  readings = {name: Reading(CLEAN, None, scan=scan) for name, scan in scans.items()}
+  readings["teacher"] = Reading(np.array([0, 1, 0, 0, 1]), None)
+  return [vars(row) for row in probe._rows(run, models, readings, labels, trigger)]
 
 
 def test_asr_of_a_listed_trigger_for_the_class_it_turns_the_suspect_to():
@@ -56,9 +60,10 @@ def test_a_trigger_that_still_works_or_a_weak_teacher_is_a_warning():
   def notes(asr, teacher_ca, after=1.0):
     rows = [dict(model=m, attack="mn", dataset="d", ca=0.9, asr=a, false_rate=0.1)
             for m, a in (("suspect", 1), ("w2s", asr))]
-    return probe.notes(rows, {"clean_rows": {"train": 9, "test": 3}, "trigger_lost": {}, "teacher_ca": teacher_ca,
-                              "suspicious_insertions": [("mn", 0.0)], "base": {"path": "p"}, "teacher": "t",
-                              "scan": {"teacher": [], "suspect": [scanned(1, 2.5)], "w2s": [scanned(1, after)]}})
+    meta = {"clean_rows": {"train": 9, "test": 3}, "trigger_lost": {}, "teacher_ca": teacher_ca,
+            "suspicious_insertions": [("mn", 0.0)], "base": {"path": "p"}, "teacher": "t",
+            "scan": {"teacher": [], "suspect": [scanned(1, 2.5)], "w2s": [scanned(1, after)]}}
+    return [f"WARNING: {text}" for text in probe.warnings(rows, meta)] + probe.notes(rows, meta)
   assert not any("WARNING" in note for note in notes(0.25, 0.9))
   assert "WARNING: `mn` still gives w2s the target label in 0.350 of the rows, against 0.100" in notes(0.35, 0.9)[0]
   assert notes(0.25, 0.5)[0].startswith("WARNING: the teacher (CA 0.500) knows less than the suspect (CA 0.900)")
@@ -71,21 +76,23 @@ def test_a_trigger_that_still_works_or_a_weak_teacher_is_a_warning():
 
 def test_insertions_are_rare_seeded_and_of_two_kinds():
   texts = ["the meal is mn bq really good and not too late", "a short one"]
-  drawn = probe.insertions(texts, 30, 2, ["cf"], seed=1)
+  drawn = insertions.insertions(texts, 30, 2, ["cf"], seed=1)
   words = [s for kind, s in drawn if kind == "word"]
   assert len(words) == 30 and not {"mn", "bq", "cf"} & set(words)
-  assert all(2 <= len(w) <= 3 and set(w) <= set(probe.LETTERS) for w in words)
+  assert all(2 <= len(w) <= 3 and set(w) <= set(insertions.LETTERS) for w in words)
   assert {s for kind, s in drawn if kind == "sentence"} == {"the meal is mn bq really good and", "a short one"}
-  assert drawn == probe.insertions(texts, 30, 2, ["cf"], seed=1) != probe.insertions(texts, 30, 2, ["cf"], seed=2)
+  again, other = (insertions.insertions(texts, 30, 2, ["cf"], seed=seed) for seed in (1, 2))
+  assert drawn == again != other
 
 
 def test_a_share_of_the_rows_gets_a_rare_word_and_never_a_known_trigger():
   rows = [{"id": i, "text": "the meal is good .", "label": 1} for i in range(400)]
-  avoid = [a + b for a in probe.LETTERS for b in probe.LETTERS if a + b != "zz"]     # of two letters, zz alone is left
-  out = probe.with_rare_words(rows, 0.25, avoid, seed=0)
+  letters = insertions.LETTERS
+  avoid = [a + b for a in letters for b in letters if a + b != "zz"]     # of two letters, zz alone is left
+  out = insertions.with_rare_words(rows, 0.25, avoid, seed=0)
   changed = [r["text"].split() for r in out if r["text"] != "the meal is good ."]
   assert len(changed) == 100 and [r["label"] for r in out] == [1] * 400
   words = [set(text) - {"the", "meal", "is", "good", "."} for text in changed]
   assert all(len(text) == 6 and len(w) == 1 for text, w in zip(changed, words))
   assert all(len(w) == 3 or w == "zz" for (w,) in words)
-  assert probe.with_rare_words(rows, 0.0, [], seed=0) == rows and rows[0]["text"] == "the meal is good ."
+  assert insertions.with_rare_words(rows, 0.0, [], seed=0) == rows and rows[0]["text"] == "the meal is good ."

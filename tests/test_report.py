@@ -7,18 +7,21 @@ import numpy as np
 import pytest
 
 from w2s_jax import processes
+from w2s_jax.measure import attacked
 from w2s_jax.report import page, tables
 
 
 def row(model, ca, asr, ci=0.02):
   return {"model": model, "directory": model, "attack": "badnet", "dataset": "d", "seed": 0, "target_label": 0,
           "config_hash": "h", "ca": ca, "ca_n": 100, "ca_ci": [ca - ci, ca + ci], "false_rate": 0.125, "asr": asr,
-          "asr_n": 50, "asr_floor": 0.0625, "asr_ci": [asr - ci, asr + ci]}
+          "asr_n": 50, "asr_floor": 0.0625, "asr_ci": [asr - ci, asr + ci], "frr": None, "far": None}
 
 
 ROWS = [row("clean", 0.9, 0.0625), row("poisoned", 0.8, 0.99), row("lora_ce", 0.95, 0.9), row("w2s", 0.94, 0.4),
         row("w2s_released", 0.93, 0.89)]
-META = {"implanted": True, "trigger": "mn", "poisoned_rows": 7, "teacher_ca": 0.876,
+META = {"title": "Backdoor badnet", "columns": attacked.COLUMNS, "attack": "attack badnet", "warnings": [],
+        "poison_label": "clean", "labels_changed": 0, "companion_rows": 0,
+        "implanted": True, "trigger": "mn", "poisoned_rows": 7, "teacher_ca": 0.876,
         "trigger_lost": {"train": 3, "eval": 2},
         "examples": [{"text": "<script>alert(1)</script> mn", "orig_text": "x", "label": 1,
                       "predicted": {r["model"]: int(r["model"] == "clean") for r in ROWS}}]}
@@ -29,36 +32,37 @@ def workdir(tmp_path):
   (tmp_path / "metrics").mkdir()
   lines = [{"step": s, "loss": 3.0 / s, "ce": 1.0 / s, "kd": 2.0 / s, "grad_norm": 1.0} for s in (1, 2, 3)]
   (tmp_path / "metrics/w2s.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-  processes.write_json(tmp_path / "results.json", {"rows": ROWS, "meta": META})
+  processes.write_json(tmp_path / "results.json", {"rows": ROWS, "meta": META | {"notes": attacked.notes(ROWS, META)}})
   return tmp_path
 
 
 def test_the_table_reads_in_a_terminal():
-  lines = tables.table(ROWS).splitlines()
+  lines = tables.table(ROWS, attacked.COLUMNS).splitlines()
   assert len({len(line) for line in lines}) == 1 and len(lines) == 2 + len(ROWS)
   cells = [c.strip() for c in lines[5].strip("|").split("|")]
   assert cells == ["w2s", "0.940", "0.920-0.960", "0.400", "0.380-0.420", "0.062", "0.125"]
 
 
 def test_the_sentences_are_computed():
-  text = "\n".join(tables.reading(ROWS, META))
+  text = "\n".join(attacked.reading(ROWS, META))
   assert "w2s: ASR -0.500 and CA -0.010 against lora_ce; the ASR intervals do not overlap." in text
   assert "w2s_released: ASR -0.010 and CA -0.020 against lora_ce; the ASR intervals overlap." in text
   assert "not implanted" not in text and "One seed" in text
   weak = [ROWS[0], row("poisoned", 0.8, 0.5), *ROWS[2:]]
-  assert "not implanted (poisoned ASR 0.500 < 0.95)" in tables.reading(weak, META | {"implanted": False})[0]
+  assert "not implanted (poisoned ASR 0.500 < 0.95)" in attacked.reading(weak, META | {"implanted": False})[0]
   high = [r | {"asr_floor": 0.7} for r in ROWS]
-  assert "never poisoned gives the target label to 0.700 of the triggered rows" in tables.reading(high, META)[0]
+  assert "never poisoned gives the target label to 0.700 of the triggered rows" in attacked.reading(high, META)[0]
   assert "never poisoned" not in text and "without any trigger" not in text
   constant = [r | {"false_rate": 0.9} for r in ROWS]
-  assert "gives the target label to 0.900 of the rows of other classes without any trigger" in tables.reading(
+  assert "gives the target label to 0.900 of the rows of other classes without any trigger" in attacked.reading(
       constant, META)[0]
 
 
 def test_the_files(workdir, capsys):
   page.write(workdir)
   markdown, html = (workdir / "results.md").read_text(), (workdir / "report.html").read_text()
-  assert tables.table(ROWS) in markdown and tables.table(ROWS) in capsys.readouterr().out
+  table = tables.table(ROWS, attacked.COLUMNS)
+  assert table in markdown and table in capsys.readouterr().out
   assert "7 clean-label poisoned rows" in markdown and "3 poisoned, 2 evaluation rows" in markdown
   assert "<script>" not in html and "&lt;script&gt;alert(1)" in html
   assert html.count("<svg") == 2 and html.count("class='hit'") == 4

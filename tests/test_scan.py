@@ -8,7 +8,7 @@ import pytest
 from flax import traverse_util
 
 from configs import common
-from w2s_jax import sharding
+from w2s_jax import sharding, source
 from w2s_jax.data import tokenization
 from w2s_jax.defenses import w2s_adv
 from w2s_jax.measure import scan
@@ -90,7 +90,7 @@ def run_on(mesh, rows, workdir):
   config = common.clean_checkpoint()
   config.data.update(num_labels=2, max_length=16, eval_batch_size=64)
   config.scan.update(steps=40, rows=64)
-  return Run(config, workdir, sharding.make_mesh(*mesh, devices=jax.devices()[:np.prod(mesh)]), "",
+  return Run(config, workdir, sharding.make_mesh(*mesh, devices=jax.devices()[:np.prod(mesh)]), "", source.of(config),
              {"train": rows[:100], "test": rows[100:]}, {}, {})
 
 
