@@ -27,11 +27,11 @@ import numpy as np  # noqa: E402
 from flax import traverse_util  # noqa: E402
 
 from configs import common  # noqa: E402
-from w2s_jax import sharding  # noqa: E402
-from w2s_jax.adapters import lora, trees  # noqa: E402
+from w2s_jax import lora, quantized, sharding  # noqa: E402
+from w2s_jax.adapters import soft, trees  # noqa: E402
 from w2s_jax.data import packing  # noqa: E402
 from w2s_jax.defenses import w2s, w2s_adv  # noqa: E402
-from w2s_jax.models import Model, config_from_hf, quantized  # noqa: E402
+from w2s_jax.models import Model, config_from_hf  # noqa: E402
 from w2s_jax.training import optim, steps  # noqa: E402
 
 SIZES = {   # vocabulary, width, layers, heads, key-value heads, feed-forward width
@@ -59,7 +59,7 @@ def with_adapters(params, rank):
 
 def with_soft_tokens(model, params):
   table = traverse_util.flatten_dict(params)[(*model.vocabulary, "embedding")]
-  return w2s_adv.put(model, params, table[:SOFT_TOKENS].astype("float32"))
+  return soft.put(model, params, table[:SOFT_TOKENS].astype("float32"))
 
 
 def make_step(model, params, rank, mesh, adversary=False, seeds=1):

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "w2s_jax"
 # A package or module imports only from those to the right of its own.
 ORDER = ("main", "plan", "command", "stages", "measure", "run", "checks", "planning", "report", "defenses", "training",
-         "lora", "adapters", "models", "data", "attacks", "losses", "sharding", "processes")
+         "lora", "models", "adapters", "quantized", "data", "attacks", "losses", "sharding", "processes")
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 315                                              # "about 300"
 

@@ -8,8 +8,8 @@ import pytest
 import test_models
 
 from configs import common
-from w2s_jax import sharding, stages
-from w2s_jax.adapters import lora, trees
+from w2s_jax import lora, sharding, stages
+from w2s_jax.adapters import trees
 from w2s_jax.data import batches, packing
 from w2s_jax.defenses import w2s
 from w2s_jax.run import Run

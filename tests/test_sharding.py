@@ -10,8 +10,8 @@ from conftest import BERT, LLAMA
 from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
-from w2s_jax import InputError, sharding
-from w2s_jax.adapters import lora, trees
+from w2s_jax import InputError, lora, sharding
+from w2s_jax.adapters import trees
 from w2s_jax.models import Model
 from w2s_jax.models.gpt2 import GPT2Config
 

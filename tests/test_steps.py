@@ -10,8 +10,8 @@ import pytest
 from flax import traverse_util
 
 from benchmarks import step as step_benchmark
-from w2s_jax import sharding
-from w2s_jax.adapters import lora, trees
+from w2s_jax import lora, sharding
+from w2s_jax.adapters import trees
 from w2s_jax.defenses import w2s
 from w2s_jax.models import Model
 from w2s_jax.training import optim, steps

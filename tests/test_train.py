@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from w2s_jax import InputError, processes, sharding
-from w2s_jax.adapters import lora, trees
+from w2s_jax import InputError, lora, processes, sharding
+from w2s_jax.adapters import trees
 from w2s_jax.data import batches, packing
 from w2s_jax.defenses import w2s
 from w2s_jax.models import Model

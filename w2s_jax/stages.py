@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from w2s_jax import InputError, checks, processes, sharding
-from w2s_jax.adapters import lora, trees
+from w2s_jax import InputError, checks, lora, processes, sharding
+from w2s_jax.adapters import soft, trees
 from w2s_jax.attacks import APART
 from w2s_jax.data import batches, packing, poison, tokenization
 from w2s_jax.defenses import DEFENSES, w2s, w2s_adv
 from w2s_jax.measure import metrics, probe, scan
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
+from w2s_jax.models.hf import adapter_file
 from w2s_jax.processes import write_text
 from w2s_jax.report import card, page
 from w2s_jax.run import freeze_rows, start
@@ -138,11 +139,11 @@ def defend(run):
       weights = w2s.loss_weights(c.defend.weights, model.config.feature_size)
     if defense.adversary:
       trains, weights = (*trees.LORA, "soft"), w2s_adv.loss_weights(weights, c.adversary.weight)
-      unit = w2s_adv.mean_norm(model, params)
+      unit = soft.mean_norm(model, params)
       adversary = optim.ascent(c.adversary.step_size * unit, c.adversary.norm * unit)
       for i, seed in enumerate(seeds):
-        starts[i] = w2s_adv.with_soft_tokens(model, starts[i], c.adversary, stream_key(seed, "adversary"), tokenizer,
-                                             run.known_triggers())
+        starts[i] = soft.with_soft_tokens(model, starts[i], c.adversary.triggers * c.adversary.tokens,
+                                          stream_key(seed, "adversary"), tokenizer, run.known_triggers())
         each[i] = w2s_adv.perturbed(each[i], tokenizer, model.config.vocab_size, c.adversary, seed)
     def terms(out, batch, defense=defense):
       return defense.terms(out, batch, c.defend.temperature)
@@ -215,7 +216,8 @@ def make_report(run):
   rows, meta = page.write(run.workdir)
   attack = None if run.suspect else poison.describe(run.config.attack)
   for directory in sorted(run.workdir.glob("models/*")):
-    write_text(directory / "README.md", card.text(directory.name, rows, meta, attack))
+    adapter = (directory / adapter_file.FILE).exists()
+    write_text(directory / "README.md", card.text(directory.name, rows, meta, attack, adapter))
   for directory in sorted(run.workdir.glob("adapters/*")):
     write_text(directory / "README.md", lora.ADAPTER_WARNING + "\n" + card.text(directory.name, rows, meta))
 

@@ -15,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from w2s_jax import processes, sharding
-from w2s_jax.adapters import trees
+from w2s_jax.adapters import soft, trees
 from w2s_jax.data import batches, packing
 from w2s_jax.defenses import w2s_adv
 from w2s_jax.models import read_json
@@ -79,14 +79,14 @@ def make_search(run, model, params, tokenizer, rows):
   They begin as rows of the vocabulary's embeddings, or as what the layers below (Latent) make of tokens of `rows`.
   """
   c, settings, mesh, family = run.config, run.config.scan, run.mesh, model.config.family
-  key = jax.random.key(c.seed)
+  key, count = jax.random.key(c.seed), settings.triggers * settings.tokens
   if isinstance(model, Latent):
     seen = _stream(run, model, params, tokenizer, rows)
     unit = float(np.linalg.norm(seen, axis=-1).mean())
-    start = w2s_adv.put(model, params, jax.random.choice(key, seen, (settings.triggers * settings.tokens,)))
+    start = soft.put(model, params, jax.random.choice(key, seen, (count,)))
   else:
-    start = w2s_adv.with_soft_tokens(model, params, settings, key, tokenizer, run.known_triggers())
-    unit = w2s_adv.mean_norm(model, params)
+    start = soft.with_soft_tokens(model, params, count, key, tokenizer, run.known_triggers())
+    unit = soft.mean_norm(model, params)
   moving, frozen = trees.split(start, ("soft",))
   tx = optim.make_optimizer(moving, 0.0, settings.steps, adversary=optim.ascent(
       settings.step_size * unit, settings.norm * unit))
@@ -145,11 +145,11 @@ def _log_odds(logits, target):
 def _nearest(model, params, tokenizer, trigger, tokens):
   """The word of the vocabulary that has the direction of each of the trigger's tokens most nearly."""
   flat = traverse_util.flatten_dict(params)
-  table, soft = (np.asarray(flat[(*model.vocabulary, name)], np.float32) for name in ("embedding", "soft"))
+  table, rows = (np.asarray(flat[(*model.vocabulary, name)], np.float32) for name in ("embedding", "soft"))
   table = table[:len(tokenizer)] / np.linalg.norm(table[:len(tokenizer)], axis=-1, keepdims=True).clip(1e-30)
   table[tokenizer.all_special_ids] = 0
   return [tokenizer.convert_ids_to_tokens(int(i)) for i in (
-      soft[trigger * tokens:(trigger + 1) * tokens] @ table.T).argmax(-1)]
+      rows[trigger * tokens:(trigger + 1) * tokens] @ table.T).argmax(-1)]
 
 
 def reading(run, name, loaded=None):

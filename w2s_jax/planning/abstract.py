@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from w2s_jax import sharding
-from w2s_jax.adapters import lora, trees
+from w2s_jax import lora, quantized, sharding
+from w2s_jax.adapters import trees
 from w2s_jax.defenses import w2s
-from w2s_jax.models import Model, config_from_hf, quantized, read_json, resolve
+from w2s_jax.models import Model, config_from_hf, read_json, resolve
 from w2s_jax.models.hf.load import FLOAT32
 from w2s_jax.training import inference, optim, steps
 

@@ -1,5 +1,7 @@
 """Model cards: what a model directory is, what was measured of it, and the warning it needs."""
 
+from w2s_jax.models.hf import adapter_file
+
 KINDS = {   # models/NAME of what is no defense
     "suspect": "WARNING: this model is under suspicion of a backdoor. It is a copy for comparison: do not use it.\n",
     "poisoned": "WARNING: this model is POISONED on purpose, for research ({attack}). Do not use it otherwise.\n",
@@ -18,13 +20,14 @@ def first_line(name, attack=None):
   return KINDS.get(name, DEFENDED).format(name=name, attack=attack)
 
 
-def text(name, rows, meta, attack=None):
+def text(name, rows, meta, attack=None, adapter=False):
   """The whole card, in Markdown.
 
   Args:
     name: of the directory under models/.
     rows, meta: of results.json.
     attack: as in `first_line`.
+    adapter: whether the directory has a w2s_adapter.safetensors.
   """
   mine = [r for r in rows if r["directory"] == name]
   lines = [first_line(name, attack)]
@@ -47,6 +50,8 @@ def text(name, rows, meta, attack=None):
               f"- Clean data: {rows[0]['dataset']}, {meta['clean_rows']['train']} training rows"]
   lines.append(f"- Seed {(mine or rows)[0]['seed']}, config {meta['config_hash']}; " + ", ".join(
       f"{package} {version}" for package, version in meta["versions"].items()))
+  if adapter:
+    lines += ["", adapter_file.NOTE.rstrip()]
   return "\n".join(lines) + "\n"
 
 
