@@ -168,6 +168,7 @@ def test_a_soft_prompt_trains_alone_and_survives_saving(family, kind, request, t
      r"adapters do not fit .*embed_tokens/soft \(2, 31\), wanted \(tokens in 1..65536, 32\)"),
     (lambda flat: flat.update({"layers/attn/v_proj/gain": np.ones((3, 32), np.float32)}),
      r"adapters do not fit .*v_proj/gain \(3, 32\), wanted \(3, 16\)"),
+    (lambda flat: flat.update({"embed_tokens/soft": np.ones((2, 32), np.float16)}), "not as .*/soft float16"),
     (lambda flat: flat.update({"score/gain": np.ones((3, 2), np.float32)}), "merge adapters first.*score/gain")])
 def test_what_could_not_be_read_back_is_not_saved(change, match, llama, tmp_path, gain):
   flat = dict(flatten(llama[1]))

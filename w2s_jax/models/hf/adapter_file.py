@@ -20,7 +20,7 @@ def paths_to_save(model, leaves):
   """[path] of the leaves that go to the file, among {path: array} of a whole tree.
 
   Raises:
-    ValueError: there are other leaves than the model's and these.
+    ValueError: there are other leaves than the model's and these, or `find` would refuse these.
   """
   names = model.weight_names()
   shapes = {path: leaf.shape for path, leaf in leaves.items()}
@@ -30,6 +30,8 @@ def paths_to_save(model, leaves):
     raise ValueError(f"params do not fit the model (merge adapters first): {odd}")
   if wrong := attach.misfits(shapes, wanted):
     raise ValueError(f"adapters do not fit the model: {wrong}")
+  if types := [f"{path} {leaves[path].dtype}" for path in sorted(wanted) if leaves[path].dtype != "float32"]:
+    raise ValueError(f"adapters are saved as float32, not as {types}")
   return sorted(wanted)
 
 
