@@ -88,7 +88,7 @@ def test_no_pattern_is_without_a_leaf(family):
 
 
 def test_no_label_is_without_a_leaf():
-  numbered = [(pattern, i) for i, (pattern, _) in enumerate(trees.LABEL_RULES)]
+  numbered = [(pattern, i) for i, (pattern, _) in enumerate(trees.label_rules())]
   found = {sharding.match(path, numbered) for family in sharding.RULES for path in paths(family)}
   assert found == set(range(len(numbered)))
 

@@ -36,14 +36,6 @@ KINDS = {
 }
 
 
-def label_of(leaf_name):
-  """The label of a kind's leaf, None where no kind has a leaf of this name."""
-  for kind in KINDS.values():
-    if leaf_name in kind.leaves:
-      return kind.leaves[leaf_name][0]
-  return None
-
-
 def kind_of(leaf_names):
   """The kind (a key of KINDS) that has leaves among these, which lie beside one kernel; None where there is none."""
   for name, kind in KINDS.items():
