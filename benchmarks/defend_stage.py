@@ -29,7 +29,7 @@ import padding  # noqa: E402
 import step  # noqa: E402
 
 from configs import common  # noqa: E402
-from w2s_jax.adapters import lora  # noqa: E402
+from w2s_jax import lora  # noqa: E402
 from w2s_jax.data import batches, corpora, tokenization  # noqa: E402
 from w2s_jax.defenses import w2s  # noqa: E402
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained  # noqa: E402

@@ -27,12 +27,16 @@ from flax import traverse_util  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
 from configs import common  # noqa: E402
-from w2s_jax import sharding  # noqa: E402
-from w2s_jax.adapters import lora, trees  # noqa: E402
+from w2s_jax import (
+  lora,  # noqa: E402
+  quantized,  # noqa: E402
+  sharding,  # noqa: E402
+)
+from w2s_jax.adapters import soft, trees  # noqa: E402
 from w2s_jax.config import section  # noqa: E402
 from w2s_jax.data import packing  # noqa: E402
-from w2s_jax.defenses import DEFENSES, SETTINGS, distill, w2s_adv  # noqa: E402
-from w2s_jax.models import Model, config_from_hf, quantized  # noqa: E402
+from w2s_jax.defenses import DEFENSES, SETTINGS, distill  # noqa: E402
+from w2s_jax.models import Model, config_from_hf  # noqa: E402
 from w2s_jax.tasks import CLASSIFICATION  # noqa: E402
 from w2s_jax.training import optim, steps  # noqa: E402
 
@@ -62,7 +66,7 @@ def with_adapters(params, rank):
 
 def with_soft_tokens(model, params):
   table = traverse_util.flatten_dict(params)[(*model.vocabulary, "embedding")]
-  return w2s_adv.put(model, params, table[:SOFT_TOKENS].astype("float32"))
+  return soft.put(model, params, table[:SOFT_TOKENS].astype("float32"))
 
 
 def make_step(model, params, rank, mesh, adversary=False, seeds=1):

@@ -86,7 +86,7 @@ def base(attack):
 
   c.warmup = stage(learning_rate=3e-3, epochs=4, batch_size=32, warmup_fraction=0.1)
   c.poison = stage(learning_rate=2e-3, epochs=4, batch_size=16)
-  c.poison.trains = ("vector", "matrix", "head")   # labels of lora.LABEL_RULES; "embedding" stays frozen
+  c.poison.trains = ("vector", "matrix", "head")   # labels of adapters/trees.py; "embedding" stays frozen
   c.teach = stage(learning_rate=2e-3, epochs=4, batch_size=32, warmup_fraction=0.06)
   c.defend = stage(learning_rate=2e-3, epochs=4, batch_size=32)   # clipped: else 1 of 14 runs of w2s_adv failed
   c.defend.seeds = ()                 # of adapters, order and dropout; several train as one program; (): the run's own

@@ -13,8 +13,8 @@ import tokenizers
 from flax import traverse_util
 from rig import alone, keys, make_program, one_run
 
-from w2s_jax import sharding
-from w2s_jax.adapters import lora, trees
+from w2s_jax import lora, sharding
+from w2s_jax.adapters import soft, trees
 from w2s_jax.data import batches, packing, tokenization
 from w2s_jax.defenses import w2s, w2s_adv
 from w2s_jax.training import optim, steps
@@ -78,7 +78,7 @@ def test_a_soft_token_is_its_row(family, saved):
   flat = traverse_util.flatten_dict(params)
   table = flat[(*model.vocabulary, "embedding")]
   def with_soft(rows):
-    return w2s_adv.put(model, params, rows)
+    return soft.put(model, params, rows)
   ids = words.copy()
   ids[:2, 3], ids[:2, 4] = V + 1, V
   rows = jnp.stack([table[words[0, 4]], table[words[0, 3]]])
@@ -145,8 +145,8 @@ def run(llama):
   chosen = settings(0.5)
   each = w2s_adv.perturbed(arrays, tokenizer, model.config.vocab_size, chosen, 0)
   adapted = lora.add_lora(params, 4, 4.0, key=jax.random.key(0))
-  start = w2s_adv.with_soft_tokens(model, adapted, chosen, jax.random.key(1), tokenizer, ["good"])
-  unit = w2s_adv.mean_norm(model, params)
+  start = soft.with_soft_tokens(model, adapted, K * S, jax.random.key(1), tokenizer, ["good"])
+  unit = soft.mean_norm(model, params)
   def go(mesh, learning_rate=1e-2, count=15, pack=True):
     placed = jax.device_put(start, sharding.param_shardings(start, "llama", mesh))
     trainable, frozen = trees.split(placed, (*trees.LORA, "soft"))
@@ -183,7 +183,7 @@ def test_soft_tokens_go_uphill_and_stay_in_their_ball(run):
 def test_where_soft_tokens_begin(llama):
   """At rows of the vocabulary, none of them special or of a trigger that is known to whoever measures."""
   tokenizer = tokenization.train(TEXTS, "decoder", V)
-  params = w2s_adv.with_soft_tokens(*llama, settings(0.0, tokens=40), jax.random.key(0), tokenizer, ["good meal"])
+  params = soft.with_soft_tokens(*llama, K * 40, jax.random.key(0), tokenizer, ["good meal"])
   table = np.asarray(llama[1]["embed_tokens"]["embedding"])
   words = {int(np.abs(table - row).sum(axis=1).argmin()) for row in np.asarray(params["embed_tokens"]["soft"])}
   never = {*tokenizer.all_special_ids, *tokenizer(" good meal")["input_ids"]}

@@ -65,6 +65,11 @@ def test_what_is_known_without_a_trigger_and_warnings():
   assert "WARNING: a weak teacher." in text and "something else" not in text
 
 
+def test_an_adapter_that_transformers_ignores_is_warned_of():
+  assert "WARNING: w2s_adapter.safetensors belongs to this model" in card.text("w2s", ROWS, META, adapter=True)
+  assert "w2s_adapter" not in card.text("w2s", ROWS, META)
+
+
 def test_the_hash_is_of_the_weights(tmp_path):
   (tmp_path / "model.safetensors").write_bytes(b"weights")
   (tmp_path / "config.json").write_text("{}")

@@ -8,8 +8,8 @@ import pytest
 import rig
 from test_packing import LENGTHS, WEIGHTS, arrays_for
 
-from w2s_jax import sharding
-from w2s_jax.adapters import lora, trees
+from w2s_jax import lora, sharding
+from w2s_jax.adapters import trees
 from w2s_jax.data import batches, packing
 from w2s_jax.defenses import w2s
 from w2s_jax.models import Model, layers

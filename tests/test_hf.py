@@ -14,8 +14,7 @@ import transformers
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
-from w2s_jax import InputError, sharding
-from w2s_jax.adapters import lora
+from w2s_jax import InputError, lora, sharding
 from w2s_jax.models import Model, config_from_hf, load_pretrained, save_pretrained
 from w2s_jax.models.hf import load, save
 

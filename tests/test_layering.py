@@ -9,8 +9,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "w2s_jax"
 # From top to bottom. A package or module imports only from those behind its own: from layers below, or to its right.
 LAYERS = (("main", "plan", "command", "stages"), ("run", "source", "checks", "planning"),
-          ("measure", "report", "defenses"), ("training", "lora", "adapters"), ("models", "tasks", "data", "attacks"),
-          ("losses", "sharding", "processes", "results", "config"))
+          ("measure", "report", "defenses"), ("training", "lora"),
+          ("models", "adapters", "tasks", "data", "attacks"),
+          ("quantized", "losses", "sharding", "processes", "results", "config"))
 ORDER = tuple(room for layer in LAYERS for room in layer)
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 315                                              # "about 300"

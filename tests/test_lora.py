@@ -16,9 +16,10 @@ from flax import traverse_util
 from rig import alone, keys, make_program, one_run
 from test_models import SHAPES, torch_model
 
-from w2s_jax import InputError, sharding
-from w2s_jax.adapters import lora, trees
-from w2s_jax.models import Model, layers, load_pretrained, save_pretrained
+from w2s_jax import InputError, lora, sharding
+from w2s_jax.adapters import trees
+from w2s_jax.adapters.lora import adapter_product
+from w2s_jax.models import Model, load_pretrained, save_pretrained
 from w2s_jax.tasks import CLASSIFICATION
 from w2s_jax.training import steps
 
@@ -307,9 +308,9 @@ def test_an_adapters_product_costs_what_the_cheaper_order_costs(tokens, rank, wi
   """By the compiler's count, forward; both orders give x A B."""
   shapes = (tokens, width_in), (width_in, rank), (rank, width_out)
   x, a, b = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
-  flops = jax.jit(layers.adapter_product).lower(x, a, b).compile().cost_analysis()["flops"]
+  flops = jax.jit(adapter_product).lower(x, a, b).compile().cost_analysis()["flops"]
   through_rank = 2 * tokens * rank * (width_in + width_out)
   through_delta = 2 * width_in * width_out * (rank + tokens)
   assert flops == pytest.approx(min(through_rank, through_delta), rel=0.01)
-  np.testing.assert_allclose(layers.adapter_product(x, a, b), np.asarray(x) @ np.asarray(a) @ np.asarray(b), rtol=1e-3,
+  np.testing.assert_allclose(adapter_product(x, a, b), np.asarray(x) @ np.asarray(a) @ np.asarray(b), rtol=1e-3,
                              atol=1e-3)

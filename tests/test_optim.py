@@ -45,6 +45,23 @@ def test_everything_but_vectors_decays():
     np.testing.assert_allclose(after, 0.95 * np.asarray(start), rtol=1e-6)
 
 
+def test_soft_tokens_without_an_adversary_go_downhill_and_do_not_decay():
+  """Adam's first step is the learning rate against the gradient's sign; without one they stay where they are."""
+  params = {"embed_tokens": {"soft": jnp.array([[1.0, -2.0], [4.0, 8.0]])}, "score": {"kernel": jnp.ones((2, 2))}}
+  gradients = jax.tree.map(jnp.zeros_like, params)
+  gradients["embed_tokens"]["soft"] = jnp.array([[3.0, -0.5], [0.0, 0.0]])
+  tx = optim.make_optimizer(params, learning_rate=0.1, steps=10**9, weight_decay=0.5)
+  updates, _ = tx.update(gradients, tx.init(params), params)
+  got = optax.apply_updates(params, updates)
+  np.testing.assert_allclose(got["embed_tokens"]["soft"], [[0.9, -1.9], [4.0, 8.0]], rtol=1e-5)
+  np.testing.assert_allclose(got["score"]["kernel"], np.full((2, 2), 0.95), rtol=1e-6)
+
+
+def test_an_adversary_without_soft_tokens_is_an_error():
+  with pytest.raises(ValueError, match="an adversary, but no leaves of label soft"):
+    optim.make_optimizer(leaves(), 0.1, 10, adversary=optim.ascent(0.1, 1.0))
+
+
 def first_moments(tx, params, gradients):
   """{path: Adam's first moment after one step} = 0.1 * the gradient that Adam saw."""
   _, state = tx.update(gradients, tx.init(params), params)

@@ -9,8 +9,8 @@ import rig
 import test_models
 
 from configs import common
-from w2s_jax import sharding
-from w2s_jax.adapters import lora, trees
+from w2s_jax import lora, sharding
+from w2s_jax.adapters import trees
 from w2s_jax.data import batches, packing
 from w2s_jax.defenses import w2s
 from w2s_jax.tasks import CLASSIFICATION

@@ -10,9 +10,9 @@ import pytest
 from flax import traverse_util
 
 from benchmarks import step as step_benchmark
-from w2s_jax import InputError, sharding
-from w2s_jax.adapters import lora, trees
-from w2s_jax.models import Model, load_pretrained, quantized, save_pretrained
+from w2s_jax import InputError, lora, quantized, sharding
+from w2s_jax.adapters import trees
+from w2s_jax.models import Model, load_pretrained, save_pretrained
 
 pytest.importorskip("qwix", reason="pip install qwix", exc_type=Exception)
 NAMES = list(quantized.BITS)

@@ -9,8 +9,8 @@ from flax import traverse_util
 
 from configs import common
 from w2s_jax import sharding, source
+from w2s_jax.adapters.soft import put
 from w2s_jax.data import tokenization
-from w2s_jax.defenses import w2s_adv
 from w2s_jax.measure import scan
 from w2s_jax.models import Model, config_from_hf
 from w2s_jax.models.latent import Latent
@@ -152,7 +152,7 @@ def test_what_a_layer_gave_put_in_behind_it_changes_nothing(family, request):
   def logits(soft):
     where = ids.copy()
     where[0, 5:] = V, V + 1
-    return jax.jit(latent.apply)(w2s_adv.put(model, params, soft), where, mask).logits
+    return jax.jit(latent.apply)(put(model, params, soft), where, mask).logits
   want = jax.jit(model.apply)(params, ids, mask).logits
   np.testing.assert_allclose(logits(hidden[0, 5:]), want, atol=1e-5)
   moved = np.abs(logits(hidden[0, 5:] + np.linspace(-1, 1, hidden.shape[-1])) - want).max(axis=1)

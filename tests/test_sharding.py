@@ -10,8 +10,8 @@ from conftest import BERT, LLAMA
 from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
-from w2s_jax import InputError, sharding
-from w2s_jax.adapters import lora, trees
+from w2s_jax import InputError, lora, sharding
+from w2s_jax.adapters import trees
 from w2s_jax.models import Model
 from w2s_jax.models.gpt2 import GPT2Config
 
@@ -88,7 +88,7 @@ def test_no_pattern_is_without_a_leaf(family):
 
 
 def test_no_label_is_without_a_leaf():
-  numbered = [(pattern, i) for i, (pattern, _) in enumerate(trees.LABEL_RULES)]
+  numbered = [(pattern, i) for i, (pattern, _) in enumerate(trees.label_rules())]
   found = {sharding.match(path, numbered) for family in sharding.RULES for path in paths(family)}
   assert found == set(range(len(numbered)))
 

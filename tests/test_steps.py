@@ -11,8 +11,8 @@ from flax import traverse_util
 from rig import WEIGHTS, alone, keys, make_program, one_run, w2s_loss
 
 from benchmarks import step as step_benchmark
-from w2s_jax import sharding
-from w2s_jax.adapters import lora, trees
+from w2s_jax import lora, sharding
+from w2s_jax.adapters import trees
 from w2s_jax.models import Model
 from w2s_jax.training import steps
 

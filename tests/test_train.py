@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from rig import WEIGHTS, alone, keys, make_program, one_run
 
-from w2s_jax import InputError, processes, sharding
-from w2s_jax.adapters import lora, trees
+from w2s_jax import InputError, lora, processes, sharding
+from w2s_jax.adapters import trees
 from w2s_jax.data import batches, packing
 from w2s_jax.models import Model
 from w2s_jax.tasks import CLASSIFICATION

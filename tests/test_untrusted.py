@@ -18,21 +18,27 @@ import transformers
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from w2s_jax import InputError
+from w2s_jax import InputError, adapters
+from w2s_jax.adapters import soft
 from w2s_jax.data import grammar, tokenization
 from w2s_jax.models import load_pretrained, save_pretrained
 from w2s_jax.models.hf.files import PICKLES
 
+ADAPTER = "w2s_adapter.safetensors"
 VOCAB = 64                                                           # of the models in conftest.py
 
 
 @pytest.fixture(scope="module")
 def originals(llama, bert, teacher, tmp_path_factory):
-  """{name: directory} of tiny models with tokenizers; "shards" is the Llama in two files and an index."""
+  """{name: directory} of tiny models with tokenizers.
+
+  "shards" is the Llama in two files and an index, "prompted" has two soft tokens.
+  """
   home = tmp_path_factory.mktemp("originals")
   texts = [row["text"] for row in grammar.rows("phrases", "train", 100)]
-  for name, (model, params) in {"llama": llama, "bert": bert, "teacher": teacher}.items():
-    tokenizer = tokenization.train(texts, "decoder" if name == "llama" else "encoder", 60)
+  prompted = llama[0], soft.put(*llama, np.ones((2, 32), np.float32))
+  for name, (model, params) in {"llama": llama, "bert": bert, "teacher": teacher, "prompted": prompted}.items():
+    tokenizer = tokenization.train(texts, "decoder" if model is llama[0] else "encoder", 60)
     save_pretrained(home / name, model, params, tokenizer)
   shards = shutil.copytree(home / "llama", home / "shards")
   tensors = load_file(shards / "model.safetensors")
@@ -139,7 +145,7 @@ def test_code_in_the_directory_is_never_run(file, fields, match, saved, tmp_path
 
 @pytest.mark.parametrize("name, file", [
     ("llama", "config.json"), ("llama", "model.safetensors"), ("llama", "tokenizer.json"), ("teacher", "w2s_head.json"),
-    ("teacher", "w2s_head.safetensors"), ("shards", "model.safetensors.index.json"),
+    ("teacher", "w2s_head.safetensors"), ("shards", "model.safetensors.index.json"), ("prompted", ADAPTER),
     ("shards", "model-00001-of-00002.safetensors"), ("llama", "additional_chat_templates/chat.jinja"),
     ("llama", "additional_chat_templates")])
 def test_a_link_to_outside_is_refused(name, file, saved, tmp_path):
@@ -258,7 +264,8 @@ def test_a_header_that_lies(change, match, saved):
     lambda header, rest: join(json.dumps(header).encode()[:-1] + b',"model.norm.weight":{}}', rest)],
     ids=["empty", "one byte", "cut in the data", "cut in the header", "more data", "2^63", "2^64-1", "short size",
          "long size", "list", "not UTF-8", "deep", "twice"])
-@pytest.mark.parametrize("name, file", [("llama", "model.safetensors"), ("teacher", "w2s_head.safetensors")])
+@pytest.mark.parametrize("name, file", [("llama", "model.safetensors"), ("teacher", "w2s_head.safetensors"),
+                                        ("prompted", ADAPTER)])
 def test_a_file_that_is_none(write, name, file, saved):
   file = saved(name) / file
   file.write_bytes(write(*split(file.read_bytes())))
@@ -389,6 +396,48 @@ def test_a_teachers_head_without_its_tensors_is_not_made_afresh(saved):
   refuses("has a w2s_head.json, but no w2s.widen.weight in a w2s_head.safetensors", load_pretrained, directory)
 
 
+SOFT = "embed_tokens/soft"
+LOW, HIGH = "layers/attn/v_proj/low", "layers/attn/v_proj/high"
+LIES = [
+    ({SOFT: (2, 31)}, r"wrong shape \['embed_tokens/soft \(2, 31\), wanted \(tokens in 1..65536, 32\)'\]"),
+    ({SOFT: (0, 32)}, r"soft \(0, 32\), wanted"), ({SOFT: (32,)}, r"soft \(32,\), wanted"),
+    ({SOFT: (65537, 32)}, r"soft \(65537, 32\), wanted"), ({SOFT: (1, 2, 32)}, r"soft \(1, 2, 32\), wanted"),
+    ({"embeddings/word_embeddings/soft": (2, 32)}, r"unexpected \['embeddings/word_embeddings/soft'\]; missing none"),
+    ({"score/kernel": (32, 2)}, r"unexpected \['score/kernel'\]"), ({"a\nb": (1,)}, r"unexpected \['a\\nb'\]"),
+    ({"x" * 10**5: (1,)}, r"unexpected \['x+\.\.\. \(1 in all\)"), ({"": (1,)}, r"unexpected \[''\]"),
+    ({f"layers/attn/v_proj/lora_{x}": (3, 16, 16) for x in "ab"}, r"unexpected \['layers/attn/v_proj/lora_a', "),
+    ({LOW: (3, 32, 4)}, r"unexpected none; missing \['layers/attn/v_proj/high'\]"),
+    ({LOW: (3, 32, 4), HIGH: (3, 5, 16)}, r"low \(3, 32, 4\), wanted \(3, 32, size in 1..65536\)"),
+    ({LOW: (2, 32, 4), HIGH: (3, 4, 16)}, r"low \(2, 32, 4\), wanted \(3, 32, "),
+    ({"layers/attn/x_proj/low": (3, 32, 4)}, r"unexpected \['layers/attn/x_proj/low'\]"),
+    ({"score/low": (3, 32, 4)}, r"unexpected \['score/low'\]")]
+
+
+@pytest.mark.parametrize("shapes, match", LIES, ids=lambda x: str(x)[:60])
+def test_an_adapter_that_lies(shapes, match, saved, monkeypatch):
+  """Beside soft tokens there is a kind with two leaves of a common size, which cannot be merged."""
+  monkeypatch.setitem(adapters.KINDS, "pair", adapters.Adapter(
+      {"low": ("adapter", ("layers", "in", "size")), "high": ("adapter", ("layers", "size", "out"))}, None, None))
+  directory = saved("prompted")
+  load_pretrained(directory)
+  save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, directory / ADAPTER)
+  refuses(rf"{ADAPTER} does not fit the model: .*{match}.*delete it", load_pretrained, directory)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, np.int32, np.bool_])
+def test_an_adapter_of_another_type(dtype, saved):
+  directory = saved("prompted")
+  save_file({SOFT: np.ones((2, 32), dtype)}, directory / ADAPTER)
+  refuses(r"no F32 \['embed_tokens/soft (F16|F64|I32|BOOL)'\]", load_pretrained, directory)
+
+
+def test_an_adapter_that_is_a_pickle_is_refused_and_not_run(saved, tmp_path):
+  directory = saved("prompted")
+  (directory / ADAPTER).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+  refuses(f"cannot read .*{ADAPTER}", load_pretrained, directory)
+  assert not (tmp_path / "ran").exists()
+
+
 TOKENIZER, OPTIONS = "tokenizer.json", "tokenizer_config.json"
 BAD_MAP = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}    # tokenizers panics
 BAD_PATTERN = {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
@@ -498,6 +547,7 @@ def test_claims_of_giants_take_no_memory(originals, tmp_path):
 TARGETS = [("llama", "model.safetensors", load_pretrained), ("bert", "model.safetensors", load_pretrained),
            ("teacher", "w2s_head.safetensors", load_pretrained), ("teacher", "w2s_head.json", load_pretrained),
            ("shards", "model.safetensors.index.json", load_pretrained), ("llama", "config.json", load_pretrained),
+           ("prompted", ADAPTER, load_pretrained),
            ("bert", "config.json", load_pretrained), ("llama", "config.json", load_tokenizer),
            ("llama", TOKENIZER, load_tokenizer), ("bert", TOKENIZER, load_tokenizer),
            ("llama", OPTIONS, load_tokenizer), ("bert", OPTIONS, load_tokenizer)]

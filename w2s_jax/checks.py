@@ -5,12 +5,12 @@ import re
 
 import jax
 
-from w2s_jax import InputError, sharding
-from w2s_jax.adapters import lora, trees
+from w2s_jax import InputError, lora, quantized, sharding
+from w2s_jax.adapters import trees
 from w2s_jax.config import check as check_section
 from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, SETTINGS, distill
-from w2s_jax.models import Model, config_from_hf, quantized, resolve
+from w2s_jax.models import Model, config_from_hf, resolve
 from w2s_jax.models.hf.formats import HEAD_CONFIG
 
 TRAINING = ("warmup", "poison", "teach", "defend")   # sections of the config that say how a stage trains

@@ -1,5 +1,26 @@
 """LoRA as outside scripts call it."""
 
-from w2s_jax.adapters.lora import add_lora, export_adapter, merge_lora
+from w2s_jax import InputError
+from w2s_jax.adapters import attach
+from w2s_jax.adapters.attach import merge as merge_lora
+from w2s_jax.models.hf.peft import ADAPTER_WARNING, export_adapter
 
-__all__ = ["add_lora", "export_adapter", "merge_lora"]
+__all__ = ["ADAPTER_WARNING", "add_lora", "export_adapter", "merge_lora"]
+
+
+def add_lora(params, rank, alpha, targets=("q_proj", "v_proj"), *, key, places=None):
+  """A new tree with LoRA leaves beside the stacked kernels named in `targets` (adapters/lora.py).
+
+  targets ("all-linear",) are all of them. L layers, R rank: `lora_a` [L, in, R] is random, `lora_b` [L, R, out] is
+  zero, so the network's function is unchanged; `lora_alpha` [L] carries alpha. All float32.
+
+  Args:
+    places: new leaves (abstract) -> their NamedShardings: each is created where it belongs. None: on one device.
+  Raises:
+    InputError: a target that no layer has, or a rank below 1.
+  """
+  known = attach.targets_of(params)
+  if rank < 1 or tuple(targets) != ("all-linear",) and set(targets) - set(known):
+    raise InputError(f"LoRA rank {rank}, targets {tuple(targets)}: rank must be at least 1 and targets among "
+                     f"{', '.join(known)}, or all-linear alone: set --config.lora.rank, --config.lora.targets")
+  return attach.add(params, "lora", targets, key=key, places=places, rank=rank, alpha=alpha)

@@ -6,12 +6,13 @@ import time
 import jax.numpy as jnp
 from flax import traverse_util
 
-from w2s_jax import InputError, checks, processes, results
-from w2s_jax.adapters import lora, trees
+from w2s_jax import InputError, checks, lora, processes, results
+from w2s_jax.adapters import attach, trees
 from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, distill
 from w2s_jax.measure import deployed, scan
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
+from w2s_jax.models.hf import adapter_file
 from w2s_jax.report import card, page
 from w2s_jax.run import start
 from w2s_jax.training import stage, steps
@@ -132,10 +133,10 @@ def defend(run):
 
 
 def _save_defended(run, name, copy, suspect, params):
-  if run.config.lora.export and lora.has_adapters(params):
+  if run.config.lora.export and attach.has_adapters(params):
     lora.export_adapter(run.workdir / "adapters" / copy, suspect.model, params,
                         base=run.model_dir(run.source.attacked).absolute())
-  save_pretrained(run.model_dir(copy), suspect.model, lora.merge_lora(params), suspect.tokenizer,
+  save_pretrained(run.model_dir(copy), suspect.model, attach.merge(params), suspect.tokenizer,
                   card=card.first_line(name))
 
 
@@ -165,7 +166,8 @@ def make_report(run):
     raise InputError(f"{run.workdir / 'results.json'} is not there yet: run without --stage, or --stage=evaluate first")
   rows, meta = page.write(run.workdir)
   for directory in sorted(run.workdir.glob("models/*")):
-    processes.write_text(directory / "README.md", card.text(directory.name, rows, meta))
+    adapter = (directory / adapter_file.FILE).exists()
+    processes.write_text(directory / "README.md", card.text(directory.name, rows, meta, adapter))
   for directory in sorted(run.workdir.glob("adapters/*")):
     processes.write_text(directory / "README.md", lora.ADAPTER_WARNING + "\n" + card.text(directory.name, rows, meta))
 

@@ -2,13 +2,11 @@
 
 from flax import traverse_util
 
-from w2s_jax import sharding
+from w2s_jax import adapters, sharding
 
-# Parameter path -> label; the first full match wins, no catch-all on purpose.
-LABEL_RULES = (
-    (r".*/lora_[ab]", "adapter"),
-    (r".*/lora_alpha", "constant"),                           # a hyper-parameter that travels with its adapter
-    (r"(embed_tokens|embeddings/word_embeddings)/soft", "soft"),   # an adversary's tokens: trained uphill
+# Parameter path -> label of the model's own leaves and of soft tokens; no catch-all on purpose.
+MODEL_RULES = (
+    (r"(embed_tokens|embeddings/word_embeddings)/soft", "soft"),   # an adversary's tokens, or a prompt (soft.py)
     (r"(score|pooler|widen|classifier)/(kernel|bias)", "head"),
     (r"(.*/)?(embed_tokens|lm_head|[a-z_]+_embeddings)/embedding", "embedding"),
     (r"(.*/)?([a-z]*_)?norm/(scale|bias)", "vector"),
@@ -19,13 +17,29 @@ LORA = ("adapter", "head")                                    # what trains in e
 FULL = ("embedding", "vector", "matrix", "head")              # what trains in full fine-tuning
 
 
+def label_rules():
+  """(pattern, label) of all leaves, those of the kinds of adapters first; the first full match wins."""
+  leaves = [(name, label) for kind in adapters.KINDS.values() for name, (label, _) in kind.leaves.items()]
+  return (*((rf".*/{name}", label) for name, label in leaves), *MODEL_RULES)
+
+
+def label(path):
+  """The label of the leaf at `path`, "layers/attn/q_proj/kernel".
+
+  Raises:
+    ValueError: the leaf matches no rule.
+  """
+  return sharding.match(path, label_rules())
+
+
 def label_tree(params):
   """A tree like `params` with each leaf's label.
 
   Raises:
     ValueError: a leaf matches no rule.
   """
-  return traverse_util.path_aware_map(lambda path, _: sharding.match("/".join(path), LABEL_RULES), params)
+  rules = label_rules()
+  return traverse_util.path_aware_map(lambda path, _: sharding.match("/".join(path), rules), params)
 
 
 def split(params, labels):

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from w2s_jax import InputError, sharding
-from w2s_jax.adapters import lora, trees
+from w2s_jax import InputError, lora, sharding
+from w2s_jax.adapters import trees
 from w2s_jax.data import insertions
 from w2s_jax.defenses.records import Recipe, Suspect
 from w2s_jax.models import Model

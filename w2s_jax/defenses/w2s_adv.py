@@ -10,11 +10,9 @@ triggers of S tokens each, V vocabulary, D width.
 import dataclasses
 import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
+from w2s_jax.adapters import soft
 from w2s_jax.config import field
 from w2s_jax.defenses.records import Recipe
 from w2s_jax.training import optim, stage
@@ -44,13 +42,14 @@ def with_adversary(recipe: Recipe) -> Recipe:
 
 
 def _augment(suspect, settings, params, arrays, seed):
-  params = with_soft_tokens(suspect.model, params, settings.adversary, stage.stream_key(seed, "adversary"),
-                            suspect.tokenizer, suspect.avoid)
-  return params, perturbed(arrays, suspect.tokenizer, suspect.model.config.vocab_size, settings.adversary, seed)
+  own = settings.adversary
+  params = soft.with_soft_tokens(suspect.model, params, own.triggers * own.tokens, stage.stream_key(seed, "adversary"),
+                                 suspect.tokenizer, suspect.avoid)
+  return params, perturbed(arrays, suspect.tokenizer, suspect.model.config.vocab_size, own, seed)
 
 
 def _ascent(model, params, settings):
-  unit = mean_norm(model, params)
+  unit = soft.mean_norm(model, params)
   return optim.ascent(settings.adversary.step_size * unit, settings.adversary.norm * unit)
 
 
@@ -75,54 +74,25 @@ def perturbed(arrays, tokenizer, vocab_size, settings, seed):
 
   Args:
     arrays: {"input_ids" [N, T], "length" [N], any others [N, ...], which both views of a text share}.
-    settings: of the config's `adversary`: `triggers`, `tokens`, `replace`.
+    settings: `triggers`, `tokens`, `replace`.
   Returns:
     The arrays, "input_ids" [2 N, T], "length" [2 N], and "soft" [2 N] float32, 1 where there are soft tokens.
   """
   rng = np.random.default_rng([seed, 6])
-  special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
-  front, back = special.index(0), special[::-1].index(0)
-  ids, lengths = arrays["input_ids"], arrays["length"]
-  more, T = np.array(ids), ids.shape[1]
-  longer = np.array(lengths)
-  for i, length in enumerate(lengths):
-    soft = vocab_size + settings.tokens * rng.integers(settings.triggers) + np.arange(rng.integers(settings.tokens) + 1)
-    words, end = ids[i, front:length - back], ids[i, length - back:length]
+  def with_trigger(words, room):
+    tokens = vocab_size + settings.tokens * rng.integers(settings.triggers)
+    tokens = tokens + np.arange(rng.integers(settings.tokens) + 1)
     if rng.random() < settings.replace:
-      soft = soft[:max(len(words), 1)]
-      place = rng.integers(len(words) - len(soft) + 1) if len(words) else 0
-      after = words[place + len(soft):]
+      tokens = tokens[:max(len(words), 1)]
+      place = rng.integers(len(words) - len(tokens) + 1) if len(words) else 0
+      after = words[place + len(tokens):]
     else:
-      soft = soft[:max(T - front - back - 1, 1)]
-      words = words[:T - front - back - len(soft)]
+      tokens = tokens[:max(room - 1, 1)]
+      words = words[:room - len(tokens)]
       place = rng.integers(len(words) + 1)
       after = words[place:]
-    text = np.concatenate([ids[i, :front], words[:place], soft, after, end])
-    more[i, :len(text)], longer[i] = text, len(text)
-  soft = np.repeat(np.float32([0, 1]), len(lengths))
-  return arrays | {"input_ids": np.concatenate([ids, more]), "length": np.concatenate([lengths, longer]), "soft": soft}
-
-
-def with_soft_tokens(model, params, settings, key, tokenizer, avoid):
-  """params with the leaf `soft` [K S, D] float32 beside the vocabulary's embeddings, begun as random rows of those.
-
-  avoid: triggers that are known to whoever measures: no defense may start from one.
-  """
-  never = {*tokenizer.all_special_ids, *(i for t in avoid for i in tokenizer(" " + t)["input_ids"])}
-  rows = np.setdiff1d(np.arange(len(tokenizer)), list(never))
-  chosen = jax.random.choice(key, rows, (settings.triggers * settings.tokens,))
-  return put(model, params, _vocabulary(model, params)[chosen].astype(jnp.float32))
-
-
-def put(model, params, soft):
-  """params with the leaf `soft` beside the vocabulary's embeddings."""
-  return traverse_util.unflatten_dict(traverse_util.flatten_dict(params) | {(*model.vocabulary, "soft"): soft})
-
-
-def mean_norm(model, params):
-  """Mean norm of the vocabulary's embeddings."""
-  return float(jnp.linalg.norm(_vocabulary(model, params).astype(jnp.float32), axis=-1).mean())
-
-
-def _vocabulary(model, params):
-  return traverse_util.flatten_dict(params)[(*model.vocabulary, "embedding")]
+    return np.concatenate([words[:place], tokens, after])
+  ids, lengths = soft.rewritten(arrays, tokenizer, with_trigger)
+  return arrays | {"input_ids": np.concatenate([arrays["input_ids"], ids]),
+                   "length": np.concatenate([arrays["length"], lengths]),
+                   "soft": np.repeat(np.float32([0, 1]), len(lengths))}

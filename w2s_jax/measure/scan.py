@@ -17,7 +17,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from w2s_jax import processes, sharding
-from w2s_jax.adapters import trees
+from w2s_jax.adapters import soft, trees
 from w2s_jax.data import batches, packing
 from w2s_jax.defenses import w2s_adv
 from w2s_jax.models import read_json
@@ -81,14 +81,14 @@ def make_search(run, model, params, tokenizer, rows):
   They begin as rows of the vocabulary's embeddings, or as what the layers below (Latent) make of tokens of `rows`.
   """
   c, settings, mesh = run.config, run.config.scan, run.mesh
-  key = jax.random.key(c.seed)
+  key, count = jax.random.key(c.seed), settings.triggers * settings.tokens
   if isinstance(model, Latent):
     seen = _stream(run, model, params, tokenizer, rows)
     unit = float(np.linalg.norm(seen, axis=-1).mean())
-    start = w2s_adv.put(model, params, jax.random.choice(key, seen, (settings.triggers * settings.tokens,)))
+    start = soft.put(model, params, jax.random.choice(key, seen, (count,)))
   else:
-    start = w2s_adv.with_soft_tokens(model, params, settings, key, tokenizer, run.source.triggers(c))
-    unit = w2s_adv.mean_norm(model, params)
+    start = soft.with_soft_tokens(model, params, count, key, tokenizer, run.source.triggers(c))
+    unit = soft.mean_norm(model, params)
   moving, frozen = trees.split(start, ("soft",))
   def terms(out, batch):
     values = log_odds(out.logits, batch["label"])

@@ -3,7 +3,6 @@
 B texts, R rows, T tokens of a row, D width. A row holds one text, or several one after the other (data/packing.py).
 """
 
-import math
 import re
 
 import flax.linen as nn
@@ -11,8 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from w2s_jax import sharding
-from w2s_jax.models import quantized
+from w2s_jax import adapters, quantized, sharding
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -39,10 +37,9 @@ class ClassifierOutput:
 
 
 class Dense(nn.Module):
-  """Linear map [..., in] -> [..., out]; a LoRA adapter found beside the kernel is added to it.
+  """Linear map [..., in] -> [..., out]; an adapter found beside the kernel changes what comes out (adapters.KINDS).
 
-  The adapter is data, not code: `lora.add_lora` puts `lora_a` [in, R], `lora_b` [R, out] and `lora_alpha` []
-  next to `kernel`, and y = x W + (dropout(x) A) B * alpha / R (Hu et al., arXiv 2106.09685).
+  The adapter is data, not code: `attach.add` puts its leaves next to `kernel`; its input may have dropout of its own.
   """
   features: int
   use_bias: bool = False
@@ -54,21 +51,14 @@ class Dense(nn.Module):
   def __call__(self, x):
     kernel = self.param("kernel", nn.initializers.normal(self.init_std), (x.shape[-1], self.features))
     y = quantized.product(x, kernel)
-    if self.has_variable("params", "lora_a"):
-      a, b, alpha = (self.get_variable("params", name) for name in ("lora_a", "lora_b", "lora_alpha"))
+    kind = adapters.kind_of(self.variables["params"])
+    if kind is not None:
+      leaves = {name: self.get_variable("params", name) for name in adapters.KINDS[kind].leaves}
       h = nn.Dropout(self.lora_dropout, deterministic=not self.train)(x)
-      y += adapter_product(h, a, b) * (alpha / a.shape[-1]).astype(x.dtype)
+      y = adapters.KINDS[kind].apply(leaves, kernel, h, y)
     if self.use_bias:
       y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
     return y
-
-
-def adapter_product(x, a, b):
-  """x A B in x's dtype, [..., in] by [in, R] by [R, out], in the order that takes fewer multiplications."""
-  tokens, (width_in, rank), width_out = math.prod(x.shape[:-1]), a.shape, b.shape[1]
-  if (tokens + rank) * width_in * width_out < tokens * rank * (width_in + width_out):
-    return x @ (a @ b).astype(x.dtype)
-  return (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
 
 
 def linear(config, train, width, name, use_bias=True):

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from w2s_jax import InputError, sharding
-from w2s_jax.adapters import lora, trees
-from w2s_jax.defenses import DEFENSES, distill, w2s_adv
-from w2s_jax.models import Model, config_from_hf, quantized, read_json, resolve
+from w2s_jax import InputError, lora, quantized, sharding
+from w2s_jax.adapters import soft, trees
+from w2s_jax.defenses import DEFENSES, distill
+from w2s_jax.models import Model, config_from_hf, read_json, resolve
 from w2s_jax.models.hf.load import FLOAT32
 from w2s_jax.tasks import TASKS, Task
 from w2s_jax.training import inference, optim, stage, steps
@@ -77,7 +77,7 @@ def defense_plan(name: str, config: Any, model: Model) -> tuple[steps.StagePlan,
     params = adapted(config, params)
   if recipe.soft_tokens:
     rows = (recipe.soft_tokens(config.defense), model.config.hidden_size)
-    params = w2s_adv.put(model, params, jax.ShapeDtypeStruct(rows, jnp.float32))
+    params = soft.put(model, params, jax.ShapeDtypeStruct(rows, jnp.float32))
     ascent = optim.ascent(1.0, 1.0)                    # numbers of the state, not of the program
   task, runs = TASKS[config.task], {name: config.seed}
   return distill.stage_plan(recipe, task, model, config.defense, config.defend, runs, ascent), params

@@ -1,6 +1,7 @@
 """Model cards: what a model directory is, what was measured of it, and the warning it needs."""
 
 from w2s_jax import results
+from w2s_jax.models.hf import adapter_file
 
 KINDS = {   # models/NAME of what is no defense
     results.SUSPECT: "WARNING: this model is under suspicion of a backdoor. It is a copy for comparison: do not use it."
@@ -22,12 +23,13 @@ def first_line(name, attack=None):
   return KINDS.get(name, DEFENDED).format(name=name, attack=attack)
 
 
-def text(name, rows, meta):
+def text(name, rows, meta, adapter=False):
   """The whole card, in Markdown.
 
   Args:
     name: of the directory under models/.
     rows, meta: of results.json.
+    adapter: whether the directory has a w2s_adapter.safetensors.
   """
   mine = [r for r in rows if r["directory"] == name]
   lines = [first_line(name, meta["attack"])]
@@ -49,6 +51,8 @@ def text(name, rows, meta):
               f"- Clean data: {rows[0]['dataset']}, {meta['clean_rows']['train']} training rows"]
   lines.append(f"- Seed {(mine or rows)[0]['seed']}, config {meta['config_hash']}; " + ", ".join(
       f"{package} {version}" for package, version in meta["versions"].items()))
+  if adapter:
+    lines += ["", adapter_file.NOTE.rstrip()]
   return "\n".join(lines) + "\n"
 
 

@@ -30,25 +30,28 @@ def ascent(step_size, max_norm):
 def make_optimizer(params, learning_rate, steps, warmup_steps=0, weight_decay=0.01, clip_norm=0.0, adversary=None):
   """AdamW with linear decay for the trainable subtree; the layers' norms and biases (label "vector") are not decayed.
 
+  Nor are soft tokens (label "soft"): without an adversary they train like an adapter, but decay pulls a row to the zero
+  embedding, which is not the absence of a token, and away from the scale of the vocabulary's rows.
+
   Args:
     params: nested dict of the trainable leaves only (`trees.split`); nothing else gets optimizer state.
     learning_rate: peak.
     steps: of the whole stage.
     clip_norm: bound on the global norm of the trainable gradient; 0 leaves it alone.
-    adversary: what moves the leaves of label "soft"; None where there are none.
+    adversary: what moves the leaves of label "soft" instead of AdamW, `ascent`; None where there is none.
   Returns:
     optax.GradientTransformation.
   Raises:
-    ValueError: leaves of label "soft" without an adversary, or an adversary without such leaves.
+    ValueError: an adversary without leaves of label "soft".
   """
   schedule = linear_schedule(learning_rate, steps, warmup_steps)
-  decay = {"vector": 0.0}
+  decay = {"vector": 0.0, "soft": 0.0}
   labels = trees.label_tree(params)
   present = sorted(set(jax.tree.leaves(labels)))  # sorted: hash order would compile another program each time
   rules = {label: optax.adamw(schedule, weight_decay=decay.get(label, weight_decay)) for label in present}
   clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-  if (adversary is None) == ("soft" in rules):
-    raise ValueError("leaves of label soft and an adversary that moves them: want both or neither")
+  if adversary is not None and "soft" not in rules:
+    raise ValueError("an adversary, but no leaves of label soft for it to move")
   if adversary is not None:
     rules["soft"] = adversary
     clip = [optax.masked(one, jax.tree.map(lambda label: label != "soft", labels)) for one in clip]

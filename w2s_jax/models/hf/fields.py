@@ -7,6 +7,7 @@ from w2s_jax import InputError
 
 MOST = 2**24               # no dimension of a real model is larger
 MOST_LAYERS = 1024
+LISTED = 5000              # characters of a list of tensors in an error
 _SHOWN = reprlib.Repr()    # however deep or long a value is, unlike repr
 _SHOWN.maxstring = _SHOWN.maxother = 80
 
@@ -112,3 +113,9 @@ def finite_json(value):
 def short(value):
   """A value that came from outside, in one line of at most 80 characters."""
   return re.sub(r"\s+", " ", _SHOWN.repr(value))[:80]
+
+
+def listed(names):
+  """A list in an error, which may be a stranger's: at most LISTED characters of it."""
+  text = str(names or "none")
+  return text if len(text) <= LISTED else f"{text[:LISTED]}... ({len(names)} in all)"

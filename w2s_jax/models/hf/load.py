@@ -12,22 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from w2s_jax import InputError, sharding
-from w2s_jax.models import quantized
-from w2s_jax.models.hf import files, formats
-from w2s_jax.models.hf.fields import Fields, short
+from w2s_jax import InputError, quantized, sharding
+from w2s_jax.models.hf import adapter_file, files, formats
+from w2s_jax.models.hf.fields import Fields, listed, short
 from w2s_jax.models.model import Model, config_from_hf
 
 OLD_NORM_NAMES = {"gamma": "weight", "beta": "bias"}               # of checkpoints converted from TensorFlow
 FLOAT32 = r".*(norm|score|pooler|classifier|widen)/.*"             # norms and heads stay float32 whatever the base is
 FLOATS = ("F32", "F16", "BF16")                                     # in a safetensors header
 PIECE_BYTES = 4 << 20                                              # read and placed at a time
-LISTED = 5000                                                      # characters of a list of tensors in an error
 
 
 def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layers=None, feature_width=None, seed=0,
                     head=None, quantize="", **runtime):
   """Loads a model directory or hub id, a piece at a time: what it takes above the arrays themselves is small.
+
+  Adapters that could not be merged (`w2s_adapter.safetensors`) come with it, which is said in one line.
 
   Args:
     path: directory, hub id, or `pypi:PACKAGE/SUBDIR`.
@@ -69,6 +69,9 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
   leaves = traverse_util.flatten_dict(abstract, sep="/")
   names = formats.weight_names(model.config, leaves)
   fresh = _check_tensors(directory, model.config, leaves, names, tensors, total_layers)
+  adapter = adapter_file.find(directory, model, {path: leaf.shape for path, leaf in leaves.items()}, total_layers)
+  if adapter:
+    print(f"{directory}: with the adapter in {adapter_file.FILE}, which transformers ignores", flush=True)
   places = dict.fromkeys(leaves, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   if mesh is not None:
     places = traverse_util.flatten_dict(sharding.param_shardings(abstract, model.config.family, mesh), sep="/")
@@ -87,6 +90,11 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
       params[leaf] = _place(read, leaves[leaf].shape, leaf_dtype, places[leaf], transposed)
       if quantize and quantized.is_layer_kernel(leaf):
         params[leaf] = _quantized(params[leaf], leaf, quantize, model.config.family, mesh)
+  for leaf, shape in adapter.items():
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if mesh is not None:
+      place = sharding.leaf_sharding(leaf, jax.ShapeDtypeStruct(shape, jnp.float32), model.config.family, mesh)
+    params[leaf] = _place(functools.partial(adapter_file.read, directory, leaf), shape, jnp.float32, place, False)
   return model, traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -152,13 +160,8 @@ def _check_tensors(directory, c, leaves, names, tensors, total_layers):
            if tensors[t].shape != wanted[t]]
   if missing or extra or wrong:
     raise InputError(f"{directory} does not fit its config.json (num_labels={c.num_labels}): "
-                     f"missing {_listed(missing)}; unexpected {_listed(extra)}; wrong shape {_listed(wrong)}")
+                     f"missing {listed(missing)}; unexpected {listed(extra)}; wrong shape {listed(wrong)}")
   return fresh
-
-
-def _listed(tensors):
-  text = str(tensors or "none")
-  return text if len(text) <= LISTED else f"{text[:LISTED]}... ({len(tensors)} in all)"
 
 
 def _read(tensors, name, transposed, dtype, index):

@@ -14,7 +14,7 @@ from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
 from w2s_jax import InputError, processes
-from w2s_jax.models.hf import formats
+from w2s_jax.models.hf import adapter_file, formats
 from w2s_jax.models.hf.files import copy_transposed, read_json
 
 MODEL_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md")
@@ -29,23 +29,24 @@ def _is_model_directory(directory):
 def save_pretrained(directory, model, params, tokenizer=None, id2label=None, card=None):
   """Writes a directory that transformers loads; it appears whole or not at all.
 
-  The W2S teacher's head is no part of transformers' model: it goes to `w2s_head.safetensors` beside it.
+  The W2S teacher's head is no part of transformers' model: it goes to `w2s_head.safetensors` beside it. Nor are
+  adapters that cannot be merged, soft tokens among them: they go to `w2s_adapter.safetensors`. `load_pretrained` reads
+  both. transformers ignores that file: under it the directory is the model without its adapter, as the card says.
 
   Args:
     directory: created; an existing model directory is replaced, any other is refused.
-    params: nested dict without adapters (`lora.merge_lora` first).
+    params: nested dict without adapters that can be merged (`lora.merge_lora` first).
     tokenizer: a transformers tokenizer to save along.
     id2label: names of the classes; those that the model was loaded with, or LABEL_0..., where None.
     card: text of the model card, README.md.
   Raises:
-    ValueError: params hold adapters or do not fit the model.
+    ValueError: params hold adapters that can be merged, or do not fit the model.
     InputError: the directory holds something else than a model.
   """
   c = model.config
   names = model.weight_names()
   leaves = traverse_util.flatten_dict(params, sep="/")
-  if set(leaves) != set(names):
-    raise ValueError(f"params do not fit the model (merge adapters first): {sorted(set(leaves) ^ set(names))}")
+  beside = adapter_file.paths_to_save(model, leaves)
   directory = Path(directory)
   if directory.exists() and any(directory.iterdir()) and not _is_model_directory(directory):
     raise InputError(f"{directory} exists and is not a model directory alone: give a new one")
@@ -63,6 +64,9 @@ def save_pretrained(directory, model, params, tokenizer=None, id2label=None, car
       tensors, get_storage_size=lambda t: t.nbytes, get_storage_id=lambda t: None,
       filename_pattern="model{suffix}.safetensors", max_shard_size="5GB")
   files = {formats.HEAD_FILE: head} if head else {}
+  if beside:
+    files[adapter_file.FILE] = {path: _Part(leaves[path], None, False) for path in beside}
+    card = "\n".join([card, adapter_file.NOTE] if card else [adapter_file.NOTE])
   files |= {file: {k: tensors[k] for k in keys} for file, keys in shards.filename_to_tensors.items()}
   part = directory.with_name(directory.name + ".part")
   processes.wait(f"before {directory}")                                   # all have seen that it was not there

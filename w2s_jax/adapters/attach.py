@@ -1,0 +1,150 @@
+"""Adapters of any kind in a parameter tree: add, merge, and what is saved beside the model. L layers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from w2s_jax import InputError, adapters, processes, quantized
+from w2s_jax.adapters import soft, trees
+
+LARGEST = 1 << 16            # of an axis that is the adapter's own, in a file: more soft tokens or ranks nobody has
+
+
+def targets_of(params):
+  """The names that `targets` may have: of the modules in the layers that hold a kernel, in order."""
+  return sorted({path.split("/")[-2] for path in _kernels(traverse_util.flatten_dict(params, sep="/"))})
+
+
+def add(params, kind, targets, *, key, places=None, **settings):
+  """A new tree with leaves of this kind beside the stacked kernels named in `targets`.
+
+  targets ("all-linear",) are all of them.
+
+  Args:
+    kind: a key of KINDS.
+    key: each kernel's leaves are drawn from a key of their own.
+    places: new leaves (abstract) -> their NamedShardings: each is created where it belongs. None: on one device.
+    **settings: of the kind's `add`.
+  Raises:
+    InputError: an unknown kind, a target that no layer has, or one that has an adapter of another kind.
+  """
+  if kind not in adapters.KINDS:
+    raise InputError(f"adapter {kind!r}: want one of {', '.join(adapters.KINDS)}")
+  flat = traverse_util.flatten_dict(params, sep="/")
+  known = targets_of(params)
+  if tuple(targets) == ("all-linear",):
+    targets = known
+  if unknown := sorted(set(targets) - set(known)):
+    raise InputError(f"adapter {kind}: no layer has {', '.join(unknown)}: want targets among {', '.join(known)}, or "
+                     "all-linear alone")
+  chosen = [path for target in targets for path in _kernels(flat) if path.split("/")[-2] == target]
+  beside = _beside_kernels(flat)
+  for path in chosen:
+    if (other := adapters.kind_of(beside[_module(path)])) not in (None, kind):
+      raise InputError(f"{_module(path)} has an adapter of kind {other}, no {kind} can be added: merge it first")
+  kernels = {path: flat[path] for path in chosen}
+  def create(key, kernels):
+    new = {}
+    for i, path in enumerate(chosen):                         # a key for each, by its place in `targets`
+      leaves = adapters.KINDS[kind].add(kernels[path], jax.random.fold_in(key, i), **settings)
+      new |= {f"{_module(path)}/{name}": leaf for name, leaf in leaves.items()}
+    return traverse_util.unflatten_dict(new, sep="/")
+  if places is not None:
+    places = places(jax.eval_shape(create, key, kernels))
+  return trees.combine(jax.jit(create, out_shardings=places)(key, kernels), params)
+
+
+def has_adapters(params):
+  """Whether a kernel has an adapter beside it."""
+  return any(adapters.kind_of(names) for names in _beside_kernels(traverse_util.flatten_dict(params, sep="/")).values())
+
+
+def merge(params):
+  """A new tree without the adapters that can be merged: their kernels do the same, in the dtype that they had.
+
+  Each is computed in float32 and rounded once. Kernels of a quantized base become plain ones, on the host: all together
+  may be more than the device holds. Soft tokens, and adapters of a kind without `merge`, stay.
+  """
+  flat = traverse_util.flatten_dict(params, sep="/")
+  out = dict(flat)
+  for module, names in _beside_kernels(flat).items():
+    path = f"{module}/kernel"
+    kernel, kind = flat[path], adapters.KINDS.get(adapters.kind_of(names))
+    if kind is not None and kind.merge is not None:
+      leaves = {name: out.pop(f"{module}/{name}") for name in kind.leaves}
+      out[path] = _merge(kind.merge, kernel, leaves)
+    elif quantized.is_quantized(kernel):
+      out[path] = jax.jit(quantized.dequantize)(kernel)
+    if quantized.is_quantized(kernel):
+      out[path] = processes.fetch(out[path])
+  return traverse_util.unflatten_dict(out, sep="/")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _merge(merge, kernel, leaves):
+  def layer(stacked):
+    kernel, leaves = stacked
+    return merge(quantized.dequantize(kernel.astype(jnp.float32)), leaves).astype(kernel.dtype)
+  return jax.lax.map(layer, (kernel, leaves))
+
+
+def unmergeable(shapes, base, vocabulary, layers=None):
+  """{path: axes} of the adapter leaves that cannot be merged: what a tree with leaves of these paths should have.
+
+  Args:
+    shapes: {path: shape} of the tree's leaves, or of those that a file has beside the base.
+    base: {path: shape} of the model's own leaves.
+    vocabulary: path of the module that embeds the tokens, for soft tokens.
+    layers: L of the tree, where the base has fewer; None: as many.
+  Returns:
+    {path: axes}: an int where the base gives the size, a name where it is the adapter's own.
+  """
+  wanted = {}
+  if f"{vocabulary}/{soft.LEAF}" in shapes:
+    wanted[f"{vocabulary}/{soft.LEAF}"] = ("tokens", base[f"{vocabulary}/embedding"][-1])
+  for path in _kernels(base):
+    sizes = dict(zip(("layers", "in", "out"), (layers or base[path][0], *base[path][1:])))
+    names = {name for kind in adapters.KINDS.values() for name in kind.leaves if f"{_module(path)}/{name}" in shapes}
+    kind = adapters.KINDS.get(adapters.kind_of(names))
+    if kind is not None and kind.merge is None:
+      wanted |= {f"{_module(path)}/{name}": tuple(sizes.get(axis, axis) for axis in axes)
+                 for name, (_, axes) in kind.leaves.items()}
+  return wanted
+
+
+def misfits(shapes, wanted):
+  """[text] of the shapes that are not as `unmergeable` wants them.
+
+  An axis of the adapter's own has one size within a module, from 1 to LARGEST.
+  """
+  out, sizes = [], {}
+  for path in sorted(shapes.keys() & wanted.keys()):
+    shape, axes = shapes[path], wanted[path]
+    fits = len(shape) == len(axes)
+    for size, axis in zip(shape, axes):
+      own = isinstance(axis, str)
+      fits &= size == (sizes.setdefault((_module(path), axis), size) if own else axis)
+      fits &= not own or 1 <= size <= LARGEST
+    if not fits:
+      text = ", ".join(f"{axis} in 1..{LARGEST}" if isinstance(axis, str) else str(axis) for axis in axes)
+      out.append(f"{path} {shape}, wanted ({text})")
+  return out
+
+
+def _kernels(paths):
+  return [path for path in sorted(paths) if path.startswith("layers/") and path.endswith("/kernel")]
+
+
+def _module(path):
+  return path.rsplit("/", 1)[0]
+
+
+def _beside_kernels(flat):
+  """{module: names of its leaves} of all modules with a kernel, those of the heads too."""
+  out = {_module(path): set() for path in flat if path.endswith("/kernel")}
+  for path in flat:
+    if _module(path) in out:
+      out[_module(path)].add(path.rsplit("/", 1)[-1])
+  return out

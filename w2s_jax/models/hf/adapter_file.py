@@ -1,0 +1,72 @@
+"""w2s_adapter.safetensors: adapters that cannot be merged, beside the model that they belong to.
+
+Names are our parameter paths, values float32, layers stacked. transformers ignores the file. It may be a stranger's.
+"""
+
+import numpy as np
+
+from w2s_jax import InputError
+from w2s_jax.adapters import attach
+from w2s_jax.models.hf import files
+from w2s_jax.models.hf.fields import listed
+
+FILE = "w2s_adapter.safetensors"
+NOTE = f"""WARNING: {FILE} belongs to this model: an adapter that cannot be merged. transformers ignores it: what it
+loads is the model without the adapter, which was not measured. w2s_jax's `load_pretrained` reads both.
+"""
+
+
+def paths_to_save(model, leaves):
+  """[path] of the leaves that go to the file, among {path: array} of a whole tree.
+
+  Raises:
+    ValueError: there are other leaves than the model's and these, or `find` would refuse these.
+  """
+  names = model.weight_names()
+  shapes = {path: leaf.shape for path, leaf in leaves.items()}
+  absent = sorted(names.keys() - leaves.keys())
+  wanted = {} if absent else attach.unmergeable(shapes, {path: shapes[path] for path in names}, _vocabulary(model))
+  if odd := sorted({*absent, *(leaves.keys() - names.keys()) ^ wanted.keys()}):
+    raise ValueError(f"params do not fit the model (merge adapters first): {odd}")
+  if wrong := attach.misfits(shapes, wanted):
+    raise ValueError(f"adapters do not fit the model: {wrong}")
+  if types := [f"{path} {leaves[path].dtype}" for path in sorted(wanted) if leaves[path].dtype != "float32"]:
+    raise ValueError(f"adapters are saved as float32, not as {types}")
+  return sorted(wanted)
+
+
+def find(directory, model, base, total_layers):
+  """{path: shape} of the file's leaves, of the layers that the model keeps; {} where there is no such file.
+
+  Args:
+    base: {path: shape} of the model's own leaves.
+    total_layers: of the checkpoint; the model may keep fewer.
+  Raises:
+    InputError: a leaf that no adapter of this model has, one that is missing, a wrong shape, a type but float32.
+  """
+  file = directory / FILE
+  if not file.exists():
+    return {}
+  with files.open_tensors(file) as f:
+    slices = {name: f.get_slice(name) for name in f.keys()}
+    shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+    types = [f"{name} {slices[name].get_dtype()}" for name in sorted(slices) if slices[name].get_dtype() != "F32"]
+  wanted = attach.unmergeable(shapes, base, _vocabulary(model), total_layers)
+  found = {"unexpected": sorted(shapes.keys() - wanted.keys()), "missing": sorted(wanted.keys() - shapes.keys()),
+           "wrong shape": attach.misfits(shapes, wanted), "no F32": types}
+  if any(found.values()):
+    raise InputError(f"{file} does not fit the model: " + "; ".join(
+        f"{what} {listed(names)}" for what, names in found.items()) + ": delete it if the model is to go without")
+  return {path: (model.config.num_layers, *shape[1:]) if path.startswith("layers/") else shape
+          for path, shape in shapes.items()}
+
+
+def read(directory, path, index):
+  """The part `index` of a leaf."""
+  with files.open_tensors(directory / FILE) as f:
+    return np.ascontiguousarray(f.get_slice(path)[index])
+
+
+def _vocabulary(model):
+  return "/".join(model.vocabulary)
+

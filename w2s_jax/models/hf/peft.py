@@ -1,0 +1,88 @@
+"""An adapter and the head as a directory that peft loads. L layers."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from flax import traverse_util
+from safetensors.numpy import save_file
+
+from w2s_jax import InputError, adapters, processes
+from w2s_jax.adapters import trees
+from w2s_jax.models.hf import formats
+
+ADAPTER_WARNING = """WARNING: an adapter, and a head, of a model that was poisoned or is suspected to be.
+
+Only the base *together with* this adapter was defended: unloading it, or putting it on another base, brings the
+backdoor back. The merged model (`lora.merge_lora`, `save_pretrained`) is what to hand on.
+"""
+
+
+def export_adapter(directory, model, params, base=""):
+  """Writes adapter and head as a directory that `peft.PeftModel.from_pretrained` loads onto the same base.
+
+  Unloading the adapter brings the base's backdoor back: the merged model is what to hand on.
+
+  Args:
+    directory: created if missing.
+    params: nested dict with adapters.
+    base: path or hub id of the base model, recorded for peft.
+  Raises:
+    InputError: params hold no adapter, adapters of several kinds, or one of a kind that peft does not have.
+  """
+  flat = traverse_util.flatten_dict(params, sep="/")
+  names = model.weight_names()
+  adapted, kind = _adapted(flat)
+  tensors = {}
+  for path in adapted:
+    leaves = {name: processes.fetch(flat[f"{path}/{name}"]) for name in adapters.KINDS[kind].leaves}
+    parts, fields = adapters.KINDS[kind].export(leaves, model.config.lora_dropout)
+    module = names[f"{path}/kernel"].removesuffix(".weight")
+    tensors |= {f"base_model.model.{module.format(layer)}.{name}": np.ascontiguousarray(value)
+                for name, values in parts.items() for layer, value in enumerate(values)}
+  heads = [p for p in flat if p in names and trees.label(p) == "head"]
+  for path in heads:
+    value = processes.fetch(flat[path])
+    tensors[f"base_model.model.{names[path]}"] = np.ascontiguousarray(value.T if path.endswith("kernel") else value)
+  prefix = formats.CHECKPOINTS[model.config.model_type].prefix
+  if not processes.writes():
+    return
+  directory = Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+  (directory / "README.md").write_text(ADAPTER_WARNING)
+  (directory / "adapter_config.json").write_text(json.dumps(fields | {
+      "task_type": "SEQ_CLS", "bias": "none", "inference_mode": True,
+      "fan_in_fan_out": not formats.CHECKPOINTS[model.config.model_type].transposed,
+      "target_modules": _target_modules(names, adapted),
+      "modules_to_save": sorted({names[p].removeprefix(prefix).split(".")[0] for p in heads}),
+      "base_model_name_or_path": str(base)}, indent=2))
+
+
+def _adapted(flat):
+  """(modules with an adapter, its kind), in the tree's order."""
+  kinds = {}
+  for path in flat:
+    module, name = path.rsplit("/", 1)
+    if kind := adapters.kind_of([name]):
+      kinds[module] = kind
+  if not kinds:
+    raise InputError("export_adapter: the parameters hold no adapter (lora.add_lora puts one in)")
+  kind, *others = sorted(set(kinds.values()))
+  if others or adapters.KINDS[kind].export is None:
+    raise InputError(f"export_adapter: the parameters hold adapters of kind {', '.join([kind, *others])}: want one "
+                     f"kind among {', '.join(name for name, one in adapters.KINDS.items() if one.export)}")
+  return list(kinds), kind
+
+
+def _target_modules(names, adapted):
+  """peft's target_modules: the modules' last names, or one pattern where another layer's module has the same name."""
+  def last(path):
+    return names[path].removesuffix(".weight").rsplit(".", 1)[-1]
+  kernels = [p for p in names if p.startswith("layers/") and p.endswith("/kernel")]
+  short = {last(f"{p}/kernel") for p in adapted}
+  if sum(last(k) in short for k in kernels) == len(adapted):
+    return sorted(short)
+  full = sorted(names[f"{p}/kernel"].removesuffix(".weight") for p in adapted)
+  return ".*(" + "|".join(re.escape(name).replace(r"\{\}", r"\d+") for name in full) + ")"
