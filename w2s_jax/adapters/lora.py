@@ -14,7 +14,6 @@ from safetensors.numpy import save_file
 from w2s_jax import InputError, processes, sharding
 from w2s_jax.adapters import trees
 from w2s_jax.models import quantized
-from w2s_jax.models.hf import formats
 
 
 def add_lora(params, rank, alpha, targets=("q_proj", "v_proj"), *, key, places=None):
@@ -120,7 +119,6 @@ def export_adapter(directory, model, params, base=""):
   for path in heads:
     value = processes.fetch(flat[path])
     tensors[f"base_model.model.{names[path]}"] = np.ascontiguousarray(value.T if path.endswith("kernel") else value)
-  prefix = formats.CHECKPOINTS[model.config.model_type].prefix
   rank, alpha = flat[f"{adapted[0]}/lora_a"].shape[-1], float(flat[f"{adapted[0]}/lora_alpha"][0])
   if not processes.writes():
     return
@@ -131,9 +129,9 @@ def export_adapter(directory, model, params, base=""):
   (directory / "adapter_config.json").write_text(json.dumps({
       "peft_type": "LORA", "task_type": "SEQ_CLS", "r": rank, "lora_alpha": alpha, "bias": "none",
       "lora_dropout": model.config.lora_dropout, "inference_mode": True,
-      "fan_in_fan_out": not formats.CHECKPOINTS[model.config.model_type].transposed,
+      "fan_in_fan_out": not model.checkpoint.transposed,
       "target_modules": _target_modules(names, adapted),
-      "modules_to_save": sorted({names[p].removeprefix(prefix).split(".")[0] for p in heads}),
+      "modules_to_save": sorted({names[p].removeprefix(model.checkpoint.prefix).split(".")[0] for p in heads}),
       "base_model_name_or_path": str(base)}, indent=2))
 
 
