@@ -137,7 +137,7 @@ def timed_steps(model, rank, batches, mesh, adversary=False, seeds=1, trace=None
                                          adversary, seeds)
   trainable = jax.tree.map(lambda x: x.astype("float32"), trainable)
   state = program.init([trainable] * seeds)
-  frozen = jax.device_put(frozen, sharding.param_shardings(frozen, model.config.family, mesh))
+  frozen = jax.device_put(frozen, sharding.param_shardings(frozen, model.shardings, mesh))
   del params, trainable
   if adversary:
     batches = [with_views(model.config, batch) for batch in batches]

@@ -148,7 +148,7 @@ def run(llama):
   start = soft.with_soft_tokens(model, adapted, K * S, jax.random.key(1), tokenizer, ["good"])
   unit = soft.mean_norm(model, params)
   def go(mesh, learning_rate=1e-2, count=15, pack=True):
-    placed = jax.device_put(start, sharding.param_shardings(start, "llama", mesh))
+    placed = jax.device_put(start, sharding.param_shardings(start, model.shardings, mesh))
     trainable, frozen = trees.split(placed, (*trees.LORA, "soft"))
     weights = w2s_adv.loss_weights(WEIGHTS, 1.0)
     loss = steps.classification_loss(model, rig.terms(functools.partial(w2s_adv.terms, w2s.terms)), weights)

@@ -70,7 +70,7 @@ def stage(config, trainable, frozen, device, runs=1):
   mesh = sharding.make_mesh(devices=[device])
   program = rig.make_program(Model(config), trainable, frozen, mesh, 10, weights=WEIGHTS, runs=runs, learning_rate=1e-1)
   state = program.init([jax.device_put(trainable, device)] * runs)
-  return program, state, jax.device_put(frozen, sharding.param_shardings(frozen, config.family, mesh)), mesh
+  return program, state, jax.device_put(frozen, sharding.param_shardings(frozen, Model(config).shardings, mesh)), mesh
 
 
 def test_two_runs_at_once_in_bfloat16(setup, make_batch):

@@ -195,7 +195,7 @@ def test_loaded_onto_a_mesh_is_the_same_and_lies_by_the_rules(sizes, originals, 
   for directory in originals.values():
     model, params = load_pretrained(directory, mesh=mesh)
     same(params, load_pretrained(directory)[1])
-    places = traverse_util.flatten_dict(sharding.param_shardings(params, model.config.family, mesh), sep="/")
+    places = traverse_util.flatten_dict(sharding.param_shardings(params, model.shardings, mesh), sep="/")
     for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
       assert leaf.sharding.is_equivalent_to(places[path], leaf.ndim), path
 

@@ -110,7 +110,7 @@ def test_a_planted_path_is_found_and_no_other(rows, tmp_path):
   assert json.loads(file.read_text())["outcome"] == "suspicious"
   model, params = network(tokenizer, True)
   sharded = run_on((2, 2, 2), rows, tmp_path / "sharded")
-  params = jax.device_put(params, sharding.param_shardings(params, model.config.family, sharded.mesh))
+  params = jax.device_put(params, sharding.param_shardings(params, model.shardings, sharded.mesh))
   for one, other in zip(poisoned, scan.reading(sharded, "poisoned", (model, params, tokenizer))):
     assert one["nearest"] == other["nearest"] and one["strength"] == pytest.approx(other["strength"], rel=1e-3)
 
@@ -131,7 +131,7 @@ def test_behind_the_first_layer_it_is_found_as_well(rows, tmp_path):
     run = run_on(mesh, rows, tmp_path)
     run.config.scan.depths = (0.5,)
     model, params = network(tokenizer, backdoor, layers=2)
-    params = jax.device_put(params, sharding.param_shardings(params, "llama", run.mesh))
+    params = jax.device_put(params, sharding.param_shardings(params, model.shardings, run.mesh))
     return scan.scan(run, model, params, tokenizer)
   clean, poisoned, sharded = scanned((1, 1, 1), False), scanned((1, 1, 1), True), scanned((2, 2, 2), True)
   assert [(one["layer"], one["nearest"]) for one in poisoned] == [(1, [])] * 2

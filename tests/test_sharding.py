@@ -1,6 +1,7 @@
 """Mesh, rules, and what their errors say."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from w2s_jax import InputError, lora, sharding
 from w2s_jax.adapters import trees
 from w2s_jax.models import Model
 from w2s_jax.models.gpt2 import GPT2Config
+from w2s_jax.models.model import FAMILIES
+
+RULES = Model(LLAMA).shardings
 
 
 @pytest.mark.parametrize("sizes,want", [
@@ -54,7 +58,7 @@ def test_every_leaf_with_adapters_matches_one_rule(family, request):
   targets = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
   params = jax.eval_shape(lambda p: lora.add_lora(p, 8, 8.0, targets, key=jax.random.key(0)), model.abstract_params())
   mesh = sharding.make_mesh(2, 2, 2)
-  places = traverse_util.flatten_dict(sharding.param_shardings(params, model.config.family, mesh), sep="/")
+  places = traverse_util.flatten_dict(sharding.param_shardings(params, model.shardings, mesh), sep="/")
   assert places.keys() == traverse_util.flatten_dict(params, sep="/").keys()
   specs = {path: place.spec for path, place in places.items()}
   assert specs["layers/attn/q_proj/kernel"] == P(None, "fsdp", "tensor")
@@ -80,25 +84,27 @@ def paths(family):
   return out
 
 
-@pytest.mark.parametrize("family", sharding.RULES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_no_pattern_is_without_a_leaf(family):
-  """Each is the first that matches some leaf of the family."""
-  numbered = [(pattern, i) for i, (pattern, _) in enumerate(sharding.RULES[family])]
+  """Each is the first that matches some leaf of the family, and the only one."""
+  rules = Model(FAMILIES[family].config()).shardings
+  numbered = [(pattern, i) for i, (pattern, _) in enumerate(rules)]
   assert {sharding.match(path, numbered) for path in paths(family)} == set(range(len(numbered)))
+  assert {sum(bool(re.fullmatch(pattern, path)) for pattern, _ in rules) for path in paths(family)} == {1}
 
 
 def test_no_label_is_without_a_leaf():
   numbered = [(pattern, i) for i, (pattern, _) in enumerate(trees.label_rules())]
-  found = {sharding.match(path, numbered) for family in sharding.RULES for path in paths(family)}
+  found = {sharding.match(path, numbered) for family in FAMILIES for path in paths(family)}
   assert found == set(range(len(numbered)))
 
 
 def test_an_unknown_leaf_is_an_error_that_names_it():
   mesh = sharding.make_mesh()
   with pytest.raises(ValueError, match=r"'layers/moe/router/kernel' matches no rule"):
-    sharding.param_shardings({"layers": {"moe": {"router": {"kernel": jnp.ones((1, 8, 8))}}}}, "llama", mesh)
+    sharding.param_shardings({"layers": {"moe": {"router": {"kernel": jnp.ones((1, 8, 8))}}}}, RULES, mesh)
   with pytest.raises(ValueError, match="matches no rule"):      # the whole path has to match, not a part of it
-    sharding.match("score/kernel/extra", sharding.RULES["llama"])
+    sharding.match("score/kernel/extra", RULES)
 
 
 def test_the_first_rule_that_matches_wins():
@@ -109,7 +115,7 @@ def test_an_axis_that_does_not_divide_names_leaf_and_both_numbers():
   mesh = sharding.make_mesh(1, 8, 1)
   with pytest.raises(InputError, match=r"score/kernel \(20, 2\): dimension 20 is not divisible by mesh axis fsdp=8.*"
                                        r"--config\.mesh"):
-    sharding.param_shardings({"score": {"kernel": jnp.ones((20, 2))}}, "llama", mesh)
+    sharding.param_shardings({"score": {"kernel": jnp.ones((20, 2))}}, RULES, mesh)
 
 
 def test_check_batch():

@@ -27,7 +27,7 @@ def single_device():
 
 def prepare(model, params, trains, mesh, num_steps=50):
   """(program, state, frozen) of W2S on a mesh."""
-  params = jax.device_put(params, sharding.param_shardings(params, model.config.family, mesh))
+  params = jax.device_put(params, sharding.param_shardings(params, model.shardings, mesh))
   trainable, frozen = trees.split(params, trains)
   program = make_program(model, trainable, frozen, mesh, num_steps, clip_norm=1.0)
   return program, program.init([trainable]), frozen

@@ -89,7 +89,7 @@ def fit_on(llama, make_batch):
   host = [make_batch(model, seed=i) for i in range(STEPS)]
   def run(mesh, workdir, stop_before=None, asked=None):
     params = lora.add_lora(llama[1], 4, 4.0, key=jax.random.key(0))
-    params = jax.device_put(params, sharding.param_shardings(params, "llama", mesh))
+    params = jax.device_put(params, sharding.param_shardings(params, model.shardings, mesh))
     trainable, frozen = trees.split(params, trees.LORA)
     program = make_program(model, trainable, frozen, mesh, STEPS)
     def batches_from(step):

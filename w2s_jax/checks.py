@@ -77,7 +77,7 @@ def check_student(run, model):
                  params)
   if c.lora.quantize:
     few_bits = jax.eval_shape(functools.partial(quantized.quantize_layers, name=c.lora.quantize), params)
-    sharding.param_shardings(few_bits, model.config.family, run.mesh)
+    sharding.param_shardings(few_bits, model.shardings, run.mesh)
   for name in c.defenses:
     if DEFENSES[name].recipe:
       distill.check(name, DEFENSES[name].recipe, run.task, model, c.defense)

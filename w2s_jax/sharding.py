@@ -14,63 +14,6 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))  # rows of a batch are split over both axes
 RUNS = "runs"                # the name of the vmapped axis of runs that train at once
 
-# Parameter path -> mesh axes, one table per family. The first full match wins; there is no catch-all on
-# purpose: a new parameter must be given its place here. L layers, D width, H heads, K kv heads, d head width,
-# F feed-forward width, V vocabulary, S soft tokens, W feature width, C classes, R rank.
-RULES = {
-    "llama": (
-        (r"embed_tokens/embedding", P("tensor", "fsdp")),                # [V, D]
-        (r"embed_tokens/soft", P()),                                     # [S, D]
-        (r"layers/attn/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, H*d]
-        (r"layers/attn/(q|k|v)_proj/bias", P(None, "tensor")),           # [L, H*d]
-        (r"layers/attn/o_proj/kernel", P(None, "tensor", "fsdp")),       # [L, H*d, D]
-        (r"layers/mlp/(gate|up)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, F]
-        (r"layers/mlp/down_proj/kernel", P(None, "tensor", "fsdp")),     # [L, F, D]
-        (r"layers/.*/lora_a", P(None, "fsdp", None)),                    # [L, in, R]
-        (r"layers/.*/lora_b", P(None, None, "fsdp")),                    # [L, R, out]
-        (r"layers/.*/lora_alpha", P()),                                  # [L]
-        (r"layers/(attn|mlp)_norm/scale", P()),                          # [L, D]
-        (r"layers/attn/(q|k)_norm/scale", P()),                          # [L, d]
-        (r"norm/scale", P()),                                            # [D]
-        (r"score/kernel", P("fsdp", None)),                              # [D, C]
-        (r"lm_head/embedding", P("tensor", "fsdp")),                     # [V, D]
-    ),
-    "gpt2": (
-        (r"embed_tokens/embedding", P("tensor", "fsdp")),                # [V, D]
-        (r"embed_tokens/soft", P()),                                     # [S, D]
-        (r"position_embeddings/embedding", P(None, "fsdp")),             # [positions, D]
-        (r"layers/attn/c_attn/kernel", P(None, "fsdp", "tensor")),       # [L, D, 3*D]: q, k and v side by side
-        (r"layers/mlp/c_fc/kernel", P(None, "fsdp", "tensor")),          # [L, D, F]
-        (r"layers/(attn|mlp)/c_proj/kernel", P(None, "tensor", "fsdp")),  # [L, D or F, D]
-        (r"layers/.*/lora_a", P(None, "fsdp", None)),
-        (r"layers/.*/lora_b", P(None, None, "fsdp")),
-        (r"layers/.*/lora_alpha", P()),
-        (r"layers/.*/bias", P()),
-        (r"(layers/(attn|mlp)_)?norm/scale", P()),
-        (r"norm/bias", P()),
-        (r"score/kernel", P("fsdp", None)),                              # [D, C]
-        (r"lm_head/embedding", P("tensor", "fsdp")),                     # [V, D]
-    ),
-    "encoder": (
-        (r"embeddings/word_embeddings/embedding", P("tensor", "fsdp")),  # [V, D]
-        (r"embeddings/word_embeddings/soft", P()),                       # [S, D]
-        (r"embeddings/(position|token_type)_embeddings/embedding", P(None, "fsdp")),  # [positions, D]
-        (r"layers/attn/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, D]
-        (r"layers/attn/o_proj/kernel", P(None, "tensor", "fsdp")),       # [L, D, D]
-        (r"layers/mlp/up_proj/kernel", P(None, "fsdp", "tensor")),       # [L, D, F]
-        (r"layers/mlp/down_proj/kernel", P(None, "tensor", "fsdp")),     # [L, F, D]
-        (r"layers/.*/lora_a", P(None, "fsdp", None)),
-        (r"layers/.*/lora_b", P(None, None, "fsdp")),
-        (r"layers/.*/lora_alpha", P()),
-        (r"layers/.*/bias", P()),
-        (r"(embeddings/norm|layers/(attn|mlp)_norm|lm_head/norm)/(scale|bias)", P()),
-        (r"(pooler|widen|lm_head/dense)/kernel", P("fsdp", None)),       # [D, D], [D, W] and [D, D]
-        (r"classifier/kernel", P("fsdp", None)),                         # [D or W, C]
-        (r"(pooler|widen|classifier|lm_head/dense)/bias", P()),
-        (r"lm_head/bias", P("tensor")),                                  # [V]
-    ),
-}
-
 
 def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
   """Mesh with axes `data`, `fsdp`, `tensor`; one of the sizes may be -1 and takes the devices that are left.
@@ -101,23 +44,23 @@ def match(path, rules):
   raise ValueError(f"parameter {path!r} matches no rule; add one (there is no catch-all on purpose)")
 
 
-def param_shardings(params, family, mesh):
-  """NamedSharding of every leaf of a nested parameter dict, by `RULES[family]`.
+def param_shardings(params, rules, mesh):
+  """NamedSharding of every leaf of a nested parameter dict, by a model's `shardings`.
 
   Raises:
     InputError: a mesh axis does not divide the dimension it is laid on; names the leaf and both numbers.
   """
   flat = traverse_util.flatten_dict(params, sep="/")
-  return traverse_util.unflatten_dict({path: leaf_sharding(path, leaf, family, mesh) for path, leaf in flat.items()},
+  return traverse_util.unflatten_dict({path: leaf_sharding(path, leaf, rules, mesh) for path, leaf in flat.items()},
                                       sep="/")
 
 
-def leaf_sharding(path, leaf, family, mesh):
+def leaf_sharding(path, leaf, rules, mesh):
   """NamedSharding of one leaf; of a quantized one for each of its arrays, which all have the leaf's axes.
 
   Raises: as `param_shardings`.
   """
-  spec = match(path, RULES[family])
+  spec = match(path, rules)
   def place(array):
     axes_split = []
     for size, whole, axes in zip(array.shape, leaf.shape, spec):

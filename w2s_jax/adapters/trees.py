@@ -1,6 +1,7 @@
 """Which leaves of a parameter tree train: each leaf has one label, which also says what decays and what is saved."""
 
 from flax import traverse_util
+from jax.sharding import PartitionSpec as P
 
 from w2s_jax import adapters, sharding
 
@@ -21,6 +22,16 @@ def label_rules():
   """(pattern, label) of all leaves, those of the kinds of adapters first; the first full match wins."""
   leaves = [(name, label) for kind in adapters.KINDS.values() for name, (label, _) in kind.leaves.items()]
   return (*((rf".*/{name}", label) for name, label in leaves), *MODEL_RULES)
+
+
+def added_shardings():
+  """(pattern, mesh axes) of the leaves of every kind of adapter and of soft tokens, which lie alike in every family.
+
+  The axes that a leaf has from its kernel, "in" and "out", are split over fsdp, whatever the kernel's are split over.
+  """
+  specs = {name: P(*("fsdp" if axis in ("in", "out") else None for axis in axes))
+           for kind in adapters.KINDS.values() for name, (_, axes) in kind.leaves.items()}
+  return (*((rf"layers/.*/{name}", spec) for name, spec in specs.items()), (r".*/soft", P()))
 
 
 def label(path):

@@ -44,7 +44,7 @@ def _start(recipe, suspect, settings, seed):
   """(parameters, training arrays) of one run."""
   params = suspect.params
   if "adapter" in recipe.trains:
-    places = functools.partial(sharding.param_shardings, family=suspect.model.config.family, mesh=suspect.place.mesh)
+    places = functools.partial(sharding.param_shardings, rules=suspect.model.shardings, mesh=suspect.place.mesh)
     params = lora.add_lora(params, suspect.lora.rank, suspect.lora.alpha, tuple(suspect.lora.targets),
                            key=stage.stream_key(seed, "lora"), places=places)
   arrays = suspect.encode(insertions.with_rare_words(suspect.train, suspect.training.insert_words, suspect.avoid, seed))

@@ -4,10 +4,12 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from w2s_jax import sharding
-from w2s_jax.models import layers
+from w2s_jax import InputError, sharding
+from w2s_jax.models import family, layers
 from w2s_jax.models.hf.fields import MOST_LAYERS
+from w2s_jax.models.hf.formats import Checkpoint, modules
 
 # What DistilBERT calls the fields that BERT and RoBERTa have.
 DISTILBERT = {"hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidden_layers": "n_layers",
@@ -17,8 +19,8 @@ DISTILBERT = {"hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidd
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderConfig:
-  """Shape of the network (transformers' config.json), then our head, then how we run it."""
+class EncoderConfig(family.SharedConfig):
+  """Shape of the network (transformers' config.json), then our head."""
   model_type: str = "bert"            # roberta: positions count from padding + 1; distilbert: no token types
   vocab_size: int = 30522
   hidden_size: int = 768
@@ -31,18 +33,8 @@ class EncoderConfig:
   hidden_dropout: float = 0.1         # after the embeddings, attention and feed-forward, while training
   attention_dropout: float = 0.1      # of the attention probabilities, while training
   head_dropout: float = 0.1           # before the classifier (RoBERTa: and before its dense layer), while training
-  initializer_range: float = 0.02
-  head: str = "classifier"            # or "lm": the logits of the masked token in a place
-  num_labels: int = 2
-  labels: tuple = ()                  # names of the classes; (): LABEL_0...
   pad_token_id: int | None = 0
   feature_width: int = 0              # > 0: the W2S head, Linear(D -> feature_width) -> ReLU = features -> classifier
-  dtype: str = "float32"              # of the activations
-  remat: str = "none"
-  unroll: bool = False
-  lora_dropout: float = 0.0
-
-  family = "encoder"
 
   @property
   def feature_size(self):
@@ -64,14 +56,13 @@ class EncoderConfig:
                 add_cross_attention=False)
     if runtime.get("head") == "lm":
       fields.only(tie_word_embeddings=True)
-    pad = fields.token("pad_token_id")
-    offset = 0
+    shared, offset = family.shared_from_hf(fields), 0
     if model_type == "roberta":
-      pad = fields.integer("pad_token_id", 1, 0)
-      offset = pad + 1
+      shared["pad_token_id"] = fields.integer("pad_token_id", 1, 0)
+      offset = shared["pad_token_id"] + 1
     hidden_dropout = fields.rate(name("hidden_dropout_prob"), 0.1)
     return cls(
-        model_type=model_type, vocab_size=fields.integer("vocab_size"), hidden_size=fields.integer(name("hidden_size")),
+        model_type=model_type, hidden_size=fields.integer(name("hidden_size")),
         intermediate_size=fields.integer(name("intermediate_size")),
         num_layers=fields.integer(name("num_hidden_layers"), high=MOST_LAYERS),
         num_heads=fields.integer(name("num_attention_heads")),
@@ -81,7 +72,7 @@ class EncoderConfig:
         hidden_dropout=hidden_dropout,
         attention_dropout=fields.rate(name("attention_probs_dropout_prob"), 0.1),
         head_dropout=fields.rate(name("classifier_dropout"), 0.2 if model_type == "distilbert" else hidden_dropout),
-        initializer_range=fields.positive("initializer_range", 0.02), pad_token_id=pad, **runtime)
+        **shared, **runtime)
 
   def to_hf(self):
     """transformers' config.json of this shape; with the W2S head only the backbone is theirs."""
@@ -93,9 +84,7 @@ class EncoderConfig:
       fields = {DISTILBERT[name]: value for name, value in fields.items()}
     else:
       fields |= {"type_vocab_size": self.type_vocab_size, "layer_norm_eps": self.layer_norm_eps}
-    return fields | {
-        "vocab_size": self.vocab_size, "max_position_embeddings": self.max_positions + self.position_offset,
-        "initializer_range": self.initializer_range, "pad_token_id": self.pad_token_id}
+    return fields | family.shared_to_hf(self) | {"max_position_embeddings": self.max_positions + self.position_offset}
 
 
 class SelfAttention(nn.Module):
@@ -131,7 +120,7 @@ class Block(nn.Module):
   def __call__(self, x, mask):
     c, x = self.config, sharding.split_rows(x)
     def add(y, name):
-      y = nn.Dropout(c.hidden_dropout, deterministic=not self.train)(y)
+      y = layers.dropout(c.hidden_dropout, self.train)(y)
       return layers.layer_norm(c.layer_norm_eps, name)(x + y).astype(x.dtype)
     x = add(SelfAttention(c, self.train, name="attn")(x, mask), "attn_norm")
     return add(MLP(c, self.train, name="mlp")(x), "mlp_norm"), None
@@ -141,14 +130,14 @@ class Embeddings(nn.Module):
   config: EncoderConfig
 
   @nn.compact
-  def __call__(self, input_ids, attention_mask, packed):
+  def __call__(self, input_ids, segment_ids, packed):
     c = self.config
     positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
     if packed:  # else padding on the left is counted, as in transformers
-      positions -= layers.text_starts(attention_mask)
+      positions -= layers.text_starts(segment_ids)
     if c.model_type == "roberta":  # padding sits on the padding id, real tokens count up from the one behind it
       real = input_ids != c.pad_token_id
-      positions = layers.count_in_text(real, attention_mask) * real + c.pad_token_id
+      positions = layers.count_in_text(real, segment_ids) * real + c.pad_token_id
     x = layers.embed(c, c.vocab_size, "word_embeddings", layers.Tokens)(input_ids)
     x += layers.embed(c, c.max_positions + c.position_offset, "position_embeddings")(positions)
     if c.type_vocab_size:
@@ -173,16 +162,28 @@ class EncoderClassifier(nn.Module):
   config: EncoderConfig
   train: bool = False
 
+  @staticmethod
+  def lm_logits(config, params, hidden):
+    """Logits [..., V] of the token in each place, from hidden [..., D].
+
+    Raises:
+      InputError: the model has a classifier for its head.
+    """
+    if config.head != "lm":
+      raise InputError(layers.NO_LANGUAGE_MODEL)
+    table = params["embeddings"]["word_embeddings"]["embedding"]
+    return MaskedLMHead(config).apply({"params": params["lm_head"]}, hidden, table)
+
   @nn.compact
-  def __call__(self, input_ids, attention_mask, texts=None, stream=None):
+  def __call__(self, input_ids, segment_ids, texts=None, stream=None):
     """As Model.apply has them, padded on the right -> ClassifierOutput."""
     c, x = self.config, stream
     def dropout(rate, x):
-      return nn.Dropout(rate, deterministic=not self.train)(x)
+      return layers.dropout(rate, self.train)(x)
     embeddings = Embeddings(c, name="embeddings")
     if stream is None:
-      x = dropout(c.hidden_dropout, embeddings(input_ids, attention_mask, texts is not None)).astype(c.dtype)
-    x = layers.layer_stack(Block, c, self.train, x, layers.text_mask(attention_mask))
+      x = dropout(c.hidden_dropout, embeddings(input_ids, segment_ids, texts is not None)).astype(c.dtype)
+    x = layers.layer_stack(Block, c, self.train, x, layers.text_mask(segment_ids))
     hidden = x.astype(jnp.float32)
     features = layers.pool(hidden, jnp.zeros((len(hidden), 1), int) if texts is None else texts[..., 0])
     if c.head == "lm":
@@ -199,3 +200,59 @@ class EncoderClassifier(nn.Module):
       pooled = jnp.tanh(head(c.hidden_size, "pooler")(pooled))
     logits = head(c.num_labels, "classifier")(dropout(c.head_dropout, pooled))
     return layers.ClassifierOutput(logits, features, hidden, x)
+
+
+def _tensors(name, prefix, embeddings, layer, parts, head, lm_head, unused):
+  """parts: theirs, in the order q, k, v, o, norm, up, down, norm; lm_head: dense, norm, and where the bias is."""
+  q, k, v, o, attn_norm, up, down, mlp_norm = (f"{prefix}{layer}.{{}}.{part}" for part in parts)
+  return Checkpoint(name, prefix, {
+      **{f"embeddings/{e}_embeddings/embedding": f"{prefix}embeddings.{e}_embeddings.weight" for e in embeddings},
+      **modules((("layers/attn/q_proj", q), ("layers/attn/k_proj", k), ("layers/attn/v_proj", v),
+                 ("layers/attn/o_proj", o), ("layers/mlp/up_proj", up), ("layers/mlp/down_proj", down))),
+      **modules((("embeddings/norm", f"{prefix}embeddings.LayerNorm"), ("layers/attn_norm", attn_norm),
+                 ("layers/mlp_norm", mlp_norm)), "scale"),
+      **modules(head),
+      **modules((("lm_head/dense", lm_head[0]),)), **modules((("lm_head/norm", lm_head[1]),), "scale"),
+      "lm_head/bias": f"{lm_head[2]}.bias",
+  }, unused, language_model="ForMaskedLM")
+
+
+_BERT = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+         "attention.output.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm")
+_DISTILBERT = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "sa_layer_norm",
+               "ffn.lin1", "ffn.lin2", "output_layer_norm")
+# L layers, F feed-forward width, V vocabulary, W feature width, C classes.
+FAMILY = family.Family(
+    config=EncoderConfig, module=EncoderClassifier,
+    tensors={
+        "bert": _tensors(
+            "Bert", "bert.", ("word", "position", "token_type"), "encoder.layer", _BERT,
+            (("pooler", "bert.pooler.dense"), ("classifier", "classifier")),
+            ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions"),
+            r"bert\.embeddings\.position_ids|bert\.pooler\.dense\..*|classifier\.(weight|bias)|cls\..*"),
+        "roberta": _tensors(
+            "Roberta", "roberta.", ("word", "position", "token_type"), "encoder.layer", _BERT,
+            (("pooler", "classifier.dense"), ("classifier", "classifier.out_proj")),
+            ("lm_head.dense", "lm_head.layer_norm", "lm_head"),
+            r"roberta\.embeddings\.position_ids|(roberta\.pooler|lm_head|classifier)\..*"),
+        "distilbert": _tensors(
+            "DistilBert", "distilbert.", ("word", "position"), "transformer.layer", _DISTILBERT,
+            (("pooler", "pre_classifier"), ("classifier", "classifier")),
+            ("vocab_transform", "vocab_layer_norm", "vocab_projector"),
+            r"distilbert\.embeddings\.position_ids"
+            r"|(vocab_(transform|layer_norm|projector)|(pre_)?classifier)\..*")},
+    shardings=(
+        (r"embeddings/word_embeddings/embedding", P("tensor", "fsdp")),  # [V, D]
+        (r"embeddings/(position|token_type)_embeddings/embedding", P(None, "fsdp")),  # [positions, D]
+        (r"layers/attn/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, D]
+        (r"layers/attn/o_proj/kernel", P(None, "tensor", "fsdp")),       # [L, D, D]
+        (r"layers/mlp/up_proj/kernel", P(None, "fsdp", "tensor")),       # [L, D, F]
+        (r"layers/mlp/down_proj/kernel", P(None, "tensor", "fsdp")),     # [L, F, D]
+        (r"layers/(attn|mlp)/.*/bias", P()),
+        (r"(embeddings/norm|layers/(attn|mlp)_norm|lm_head/norm)/(scale|bias)", P()),
+        (r"(pooler|widen|lm_head/dense)/kernel", P("fsdp", None)),       # [D, D], [D, W] and [D, D]
+        (r"classifier/kernel", P("fsdp", None)),                         # [D or W, C]
+        (r"(pooler|widen|classifier|lm_head/dense)/bias", P()),
+        (r"lm_head/bias", P("tensor")),                                  # [V]
+    ),
+    vocabulary=("embeddings", "word_embeddings"))

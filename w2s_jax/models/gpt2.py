@@ -4,15 +4,17 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from w2s_jax import sharding
-from w2s_jax.models import layers
+from w2s_jax.models import family, layers
 from w2s_jax.models.hf.fields import MOST_LAYERS
+from w2s_jax.models.hf.formats import Checkpoint, modules
 
 
 @dataclasses.dataclass(frozen=True)
-class GPT2Config:
-  """Shape of the network (transformers' config.json), then how we run it."""
+class GPT2Config(family.SharedConfig):
+  """Shape of the network (transformers' config.json)."""
   model_type: str = "gpt2"
   vocab_size: int = 50257
   hidden_size: int = 768
@@ -25,23 +27,8 @@ class GPT2Config:
   embedding_dropout: float = 0.1      # while training
   hidden_dropout: float = 0.1         # after attention and feed-forward, while training
   attention_dropout: float = 0.1      # of the attention probabilities, while training
-  initializer_range: float = 0.02
-  head: str = "classifier"            # or "lm": the next token's logits
-  num_labels: int = 2
-  labels: tuple = ()                  # names of the classes; (): LABEL_0...
-  pad_token_id: int | None = None
   bos_token_id: int | None = None
   eos_token_id: int | tuple | None = None
-  dtype: str = "float32"              # of the activations
-  remat: str = "none"
-  unroll: bool = False
-  lora_dropout: float = 0.0
-
-  family = "gpt2"
-
-  @property
-  def feature_size(self):
-    return self.hidden_size
 
   @classmethod
   def from_hf(cls, fields, **runtime):
@@ -49,25 +36,20 @@ class GPT2Config:
     fields.only(activation_function="gelu_new", scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
                 add_cross_attention=False)
     width = fields.integer("n_embd")
-    return cls(vocab_size=fields.integer("vocab_size"), hidden_size=width,
-               intermediate_size=fields.integer("n_inner", 4 * width),
+    return cls(hidden_size=width, intermediate_size=fields.integer("n_inner", 4 * width),
                num_layers=fields.integer("n_layer", high=MOST_LAYERS), num_heads=fields.integer("n_head"),
                max_positions=fields.integer("n_positions", 1024),
                layer_norm_eps=fields.positive("layer_norm_epsilon", 1e-5),
-               tie_embeddings=fields.flag("tie_word_embeddings", True),
                embedding_dropout=fields.rate("embd_pdrop", 0.1), hidden_dropout=fields.rate("resid_pdrop", 0.1),
                attention_dropout=fields.rate("attn_pdrop", 0.1),
-               initializer_range=fields.positive("initializer_range", 0.02), pad_token_id=fields.token("pad_token_id"),
-               bos_token_id=fields.token("bos_token_id"), eos_token_id=fields.tokens("eos_token_id"), **runtime)
+               **family.decoder_from_hf(fields, tied=True), **runtime)
 
   def to_hf(self):
-    return {"vocab_size": self.vocab_size, "n_embd": self.hidden_size, "n_inner": self.intermediate_size,
-            "n_layer": self.num_layers, "n_head": self.num_heads, "n_positions": self.max_positions,
-            "layer_norm_epsilon": self.layer_norm_eps, "tie_word_embeddings": self.tie_embeddings,
-            "embd_pdrop": self.embedding_dropout, "resid_pdrop": self.hidden_dropout,
-            "attn_pdrop": self.attention_dropout, "initializer_range": self.initializer_range,
-            "activation_function": "gelu_new", "pad_token_id": self.pad_token_id, "bos_token_id": self.bos_token_id,
-            "eos_token_id": self.eos_token_id}
+    return family.decoder_to_hf(self) | {
+        "n_embd": self.hidden_size, "n_inner": self.intermediate_size, "n_layer": self.num_layers,
+        "n_head": self.num_heads, "n_positions": self.max_positions, "layer_norm_epsilon": self.layer_norm_eps,
+        "embd_pdrop": self.embedding_dropout, "resid_pdrop": self.hidden_dropout,
+        "attn_pdrop": self.attention_dropout, "activation_function": "gelu_new"}
 
 
 class Attention(nn.Module):
@@ -102,7 +84,7 @@ class Block(nn.Module):
   def __call__(self, x, mask):
     c, x = self.config, sharding.split_rows(x)
     def dropped(y):
-      return nn.Dropout(c.hidden_dropout, deterministic=not self.train)(y)
+      return layers.dropout(c.hidden_dropout, self.train)(y)
     def norm(name):
       return layers.layer_norm(c.layer_norm_eps, name)(x).astype(x.dtype)
     x += dropped(Attention(c, self.train, name="attn")(norm("attn_norm"), mask))
@@ -115,14 +97,42 @@ class GPT2Classifier(nn.Module):
   config: GPT2Config
   train: bool = False
 
+  lm_logits = staticmethod(layers.next_token_logits)
+
   @nn.compact
-  def __call__(self, input_ids, attention_mask, texts=None, stream=None):
+  def __call__(self, input_ids, segment_ids, texts=None, stream=None):
     """As Model.apply has them -> ClassifierOutput."""
     c, x = self.config, stream
     embed_tokens = layers.embed(c, c.vocab_size, "embed_tokens", layers.Tokens)
     if stream is None:
       x = embed_tokens(input_ids)
-      x += layers.embed(c, c.max_positions, "position_embeddings")(layers.real_positions(attention_mask))
-      x = nn.Dropout(c.embedding_dropout, deterministic=not self.train)(x).astype(c.dtype)
-    x = layers.layer_stack(Block, c, self.train, x, layers.causal_mask(attention_mask))
-    return layers.decoder_head(c, embed_tokens, layers.layer_norm(c.layer_norm_eps, "norm"), x, attention_mask, texts)
+      x += layers.embed(c, c.max_positions, "position_embeddings")(layers.real_positions(segment_ids))
+      x = layers.dropout(c.embedding_dropout, self.train)(x).astype(c.dtype)
+    x = layers.layer_stack(Block, c, self.train, x, layers.causal_mask(segment_ids))
+    return layers.decoder_head(c, embed_tokens, layers.layer_norm(c.layer_norm_eps, "norm"), x, segment_ids, texts)
+
+
+# L layers, F feed-forward width, V vocabulary, C classes.
+FAMILY = family.Family(
+    config=GPT2Config, module=GPT2Classifier,
+    tensors={"gpt2": Checkpoint("GPT2", "transformer.", {
+        "embed_tokens/embedding": "transformer.wte.weight", "position_embeddings/embedding": "transformer.wpe.weight",
+        **modules((f"layers/{block}/{m}", f"transformer.h.{{}}.{block}.{m}") for block, m in (
+            ("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))),
+        **modules((("layers/attn_norm", "transformer.h.{}.ln_1"), ("layers/mlp_norm", "transformer.h.{}.ln_2"),
+                   ("norm", "transformer.ln_f")), "scale"),
+        "score/kernel": "score.weight", "lm_head/embedding": "lm_head.weight",
+    }, unused=r"score\.weight|lm_head\.weight|transformer\.h\.\d+\.attn\.(masked_)?bias", transposed=False)},
+    shardings=(
+        (r"embed_tokens/embedding", P("tensor", "fsdp")),                # [V, D]
+        (r"position_embeddings/embedding", P(None, "fsdp")),             # [positions, D]
+        (r"layers/attn/c_attn/kernel", P(None, "fsdp", "tensor")),       # [L, D, 3*D]: q, k and v side by side
+        (r"layers/mlp/c_fc/kernel", P(None, "fsdp", "tensor")),          # [L, D, F]
+        (r"layers/(attn|mlp)/c_proj/kernel", P(None, "tensor", "fsdp")),  # [L, D or F, D]
+        (r"layers/.*/bias", P()),
+        (r"(layers/(attn|mlp)_)?norm/scale", P()),
+        (r"norm/bias", P()),
+        (r"score/kernel", P("fsdp", None)),                              # [D, C]
+        (r"lm_head/embedding", P("tensor", "fsdp")),                     # [V, D]
+    ),
+    vocabulary=("embed_tokens",))

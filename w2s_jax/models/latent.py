@@ -17,7 +17,8 @@ from w2s_jax.models.model import Model
 class Latent:
   """A Model whose soft tokens (layers.Tokens) come in behind its first `below` layers, 0 < below < all.
 
-  In their places those layers read the padding token, as a word. `apply`, `config` and `vocabulary` are Model's.
+  In their places those layers read the padding token, as a word. `apply`, `config`, `shardings` and `vocabulary` are
+  Model's.
   (BEEAR, arXiv 2406.17092, perturbs behind a layer what is there.)
   """
   model: Model
@@ -31,19 +32,22 @@ class Latent:
   def vocabulary(self):
     return self.model.vocabulary
 
-  def stream(self, params, input_ids, attention_mask, texts=None, **kwargs):
+  @property
+  def shardings(self):
+    return self.model.shardings
+
+  def stream(self, params, input_ids, *args, **kwargs):
     """[R, T, D]: what the first `below` layers make of the rows."""
     words = jnp.where(input_ids < self.config.vocab_size, input_ids, self.config.pad_token_id or 0)
-    return self._layers(0, self.below, params, words, attention_mask, texts, **kwargs).stream
+    return self._layers(0, self.below, params, words, *args, **kwargs).stream
 
-  def apply(self, params, input_ids, attention_mask, texts=None, **kwargs):
+  def apply(self, params, input_ids, *args, **kwargs):
     soft = traverse_util.flatten_dict(params)[(*self.vocabulary, "soft")]
-    words = self.stream(params, input_ids, attention_mask, texts, **kwargs)
+    words = self.stream(params, input_ids, *args, **kwargs)
     stream = layers.place_soft(words, input_ids, soft, self.config.vocab_size)
-    return self._layers(self.below, self.config.num_layers, params, input_ids, attention_mask, texts, stream=stream,
-                        **kwargs)
+    return self._layers(self.below, self.config.num_layers, params, input_ids, *args, stream=stream, **kwargs)
 
   def _layers(self, first, end, params, *args, **kwargs):
     """ClassifierOutput of the network with layers first..end-1 alone."""
-    part = Model(dataclasses.replace(self.config, num_layers=end - first))
+    part = Model(dataclasses.replace(self.config, layers=(first, end)))
     return part.apply(params | {"layers": jax.tree.map(lambda x: x[first:end], params["layers"])}, *args, **kwargs)

@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from w2s_jax import adapters, quantized, sharding
+from w2s_jax import InputError, adapters, quantized, sharding
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -107,37 +107,37 @@ def attention(q, k, v, mask, dropout_rate):
   return jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(v.dtype), v)
 
 
-def text_mask(attention_mask):
+def text_mask(segment_ids):
   """[R, 1, T, T] bool: a token sees the real tokens of its text; padding sees every real one, as in transformers."""
-  query, key = attention_mask[:, None, :, None], attention_mask[:, None, None, :]
+  query, key = segment_ids[:, None, :, None], segment_ids[:, None, None, :]
   return (key > 0) & ((query == key) | (query == 0))
 
 
-def causal_mask(attention_mask, window=0):
+def causal_mask(segment_ids, window=0):
   """[R, 1, T, T] bool: of its text a token sees itself and those before it, `window` in all where that is not 0."""
-  T = attention_mask.shape[1]
+  T = segment_ids.shape[1]
   seen = jnp.tril(jnp.ones((T, T), bool))
   if window:
     seen &= ~jnp.tril(seen, -window)
-  return seen & text_mask(attention_mask)
+  return seen & text_mask(segment_ids)
 
 
-def text_starts(attention_mask):
+def text_starts(segment_ids):
   """[R, T] int: where in the row the text of each token begins; padding goes with the text before it."""
-  text = jax.lax.cummax(attention_mask, axis=1)
+  text = jax.lax.cummax(segment_ids, axis=1)
   begins = text != jnp.pad(text, ((0, 0), (1, 0)))[:, :-1]
   return jax.lax.cummax(jnp.where(begins, jnp.arange(text.shape[1]), 0), axis=1)
 
 
-def count_in_text(real, attention_mask):
+def count_in_text(real, segment_ids):
   """[R, T] int: how many tokens of its text are `real`, up to and with each."""
   count = jnp.cumsum(real, axis=1)
-  return count - jnp.take_along_axis(count - real, text_starts(attention_mask), axis=1)
+  return count - jnp.take_along_axis(count - real, text_starts(segment_ids), axis=1)
 
 
-def real_positions(attention_mask):
+def real_positions(segment_ids):
   """[R, T] int: the place of each token among the real ones of its text, whatever is to the left of that."""
-  return jnp.maximum(count_in_text(attention_mask > 0, attention_mask) - 1, 0)
+  return jnp.maximum(count_in_text(segment_ids > 0, segment_ids) - 1, 0)
 
 
 def pool(hidden, places):
@@ -166,7 +166,7 @@ def place_soft(words, input_ids, soft, vocab_size):
   return jnp.where((input_ids < vocab_size)[..., None], words, tokens)
 
 
-def decoder_head(config, embed_tokens, norm, stream, attention_mask, texts):
+def decoder_head(config, embed_tokens, norm, stream, segment_ids, texts):
   """ClassifierOutput of a decoder, from what its layers made and its final norm; for use inside a compact module.
 
   Its logits are those of the `score` head, [B, C], or with `config.head` "lm" those of the next token, [B, V]; both
@@ -174,7 +174,7 @@ def decoder_head(config, embed_tokens, norm, stream, attention_mask, texts):
   """
   hidden = norm(stream)
   if texts is None:
-    last = attention_mask.shape[1] - 1 - jnp.argmax(attention_mask[:, ::-1], axis=1, keepdims=True)
+    last = segment_ids.shape[1] - 1 - jnp.argmax(segment_ids[:, ::-1], axis=1, keepdims=True)
   else:
     last = texts[..., 1]
   features = pool(hidden, last)
@@ -186,19 +186,52 @@ def decoder_head(config, embed_tokens, norm, stream, attention_mask, texts):
   return ClassifierOutput(logits, features, hidden, stream)
 
 
+NO_LANGUAGE_MODEL = ("the language-model warm-up needs a decoder with tied embeddings: set "
+                     "--config.student.arch.tie_word_embeddings=True or --config.warmup.epochs=0")
+
+
+def next_token_logits(config, params, hidden):
+  """A decoder's logits [..., V] of the next token, from hidden [..., D] behind the final norm.
+
+  Raises:
+    InputError: its embeddings are not tied, and it has no head of its own.
+  """
+  if "lm_head" not in params and not config.tie_embeddings:
+    raise InputError(NO_LANGUAGE_MODEL)
+  table = params.get("lm_head", params.get("embed_tokens"))["embedding"]
+  return hidden @ table.T.astype(hidden.dtype)
+
+
+def dropout(rate, train):
+  """A Dropout that is on while training; for use inside a compact module."""
+  return nn.Dropout(rate, deterministic=not train)
+
+
 def layer_norm(eps, name):
   return nn.LayerNorm(eps, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
-def layer_stack(block, config, train, x, *args):
-  """Runs `block` config.num_layers times over x; parameters are stacked on a leading layer axis under `layers`.
+def layer_stack(block, config, train, x, *args, per_layer=()):
+  """Runs `block` once for each of the config's layers over x, the last one's output; parameters lie under `layers`.
 
-  `config.unroll` unrolls the scan over the same stacked parameters; `config.remat` names a policy that says
-  what the backward pass keeps ("none" keeps everything).
+  They are stacked on a leading layer axis. `config.unroll` unrolls the scan over the same stacked parameters;
+  `config.remat` names a policy that says what the backward pass keeps ("none" keeps everything).
+
+  Args:
+    block: module class; (x, *args, *its layer's part of per_layer) -> (x, None).
+    args: what every layer gets.
+    per_layer: arrays [config.num_layers, ...] or longer: a window, a rotary base of each layer. Where config.layers has
+      some of the layers run alone, these get their own.
+  Raises:
+    ValueError: an array has fewer layers than the config.
   """
+  if short := [x.shape for x in map(jnp.asarray, per_layer) if len(x) < config.num_layers]:
+    raise ValueError(f"per-layer inputs of shapes {short} for {config.num_layers} layers")
+  first, end = config.layer_range
   if config.remat != "none":
     block = nn.remat(block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
   stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
-                  in_axes=nn.broadcast, length=config.num_layers, unroll=config.num_layers if config.unroll else 1)
-  x, _ = stack(config, train, name="layers")(x, *args)
+                  in_axes=(nn.broadcast,) * len(args) + (0,) * len(per_layer), length=end - first,
+                  unroll=end - first if config.unroll else 1)
+  x, _ = stack(config, train, name="layers")(x, *args, *(values[first:end] for values in per_layer))
   return x

@@ -5,10 +5,12 @@ import math
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from w2s_jax import InputError, sharding
-from w2s_jax.models import layers
+from w2s_jax.models import family, layers
 from w2s_jax.models.hf.fields import MOST_LAYERS
+from w2s_jax.models.hf.formats import Checkpoint, modules
 
 ROPE_FIELDS = {"default": (), "linear": ("factor",), "dynamic": ("factor",),
                "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
@@ -64,8 +66,8 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-  """Shape of the network (transformers' config.json), then how we run it."""
+class LlamaConfig(family.SharedConfig):
+  """Shape of the network (transformers' config.json)."""
   model_type: str = "llama"           # mistral: sliding window; qwen2: biases on q, k, v; qwen3: norms on q, k
   vocab_size: int = 32000
   hidden_size: int = 4096
@@ -79,24 +81,9 @@ class LlamaConfig:
   rope: Rope = Rope()
   sliding_window: int = 0             # a token sees itself and the window - 1 before it; 0: all before it
   tie_embeddings: bool = False
-  initializer_range: float = 0.02
   attention_dropout: float = 0.0      # of the attention probabilities, while training
-  head: str = "classifier"            # or "lm": the next token's logits
-  num_labels: int = 2
-  labels: tuple = ()                  # names of the classes; (): LABEL_0...
-  pad_token_id: int | None = None
   bos_token_id: int | None = None
   eos_token_id: int | tuple | None = None
-  dtype: str = "float32"              # of the activations
-  remat: str = "none"                 # layers.REMAT_POLICIES or "none"
-  unroll: bool = False                # unroll the layer scan: same numbers, longer compile
-  lora_dropout: float = 0.0           # on the adapter's input, while training
-
-  family = "llama"                    # of the rule tables in sharding.py and the modules in models/
-
-  @property
-  def feature_size(self):
-    return self.hidden_size
 
   @classmethod
   def from_hf(cls, fields, **runtime):
@@ -114,29 +101,23 @@ class LlamaConfig:
     head_dim = fields.integer("head_dim", 128 if model_type == "qwen3" else max(4, width // heads), 4)
     if head_dim % 2:
       raise InputError(f"head_dim {head_dim} must be even for rotary positions: see the model's config.json")
-    return cls(model_type=model_type, vocab_size=fields.integer("vocab_size"), hidden_size=width,
-               intermediate_size=fields.integer("intermediate_size"),
+    return cls(model_type=model_type, hidden_size=width, intermediate_size=fields.integer("intermediate_size"),
                num_layers=fields.integer("num_hidden_layers", high=MOST_LAYERS), num_heads=heads, num_kv_heads=kv_heads,
                head_dim=head_dim,
                max_positions=fields.integer("max_position_embeddings", 2048),
                rms_norm_eps=fields.positive("rms_norm_eps", 1e-6), rope=Rope.from_hf(fields),
-               sliding_window=window,
-               tie_embeddings=fields.flag("tie_word_embeddings", False),
-               initializer_range=fields.positive("initializer_range", 0.02),
-               attention_dropout=fields.rate("attention_dropout", 0.0), pad_token_id=fields.token("pad_token_id"),
-               bos_token_id=fields.token("bos_token_id"), eos_token_id=fields.tokens("eos_token_id"), **runtime)
+               sliding_window=window, attention_dropout=fields.rate("attention_dropout", 0.0),
+               **family.decoder_from_hf(fields, tied=False), **runtime)
 
   def to_hf(self):
     """transformers' config.json of this shape, in the v5 and the v4 form at once."""
     window = {"sliding_window": self.sliding_window or None} if self.model_type == "mistral" else {}
-    return self.rope.to_hf() | window | {
-        "vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
+    return self.rope.to_hf() | window | family.decoder_to_hf(self) | {
+        "hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
         "num_hidden_layers": self.num_layers, "num_attention_heads": self.num_heads,
         "num_key_value_heads": self.num_kv_heads, "head_dim": self.head_dim, "hidden_act": "silu",
         "max_position_embeddings": self.max_positions, "rms_norm_eps": self.rms_norm_eps,
-        "tie_word_embeddings": self.tie_embeddings, "initializer_range": self.initializer_range,
-        "attention_bias": False, "attention_dropout": self.attention_dropout, "pad_token_id": self.pad_token_id,
-        "bos_token_id": self.bos_token_id, "eos_token_id": self.eos_token_id}
+        "attention_bias": False, "attention_dropout": self.attention_dropout}
 
 
 def rotary(positions, config):
@@ -205,12 +186,48 @@ class LlamaClassifier(nn.Module):
   config: LlamaConfig
   train: bool = False
 
+  lm_logits = staticmethod(layers.next_token_logits)
+
   @nn.compact
-  def __call__(self, input_ids, attention_mask, texts=None, stream=None):
+  def __call__(self, input_ids, segment_ids, texts=None, stream=None):
     """As Model.apply has them -> ClassifierOutput."""
     c = self.config
     embed_tokens = layers.embed(c, c.vocab_size, "embed_tokens", layers.Tokens)
     x = embed_tokens(input_ids).astype(c.dtype) if stream is None else stream
-    cos, sin = rotary(layers.real_positions(attention_mask), c)
-    x = layers.layer_stack(Block, c, self.train, x, cos, sin, layers.causal_mask(attention_mask, c.sliding_window))
-    return layers.decoder_head(c, embed_tokens, rms_norm(c, "norm"), x, attention_mask, texts)
+    cos, sin = rotary(layers.real_positions(segment_ids), c)
+    x = layers.layer_stack(Block, c, self.train, x, cos, sin, layers.causal_mask(segment_ids, c.sliding_window))
+    return layers.decoder_head(c, embed_tokens, rms_norm(c, "norm"), x, segment_ids, texts)
+
+
+def _tensors(name):
+  layer = "model.layers.{}"
+  return Checkpoint(name, "model.", {
+      "embed_tokens/embedding": "model.embed_tokens.weight",
+      **modules((f"layers/attn/{p}_proj", f"{layer}.self_attn.{p}_proj") for p in "qkvo"),
+      **modules(((f"layers/attn/{p}_norm", f"{layer}.self_attn.{p}_norm") for p in "qk"), "scale", both=False),
+      **modules(((f"layers/mlp/{p}_proj", f"{layer}.mlp.{p}_proj") for p in ("gate", "up", "down")), both=False),
+      **modules((("layers/attn_norm", f"{layer}.input_layernorm"), ("norm", "model.norm"),
+                 ("layers/mlp_norm", f"{layer}.post_attention_layernorm")), "scale", both=False),
+      "score/kernel": "score.weight", "lm_head/embedding": "lm_head.weight",
+  }, unused=r"score\.weight|lm_head\.weight|.*rotary_emb\.inv_freq")
+
+
+# L layers, K kv heads, d head width, F feed-forward width, V vocabulary, C classes.
+FAMILY = family.Family(
+    config=LlamaConfig, module=LlamaClassifier,
+    tensors={"llama": _tensors("Llama"), "mistral": _tensors("Mistral"), "qwen2": _tensors("Qwen2"),
+             "qwen3": _tensors("Qwen3")},
+    shardings=(
+        (r"embed_tokens/embedding", P("tensor", "fsdp")),                # [V, D]
+        (r"layers/attn/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, H*d], or K*d
+        (r"layers/attn/(q|k|v)_proj/bias", P(None, "tensor")),           # [L, H*d]
+        (r"layers/attn/o_proj/kernel", P(None, "tensor", "fsdp")),       # [L, H*d, D]
+        (r"layers/mlp/(gate|up)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, F]
+        (r"layers/mlp/down_proj/kernel", P(None, "tensor", "fsdp")),     # [L, F, D]
+        (r"layers/(attn|mlp)_norm/scale", P()),                          # [L, D]
+        (r"layers/attn/(q|k)_norm/scale", P()),                          # [L, d]
+        (r"norm/scale", P()),                                            # [D]
+        (r"score/kernel", P("fsdp", None)),                              # [D, C]
+        (r"lm_head/embedding", P("tensor", "fsdp")),                     # [V, D]
+    ),
+    vocabulary=("embed_tokens",))

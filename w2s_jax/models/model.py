@@ -6,29 +6,35 @@ import jax
 from flax import traverse_util
 
 from w2s_jax import InputError, sharding
+from w2s_jax.adapters import trees
 from w2s_jax.models import encoder, gpt2, layers, llama
+from w2s_jax.models.family import SharedConfig
 from w2s_jax.models.hf import formats
 from w2s_jax.models.hf.fields import Fields
 
 FAMILIES = {
-    "llama": (llama.LlamaConfig, llama.LlamaClassifier),
-    "gpt2": (gpt2.GPT2Config, gpt2.GPT2Classifier),
-    "encoder": (encoder.EncoderConfig, encoder.EncoderClassifier),
+    "llama": llama.FAMILY,
+    "gpt2": gpt2.FAMILY,
+    "encoder": encoder.FAMILY,
 }
-MODEL_TYPES = {"llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "llama", "gpt2": "gpt2",
-               "bert": "encoder", "roberta": "encoder", "distilbert": "encoder"}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+def model_types():
+  """{model_type of config.json: Family}, of all families."""
+  return {model_type: family for family in FAMILIES.values() for model_type in family.tensors}
+
+
 def config_from_hf(hf, **runtime):
-  """LlamaConfig, GPT2Config or EncoderConfig from a config.json dict; `runtime` sets what that file does not have.
+  """The config of the family that has this config.json (a dict); `runtime` sets what that file does not have.
 
   Raises:
     InputError: unknown `model_type`; a field that is missing, out of range, or asks for what is not implemented.
   """
   fields = Fields(hf)
-  model_type = fields.string("model_type", None, MODEL_TYPES)
-  config_class = FAMILIES[MODEL_TYPES[model_type]][0]
+  families = model_types()
+  model_type = fields.string("model_type", None, families)
+  config_class = families[model_type].config
   if "auto_map" in fields:
     raise InputError("the model's config.json has auto_map, code of its own, which is never run: if it is a plain "
                      f"{model_type}, delete auto_map from config.json and tokenizer_config.json")
@@ -50,47 +56,66 @@ def config_from_hf(hf, **runtime):
 @dataclasses.dataclass(frozen=True)
 class Model:
   """`params` everywhere is a nested dict of arrays; adapters that lie in it are used, see lora.py."""
-  config: llama.LlamaConfig | gpt2.GPT2Config | encoder.EncoderConfig
+  config: SharedConfig
 
-  def apply(self, params, input_ids, attention_mask, texts=None, *, dropout_key=None, stream=None):
-    """Classifies a batch.
+  @property
+  def family(self):
+    """The Family of models/model.py that has this model's type."""
+    return model_types()[self.config.model_type]
+
+  @property
+  def checkpoint(self):
+    """How transformers writes this model (formats.Checkpoint)."""
+    return self.family.tensors[self.config.model_type]
+
+  @property
+  def shardings(self):
+    """(parameter path pattern, mesh axes) of every leaf that the model may have, as sharding.py takes them."""
+    return (*self.family.shardings, *trees.added_shardings())
+
+  @property
+  def vocabulary(self):
+    """Path of the module that embeds the tokens (layers.Tokens)."""
+    return self.family.vocabulary
+
+  def apply(self, params, input_ids, attention_mask=None, texts=None, *, segment_ids=None, dropout_key=None,
+            stream=None):
+    """Classifies a batch, of which `attention_mask` or `segment_ids` says what is real.
 
     Args:
       params: nested dict as `init` or `load_pretrained` gives it.
       input_ids: [R, T] int; without `texts` a row is a text.
-      attention_mask: [R, T] int, 0 on padding, 1 on a text; the texts of a row have ascending numbers.
+      attention_mask: [R, T] int, 0 on padding, 1 on the row's text.
+      segment_ids: [R, T] int, of rows that may hold several texts: 0 on padding, ascending numbers of a row's texts.
       texts: [G, B / G, 2] int, or None: first and last token of each text, counted through the R / G rows of its group.
       dropout_key: a JAX key turns dropout on; without one the output is deterministic.
       stream: [R, T, D], goes into the first layer instead of the embeddings of `input_ids`, which are then not read.
     Returns:
       ClassifierOutput.
+    Raises:
+      ValueError: neither `attention_mask` nor `segment_ids` is given, or both are.
     """
-    module = FAMILIES[self.config.family][1](self.config, train=dropout_key is not None)
+    if (attention_mask is None) == (segment_ids is None):
+      raise ValueError("give Model.apply either attention_mask, of a text a row, or segment_ids")
+    if segment_ids is None:
+      segment_ids = attention_mask
+    module = self.family.module(self.config, train=dropout_key is not None)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    return module.apply({"params": params}, input_ids, attention_mask, texts, stream, rngs=rngs)
-
-  @property
-  def vocabulary(self):
-    """Path of the module that embeds the tokens (layers.Tokens)."""
-    return ("embeddings", "word_embeddings") if self.config.family == "encoder" else ("embed_tokens",)
+    return module.apply({"params": params}, input_ids, segment_ids, texts, stream, rngs=rngs)
 
   def lm_logits(self, params, hidden):
     """Language-model logits [B, T, V] of every token, from `ClassifierOutput.hidden`.
 
     A decoder's are of the next token; an encoder's, with head="lm", of the token in this place.
+
+    Raises:
+      InputError: the model has no such head.
     """
-    if self.config.family == "encoder" and self.config.head == "lm":
-      head = encoder.MaskedLMHead(self.config)
-      return head.apply({"params": params["lm_head"]}, hidden, params["embeddings"]["word_embeddings"]["embedding"])
-    if "lm_head" not in params and not getattr(self.config, "tie_embeddings", False):
-      raise InputError("the language-model warm-up needs a decoder with tied embeddings: set "
-                       "--config.student.arch.tie_word_embeddings=True or --config.warmup.epochs=0")
-    table = params.get("lm_head", params.get("embed_tokens"))["embedding"]
-    return hidden @ table.T.astype(hidden.dtype)
+    return self.family.module.lm_logits(self.config, params, hidden)
 
   def weight_names(self):
     """{our parameter path: transformers' tensor name, {} for the layer number} of every leaf."""
-    return formats.weight_names(self.config, traverse_util.flatten_dict(self.abstract_params(), sep="/"))
+    return formats.weight_names(self, traverse_util.flatten_dict(self.abstract_params(), sep="/"))
 
   def abstract_params(self):
     """The parameter tree as ShapeDtypeStructs; allocates nothing."""
@@ -107,9 +132,9 @@ class Model:
       return traverse_util.unflatten_dict({p: x for p, x in flat.items() if only is None or p in only}, sep="/")
     places = None
     if mesh is not None:
-      places = sharding.param_shardings(jax.eval_shape(make, key), self.config.family, mesh)
+      places = sharding.param_shardings(jax.eval_shape(make, key), self.shardings, mesh)
     return jax.jit(make, out_shardings=places)(key)
 
   def _init(self, key):
     ids = jax.numpy.ones((1, 2), jax.numpy.int32)
-    return FAMILIES[self.config.family][1](self.config).init(key, ids, ids)["params"]
+    return self.family.module(self.config).init(key, ids, ids)["params"]

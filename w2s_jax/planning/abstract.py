@@ -133,7 +133,7 @@ def training_batch(plan: steps.StagePlan, task: Task, B: int, T: int, teacher: b
 
 def _lower_evaluation(config, mesh, B, T, model):
   params = params_of(config, model)
-  places = sharding.param_shardings(params, model.config.family, mesh)
+  places = sharding.param_shardings(params, model.shardings, mesh)
   params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places)
   batch = steps.abstract_batch(model, TASKS[config.task], B, T, groups=sharding.batch_shards(mesh))
   rows = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding.batch_sharding(mesh))

@@ -81,11 +81,11 @@ class Program(NamedTuple):
 
 def build(plan: StagePlan, trainable: dict, frozen: dict, steps: int, mesh: jax.sharding.Mesh) -> Program:
   """The program of a stage of `steps` steps; nothing is allocated, and the leaves of one run may be abstract."""
-  settings, family, runs = plan.settings, plan.model.config.family, len(plan.seeds)
+  settings, rules, runs = plan.settings, plan.model.shardings, len(plan.seeds)
   tx = optim.make_optimizer(trainable, settings.learning_rate, steps, int(settings.warmup_fraction * steps),
                             settings.weight_decay, settings.clip_norm, plan.adversary)
-  state_places = sharding.stacked(state_shardings(trainable, tx, family, mesh))
-  places = state_places, sharding.param_shardings(frozen, family, mesh), mesh
+  state_places = sharding.stacked(state_shardings(trainable, tx, rules, mesh))
+  places = state_places, sharding.param_shardings(frozen, rules, mesh), mesh
   step = _make_step(plan.loss, tx, runs, *places)
   return Program(_make_init(tx, runs, state_places), step, _make_steps(step, *places),
                  _make_term_norms(plan.loss, plan.weights, runs, mesh))
@@ -126,9 +126,9 @@ def _make_init(tx, runs, places):
   return jax.jit(init, out_shardings=places)
 
 
-def state_shardings(params, tx, family, mesh):
+def state_shardings(params, tx, rules, mesh):
   """NamedSharding of every leaf of one run's TrainState: optimizer moments lie where their parameters lie."""
-  of_params = sharding.param_shardings(params, family, mesh)
+  of_params = sharding.param_shardings(params, rules, mesh)
   everywhere = sharding.replicated(mesh)
   def masked(leaf):  # what optax.partition leaves where another label's optimizer is at work
     return isinstance(leaf, optax.MaskedNode)

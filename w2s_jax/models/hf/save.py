@@ -50,12 +50,12 @@ def save_pretrained(directory, model, params, tokenizer=None, id2label=None, car
   directory = Path(directory)
   if directory.exists() and any(directory.iterdir()) and not _is_model_directory(directory):
     raise InputError(f"{directory} exists and is not a model directory alone: give a new one")
-  checkpoint = formats.CHECKPOINTS[c.model_type]
+  checkpoint = model.checkpoint
   widened = getattr(c, "feature_width", 0)
   tensors, head = {}, {}                                                  # name -> where to take it from
   for path, name in names.items():
     for i in range(c.num_layers if "{}" in name else 1):
-      part = _Part(leaves[path], i if "{}" in name else None, formats.is_transposed(c, path))
+      part = _Part(leaves[path], i if "{}" in name else None, formats.is_transposed(model, path))
       if widened and re.fullmatch(formats.HEAD, path):
         head[name] = part
       else:                                                               # beside our head lies the backbone alone
@@ -91,7 +91,7 @@ def _finish(part, directory, model, shards, headed, leaves, tokenizer, id2label,
     (part / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}))
   dtype = next(leaf.dtype for path, leaf in leaves.items() if re.fullmatch(r"layers/.*/kernel", path))
-  (part / "config.json").write_text(json.dumps(_config(c, id2label, dtype), indent=2))
+  (part / "config.json").write_text(json.dumps(_config(model, id2label, dtype), indent=2))
   if tokenizer is not None:
     tokenizer.save_pretrained(part)
   if card is not None:
@@ -125,14 +125,15 @@ class _Part(NamedTuple):
     return out
 
 
-def _config(config, id2label, dtype):
+def _config(model, id2label, dtype):
   """transformers' config.json."""
+  config, checkpoint = model.config, model.checkpoint
   labels = id2label or dict(enumerate(config.labels or [f"LABEL_{i}" for i in range(config.num_labels)]))
   kind = "ForSequenceClassification"
   if config.head == "lm":
-    kind = "ForMaskedLM" if config.family == "encoder" else "ForCausalLM"
+    kind = checkpoint.language_model
   return config.to_hf() | {
-      "architectures": [formats.CHECKPOINTS[config.model_type].name + (
-          "Model" if getattr(config, "feature_width", 0) else kind)], "model_type": config.model_type,
+      "architectures": [checkpoint.name + ("Model" if getattr(config, "feature_width", 0) else kind)],
+      "model_type": config.model_type,
       "num_labels": config.num_labels, "id2label": {str(i): n for i, n in labels.items()},
       "label2id": {n: i for i, n in labels.items()}, "problem_type": "single_label_classification", "dtype": str(dtype)}
