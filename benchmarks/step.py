@@ -87,7 +87,7 @@ def random_batch(config, rows, length, seed=0):
   """Full rows of one text each: every slot is a token."""
   rng = np.random.default_rng(seed)
   return {"input_ids": rng.integers(1, config.vocab_size, (rows, length)).astype(np.int32),
-          "attention_mask": np.ones((rows, length), np.int32), "label": rng.integers(0, 2, rows).astype(np.int32),
+          "segment_ids": np.ones((rows, length), np.int32), "label": rng.integers(0, 2, rows).astype(np.int32),
           "weight": np.ones(rows, np.float32), "teacher_logits": rng.standard_normal((rows, 2)).astype(np.float32),
           "teacher_features": rng.standard_normal((rows, config.feature_size)).astype(np.float32)}
 

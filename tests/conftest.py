@@ -93,7 +93,7 @@ def make_batch():
     lengths = rng.integers(2, tokens - 2, rows)
     mask = (np.arange(tokens) < lengths[:, None]).astype(np.int32)
     return {
-        "input_ids": rng.integers(1, c.vocab_size, (rows, tokens)).astype(np.int32) * mask, "attention_mask": mask,
+        "input_ids": rng.integers(1, c.vocab_size, (rows, tokens)).astype(np.int32) * mask, "segment_ids": mask,
         "label": rng.integers(0, c.num_labels, rows).astype(np.int32), "weight": np.ones(rows, np.float32),
         "teacher_logits": rng.standard_normal((rows, c.num_labels)).astype(np.float32),
         "teacher_features": rng.standard_normal((rows, c.feature_size)).astype(np.float32)}

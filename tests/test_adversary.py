@@ -123,7 +123,7 @@ def test_terms_are_those_of_each_view(llama, make_batch):
   batch = make_batch(model)
   soft = np.array([0, 0, 1, 0, 1, 1, 0, 1], np.float32)
   def terms(batch, of):
-    return of(jax.jit(model.apply)(params, batch["input_ids"], batch["attention_mask"]), batch)
+    return of(jax.jit(model.apply)(params, batch["input_ids"], batch["segment_ids"]), batch)
   got = terms(batch | {"soft": soft}, rig.terms(functools.partial(w2s_adv.terms, w2s.terms)))
   for prefix, value in (("", 0), ("adv_", 1)):
     want = terms({k: v[soft == value] for k, v in batch.items()}, rig.terms(w2s.terms))

@@ -163,7 +163,7 @@ def test_batches_of_a_corpus_have_one_shape():
   for (_, rows), (packed, lengths) in cases.items():
     assert len({batch["input_ids"].shape for batch in packed}) == 1 and len(packed) == 61
     for batch, texts in zip(packed, lengths):
-      assert len(texts) == rows == len(batch["teacher_logits"]) and (batch["attention_mask"] > 0).sum() == sum(texts)
+      assert len(texts) == rows == len(batch["teacher_logits"]) and (batch["segment_ids"] > 0).sum() == sum(texts)
 
 
 def test_the_program_of_a_step_does_not_grow_with_the_layers():

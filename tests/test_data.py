@@ -348,5 +348,5 @@ def test_shapes_come_from_the_buckets_and_masks_from_the_lengths():
     rows = np.argsort(ARRAYS["length"])[i:i + 4]
     batch = batches.make_batch(ARRAYS, rows, 4, (4, 8, 12))
     assert batch["input_ids"].shape == (4, batches.bucket_length(ARRAYS["length"][rows].max(), (4, 8, 12)))
-    np.testing.assert_array_equal(batch["attention_mask"].sum(1), ARRAYS["length"][rows])
+    np.testing.assert_array_equal(batch["segment_ids"].sum(1), ARRAYS["length"][rows])
     np.testing.assert_array_equal(batch["input_ids"][:, 0], ARRAYS["input_ids"][rows, 0])

@@ -42,7 +42,7 @@ def both_views(batch):
 def longer(batch, tokens, left=False):
   """The same rows with `tokens` more padding."""
   pad = ((0, 0), (tokens, 0) if left else (0, tokens))
-  return batch | {name: np.pad(batch[name], pad) for name in ("input_ids", "attention_mask")}
+  return batch | {name: np.pad(batch[name], pad) for name in ("input_ids", "segment_ids")}
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
@@ -69,7 +69,7 @@ def test_w2s_released_depends_on_both(family, request, make_batch):
   """By more than 5% of its feature term: which example comes last, and how much padding there is."""
   model, params = request.getfixturevalue(family)
   batch = make_batch(model, rows=2)
-  at_padding = model.apply(params, batch["input_ids"], batch["attention_mask"]).hidden[-1, -1]
+  at_padding = model.apply(params, batch["input_ids"], batch["segment_ids"]).hidden[-1, -1]
   batch["teacher_features"][-1] = at_padding                   # its own padding is near, other rows' tokens are not
   want = value(model, params, batch, w2s_released.terms)[1]["fa"]
   reversed_rows = value(model, params, {k: v[::-1] for k, v in batch.items()}, w2s_released.terms)[1]
@@ -95,7 +95,7 @@ def test_filler_rows_change_nothing(name, llama, make_batch):
 def test_w2s_released_is_the_released_arithmetic_on_a_model(llama, make_batch):
   model, params = llama
   batch = make_batch(model)
-  hidden = np.asarray(model.apply(params, batch["input_ids"], batch["attention_mask"]).hidden, np.float64)
+  hidden = np.asarray(model.apply(params, batch["input_ids"], batch["segment_ids"]).hidden, np.float64)
   want = np.square(hidden - batch["teacher_features"][-1]).sum(-1).mean()
   np.testing.assert_allclose(value(model, params, batch, w2s_released.terms)[1]["fa"], want, rtol=1e-5)
 
@@ -113,7 +113,7 @@ def test_the_control_reads_no_teacher(llama, make_batch):
   model, params = llama
   batch = {k: v for k, v in make_batch(model).items() if not k.startswith("teacher")}
   total, terms = value(model, params, batch, lora_ce.terms, {"ce": 1.0})
-  out = model.apply(params, batch["input_ids"], batch["attention_mask"])
+  out = model.apply(params, batch["input_ids"], batch["segment_ids"])
   np.testing.assert_allclose(total, losses.cross_entropy(out.logits, batch["label"]), rtol=1e-6)
 
 

@@ -36,10 +36,10 @@ def test_cudnns_attention_is_xlas(family, layout, request, monkeypatch):
   if layout.startswith("padded"):
     batch = batches.make_batch(arrays, np.arange(10), 10, (12,))
     if layout == "padded left":
-      batch |= {name: batch[name][:, ::-1] for name in ("input_ids", "attention_mask")}
+      batch |= {name: batch[name][:, ::-1] for name in ("input_ids", "segment_ids")}
   else:
     batch = packing.pack_batch(arrays, np.arange(10), 10, 12, [5 + (layout != "packed")], 1, 0)
-    assert batch["attention_mask"].any(axis=1).all() == (layout == "packed")
+    assert batch["segment_ids"].any(axis=1).all() == (layout == "packed")
 
   def gradient(dtype):
     of = Model(dataclasses.replace(model.config, dtype=dtype))

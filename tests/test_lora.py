@@ -49,7 +49,7 @@ def with_other_head(model, params, seed=5):
 
 
 def logits(model, params, batch):
-  return np.asarray(jax.jit(model.apply)(params, batch["input_ids"], batch["attention_mask"]).logits)
+  return np.asarray(jax.jit(model.apply)(params, batch["input_ids"], batch["segment_ids"]).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
@@ -191,7 +191,7 @@ def test_peft_adapts_no_module_that_only_has_the_same_name(targets, bert, make_b
   """BERT has four `dense`: one adapted among them is named in full, and unloading gives the base back."""
   model, params = bert
   batch = make_batch(model)
-  ids, mask = batch["input_ids"], batch["attention_mask"]
+  ids, mask = batch["input_ids"], batch["segment_ids"]
   save_pretrained(tmp_path / "base", model, params)
   trained = with_other_head(model, adapted(params, targets))
   lora.export_adapter(tmp_path / "adapter", model, trained, base=tmp_path / "base")
@@ -239,7 +239,7 @@ def easy_rows(config, seed, rows=64, tokens=12):
   label = rng.integers(0, 2, rows).astype(np.int32)
   mask = (np.arange(tokens) < rng.integers(2, tokens + 1, rows)[:, None]).astype(np.int32)
   ids = rng.integers(config.pad_token_id + 1, half, mask.shape) + half * label[:, None]
-  return {"input_ids": np.where(mask, ids, config.pad_token_id).astype(np.int32), "attention_mask": mask,
+  return {"input_ids": np.where(mask, ids, config.pad_token_id).astype(np.int32), "segment_ids": mask,
           "label": label, "weight": np.ones(rows, np.float32)}
 
 
@@ -274,7 +274,7 @@ def test_ours_peft_and_the_merged_model_agree_after_a_lora_run(family, rank, eve
     assert leaf.dtype == jnp.float32
     assert (np.asarray(leaf) != flatten(start[train_dtype])[path]).mean() > 0.9, path
   batch = easy_rows(ours["float32"][0].config, 1)
-  ids, mask = batch["input_ids"], batch["attention_mask"]
+  ids, mask = batch["input_ids"], batch["segment_ids"]
   got = {}
   for dtype, (model, _) in ours.items():
     params = trees.combine(trained, trees.split(start[dtype], trees.LORA)[1])

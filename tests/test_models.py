@@ -177,7 +177,7 @@ def test_scanned_is_unrolled_and_rematerialised(family, runtimes, request, make_
   model, params = request.getfixturevalue(family)
   batch = make_batch(model, rows=3)
   def loss(params, model):
-    out = model.apply(params, batch["input_ids"], batch["attention_mask"])
+    out = model.apply(params, batch["input_ids"], batch["segment_ids"])
     return jnp.square(out.logits - batch["teacher_logits"]).sum(), out.logits
   gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
   want, want_logits = gradient(params, model)
@@ -364,7 +364,7 @@ def test_dropout_follows_its_key_and_is_off_without_one(family, saved, make_batc
   _, _, model, params = saved(family, next(iter(SHAPES[family])))
   model = Model(dataclasses.replace(model.config, **dict.fromkeys(DROPOUT[family], 0.0)))
   batch = make_batch(model, rows=3, tokens=10)
-  args = batch["input_ids"], batch["attention_mask"]
+  args = batch["input_ids"], batch["segment_ids"]
   apply = jax.jit(model.apply)
   plain = apply(params, *args).logits
   np.testing.assert_array_equal(apply(params, *args, dropout_key=jax.random.key(0)).logits, plain)
@@ -438,3 +438,15 @@ def test_the_attention_kernel_goes_by_device_and_shape(monkeypatch):
   jax.vmap(one_of_several, axis_name=sharding.RUNS)(np.zeros(2))
   jax.vmap(one_of_several)(np.zeros(2))
   assert seen == ["xla", "cudnn"]
+
+
+def test_apply_takes_a_mask_or_the_numbers_of_texts(llama):
+  """By place, by either name: one of the two, which are the same where a row is a text."""
+  model, params = llama
+  ids, mask = padded_ids(64)
+  want = model.apply(params, ids, mask).logits
+  np.testing.assert_array_equal(model.apply(params, ids, attention_mask=mask).logits, want)
+  np.testing.assert_array_equal(model.apply(params, ids, segment_ids=mask).logits, want)
+  for both in ({}, {"attention_mask": mask, "segment_ids": mask}):
+    with pytest.raises(ValueError, match="either attention_mask.*or segment_ids"):
+      model.apply(params, ids, **both)

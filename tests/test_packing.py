@@ -48,9 +48,9 @@ def test_packed_outputs_are_the_padded_ones(family, saved):
   """Every family: logits and features of each text, one of which is a single token; some rows hold three texts."""
   _, _, model, params = saved(family, next(iter(test_models.SHAPES[family])))
   padded, packed = both(model.config, LENGTHS, np.arange(10), 10)
-  assert packed["input_ids"].shape == (5, 11) and (packed["attention_mask"] == 0).sum() == 5
-  want = model.apply(params, padded["input_ids"], padded["attention_mask"])
-  got = jax.jit(model.apply)(params, packed["input_ids"], packed["attention_mask"], packed["texts"])
+  assert packed["input_ids"].shape == (5, 11) and (packed["segment_ids"] == 0).sum() == 5
+  want = model.apply(params, padded["input_ids"], padded["segment_ids"])
+  got = jax.jit(model.apply)(params, packed["input_ids"], texts=packed["texts"], segment_ids=packed["segment_ids"])
   assert np.ptp(want.logits) > 0.1
   np.testing.assert_allclose(got.logits, want.logits, atol=1e-5)
   np.testing.assert_allclose(got.features, want.features, atol=1e-5)
@@ -59,8 +59,8 @@ def test_packed_outputs_are_the_padded_ones(family, saved):
 def test_a_sliding_window_ends_with_its_text(saved):
   _, _, model, params = saved("mistral", "window-3")
   padded, packed = both(model.config, LENGTHS, np.arange(10), 10)
-  want = model.apply(params, padded["input_ids"], padded["attention_mask"])
-  got = model.apply(params, packed["input_ids"], packed["attention_mask"], packed["texts"])
+  want = model.apply(params, padded["input_ids"], padded["segment_ids"])
+  got = model.apply(params, packed["input_ids"], texts=packed["texts"], segment_ids=packed["segment_ids"])
   np.testing.assert_allclose(got.features, want.features, atol=1e-5)
 
 
@@ -94,11 +94,11 @@ def test_groups_stay_on_their_device(llama):
   rng = np.random.default_rng(0)
   padded, packed = both(model.config, rng.integers(1, 12, 16), np.arange(16), 16, groups=4)
   mesh = sharding.make_mesh(2, 2, 1, jax.devices()[:4])
-  batch = sharding.global_batch({k: packed[k] for k in ("input_ids", "attention_mask", "texts")}, mesh)
+  batch = sharding.global_batch({k: packed[k] for k in ("input_ids", "segment_ids", "texts")}, mesh)
   replicated = jax.device_put(params, sharding.replicated(mesh))
-  compiled = jax.jit(model.apply).lower(replicated, *batch.values()).compile()
-  np.testing.assert_allclose(compiled(replicated, *batch.values()).logits,
-                             model.apply(params, padded["input_ids"], padded["attention_mask"]).logits, atol=1e-5)
+  compiled = jax.jit(model.apply).lower(replicated, **batch).compile()
+  np.testing.assert_allclose(compiled(replicated, **batch).logits,
+                             model.apply(params, padded["input_ids"], padded["segment_ids"]).logits, atol=1e-5)
   assert "all-gather" not in compiled.as_text()
   for group in range(4):                                          # every text's place lies in its own group's rows
     tokens = packed["input_ids"].reshape(4, -1)[group]
@@ -128,8 +128,8 @@ def test_at_most_fifteen_percent_padding_in_at_most_six_shapes():
   stream = batches.train_batches(len(lengths), 32, make, 3, 0)
   made = [next(stream) for _ in range(num_steps)]
   slots = sum(b["input_ids"].size for b in made)
-  assert 1 - sum((b["attention_mask"] > 0).sum() for b in made) / slots <= 0.15
-  assert sum((b["attention_mask"] > 0).sum() for b in made) == 2 * lengths.sum()
+  assert 1 - sum((b["segment_ids"] > 0).sum() for b in made) / slots <= 0.15
+  assert sum((b["segment_ids"] > 0).sum() for b in made) == 2 * lengths.sum()
   assert len({b["input_ids"].shape for b in made}) <= packing.MOST_SHAPES
   row_length, = {b["input_ids"].shape[1] for b in made}
   assert row_length in (80, 88, 96)
@@ -184,7 +184,7 @@ def test_evaluation_covers_every_row_once_in_one_shape(groups):
   seen = list(packing.eval_batches(arrays, 32, (32, 96), groups, 0))
   assert sorted(np.concatenate([rows for rows, _ in seen])) == list(range(320))
   shape, = {batch["input_ids"].shape for _, batch in seen}
-  assert sum((batch["attention_mask"] > 0).sum() for _, batch in seen) == arrays["length"].sum()
+  assert sum((batch["segment_ids"] > 0).sum() for _, batch in seen) == arrays["length"].sum()
   assert groups > 1 or arrays["length"].sum() / (len(seen) * np.prod(shape)) > 0.75
   for rows, batch in seen:
     np.testing.assert_array_equal(batch["label"][:len(rows)], arrays["label"][rows])

@@ -98,8 +98,8 @@ def test_merged_is_what_was_trained(name, wide, make_batch):
   small = jax.tree.map(lambda x: x + 0.05 if x.ndim == 3 and x.shape[1] == 4 else x, small)
   merged = lora.merge_lora(small)
   batch = make_batch(model)
-  want = model.apply(small, batch["input_ids"], batch["attention_mask"]).logits
-  got = model.apply(merged, batch["input_ids"], batch["attention_mask"]).logits
+  want = model.apply(small, batch["input_ids"], batch["segment_ids"]).logits
+  got = model.apply(merged, batch["input_ids"], batch["segment_ids"]).logits
   np.testing.assert_allclose(got, want, atol=1e-5)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), merged) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
 

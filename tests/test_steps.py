@@ -183,7 +183,7 @@ def test_term_norms_by_hand(llama, make_batch):
   trainable, frozen = trees.split(params, ("head",))
   program = make_program(model, trainable, frozen, mesh, weights=weights)
   norms = alone(program.term_norms(program.init([trainable]), frozen, one_run(batch), keys(7)))
-  out = model.apply(params, batch["input_ids"], batch["attention_mask"])
+  out = model.apply(params, batch["input_ids"], batch["segment_ids"])
   def softmax(x):
     return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
   student, teacher = np.asarray(out.logits, np.float64), batch["teacher_logits"].astype(np.float64)
@@ -202,12 +202,28 @@ def test_language_model_loss_in_numpy(llama, make_batch):
   batch = make_batch(model)
   batch["weight"][-1] = 0.0
   value, terms = steps.language_model_loss(model)(*trees.split(params, trees.FULL), batch, jax.random.key(0))
-  hidden = np.asarray(model.apply(params, batch["input_ids"], batch["attention_mask"]).hidden, np.float64)
+  hidden = np.asarray(model.apply(params, batch["input_ids"], batch["segment_ids"]).hidden, np.float64)
   logits = hidden @ np.asarray(params["embed_tokens"]["embedding"], np.float64).T
   nats = [np.log(np.exp(logits[b, t]).sum()) - logits[b, t, batch["input_ids"][b, t + 1]]
-          for b in range(7) for t in range(11) if batch["attention_mask"][b, t + 1]]
+          for b in range(7) for t in range(11) if batch["segment_ids"][b, t + 1]]
   np.testing.assert_allclose(value, np.mean(nats), rtol=1e-5)
   assert terms["lm"] == value
+
+
+def test_language_model_loss_of_packed_rows_by_hand(llama):
+  """Two texts in a row, one in the next, and padding: only pairs of neighbours of one text count, not 3 -> 7."""
+  model, params = llama
+  batch = {"input_ids": np.array([[5, 9, 3, 7, 2, 0], [8, 6, 0, 0, 0, 0]], np.int32),
+           "segment_ids": np.array([[1, 1, 1, 4, 4, 0], [1, 1, 0, 0, 0, 0]], np.int32),
+           "texts": np.array([[[0, 2], [3, 4], [6, 7], [0, 0]]], np.int32), "weight": np.float32([1, 1, 1, 0])}
+  value, _ = steps.language_model_loss(model)(*trees.split(params, trees.FULL), batch, jax.random.key(0))
+  nats = []
+  for text in ([5, 9, 3], [7, 2], [8, 6]):
+    hidden = model.apply(params, np.array([text]), np.ones((1, len(text)), int)).hidden[0]
+    logits = np.asarray(hidden, np.float64) @ np.asarray(params["embed_tokens"]["embedding"], np.float64).T
+    nats += [np.log(np.exp(logits[t]).sum()) - logits[t, text[t + 1]] for t in range(len(text) - 1)]
+  assert len(nats) == 4
+  np.testing.assert_allclose(value, np.mean(nats), rtol=1e-5)
 
 
 def test_steps_past_the_count_leave_the_state_alone(llama, make_batch):

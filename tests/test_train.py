@@ -36,8 +36,8 @@ def rig(llama, make_batch):
   config = dataclasses.replace(llama[0].config, lora_dropout=0.2)
   model, mesh = Model(config), sharding.make_mesh(devices=jax.devices()[:1])
   rows = make_batch(model, rows=20)
-  arrays = {k: v for k, v in rows.items() if k not in ("attention_mask", "weight")}
-  arrays["length"] = rows["attention_mask"].sum(1)
+  arrays = {k: v for k, v in rows.items() if k not in ("segment_ids", "weight")}
+  arrays["length"] = rows["segment_ids"].sum(1)
   trainable, frozen = trees.split(lora.add_lora(llama[1], 4, 4.0, key=jax.random.key(0)), trees.LORA)
   program = make_program(model, trainable, frozen, mesh, STEPS)
   out = types.SimpleNamespace(kept={}, asked=[], mesh=mesh, trainable=trainable, program=program)
@@ -326,8 +326,8 @@ def test_three_seeds_at_once_are_three_runs(model, interrupted, request, make_ba
   mesh, seeds = sharding.make_mesh(devices=jax.devices()[:1]), (3, 5, 8)
   model = Model(dataclasses.replace(model.config, lora_dropout=0.2))
   rows = make_batch(model, rows=20)
-  arrays = {k: v for k, v in rows.items() if k not in ("attention_mask", "weight")}
-  arrays["length"] = rows["attention_mask"].sum(1)
+  arrays = {k: v for k, v in rows.items() if k not in ("segment_ids", "weight")}
+  arrays["length"] = rows["segment_ids"].sum(1)
   split = [trees.split(lora.add_lora(params, 4, 4.0, ("q_proj", "up_proj"), key=jax.random.key(s)), trees.LORA)
            for s in seeds]
   frozen = split[0][1]

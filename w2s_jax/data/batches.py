@@ -30,13 +30,14 @@ def make_batch(arrays, rows, batch_size, buckets):
     rows: [at most batch_size] int.
     buckets: ascending sequence lengths that may be compiled.
   Returns:
-    dict with "input_ids", "attention_mask" [B, T'], "weight" [B] float32 and the other arrays' rows.
+    dict with "input_ids", "segment_ids" [B, T'] (1 on the text, 0 on padding), "weight" [B] float32 and the other
+    arrays' rows.
   """
   batch = filled(arrays, rows, batch_size)
   lengths = batch.pop("length")
   T = min(bucket_length(lengths.max(), buckets), arrays["input_ids"].shape[1])
   return batch | {"input_ids": batch["input_ids"][:, :T],
-                  "attention_mask": (np.arange(T) < lengths[:, None]).astype(np.int32)}
+                  "segment_ids": (np.arange(T) < lengths[:, None]).astype(np.int32)}
 
 
 def filled(arrays, rows, batch_size):

@@ -57,7 +57,7 @@ def stack(several, groups, pad_token_id):
     rows = rows.reshape(*front, groups, -1, rows.shape[-1])
     more = (*((0, 0) for _ in range(len(front) + 1)), (0, R // groups - rows.shape[-2]), (0, T - rows.shape[-1]))
     return np.pad(rows, more, constant_values=fill).reshape(*front, R, T)
-  fills = {"input_ids": pad_token_id, "attention_mask": 0}
+  fills = {"input_ids": pad_token_id, "segment_ids": 0}
   return {name: np.stack([widened(batch[name], fills[name]) if name in fills else batch[name] for batch in several])
           for name in several[0]}
 
@@ -117,25 +117,25 @@ def pack_batch(arrays, rows, batch_size, row_length, counts, groups, pad_token_i
     groups: G; divides batch_size.
     pad_token_id: fills the rows up.
   Returns:
-    dict of "input_ids", "attention_mask" [R, T] and "texts" [G, B / G, 2] as Model.apply takes them, "weight" [B]
+    dict of "input_ids", "segment_ids" [R, T] and "texts" [G, B / G, 2] as Model.apply takes them, "weight" [B]
     float32, and the other arrays' rows [B, ...] in the order of `rows`.
   """
   split = _split(rows, batch_size, groups)
   places = [first_fit(arrays["length"][group], row_length) for group in split]
   count = batches.bucket_length(max(map(_rows_needed, places)), counts)
   input_ids = np.full((groups, count * row_length), pad_token_id, np.int32)
-  mask = np.zeros_like(input_ids)
+  segment_ids = np.zeros_like(input_ids)
   texts = np.zeros((groups, batch_size // groups, 2), np.int32)
   for g, group in enumerate(split):
     for i, (example, (row, start)) in enumerate(zip(group, places[g])):
       length = arrays["length"][example]
       first = row * row_length + start
       input_ids[g, first:first + length] = arrays["input_ids"][example, :length]
-      mask[g, first:first + length] = start + 1
+      segment_ids[g, first:first + length] = start + 1
       texts[g, i] = first, first + length - 1
   batch = batches.filled({name: values for name, values in arrays.items() if name != "input_ids"}, rows, batch_size)
   del batch["length"]
-  return batch | {"input_ids": input_ids.reshape(-1, row_length), "attention_mask": mask.reshape(-1, row_length),
+  return batch | {"input_ids": input_ids.reshape(-1, row_length), "segment_ids": segment_ids.reshape(-1, row_length),
                   "texts": texts}
 
 

@@ -58,7 +58,7 @@ def check(name: str, recipe: Recipe, task: Task, model: Model, settings: Any) ->
   weights = recipe.weights(settings, model.config.feature_size)
   batch = steps.abstract_batch(model, task, 2, 4, recipe.teacher_view is not None, bool(recipe.soft_tokens))
   def terms(params, batch):
-    out = model.apply(params, batch["input_ids"], batch["attention_mask"])
+    out = model.apply(params, batch["input_ids"], segment_ids=batch["segment_ids"])
     return recipe.terms(out, batch, settings=settings, task=task)
   found = jax.eval_shape(terms, model.abstract_params(), batch)
   if set(found) != set(weights):

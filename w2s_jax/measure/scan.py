@@ -121,11 +121,11 @@ def _stream(run, latent, params, tokenizer, rows):
   c, rows = run.config, rows[:run.config.defend.batch_size]
   arrays = run.encode(tokenizer, rows, c.data.max_length)
   batch = batches.make_batch(arrays, np.arange(len(rows)), c.defend.batch_size, c.data.buckets)
-  ids, mask = batch["input_ids"], batch["attention_mask"]
-  batch = sharding.global_batch({"input_ids": ids, "attention_mask": mask}, run.mesh)
+  ids, segment_ids = batch["input_ids"], batch["segment_ids"]
+  batch = sharding.global_batch({"input_ids": ids, "segment_ids": segment_ids}, run.mesh)
   with sharding.on(run.mesh):
     stream = jax.jit(latent.stream, out_shardings=sharding.replicated(run.mesh))(params, **batch)
-  return np.asarray(stream, np.float32)[(mask > 0) & ~np.isin(ids, tokenizer.all_special_ids)]
+  return np.asarray(stream, np.float32)[(segment_ids > 0) & ~np.isin(ids, tokenizer.all_special_ids)]
 
 
 def _with_triggers(run, model, tokenizer, rows):

@@ -18,6 +18,7 @@ class Family(NamedTuple):
       config.json.
     module: (config, train) -> a module that is called as Model.apply calls it. Its lm_logits(config, params, hidden)
       gives the language-model logits of every token, or raises InputError. Its layers are a `layers.layer_stack`.
+      Leaves have the names that the rules in adapters/trees.py (what trains) and FLOAT32 in hf/load.py know.
     tensors: {model_type of config.json: how transformers writes it}.
     shardings: (parameter path pattern, mesh axes) of the family's own leaves. The first full match wins; there is no
       catch-all on purpose: a new parameter must be given its place. Adapters' and soft tokens' are in Model.shardings.

@@ -137,5 +137,5 @@ def _lower_evaluation(config, mesh, B, T, model):
   params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places)
   batch = steps.abstract_batch(model, TASKS[config.task], B, T, groups=sharding.batch_shards(mesh))
   rows = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding.batch_sharding(mesh))
-          for k, v in batch.items() if k in ("input_ids", "attention_mask", "texts")}
+          for k, v in batch.items() if k in ("input_ids", "segment_ids", "texts")}
   return inference.forward.lower(model, mesh, params, **rows)

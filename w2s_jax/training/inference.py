@@ -12,9 +12,9 @@ from w2s_jax.data import batches, packing
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def forward(model, mesh, params, input_ids, attention_mask, texts):
+def forward(model, mesh, params, input_ids, segment_ids, texts):
   with sharding.on(mesh):
-    out = model.apply(params, input_ids, attention_mask, texts)
+    out = model.apply(params, input_ids, texts=texts, segment_ids=segment_ids)
   everywhere = sharding.replicated(mesh)             # each process reads all of it
   return jax.lax.with_sharding_constraint((out.logits, out.features), (everywhere, everywhere))
 
@@ -38,7 +38,7 @@ def outputs(model, params, arrays, mesh, *, batch_size, buckets, empty=_zeros):
   before = None
   for rows, batch in packing.eval_batches(arrays, batch_size, buckets, sharding.batch_shards(mesh),
                                           model.config.pad_token_id or 0):
-    batch = sharding.global_batch({k: batch[k] for k in ("input_ids", "attention_mask", "texts")}, mesh)
+    batch = sharding.global_batch({k: batch[k] for k in ("input_ids", "segment_ids", "texts")}, mesh)
     out = forward(model, mesh, params, **batch)
     if before:  # is fetched while this one is computed
       write(*before)
@@ -48,13 +48,13 @@ def outputs(model, params, arrays, mesh, *, batch_size, buckets, empty=_zeros):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _mean_losses(model, mesh, params, input_ids, attention_mask):
+def _mean_losses(model, mesh, params, input_ids, segment_ids):
   """[B] float32: mean cross entropy of each text's tokens but the first, a text a row."""
   with sharding.on(mesh):
-    out = model.apply(params, input_ids, attention_mask)
+    out = model.apply(params, input_ids, segment_ids=segment_ids)
     logits = model.lm_logits(params, out.hidden[:, :-1])
   losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), input_ids[:, 1:])
-  real = attention_mask[:, 1:]
+  real = segment_ids[:, 1:]
   means = (losses * real).sum(-1) / jnp.maximum(real.sum(-1), 1)
   return jax.lax.with_sharding_constraint(means, sharding.replicated(mesh))
 
@@ -65,6 +65,6 @@ def perplexities(model, params, arrays, mesh, *, batch_size, buckets):
   order = np.argsort(arrays["length"], kind="stable")
   for rows in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
     batch = batches.make_batch(arrays, rows, batch_size, buckets)
-    batch = sharding.global_batch({name: batch[name] for name in ("input_ids", "attention_mask")}, mesh)
+    batch = sharding.global_batch({name: batch[name] for name in ("input_ids", "segment_ids")}, mesh)
     out[rows] = np.exp(np.asarray(_mean_losses(model, mesh, params, **batch)))[:len(rows)]
   return out

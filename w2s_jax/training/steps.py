@@ -2,9 +2,9 @@
 
 A step is `(state, frozen, batch, key) -> (state, metrics)`: no config, no global, no Python randomness inside.
 Only `state.params`, the trainable subtree, is differentiated; `frozen` is read. A batch is a dict of arrays
-`input_ids`, `attention_mask` [R, T], where rows hold several texts `texts` [G, B / G, 2] (Model.apply), `weight` [B]
- (0 on what fills up the batch) and, for distillation, `teacher_logits` [B, C], `teacher_features` [B, D];
-with an adversary `soft` [B], 1 on texts that have its tokens, whose gradient then is a part of the metric `grad_norm`.
+`input_ids`, `segment_ids` [R, T], where rows hold several texts `texts` [G, B / G, 2] (Model.apply), `weight` [B] (0 on
+what fills up the batch) and, for distillation, `teacher_logits` [B, C], `teacher_features` [B, D]; with an adversary
+`soft` [B], 1 on texts that have its tokens, whose gradient then is a part of the metric `grad_norm`.
 
 Several runs train at once over one frozen base: state, batch, key and metrics have an axis of runs in front, of length
 one where there is one run. Each run is what it would be alone.
@@ -106,7 +106,7 @@ def abstract_batch(model: Model, task: Task, rows: int, tokens: int, teacher: bo
     groups: of the rows, where it is laid out as packed rows are; 0: a row is a text.
   """
   c = model.config
-  shapes = {"input_ids": ((rows, tokens), "int32"), "attention_mask": ((rows, tokens), "int32"),
+  shapes = {"input_ids": ((rows, tokens), "int32"), "segment_ids": ((rows, tokens), "int32"),
             "weight": ((rows,), "float32")} | {name: ((rows,), dtype) for name, dtype in task.fields.items()}
   if teacher:
     shapes |= {"teacher_logits": ((rows, c.num_labels), "float32"),
@@ -147,22 +147,29 @@ def classification_loss(model, terms, weights):
     weights: {term: float}; the loss is the weighted sum.
   """
   def loss(trainable, frozen, batch, key):
-    out = model.apply(trees.combine(trainable, frozen), batch["input_ids"], batch["attention_mask"], batch.get("texts"),
-                      dropout_key=key)
+    out = model.apply(trees.combine(trainable, frozen), batch["input_ids"], texts=batch.get("texts"),
+                      segment_ids=batch["segment_ids"], dropout_key=key)
     values = terms(out, batch)
     return sum(weights[name] * value for name, value in values.items()), values
   return loss
 
 
 def language_model_loss(model):
-  """Next-token cross entropy over the real tokens, through the tied embedding."""
+  """Mean next-token cross entropy, through the tied embedding.
+
+  A token counts where it and the token before it are real and of one text. What fills up a batch counts nothing: a row
+  of weight 0; in packed rows it has no tokens.
+  """
   def loss(trainable, frozen, batch, key):
     params = trees.combine(trainable, frozen)
-    out = model.apply(params, batch["input_ids"], batch["attention_mask"], dropout_key=key)
+    segments, texts = batch["segment_ids"], batch.get("texts")
+    out = model.apply(params, batch["input_ids"], texts=texts, segment_ids=segments, dropout_key=key)
     logits = model.lm_logits(params, out.hidden[:, :-1])
     tokens = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["input_ids"][:, 1:])
-    real = batch["attention_mask"][:, 1:] * batch["weight"][:, None]
-    value = (tokens * real).sum() / real.sum()
+    counted = ((segments[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1])).astype(jnp.float32)
+    if texts is None:
+      counted *= batch["weight"][:, None]
+    value = (tokens * counted).sum() / counted.sum()
     return value, {"lm": value}
   return loss
 
