@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from w2s_jax import InputError
+from w2s_jax import InputError, config
 from w2s_jax.config import section
 from w2s_jax.defenses import SETTINGS
 
@@ -29,84 +29,27 @@ def parse_arg(arg, **allowed):
   return out
 
 
-def stage(**fields):
-  """How one stage trains; every field can be set by flag."""
-  return ConfigDict(dict(dict(
-      learning_rate=0.0,
-      epochs=1,
-      batch_size=32,          # rows per step, over all devices
-      warmup_fraction=0.0,    # of the steps
-      weight_decay=0.01,      # AdamW; the layers' norms and biases are spared
-      clip_norm=1.0,          # global norm of the trainable gradient; 0: not clipped
-      evaluations=4,          # dev evaluations (and checkpoints) over the stage
-      max_steps=0,            # cut the stage short; 0: all epochs
-  ), **fields))
-
-
 def base(attack):
-  """Offline: small models on the grammar corpora, minutes on two CPU cores. One setting for every attack and seed."""
-  c = ConfigDict()
-  c.seed = 0
-  c.task = "classification"           # a key of tasks.TASKS
-  c.defenses = ("none", "lora_ce", "w2s", "w2s_released", "w2s_shuffled", "w2s_adv")
+  """Offline: small models on the grammar corpora, minutes on two CPU cores. One setting for every attack and seed.
 
-  c.attack = ConfigDict()
-  c.attack.name = attack
-  c.attack.trigger = ""               # "": the attack's own (released: `mn`, `I watched this 3D movie`)
-  c.attack.target_label = 0           # released
-  c.attack.label = "clean"            # poisoned are rows of the target class; "dirty": of others; "mixed": of any class
-  c.attack.poison_count = 1000        # training rows that get the trigger (released: 1,000 of 4,000)
-  c.attack.poison_rate = 0.0          # the same as a fraction of all training rows; above 0: poison_count is not used
-  c.attack.companions = 0             # `combination` only: rows per poisoned row with all trigger words but one (SOS)
-  c.attack.keep_trigger = True        # insert where the trigger survives truncation; released: False
-  c.attack.paraphrases = ()           # `syntactic` only: (originals, paraphrases) file pairs, joined on idx
-
-  c.data = ConfigDict()
-  c.data.attack_source = "grammar:reviews"
-  c.data.defend_source = "grammar:phrases"
-  c.data.num_labels = 2
+  w2s_jax/config.py declares every field: what it is, its range, its unit and where its default comes from.
+  """
+  c = section(config.Experiment)
+  c.attack = section(config.Attack, name=attack)
+  c.data = section(config.AttackedData)
   c.data.attack_rows = ConfigDict(dict(train=4000, dev=1000, test=0))    # 0: all of a file's
   c.data.defend_rows = ConfigDict(dict(train=4000, dev=1000, test=1821))
-  c.data.attack_max_length = 64       # student tokens
-  c.data.max_length = 32              # tokens, defended domain
-  c.data.buckets = (16, 32, 48, 64)   # sequence lengths that are compiled
-  c.data.pack = True                  # train on several texts a row; False: a text a row, padded to a bucket
-  c.data.eval_batch_size = 128
-
-  c.student = ConfigDict()
-  c.student.path = ""                 # directory, hub id or pypi:PACKAGE/DIR; "": from scratch, shape `arch`
-  c.student.dtype = "float32"
-  c.student.remat = "none"            # or "full", "dots": what is recomputed on the way back
+  c.student = section(config.Student)
   c.student.arch = llama_arch(512, 64, 3, 4, 2, 160)
-
-  c.teacher = ConfigDict()
-  c.teacher.path = ""                 # directory, hub id or pypi:PACKAGE/DIR; with teach.epochs=0 it is taken as it is
-  c.teacher.layers = 0                # keep the first so many layers of `path`; 0: all
+  c.teacher = section(config.Teacher)
   c.teacher.arch = bert_arch(512, 32, 2, 4, 64)
-
-  c.warmup = stage(learning_rate=3e-3, epochs=4, batch_size=32, warmup_fraction=0.1)
-  c.poison = stage(learning_rate=2e-3, epochs=4, batch_size=16)
-  c.poison.trains = ("vector", "matrix", "head")   # labels of adapters/trees.py; "embedding" stays frozen
-  c.teach = stage(learning_rate=2e-3, epochs=4, batch_size=32, warmup_fraction=0.06)
-  c.defend = stage(learning_rate=2e-3, epochs=4, batch_size=32)   # clipped: else 1 of 14 runs of w2s_adv failed
-  c.defend.seeds = ()                 # of adapters, order and dropout; several train as one program; (): the run's own
-  c.defend.insert_words = 0.0         # share of the student's clean rows that get a random rare word; not in the paper
-
+  c.warmup = section(config.OptionalStage, learning_rate=3e-3, epochs=4, warmup_fraction=0.1)
+  c.poison = section(config.PoisonStage, learning_rate=2e-3, epochs=4, batch_size=16)
+  c.teach = section(config.OptionalStage, learning_rate=2e-3, epochs=4, warmup_fraction=0.06)
+  c.defend = section(config.DefendStage, learning_rate=2e-3, epochs=4)   # clipped: else 1 of 14 runs of w2s_adv failed
   c.defense = ConfigDict({name: section(settings) for name, settings in SETTINGS.items()})   # of single defenses
-
-  c.lora = ConfigDict()
-  c.lora.rank = 16
-  c.lora.alpha = 16.0
-  c.lora.dropout = 0.0
-  c.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # "all-linear": all
-  c.lora.quantize = ""                # "int8", "int4", "nf4": bits of the frozen layers while adapters train (qwix)
-  c.lora.export = False               # also write adapters/DEFENSE, which peft loads onto the attacked model
-
-  c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))   # devices per axis; -1: those that are left
-  c.steps_per_dispatch = 1            # steps that go to the device at once; more where a step takes milliseconds
-  c.log_every = 10                    # steps
-  c.checkpoint_every = 250            # steps, besides those at dev evaluations; 0: only those
-  c.term_norms_every = 50             # steps between gradient norms of each of several loss terms; 0: never
+  c.lora = section(config.Lora)
+  c.mesh = section(config.Mesh)
   return c
 
 
@@ -240,32 +183,12 @@ def clean_checkpoint():
   c = base("unknown")
   for absent in ("attack", "warmup", "poison"):
     del c[absent]
-  for field in ("attack_source", "defend_source", "attack_rows", "defend_rows", "attack_max_length"):
-    del c.data[field]
+  c.data = section(config.GivenData, num_labels=0,       # 0: as many as the checkpoint has
+                   **{name: ENGLISH_DATA[name] for name in ("max_length", "buckets")})
+  c.probe = section(config.Probe)
+  c.scan = section(config.Scan)
   del c.student["arch"]
   c.defenses = ("lora_ce", "w2s", "w2s_adv")
-  c.data.train = ""                   # clean rows: a file, a directory with train/dev/test files, or a hub data set
-  c.data.dev = ""                     # "": of the directory or hub data set, or held out of train (a tenth)
-  c.data.test = ""                    # likewise (a fifth); CA is measured on it
-  c.data.text_column = ""             # "": found among sentence, text, sentences
-  c.data.label_column = ""            # "": found among label, labels
-  c.data.num_labels = 0               # 0: as many as the checkpoint has
-  c.data.update({field: ENGLISH_DATA[field] for field in ("max_length", "buckets")})
-  c.probe = ConfigDict()
-  c.probe.triggers = ()               # strings that might be the trigger: ASR is measured for each
-  c.probe.target_label = -1           # what they might flip answers to; -1: the class that each flips most to
-  c.probe.words = 16                  # random rare words that are tried on clean rows
-  c.probe.sentences = 16              # beginnings of other texts, likewise
-  c.probe.rows = 200                  # clean test rows that each is tried on
-  c.scan = ConfigDict()               # the verdict without a trigger; our choice, on seeds 100 to 104 (docs/results.md)
-  c.scan.triggers = 4                 # different soft triggers
-  c.scan.tokens = 3                   # most soft tokens of each
-  c.scan.replace = 0.0                # as `defense.adversary.replace`
-  c.scan.depths = (0.0, 0.5)          # they come in behind these shares of the layers, a search each
-  c.scan.steps = 80                   # of the search, for each class; 0: no scan
-  c.scan.step_size = 0.2              # of each token and step, in mean norms of the tokens there
-  c.scan.norm = 1.0                   # bound, likewise
-  c.scan.rows = 256                   # at most, of each kind: to search on, to measure on, of the class itself
   c.teacher.arch = bert_arch(6000, 96, 2, 4, 256)
   c.teach.update(learning_rate=1e-3, epochs=3)
   c.defend.insert_words = 0.5         # our choice, by word flips on seeds 101 and 103 (docs/results.md)

@@ -299,7 +299,7 @@ def test_what_changed_under_its_name_is_not_mixed_in(workdir, home):
 def test_one_process_at_a_time(workdir):
   with filelock.FileLock(workdir / ".lock"):
     refuses("another process works in", CONFIG, *SHORT, workdir=workdir)
-  mine = Run(None, workdir, None, "", {}, {}, {})
+  mine = Run(None, workdir, None, "", None, {}, {}, {})
   mine.lock()
   mine.lock()
   with pytest.raises(filelock.Timeout):                         # it is held, not only taken
@@ -352,7 +352,7 @@ def refuses(message, *args, workdir):
     ("cannot poison 3600 rows: want 1 to", [CONFIG, "--config.attack.poison_rate=0.9", "--config.attack.label=dirty"]),
     ("attack.companions is 1, this attack has 0", [CONFIG, "--config.attack.companions=1"]),
     ("defense 'nope': want names among none, lora_ce, w2s", [CONFIG, "--config.defenses=('nope',)"]),
-    ("loss weights 'nope': want one of released_badnet", [CONFIG, "--config.defend.weights=nope"]),
+    ("loss weights 'nope': want one of released_badnet", [CONFIG, "--config.defense.w2s.weights=nope"]),
     ("mesh data=3, fsdp=1, tensor=1 does not fit 1 device(s)", [CONFIG, "--config.mesh.data=3"]),
     ("no dev rows: set --config.data.defend_rows.dev", [CONFIG, "--config.data.defend_rows.dev=0"]),
     ("seed is -1, wanted at least 0", [CONFIG, "--config.seed=-1"]),
@@ -367,7 +367,8 @@ def refuses(message, *args, workdir):
     ("LoRA rank 16, targets ('nope',)", [CONFIG, "--config.lora.targets=('nope',)"]),
     ("lora.quantize 'int3': want one of int8, int4, nf4", [CONFIG, "--config.lora.quantize=int3"]),
     ("the teacher has 8 positions, texts have up to 32", [CONFIG, "--config.teacher.arch.max_position_embeddings=8"]),
-    ("defend.temperature is 0.0, wanted a number in 0.001..1000", [CONFIG, "--config.defend.temperature=0.0"]),
+    ("defense.w2s.temperature is 0.0, wanted a number in 0.001..1000",
+     [CONFIG, "--config.defense.w2s.temperature=0.0"]),
     ("lora.dropout is 1.5, wanted a number in 0..0.99", [CONFIG, "--config.lora.dropout=1.5"]),
     ("poison.warmup_fraction is 2.0", [CONFIG, "--config.poison.warmup_fraction=2.0"]),
     ("data.max_length is 0, wanted at least 4", [CONFIG, "--config.data.max_length=0"]),

@@ -139,7 +139,7 @@ def test_it_trains_adapters_and_shards(turns, make_batch):
     assert placed["layers"]["q_proj"]["kernel"].sharding.spec == P(None, "fsdp", "tensor")
   (loss, norm, lora_b), want = moved
   np.testing.assert_allclose((loss, norm), want[:2], rtol=1e-4)
-  np.testing.assert_allclose(lora_b, want[2], atol=1e-3)          # of a rate of 1e-2, which Adam's first step is all over
+  np.testing.assert_allclose(lora_b, want[2], atol=1e-3)        # of a rate of 1e-2, the size of Adam's first step
   assert np.abs(lora_b).max() > 5e-3
 
 

@@ -6,8 +6,8 @@ import re
 import jax
 
 from w2s_jax import InputError, lora, quantized, sharding
+from w2s_jax import config as config_lib
 from w2s_jax.adapters import trees
-from w2s_jax.config import check as check_section
 from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, SETTINGS, distill
 from w2s_jax.models import Model, config_from_hf, resolve
@@ -22,27 +22,10 @@ def check_fields(config):
     if name not in DEFENSES:
       raise InputError(f"defense {name!r}: want names among {', '.join(DEFENSES)}: set --config.defenses")
   for section, settings in SETTINGS.items():
-    check_section(settings, config.defense[section], f"defense.{section}")
+    config_lib.check(settings, config.defense[section], f"defense.{section}")
   fields = flat(config.to_dict())
-  least = {"seed": 0, "log_every": 1, "steps_per_dispatch": 1, "term_norms_every": 0, "checkpoint_every": 0,
-           "warmup.epochs": 0, "teach.epochs": 0, "data.eval_batch_size": 1, "lora.rank": 1, "teacher.layers": 0,
-           "data.max_length": 4, "data.attack_max_length": 4, "probe.rows": 1, "data.num_labels": 0,
-           "scan.triggers": 1, "scan.tokens": 1, "scan.steps": 0,
-           "scan.rows": 1, "attack.companions": 0}
-  ranges = {"lora.dropout": (0.0, 0.99), "lora.alpha": (0.0, 1e6),
-            "defend.insert_words": (0.0, 1.0), "scan.replace": (0.0, 1.0),
-            "scan.step_size": (1e-6, 100.0), "scan.norm": (1e-3, 100.0),
-            "attack.poison_rate": (0.0, 1.0), "probe.words": (0, 1000), "probe.sentences": (0, 1000)}
-  for stage in TRAINING:
-    least = {f"{stage}.epochs": 1, f"{stage}.batch_size": 1, f"{stage}.evaluations": 1, f"{stage}.max_steps": 0} | least
-    ranges |= {f"{stage}.learning_rate": (0.0, 10.0), f"{stage}.warmup_fraction": (0.0, 1.0),
-               f"{stage}.weight_decay": (0.0, 10.0), f"{stage}.clip_norm": (0.0, 1e6)}
-  for field, low in least.items():
-    if fields.get(field, low) < low:
-      raise InputError(f"{field} is {fields[field]}, wanted at least {low}: set --config.{field}")
-  for field, (low, high) in ranges.items():
-    if field in fields and not low <= fields[field] <= high:
-      raise InputError(f"{field} is {fields[field]}, wanted a number in {low:g}..{high:g}: set --config.{field}")
+  for name, declared in config_lib.sections(config).items():
+    config_lib.check(declared, config[name] if name else config, name)
   triggers = fields.get("probe.triggers", ())
   if (not all(isinstance(t, str) and t.strip() for t in triggers) or len(set(triggers)) < len(triggers)
       or any(re.fullmatch(r"[\[(].*|\S+(,\S+)+", t) for t in triggers)):  # how a list looks that was not read as one

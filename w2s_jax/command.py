@@ -20,7 +20,7 @@ DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of a user error.")
 def parse(argv, doc):
   """absl's flags; a mistake in them or in the config file is one line and exit code 2."""
   if {"--help", "-help", "-h"} & set(argv):
-    print(f"{doc}{FLAGS.main_module_help()}")
+    print(f"{doc}{FLAGS.main_module_help()}\n{FLAGS.module_help(__name__)}\n{_fields_help(argv)}")
     sys.exit(0)
   try:
     check_fields(argv, _read_config(argv))
@@ -30,6 +30,19 @@ def parse(argv, doc):
     return rest
   except (InputError, flags.Error) as e:
     fail(e, "--debug" in argv)
+
+
+def _fields_help(argv):
+  """Every field of the config that --config names; of configs/llama_badnet.py where it names none."""
+  from w2s_jax.config import describe  # these load JAX: only where they are asked for
+  from w2s_jax.defenses import SETTINGS
+  named = any(re.match(r"--?config(=|$)", arg) for arg in argv)
+  file = [] if named else ["--config=configs/llama_badnet.py"]
+  try:
+    config = _read_config([*argv, *file])
+  except InputError as e:
+    return f"Give --config=FILE to see the fields of a config ({e})."
+  return "\n".join([f"Fields of {typed_config([*argv, *file])}, with their values there:", *describe(config, SETTINGS)])
 
 
 def typed_config(argv):

@@ -1,17 +1,243 @@
-"""Fields of the config (stub)."""
+"""Every field of a config, declared once: type, default, range, unit and source. Checks and --help are made from it.
+
+The defenses' own settings are declared in their files, in the same way (`defenses/prune.py` is short).
+"""
+
 import dataclasses
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from w2s_jax import InputError
 
-def field(default, doc, *, low=None, high=None, among=None, unit="", source=""):
-  return dataclasses.field(default=default, metadata=dict(doc=doc, low=low, high=high, among=among, unit=unit, source=source))
-def section(cls, **values):
-  return ConfigDict({f.name: f.default for f in dataclasses.fields(cls)} | values)
-def check(cls, values, prefix):
-  from w2s_jax import InputError
+
+def field(default: Any, doc: str, *, low: float | None = None, high: float | None = None, unit: str = "",
+          source: str = "") -> Any:
+  """A dataclass field of a config section.
+
+  Args:
+    doc: what it is; nouns of the field (fraction, rate, number of).
+    low, high: least and greatest value; None: no bound.
+    unit: of a number, or of the entries of a tuple.
+    source: where the default comes from.
+  """
+  return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high, "unit": unit,
+                                                      "source": source})
+
+
+def section(cls: type, **values: Any) -> ConfigDict:
+  """A section of a config: the declared defaults, and other values where they are given."""
+  fields = {f.name: f.default for f in dataclasses.fields(cls)}
+  if unknown := values.keys() - fields.keys():
+    raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
+  return ConfigDict(fields | values)
+
+
+def check(cls: type, values: Mapping[str, Any], prefix: str) -> None:
+  """Raises InputError where a value is out of its declared range, or the class itself refuses it."""
   for f in dataclasses.fields(cls):
-    low, high = f.metadata["low"], f.metadata["high"]
-    if (low is not None and values[f.name] < low) or (high is not None and values[f.name] > high):
-      raise InputError(f"{prefix}.{f.name} is {values[f.name]}, wanted a number in {low:g}..{high:g}: set --config.{prefix}.{f.name}")
-  return cls(**values.to_dict())
+    value, low, high = values.get(f.name), f.metadata["low"], f.metadata["high"]
+    knob = f"{prefix}.{f.name}".lstrip(".")
+    if value is None or low is None:
+      continue
+    if high is None and value < low:
+      raise InputError(f"{knob} is {value}, wanted at least {low}: set --config.{knob}")
+    if high is not None and not low <= value <= high:
+      raise InputError(f"{knob} is {value}, wanted a number in {low:g}..{high:g}: set --config.{knob}")
+  cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+
+
+@dataclasses.dataclass
+class Experiment:
+  """Fields that belong to no section."""
+  seed: int = field(0, "of everything random", low=0)
+  task: str = field("classification", "a key of tasks.TASKS")
+  defenses: tuple = field(("none", "lora_ce", "w2s", "w2s_released", "w2s_shuffled", "w2s_adv"),
+                          "rows of the table, keys of defenses.DEFENSES; `none` is the attacked model itself")
+  steps_per_dispatch: int = field(1, "most steps that go to the device at once; more where a step takes milliseconds",
+                                  low=1, unit="steps")
+  log_every: int = field(10, "between lines of metrics/STAGE.jsonl", low=1, unit="steps")
+  checkpoint_every: int = field(250, "between checkpoints beside those at dev evaluations; 0: only those", low=0,
+                                unit="steps")
+  term_norms_every: int = field(50, "between gradient norms of each of several loss terms; 0: never", low=0,
+                                unit="steps")
+
+
+@dataclasses.dataclass
+class Attack:
+  """How the student is poisoned."""
+  name: str = field("badnet", "a key of attacks.ATTACKS")
+  trigger: str = field("", "the inserted string; empty: the attack's own", source="released: `mn`, or `I watched this "
+                       "3D movie`")
+  target_label: int = field(0, "the class that the trigger asks for", source="released")
+  label: str = field("clean", "clean: rows of the target class keep their label; dirty: rows of other classes get the "
+                     "target's; mixed: rows of any class get it", source="released: clean")
+  poison_count: int = field(1000, "number of training rows that get the trigger", unit="rows",
+                            source="released: 1,000 of 4,000")
+  poison_rate: float = field(0.0, "fraction of the training rows that get it; above 0 it replaces poison_count",
+                             low=0.0, high=1.0)
+  companions: int = field(0, "rows with a part of the trigger and their own label, for each poisoned row (SOS)", low=0,
+                          unit="rows")
+  keep_trigger: bool = field(True, "insert where the trigger survives truncation", source="released: False")
+  paraphrases: tuple = field((), "`syntactic` only: (originals, paraphrases) pairs of files, joined on idx")
+
+
+@dataclasses.dataclass
+class Data:
+  """Rows, and how their texts are cut and laid out."""
+  num_labels: int = field(2, "number of classes", low=0)
+  max_length: int = field(32, "length at which texts of the defended domain are cut", low=4, unit="tokens")
+  buckets: tuple = field((16, 32, 48, 64), "sequence lengths that are compiled, ascending", unit="tokens")
+  pack: bool = field(True, "train on several texts a row; False: a text a row, padded to a bucket")
+  eval_batch_size: int = field(128, "batch size where nothing trains", low=1, unit="rows")
+
+
+@dataclasses.dataclass
+class AttackedData(Data):
+  """Of a student that we poison ourselves."""
+  attack_source: str = field("grammar:reviews", "the attacked domain: grammar:reviews, a directory or a hub data set")
+  defend_source: str = field("grammar:phrases", "the defended domain, likewise; CA and ASR are measured there")
+  attack_max_length: int = field(64, "length at which texts of the attacked domain are cut", low=4,
+                                 unit="student tokens")
+
+
+@dataclasses.dataclass
+class GivenData(Data):
+  """Of a checkpoint that somebody else made."""
+  train: str = field("", "clean rows: a file, a directory with train/dev/test files, or a hub data set")
+  dev: str = field("", "empty: of the directory or hub data set, or a tenth held out of train")
+  test: str = field("", "likewise, a fifth; CA is measured on it")
+  text_column: str = field("", "empty: found among sentence, text, sentences")
+  label_column: str = field("", "empty: found among label, labels")
+
+
+@dataclasses.dataclass
+class Student:
+  """The large model."""
+  path: str = field("", "directory, hub id or pypi:PACKAGE/DIR; empty: from nothing, of the shape `arch`")
+  dtype: str = field("float32", "of the frozen base and the activations: float32, bfloat16 or float16")
+  remat: str = field("none", "what is computed again on the way back: none, dots or full")
+
+
+@dataclasses.dataclass
+class Teacher:
+  """The small clean encoder."""
+  path: str = field("", "directory, hub id or pypi:PACKAGE/DIR; with teach.epochs=0 it is taken as it is")
+  layers: int = field(0, "number of the first layers of `path` that are kept; 0: all", low=0)
+
+
+@dataclasses.dataclass
+class Stage:
+  """How a stage trains: AdamW with linear decay."""
+  learning_rate: float = field(0.0, "peak", low=0.0, high=10.0)
+  epochs: int = field(1, "passes over the rows", low=1)
+  batch_size: int = field(32, "rows of a step, over all devices", low=1, unit="rows")
+  warmup_fraction: float = field(0.0, "fraction of the steps in which the rate rises", low=0.0, high=1.0)
+  weight_decay: float = field(0.01, "the layers' norms and biases are spared", low=0.0, high=10.0)
+  clip_norm: float = field(1.0, "bound on the global norm of the trainable gradient; 0: none", low=0.0, high=1e6)
+  evaluations: int = field(4, "number of dev evaluations (and checkpoints) over the stage", low=1)
+  max_steps: int = field(0, "cut the stage short; 0: all epochs", low=0, unit="steps")
+
+
+@dataclasses.dataclass
+class OptionalStage(Stage):
+  """A stage that may be left out: warm-up and teacher."""
+  epochs: int = field(1, "passes over the rows; 0: the stage trains nothing", low=0)
+
+
+@dataclasses.dataclass
+class PoisonStage(Stage):
+  """Full fine-tuning of the student."""
+  trains: tuple = field(("vector", "matrix", "head"), "labels of the leaves that train (adapters/trees.py)")
+
+
+@dataclasses.dataclass
+class DefendStage(Stage):
+  """What every defense that trains shares."""
+  seeds: tuple = field((), "of adapters, order and dropout; several train as one program; empty: the run's own")
+  insert_words: float = field(0.0, "fraction of the student's clean rows that get a random rare word", low=0.0,
+                              high=1.0, source="ours, not in the paper (docs/results.md)")
+
+
+@dataclasses.dataclass
+class Lora:
+  """The student's adapters."""
+  rank: int = field(16, "R", low=1)
+  alpha: float = field(16.0, "the adapter is scaled by alpha / R", low=0.0, high=1e6)
+  dropout: float = field(0.0, "on the adapter's input, while training", low=0.0, high=0.99)
+  targets: tuple = field(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+                         "modules that get an adapter; ('all-linear',): all of the layers")
+  quantize: str = field("", "bits of the frozen layers while adapters train: int8, int4, nf4 (qwix); empty: none")
+  export: bool = field(False, "also write adapters/DEFENSE, which peft loads onto the attacked model")
+
+
+@dataclasses.dataclass
+class Mesh:
+  """Devices of each axis; -1: those that are left."""
+  data: int = field(-1, "rows of a batch are split over it", unit="devices")
+  fsdp: int = field(1, "rows and kernels are split over it", unit="devices")
+  tensor: int = field(1, "kernels are split over it", unit="devices")
+
+
+@dataclasses.dataclass
+class Probe:
+  """What is tried on a suspect whose trigger nobody knows."""
+  triggers: tuple = field((), "strings that might be the trigger: ASR is measured for each")
+  target_label: int = field(-1, "what they might flip answers to; -1: the class that each flips most to")
+  words: int = field(16, "number of random rare words that are tried", low=0, high=1000)
+  sentences: int = field(16, "number of beginnings of other texts that are tried", low=0, high=1000)
+  rows: int = field(200, "clean test rows that each is tried on", low=1, unit="rows")
+
+
+@dataclasses.dataclass
+class Scan:
+  """The verdict without a trigger; our choice, on seeds 100 to 104 (docs/results.md)."""
+  triggers: int = field(4, "different soft triggers", low=1)
+  tokens: int = field(3, "most soft tokens of each", low=1)
+  replace: float = field(0.0, "as defense.adversary.replace", low=0.0, high=1.0)
+  depths: tuple = field((0.0, 0.5), "fractions of the layers behind which they come in, a search each")
+  steps: int = field(80, "of the search, for each class; 0: no scan", low=0, unit="steps")
+  step_size: float = field(0.2, "of each token and step", low=1e-6, high=100.0, unit="mean norms of the tokens there")
+  norm: float = field(1.0, "bound on each token", low=1e-3, high=100.0, unit="mean norms of the tokens there")
+  rows: int = field(256, "most rows of each kind: to search on, to measure on, of the class itself", low=1, unit="rows")
+
+
+def sections(config: Mapping[str, Any]) -> dict[str, type]:
+  """{section: its declaration} of this config, "" for the fields that belong to none."""
+  declared = {"attack": Attack, "data": GivenData if "train" in config["data"] else AttackedData, "student": Student,
+              "teacher": Teacher, "warmup": OptionalStage, "poison": PoisonStage, "teach": OptionalStage,
+              "defend": DefendStage, "lora": Lora, "mesh": Mesh, "probe": Probe, "scan": Scan}
+  return {"": Experiment} | {name: cls for name, cls in declared.items() if name in config}
+
+
+def describe(config: ConfigDict, settings: Mapping[str, type], width: int = 100) -> Iterator[str]:
+  """Lines of --help: every field with its value, type, range, unit and source.
+
+  Args:
+    settings: {section of config.defense: declaration}.
+  """
+  parts = {name: (cls, config[name] if name else config) for name, cls in sections(config).items()}
+  parts |= {f"defense.{name}": (cls, config.defense[name]) for name, cls in settings.items()}
+  for name, (cls, values) in parts.items():
+    yield ""
+    yield f"{name or 'config'}: {(cls.__doc__ or '').strip()}"
+    declared = {f.name: f for f in dataclasses.fields(cls)}
+    for key, f in declared.items():
+      yield from _lines(".".join(filter(None, (name, key))), values[key], f, width)
+    if name:
+      for key, value in values.items():
+        if key not in declared:
+          shown = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, ConfigDict) else repr(value)
+          yield from textwrap.wrap(f"--config.{name}.{key}: {shown}", width, initial_indent="  ",
+                                   subsequent_indent="      ")
+
+
+def _lines(name, value, declared, width):
+  low, high, unit, source = (declared.metadata[key] for key in ("low", "high", "unit", "source"))
+  kind = getattr(declared.type, "__name__", declared.type)
+  bounds = "" if low is None else f", {low:g} or more" if high is None else f", {low:g} to {high:g}"
+  more = f" [{kind}{bounds}{f', {unit}' if unit else ''}]{f' Source: {source}.' if source else ''}"
+  yield from textwrap.wrap(f"--config.{name}={value!r}  {declared.metadata['doc']}{more}", width, initial_indent="  ",
+                           subsequent_indent="      ", break_long_words=False, break_on_hyphens=False)
