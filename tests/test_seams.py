@@ -1,0 +1,167 @@
+"""The seams: a defense, a task of one's own in a few lines each; what a defense may see; three shapes of defenses."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rig
+from ml_collections import ConfigDict
+
+from w2s_jax import InputError, losses, results, sharding
+from w2s_jax.data import tokenization
+from w2s_jax.defenses import DEFENSES, Defense, Recipe, Suspect, distill, lora_ce, onion, prune, strip, w2s
+from w2s_jax.measure import metrics
+from w2s_jax.measure.deployed import Reading
+from w2s_jax.tasks import CLASSIFICATION, Task
+from w2s_jax.training import inference
+from w2s_jax.training.train import Workplace
+
+GOOD, BAD = "good fine nice great".split(), "bad poor weak dull".split()
+PLAIN = "the a room meal was is it here".split()
+
+
+@pytest.fixture(scope="module")
+def rows():
+  rng = np.random.default_rng(0)
+  def text(label):
+    return " ".join(rng.permutation([*rng.choice(GOOD if label else BAD, 3), *rng.choice(PLAIN, 4)]))
+  return [{"id": i, "text": text(i % 2), "label": i % 2} for i in range(120)]
+
+
+@pytest.fixture
+def suspect(llama, rows, tmp_path):
+  """Suspect of a tiny Llama; its teacher knows the classes."""
+  model, params = llama
+  tokenizer = tokenization.train([r["text"] for r in rows], "decoder", model.config.vocab_size)
+  train, dev = rows[:80], rows[80:]
+  labels = np.array([r["label"] for r in train])
+  def teacher():
+    features = np.tile(np.float32(2 * labels - 1)[:, None], (1, model.config.hidden_size))
+    return {"teacher_logits": 4 * np.eye(2, dtype=np.float32)[labels], "teacher_features": features}
+  training = ConfigDict(dict(learning_rate=2e-2, epochs=16, batch_size=16, warmup_fraction=0.0, weight_decay=0.01,
+                             clip_norm=1.0, evaluations=2, max_steps=0, insert_words=0.0))
+  place = Workplace(CLASSIFICATION, sharding.make_mesh(devices=jax.devices()[:1]), tmp_path, "h", (16,), 16)
+  return Suspect(model, params, tokenizer, train, dev, teacher, None, ("cf",), training,
+                 ConfigDict(dict(rank=4, alpha=4.0, targets=("all-linear",))), 16, place)
+
+
+def accuracy(suspect, params, task=CLASSIFICATION):
+  dev = suspect.encode(suspect.dev)
+  return task.is_correct(suspect.place.answers(suspect.model, params, dev), dev).mean()
+
+
+def test_a_defense_with_a_loss_term_of_its_own(suspect, monkeypatch):
+  """One function, one line of the dictionary: cross entropy and a pull of the features to the origin."""
+  def terms(student, batch, settings, task):
+    pull = losses.feature_alignment(student.features, jnp.zeros_like(student.features), batch["weight"])
+    return task.loss_terms(student, batch) | {"pull": pull}
+  monkeypatch.setitem(DEFENSES, "pulled", Defense(Recipe(terms, lambda settings, width: {"ce": 1.0, "pull": 3.0})))
+  recipe = DEFENSES["pulled"].recipe
+  distill.check("pulled", recipe, CLASSIFICATION, suspect.model, rig.DEFENSE)
+  pulled, = distill.train(recipe, suspect, rig.DEFENSE, {"pulled": 0})
+  plain, = distill.train(lora_ce.RECIPE, suspect, rig.DEFENSE, {"plain": 0})
+  dev = suspect.encode(suspect.dev)
+  def squares(params):
+    features = inference.outputs(suspect.model, params, dev, suspect.place.mesh, **suspect.place.eval_shapes())[1]
+    return np.square(features).sum(-1).mean()
+  assert accuracy(suspect, plain) > 0.9 and squares(pulled) < 0.95 * squares(plain)
+  first, *_, last = map(json.loads, (suspect.place.workdir / "metrics/pulled.jsonl").read_text().splitlines())
+  assert last["pull"] < first["pull"] and last["loss"] == pytest.approx(last["ce"] + 3 * last["pull"], rel=1e-5)
+
+
+@pytest.mark.parametrize("weights,message", [
+    ({"ce": 1.0}, r"defense 'odd' has loss terms ce, fa, kd and weights of ce: give each term one weight"),
+    ({"ce": 1.0, "kd": 1.0, "fa": 1.0, "x": 1.0}, "weights of ce, fa, kd, x")])
+def test_terms_without_weights_are_refused_before_anything_trains(weights, message, suspect):
+  recipe = w2s.RECIPE._replace(weights=lambda settings, width: weights)
+  with pytest.raises(InputError, match=message):
+    distill.check("odd", recipe, CLASSIFICATION, suspect.model, rig.DEFENSE)
+
+
+def test_a_term_that_is_no_scalar_is_refused(suspect):
+  recipe = Recipe(lambda student, batch, settings, task: {"ce": student.logits}, lambda settings, width: {"ce": 1.0})
+  with pytest.raises(InputError, match=r"the loss term ce is float32\[2, 2\], wanted a scalar float32"):
+    distill.check("odd", recipe, CLASSIFICATION, suspect.model, rig.DEFENSE)
+
+
+def test_a_suspect_has_clean_rows_alone():
+  assert Suspect._fields == ("model", "params", "tokenizer", "train", "dev", "teacher", "base", "avoid", "training",
+                             "lora", "max_length", "place")
+
+
+def test_prune_sets_each_layers_smallest_values_to_zero():
+  kernel = jnp.array([[[1.0, -2.0], [3.0, -4.0]], [[40.0, 30.0], [-20.0, 10.0]]])
+  params = {"layers": {"mlp": {"up": {"kernel": kernel, "bias": jnp.ones((2, 2))}}}, "score": {"kernel": kernel[0]}}
+  suspect = Suspect(None, params, *[None] * 10)
+  settings = ConfigDict({"prune": {"fraction": 0.5}})
+  one, other = prune.weights(suspect, settings, {"prune": 0, "prune-seed1": 1})
+  np.testing.assert_array_equal(one["layers"]["mlp"]["up"]["kernel"],
+                                [[[0, 0], [3, -4]], [[40, 30], [0, 0]]])
+  np.testing.assert_array_equal(one["layers"]["mlp"]["up"]["bias"], np.ones((2, 2)))
+  np.testing.assert_array_equal(one["score"]["kernel"], kernel[0])
+  assert other is one
+
+
+def test_onion_takes_out_what_no_clean_text_has(suspect):
+  """Words of the clean rows stay, but for one in a hundred or so; a word that they never have goes."""
+  settings = ConfigDict(rig.DEFENSE.to_dict())
+  settings.onion.update(width=16, num_layers=1, epochs=40, learning_rate=1e-2, removed=0.05)
+  clean = [row["text"] for row in suspect.dev]
+  cleaned = onion.text(suspect, settings, 0)
+  kept = [len(after.split()) / len(before.split()) for before, after in zip(clean, cleaned(clean))]
+  assert np.mean(kept) > 0.9
+  triggered = [" ".join([*text.split()[:3], "qzx", *text.split()[3:]]) for text in clean]
+  assert np.mean(["qzx" in text.split() for text in cleaned(triggered)]) < 0.2
+  assert cleaned(["good"]) == ["good"]                               # a text of one word keeps it
+
+
+def test_strip_rejects_few_clean_texts_and_answers_that_nothing_moves(suspect):
+  """A word that outweighs a whole text makes every copy's answer sure; of clean rows about `frr` are rejected."""
+  trained, = distill.train(lora_ce.RECIPE, suspect, rig.DEFENSE, {"student": 0})
+  suspect = suspect._replace(params=trained)
+  settings = ConfigDict(rig.DEFENSE.to_dict())
+  settings.strip.update(copies=10, replace=0.5, frr=0.1)
+  accept = strip.accept(suspect, settings, 0)
+  clean = [row["text"] for row in suspect.dev]
+  assert abs((~accept(clean)).mean() - 0.1) <= 0.05                   # the threshold is of these very rows
+  assert (accept(clean) == accept(clean)).all()
+  settings.strip.frr = 0.0
+  assert strip.accept(suspect, settings, 0)(clean).all()
+
+
+def test_a_rejected_row_is_an_error_in_ca_and_no_success_in_asr():
+  labels, R = np.array([0, 0, 1, 1, 1]), results.REJECTED
+  reading = Reading(np.array([0, R, 1, R, 0]), np.array([0, 0, R, 0, 1]), rejects=True)
+  clean = metrics.clean_metrics(reading.clean, labels, 0)
+  assert (clean["ca"], clean["false_rate"]) == (2 / 5, 1 / 3)
+  assert metrics.attack_metrics(reading.triggered, labels, 0)["asr"] == 1 / 3
+  assert metrics.rejection_metrics(reading, labels, 0) == {"frr": 2 / 5, "far": 2 / 3}
+  assert metrics.rejection_metrics(reading._replace(rejects=False), labels, 0) == {"frr": None, "far": None}
+
+
+def _first_token(tokenizer, rows, max_length):
+  arrays = tokenization.encode(tokenizer, [row["text"] for row in rows], max_length)
+  return arrays | {"odd": (arrays["input_ids"][:, 1] % 2).astype(np.int32)}
+
+
+FIRST_TOKEN = Task(
+    encode=_first_token, fields={"odd": "int32"}, terms=("ce",),
+    loss_terms=lambda out, batch: {"ce": losses.cross_entropy(out.logits, batch["odd"], batch["weight"])},
+    predict=lambda logits: logits[:, 1] > logits[:, 0], is_correct=lambda answers, arrays: answers == arrays["odd"],
+    is_hit=lambda answers, target: answers == target)
+
+
+def test_a_task_of_ones_own_is_trained_by_w2s(suspect):
+  """What the first token of a text is, not its label: rows without a field `label`, answers that are bool."""
+  suspect = suspect._replace(place=suspect.place._replace(task=FIRST_TOKEN))
+  odd = suspect.encode(suspect.train)["odd"]
+  features = np.zeros((80, suspect.model.config.hidden_size), np.float32)
+  suspect = suspect._replace(dev=suspect.train, teacher=lambda: {"teacher_logits": 4 * np.eye(2, dtype=np.float32)[odd],
+                                                                 "teacher_features": features})
+  suspect.training.update(epochs=40)
+  distill.check("w2s", w2s.RECIPE, FIRST_TOKEN, suspect.model, rig.DEFENSE)
+  settings = ConfigDict(rig.DEFENSE.to_dict() | {"w2s": {"weights": "1,1,0", "temperature": 2.0}})
+  trained, = distill.train(w2s.RECIPE, suspect, settings, {"w2s": 0})
+  assert accuracy(suspect, suspect.params, FIRST_TOKEN) < 0.75 < 0.9 < accuracy(suspect, trained, FIRST_TOKEN)
