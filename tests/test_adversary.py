@@ -155,7 +155,7 @@ def run(llama):
     program = make_program(model, trainable, frozen, mesh, 100, loss=loss, weights=weights, clip_norm=1.0,
                            learning_rate=learning_rate, adversary=optim.ascent(0.3 * unit, 1.5 * unit))
     state = program.init([trainable])
-    make, = packing.packers([each], [0], 4, (T,), sharding.batch_shards(mesh), count, np.inf, 0, views=2)
+    make, = packing.packers([(each, 0)], 4, (T,), sharding.batch_shards(mesh), count, np.inf, 0, views=2)
     if not pack:
       make = functools.partial(batches.make_batch, each, batch_size=8, buckets=(T,))
     stream, losses = batches.train_batches(20, 4, lambda rows: make(batches.texts_of(rows, 20, 2)), 0, 0), []

@@ -124,7 +124,7 @@ def test_at_most_fifteen_percent_padding_in_at_most_six_shapes():
   lengths = sst2_like()
   arrays = arrays_for(SHAPE, lengths, 96)
   num_steps = 2 * batches.steps_per_epoch(len(lengths), 32)
-  make, = packing.packers([arrays], [3], 32, (32, 64, 96, 128), 1, num_steps, np.inf, 0)
+  make, = packing.packers([(arrays, 3)], 32, (32, 64, 96, 128), 1, num_steps, np.inf, 0)
   stream = batches.train_batches(len(lengths), 32, make, 3, 0)
   made = [next(stream) for _ in range(num_steps)]
   slots = sum(b["input_ids"].size for b in made)
@@ -163,7 +163,7 @@ class Asked(Exception):
 
 def test_a_stage_says_what_a_token_costs(llama, monkeypatch, tmp_path):
   """Of its three layers: 4 operations for each frozen parameter, 6 for each of the adapters (rank 4, q and v)."""
-  def packers(each, seeds, batch_size, buckets, groups, steps, flops_per_token, *more):
+  def packers(runs, batch_size, buckets, groups, steps, flops_per_token, *more):
     raise Asked(flops_per_token)
   monkeypatch.setattr(packing, "packers", packers)
   model, params = llama

@@ -347,7 +347,7 @@ def test_three_seeds_at_once_are_three_runs(model, interrupted, request, make_ba
         train.Feed(STEPS, batches_from, stack, keys(*chosen)), EVAL_EVERY,
         place(mesh, workdir, steps_per_dispatch=per_dispatch),
         lambda params: [best[s][asked[-1] // 4 - 1] for s in chosen])
-  makes = packing.packers([arrays] * 3, seeds, 8, (12,), 1, STEPS, np.inf, 0)
+  makes = packing.packers([(arrays, seed) for seed in seeds], 8, (12,), 1, STEPS, np.inf, 0)
   if interrupted:
     with pytest.raises(KeyboardInterrupt):
       fit(seeds, tmp_path / "together", makes, stop_before=10, per_dispatch=3)

@@ -32,13 +32,14 @@ def first_fit(lengths, row_length):
   return out
 
 
-def packers(each, seeds, batch_size, buckets, groups, steps, flops_per_token, pad_token_id, together=1, views=1):
+def packers(runs, batch_size, buckets, groups, steps, flops_per_token, pad_token_id, together=1, views=1):
   """[make(texts) -> packed batch] of each run, for a stage of so many steps; arguments as below.
 
-  each: arrays of each run; their batches come in the same few shapes.
+  runs: (arrays, seed of the order) of each run; their batches come in the same few shapes.
   batch_size: examples of a batch.
   views: texts of each, all of which are in the batch (batches.texts_of).
   """
+  each, seeds = zip(*runs)
   lengths, bucket = [arrays["length"] for arrays in each], max(_row_length(arrays, buckets) for arrays in each)
   shortest = -(-max(mine.max() for mine in lengths) // TILE) * TILE
   layouts = []                                       # (slots of all batches, tokens of a row, rows of each shape)

@@ -104,7 +104,7 @@ def make_search(run, model, params, tokenizer, rows):
   def search(rows, target):
     arrays, _ = _with_triggers(run, model, tokenizer, rows)
     arrays["label"] = np.full(len(rows), target, np.int32)
-    make, = packing.packers([arrays], [c.seed], c.defend.batch_size, c.data.buckets, shards, settings.steps,
+    make, = packing.packers([(arrays, c.seed)], c.defend.batch_size, c.data.buckets, shards, settings.steps,
                             flops_per_token=0, pad_token_id=pad, together=settings.steps)
     stream = batches.train_batches(len(rows), c.defend.batch_size, make, c.seed, 0)
     stack = functools.partial(packing.stack, groups=shards, pad_token_id=pad)

@@ -65,7 +65,7 @@ def _feed(plan, parts, arrays, total, place):
   shards, pad = sharding.batch_shards(place.mesh), plan.model.config.pad_token_id or 0
   num_examples, size = len(arrays[0]["length"]) // plan.views, plan.settings.batch_size
   if plan.packed and place.pack:
-    makes = packing.packers(arrays, plan.seeds, size, place.buckets, shards, total, _flops_per_token(*parts), pad,
+    makes = packing.packers(zip(arrays, plan.seeds), size, place.buckets, shards, total, _flops_per_token(*parts), pad,
                             place.steps_per_dispatch, plan.views)
   else:
     makes = [functools.partial(batches.make_batch, own, batch_size=size * plan.views, buckets=place.buckets)

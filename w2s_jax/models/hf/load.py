@@ -49,22 +49,8 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
     quantized.check(quantize)
   directory = files.resolve(str(path))
   files.check_links(directory)
-  hf = files.read_json(directory / "config.json") | {"num_labels": num_labels}
-  options = {"feature_width": feature_width, "head": head}
-  own_head = feature_width is None and (directory / formats.HEAD_CONFIG).exists()
-  if own_head:
-    widened = Fields(files.read_json(directory / formats.HEAD_CONFIG), formats.HEAD_CONFIG)
-    options["feature_width"] = widened.integer("feature_width")
-  model = Model(config_from_hf(hf, dtype=dtype, **{k: v for k, v in options.items() if v is not None}, **runtime))
-  total_layers = model.config.num_layers
-  if num_layers is not None:
-    if not 1 <= num_layers <= total_layers:
-      raise InputError(f"{directory} has {total_layers} layers, {num_layers} were asked for: lower .layers")
-    model = Model(dataclasses.replace(model.config, num_layers=num_layers))
-
-  tensors = _find_tensors(directory, model.checkpoint)
-  if own_head and "w2s.widen.weight" not in tensors:  # made afresh, it would be as large as the file claims
-    raise InputError(f"{directory} has a {formats.HEAD_CONFIG}, but no w2s.widen.weight in a {formats.HEAD_FILE}")
+  model, total_layers, tensors = _described(directory, num_labels, num_layers, feature_width,
+                                            {"dtype": dtype, **runtime} | ({} if head is None else {"head": head}))
   abstract = model.abstract_params()
   leaves = traverse_util.flatten_dict(abstract, sep="/")
   names = formats.weight_names(model, leaves)
@@ -96,6 +82,27 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
       place = sharding.leaf_sharding(leaf, jax.ShapeDtypeStruct(shape, jnp.float32), model.shardings, mesh)
     params[leaf] = _place(functools.partial(adapter_file.read, directory, leaf), shape, jnp.float32, place, False)
   return model, traverse_util.unflatten_dict(params, sep="/")
+
+
+def _described(directory, num_labels, num_layers, feature_width, runtime):
+  """(Model, layers of the checkpoint, {tensor name: _Tensor}), by the config files and the headers of safetensors."""
+  hf = files.read_json(directory / "config.json") | {"num_labels": num_labels}
+  own_head = feature_width is None and (directory / formats.HEAD_CONFIG).exists()
+  if own_head:
+    widened = Fields(files.read_json(directory / formats.HEAD_CONFIG), formats.HEAD_CONFIG)
+    feature_width = widened.integer("feature_width")
+  if feature_width is not None:
+    runtime = runtime | {"feature_width": feature_width}
+  model = Model(config_from_hf(hf, **runtime))
+  total_layers = model.config.num_layers
+  if num_layers is not None:
+    if not 1 <= num_layers <= total_layers:
+      raise InputError(f"{directory} has {total_layers} layers, {num_layers} were asked for: lower .layers")
+    model = Model(dataclasses.replace(model.config, num_layers=num_layers))
+  tensors = _find_tensors(directory, model.checkpoint)
+  if own_head and "w2s.widen.weight" not in tensors:  # made afresh, it would be as large as the file claims
+    raise InputError(f"{directory} has a {formats.HEAD_CONFIG}, but no w2s.widen.weight in a {formats.HEAD_FILE}")
+  return model, total_layers, tensors
 
 
 class _Tensor(NamedTuple):
