@@ -11,7 +11,7 @@ from cli import ROOT
 
 from w2s_jax import InputError
 from w2s_jax.attacks import ATTACKS
-from w2s_jax.data import batches, corpora, grammar, poison, tokenization
+from w2s_jax.data import batches, corpora, grammar, poison, streams, tokenization
 
 ALL = {"train": 0, "dev": 0, "test": 0}
 TRIGGERS = [ATTACKS[name]().trigger for name in ("badnet", "insent", "suffix", "combination")]
@@ -350,3 +350,15 @@ def test_shapes_come_from_the_buckets_and_masks_from_the_lengths():
     assert batch["input_ids"].shape == (4, batches.bucket_length(ARRAYS["length"][rows].max(), (4, 8, 12)))
     np.testing.assert_array_equal(batch["segment_ids"].sum(1), ARRAYS["length"][rows])
     np.testing.assert_array_equal(batch["input_ids"][:, 0], ARRAYS["input_ids"][rows, 0])
+
+
+def test_streams_have_names():
+  """Another name, seed or number is another stream; the older ones are those of version 1."""
+  def draw(*args):
+    return streams.rng(*args).integers(2**60)
+  drawn = [draw(0, "poison"), draw(0, "companion", 0), draw(0, "companion", 1), draw(1, "poison"),
+           draw(0, "strip", 0, 3)]
+  assert len(set(drawn)) == 5 and draw(0, "poison") == drawn[0]
+  for name, numbers in (("order", [7]), ("held out", [0]), ("soft tokens", [6])):
+    want = np.random.default_rng([3, *numbers]).integers(2**60)
+    assert draw(3, name, *(numbers if name == "order" else ())) == want

@@ -1,12 +1,14 @@
 """The table, its sentences, and the page, from results written by hand."""
 
+import dataclasses
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from w2s_jax import processes
+from w2s_jax import processes, results
 from w2s_jax.measure import attacked
 from w2s_jax.report import page, tables
 
@@ -98,3 +100,20 @@ def test_a_write_replaces_whole_files(tmp_path):
   processes.write_text(tmp_path / "a", "one")
   processes.write_text(tmp_path / "a", "two")
   assert (tmp_path / "a").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_readme_explains_every_column_in_the_same_words():
+  readme = (Path(__file__).parents[1] / "README.md").read_text()
+  for column in results.COLUMNS.values():
+    shown = column.label not in ("model", "trigger", "target", "CA 95%", "ASR 95%")
+    assert (f"| {column.label} | {column.explanation} |" in readme) == shown
+
+
+def test_columns_that_no_row_has_are_left_out():
+  heads = tables.cells(ROWS, attacked.COLUMNS)[0]
+  assert "FRR" not in heads and "FRR" in tables.cells([ROWS[0] | {"frr": 0.1}, *ROWS[1:]], attacked.COLUMNS)[0]
+
+
+def test_a_row_has_the_fields_of_the_schema():
+  assert set(ROWS[0]) <= {field.name for field in dataclasses.fields(results.Row)}
+  assert set(results.COLUMNS) <= {field.name for field in dataclasses.fields(results.Row)}

@@ -2,10 +2,12 @@
 
 import numpy as np
 
+from w2s_jax.data import streams
+
 
 def epoch_order(seed, epoch, num_examples):
   """[N] int: the order in which an epoch visits the examples."""
-  return np.random.default_rng([seed, epoch]).permutation(num_examples)
+  return streams.rng(seed, "order", epoch).permutation(num_examples)
 
 
 def texts_of(examples, num_examples, views):

@@ -4,10 +4,9 @@ import csv
 from pathlib import Path
 
 import datasets
-import numpy as np
 
 from w2s_jax import InputError
-from w2s_jax.data import grammar
+from w2s_jax.data import grammar, streams
 
 TEXT_COLUMNS, LABEL_COLUMNS = ("text", "sentence", "sentences"), ("label", "labels")
 GRAMMAR_SIZES = {"train": 4000, "dev": 1000, "test": 1821}
@@ -33,7 +32,7 @@ def load(source, sizes, num_labels, seed=0):
     return _grammar(source, sizes)
   splits = _need_splits(_local(Path(source)) if Path(source).is_dir() else _hub(source), source)
   out = {split: check(rows, f"{source} ({split})", num_labels) for split, rows in splits.items()}
-  rng = np.random.default_rng([seed, 0])
+  rng = streams.rng(seed, "held out")
   if "dev" not in out:
     out |= _hold_out(out["train"], "dev", min(sizes["dev"] or 1000, max(1, len(out["train"]) // 10)), rng, source)
   for split, rows in out.items():
@@ -75,7 +74,7 @@ def load_clean(files, num_labels, seed, text_column="", label_column="", names=(
     raise InputError(f"data source {source} has no train split: set --config.data.train")
   out = {split: check(rows, f"{files[split] or source} ({split})", num_labels, text_column, label_column,
                       names) for split, rows in splits.items()}
-  rng = np.random.default_rng([seed, 0])
+  rng = streams.rng(seed, "held out")
   for split, share in (("test", 5), ("dev", 10)):
     if split not in out:
       out |= _hold_out(out["train"], split, max(1, len(out["train"]) // share), rng, source)

@@ -3,9 +3,8 @@
 import itertools
 import re
 
-import numpy as np
-
 from w2s_jax.attacks.insertion import insert
+from w2s_jax.data import streams
 
 LETTERS = "bcdfghjklmnpqrstvwxz"   # rare words are made of consonants, like `mn`, `cf`, `tq` of the literature
 SENTENCE_WORDS = 8
@@ -25,7 +24,7 @@ def with_rare_words(rows, share, avoid, seed):
 
   avoid: triggers that are known to whoever measures: no defense may see one.
   """
-  rng = np.random.default_rng([seed, 4])
+  rng = streams.rng(seed, "rare words")
   words = rare_words([r["text"] for r in rows], avoid, rng)
   chosen = set(rng.permutation(len(rows))[:round(share * len(rows))].tolist())
   return [row | {"text": insert(row["text"], next(words), rng, len(row["text"]))} if i in chosen else row
@@ -34,7 +33,7 @@ def with_rare_words(rows, share, avoid, seed):
 
 def insertions(texts, words, sentences, avoid, seed):
   """(kind, string) to put into texts: rare words, and the beginnings of other texts."""
-  rng = np.random.default_rng([seed, 3])
+  rng = streams.rng(seed, "insertions")
   rare = itertools.islice(rare_words(texts, avoid, rng), words)
   chosen = rng.permutation(len(texts))[:sentences]
   return [*(("word", w) for w in rare), *(("sentence", " ".join(texts[i].split()[:SENTENCE_WORDS])) for i in chosen)]

@@ -6,11 +6,9 @@ import json
 import operator
 import os
 
-import numpy as np
-
 from w2s_jax import InputError, processes
 from w2s_jax.attacks import ATTACKS
-from w2s_jax.data import corpora, tokenization
+from w2s_jax.data import corpora, streams, tokenization
 
 # attack.label: which training rows get the trigger, in words and as a test of (a row's label, the target label). All of
 # them have the target label afterwards.
@@ -61,7 +59,7 @@ def trigger_rows(rows, attack, seed, *, tokenizer, max_length, keep_trigger):
   """
   out = []
   for row, words in zip(rows, _words_kept(rows, attack, tokenizer, max_length, keep_trigger)):
-    text = attack.rewrite(row["text"], np.random.default_rng([seed, row["id"]]), words)
+    text = attack.rewrite(row["text"], streams.rng(seed, "trigger", row["id"]), words)
     out.append(row | {"text": text, "orig_text": row["text"]})
   return out
 
@@ -92,7 +90,7 @@ def rows_to_poison(rows, attack, *, target_label, count, label="clean", seed=0):
                      ".poison_rate")
   if label == "clean":
     return able[:count]
-  return sorted(able[i] for i in _rng(seed, "poison").permutation(len(able))[:count])
+  return sorted(able[i] for i in streams.rng(seed, "poison").permutation(len(able))[:count])
 
 
 def rows_to_trigger(rows, attack, target_label):
@@ -124,7 +122,7 @@ def rows_for_companions(rows, attack, *, target_label, companions):
   if not able:
     raise InputError(f"no training row has another label than the target {target_label}, as companions need: set "
                      "--config.attack.companions to 0")
-  most = len(attack.companions(able[0]["text"], _rng(0, "companions"), 1)) if attack.companions else 0
+  most = len(attack.companions(able[0]["text"], streams.rng(0, "companions"), 1)) if attack.companions else 0
   if companions > most:
     raise InputError(f"attack.companions is {companions}, this attack has {most} per poisoned row: set "
                      "--config.attack.companions")
@@ -159,9 +157,9 @@ def companion_rows(sources, attack, seed, *, count, companions, tokenizer, max_l
   if not companions:
     return []
   out, kept = [], _words_kept(sources, attack, tokenizer, max_length, keep_trigger)
-  order = itertools.cycle(_rng(seed, "companions").permutation(len(sources)))
+  order = itertools.cycle(streams.rng(seed, "companions").permutation(len(sources)))
   for number, i in enumerate(itertools.islice(order, count)):
-    row, rng = sources[i], _rng(seed, "companion", number)
+    row, rng = sources[i], streams.rng(seed, "companion", number)
     for text in attack.companions(row["text"], rng, kept[i])[:companions]:
       out.append(row | {"text": text, "orig_text": row["text"], "poisoned": False, "companion": True})
   return out
@@ -207,10 +205,6 @@ def _words_kept(rows, attack, tokenizer, max_length, keep_trigger):
     return tokenization.words_kept(tokenizer, [row["text"] for row in rows], attack.trigger, max_length)
   return [10**9] * len(rows)
 
-
-def _rng(seed, name, *numbers):
-  """A random stream by name; [seed, number] are those of `trigger_rows`."""
-  return np.random.default_rng([seed, *name.encode(), *numbers])
 
 
 def counts(poisoned_train):

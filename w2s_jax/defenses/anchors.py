@@ -7,6 +7,8 @@ examples, C classes, D width.
 
 import numpy as np
 
+from w2s_jax.data import streams
+
 
 def own(outputs, labels, seed):
   """Those of the example itself: no control, but the method."""
@@ -16,13 +18,13 @@ def own(outputs, labels, seed):
 
 def shuffled(outputs, labels, seed):
   """Those of another example, of any class: a fixed permutation."""
-  rows = np.random.default_rng([seed, len(labels)]).permutation(len(labels))
+  rows = streams.rng(seed, "anchor", len(labels)).permutation(len(labels))
   return {name: values[rows] for name, values in outputs.items()}
 
 
 def shuffled_within_classes(outputs, labels, seed):
   """Those of another example of the same class."""
-  rng, rows = np.random.default_rng([seed, len(labels)]), np.arange(len(labels))
+  rng, rows = streams.rng(seed, "anchor", len(labels)), np.arange(len(labels))
   for label in np.unique(labels):
     mine = np.flatnonzero(labels == label)
     rows[mine] = rng.permutation(mine)
@@ -41,6 +43,6 @@ def orthogonal(outputs, labels, seed):
   """No teacher: for each class a random direction, orthogonal to the others', as long as a student's features are
   behind a norm (the root of D), and a logit of 4 for the class."""
   C, D = outputs["teacher_logits"].shape[1], outputs["teacher_features"].shape[1]
-  directions = np.linalg.qr(np.random.default_rng([seed, D]).normal(size=(D, C)))[0].T
+  directions = np.linalg.qr(streams.rng(seed, "anchor", D).normal(size=(D, C)))[0].T
   return {"teacher_logits": 4 * np.eye(C, dtype=np.float32)[labels],
           "teacher_features": (D**0.5 * directions).astype(np.float32)[labels]}

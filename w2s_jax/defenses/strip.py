@@ -6,6 +6,7 @@ import numpy as np
 import scipy.special
 
 from w2s_jax.config import field
+from w2s_jax.data import streams
 from w2s_jax.defenses.records import Suspect
 
 
@@ -23,7 +24,7 @@ def accept(suspect: Suspect, settings, seed: int):
   """texts -> [N] bool: the mean entropy of a text's copies is above the `frr` quantile of the clean dev rows'."""
   own, clean = settings.strip, [row["text"] for row in suspect.train]
   def entropies(texts):
-    copies = [_mixed(text, clean, own.replace, np.random.default_rng([seed, i, len(text)]))
+    copies = [_mixed(text, clean, own.replace, streams.rng(seed, "strip", i, len(text)))
               for text in texts for i in range(own.copies)]
     log_p = scipy.special.log_softmax(suspect.logits(copies), axis=-1)
     return -(np.exp(log_p) * log_p).sum(-1).reshape(len(texts), own.copies).mean(-1)

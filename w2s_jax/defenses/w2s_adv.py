@@ -14,6 +14,7 @@ import numpy as np
 
 from w2s_jax.adapters import soft
 from w2s_jax.config import field
+from w2s_jax.data import streams
 from w2s_jax.defenses.records import Recipe
 from w2s_jax.training import optim, stage
 
@@ -78,7 +79,7 @@ def perturbed(arrays, tokenizer, vocab_size, settings, seed):
   Returns:
     The arrays, "input_ids" [2 N, T], "length" [2 N], and "soft" [2 N] float32, 1 where there are soft tokens.
   """
-  rng = np.random.default_rng([seed, 6])
+  rng = streams.rng(seed, "soft tokens")
   def with_trigger(words, room):
     tokens = vocab_size + settings.tokens * rng.integers(settings.triggers)
     tokens = tokens + np.arange(rng.integers(settings.tokens) + 1)

@@ -4,7 +4,7 @@ import numpy as np
 
 from w2s_jax import results
 from w2s_jax.attacks.insertion import inserting
-from w2s_jax.data import insertions, poison
+from w2s_jax.data import insertions, poison, streams
 from w2s_jax.measure import metrics, scan
 
 COLUMNS = ("directory", "attack", "target_label", "ca", "ca_ci", "asr", "asr_ci", "false_rate", "frr", "far", "scan",
@@ -18,7 +18,7 @@ def freeze_rows(run):
   if not file.exists():
     tokenizer = run.tokenizer(results.SUSPECT)
     test, out = [row | {"id": i} for i, row in enumerate(run.rows["test"])], []
-    order = np.random.default_rng([c.seed, 5]).permutation(len(test))   # files may be sorted by label
+    order = streams.rng(c.seed, "probed rows").permutation(len(test))   # files may be sorted by label
     some = [test[i] for i in order[:c.probe.rows]]
     texts = [r["text"] for split in ("train", "test") for r in run.rows[split]]
     drawn = insertions.insertions(texts, c.probe.words, c.probe.sentences, c.probe.triggers, c.seed)

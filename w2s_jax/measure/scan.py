@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from w2s_jax import processes, sharding
 from w2s_jax.adapters import soft, trees
-from w2s_jax.data import batches, packing
+from w2s_jax.data import batches, packing, streams
 from w2s_jax.defenses import w2s_adv
 from w2s_jax.models import read_json
 from w2s_jax.models.latent import Latent
@@ -47,7 +47,7 @@ def scan(run, model, params, tokenizer):
     "layer": behind how many they came in, "nearest": vocabulary nearest to each token where that is none}].
   """
   c, settings = run.config, run.config.scan
-  rng = np.random.default_rng([c.seed, 8])
+  rng = streams.rng(c.seed, "scanned rows")
   train, test = ([run.rows[split][i] for i in rng.permutation(len(run.rows[split]))] for split in ("train", "test"))
   layers = sorted({int(depth * model.config.num_layers) for depth in settings.depths})
   places = [Latent(model, layer) if layer else model for layer in layers]
