@@ -29,7 +29,7 @@ def flatten(params):
 
 
 def logits(model, params, batch):
-  return np.asarray(jax.jit(model.apply)(params, batch["input_ids"], batch["attention_mask"]).logits)
+  return np.asarray(jax.jit(model.apply)(params, batch["input_ids"], batch["segment_ids"]).logits)
 
 
 def train(model, params, labels, batch, num_steps=20):
@@ -139,7 +139,7 @@ def test_a_soft_prompt_trains_alone_and_survives_saving(family, kind, request, t
   model, params = request.getfixturevalue(family)
   tokenizer, arrays = encoded(kind)
   arrays = soft.prompted(arrays, tokenizer, V, S)
-  batch = {"input_ids": arrays["input_ids"], "attention_mask": np.int32(np.arange(T) < arrays["length"][:, None]),
+  batch = {"input_ids": arrays["input_ids"], "segment_ids": np.int32(np.arange(T) < arrays["length"][:, None]),
            "label": np.int32([i % 2 for i in range(20)]), "weight": np.ones(20, np.float32)}
   start = soft.with_soft_tokens(model, params, S, jax.random.key(0), tokenizer)
   losses, trained = train(model, start, ("soft",), batch)

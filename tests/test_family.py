@@ -11,8 +11,7 @@ from jax.sharding import PartitionSpec as P
 from rig import keys, make_program, one_run
 
 from w2s_jax import lora, sharding
-from w2s_jax.adapters import trees
-from w2s_jax.defenses import w2s_adv
+from w2s_jax.adapters import soft, trees
 from w2s_jax.models import config_from_hf, family, layers, load_pretrained, save_pretrained
 from w2s_jax.models import model as models
 from w2s_jax.models.hf.formats import Checkpoint, modules
@@ -121,7 +120,7 @@ def test_each_layer_gets_its_own_window(turns, runtime):
 def test_part_of_the_layers_keeps_its_own_windows(turns, below):
   model, params = turns
   latent = Latent(model, below)
-  got = logits(latent, w2s_adv.put(model, params, jnp.zeros((1, 32))))
+  got = logits(latent, soft.put(model, params, jnp.zeros((1, 32))))
   np.testing.assert_allclose(got, logits(model, params), atol=1e-5)
 
 
