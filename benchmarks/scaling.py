@@ -59,7 +59,7 @@ def main():
     if topology == "v5p:4x4x4" and fsdp == 32:               # no product of its sides
       fsdp = 16
     shape = (1, fsdp, len(devices) // fsdp)
-    one = plan.plan_step("defend", config, sharding.make_mesh(*shape, devices=devices), B, T, topology, tpu)
+    one = plan.plan_step("w2s", config, sharding.make_mesh(*shape, devices=devices), B, T, topology, tpu)
     cells = [name, topology, ", ".join(map(str, shape)), f"{B} x {T}", config.student.remat,
              "yes" if one["fits"] else "no"]
     if "error" in one:
