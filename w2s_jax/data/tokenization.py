@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-import transformers
-from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from w2s_jax import InputError
 
@@ -43,6 +41,7 @@ def _load(directory, vocab_size):
       raise ValueError(f"{file.name} is neither a file nor a directory")
     if re.fullmatch(READ, file.name) and file.stat().st_size > READ_BYTES:
       raise ValueError(f"{file.name} has {file.stat().st_size} bytes, at most {READ_BYTES} are read")
+  import transformers  # here, not above: it loads PyTorch where that is installed, and --help and refusals need neither
   tokenizer = transformers.AutoTokenizer.from_pretrained(directory, config=_config(directory, vocab_size),
                                                          use_fast=True, trust_remote_code=False)
   if not tokenizer.is_fast:
@@ -71,6 +70,8 @@ def _config(directory, vocab_size):
   Raises:
     InputError: the tokenizer wants code that comes with it, or files or token ids from outside.
   """
+  import transformers
+  from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
   hf, own = _read_json(directory / "config.json"), _read_json(directory / "tokenizer_config.json")
   if own.get("auto_map"):
     raise InputError(f"the tokenizer_config.json of {directory} has auto_map, code of its own, which is never run: if "
@@ -113,6 +114,7 @@ def train(texts, kind, vocab_size):
 
   Byte pairs for both: tokenizers' WordPiece trainer breaks ties by hash order and gives another vocabulary each time.
   """
+  import transformers
   pad, first, last, unknown = FRAMES[kind]
   core = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=unknown))
   core.normalizer = tokenizers.normalizers.Lowercase()
