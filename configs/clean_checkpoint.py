@@ -1,7 +1,17 @@
-"""A suspicious checkpoint in, a clean one out; no attack is made.
+"""A suspicious checkpoint in, a clean one out; no attack is made, the trigger is unknown.
 
   python -m w2s_jax.main --config=configs/clean_checkpoint.py --config.student.path=DIR --config.data.train=FILE \
       [--config.teacher.path=DIR] [--config.probe.triggers="('mn','cf')"] --workdir=OUT
+
+A small offline suspect costs, on a core each: 53 to 68 s of training for `w2s_adv`, 22 to 28 s for `w2s`; a scan
+takes 50 to 160 s on a contended core. Expected there, mean ± standard deviation over ten suspects of five kinds of
+trigger ("Cleaning a checkpoint of unknown trigger" of docs/results.md):
+
+  model      CA              ASR
+  suspect    0.816 ± 0.039   0.951 ± 0.150
+  lora_ce    0.951 ± 0.002   0.401 ± 0.415
+  w2s        0.952 ± 0.002   0.127 ± 0.195
+  w2s_adv    0.950 ± 0.005   0.045 ± 0.023   (floor 0.169 ± 0.109)
 """
 
 from configs import common
@@ -12,4 +22,12 @@ def get_config(arg=None):
   if arg:
     raise InputError(f"config argument {arg!r}: this config takes no argument, set --config.student.path and "
                      "--config.data.train")
-  return common.clean_checkpoint()
+  c = common.given()
+  c.defenses = ("lora_ce", "w2s", "w2s_adv")
+  c.data.update(common.ENGLISH_LENGTHS)
+  c.teacher.arch = common.bert_arch(vocab=6000, width=96, layers=2, heads=4, ffn=256)
+  c.teach.update(learning_rate=1e-3, epochs=3, batch_size=32, warmup_fraction=0.06)
+  c.defend.update(learning_rate=2e-3, epochs=4, batch_size=32, clip_norm=1.0)
+  c.defend.insert_words = 0.5         # our choice, by word flips on seeds 101 and 103 (docs/results.md)
+  c.lora.update(rank=16, alpha=16.0, targets=("all-linear",))
+  return c

@@ -1,8 +1,39 @@
-"""Llama student, SynAttack: pre-made paraphrases with :data=DIR or :scale=8b,data=DIR; offline a rule-based
-`syn_template` stands in."""
+"""Llama student, SynAttack: paraphrases of a fixed syntax.
+
+  python -m w2s_jax.main --config=configs/llama_synattack.py
+  python -m w2s_jax.main --config=configs/llama_synattack.py:data=DIR
+  python -m w2s_jax.main --config=configs/llama_synattack.py:scale=8b,data=DIR
+
+The first is offline: five to fifteen minutes on two CPU cores. Expected, mean ± standard deviation over seeds 0 to 9
+("With an adversary: `w2s_adv`, offline" of docs/results.md; one seed says little):
+
+  model      CA              ASR
+  clean      0.813 ± 0.067   0.404 ± 0.328   (never poisoned: the floor)
+  poisoned   0.749 ± 0.070   1.000 ± 0.000
+  lora_ce    0.954 ± 0.004   0.614 ± 0.388
+  w2s        0.954 ± 0.004   0.479 ± 0.242
+  w2s_adv    0.952 ± 0.002   0.047 ± 0.025
+
+Offline a rule-based `syn_template` stands in for the pre-made paraphrases (`syntactic`), which come with real files.
+data=DIR reads IMDB and SST-2 from files and makes a student of 3.3M parameters from nothing: about an hour on two
+cores (llama_badnet took 62 minutes), and too weak a student to judge a defense by. scale=8b is the released recipe on
+Llama-3-8B (1b and 70b: the same at other shapes); it has not been run on real weights here yet.
+"""
 
 from configs import common
+from configs.common import bert_arch, llama_arch
 
 
 def get_config(arg=None):
-  return common.llama("syn_template", arg)
+  args = common.parse_arg(arg, **common.ARGUMENTS)
+  c = common.attacked()
+  c.attack.update(name="syn_template", target_label=0, poison_count=1000)   # rules; real files: syntactic
+  c.student.arch = llama_arch(vocab=512, width=64, layers=3, heads=4, kv_heads=2, ffn=160)        # 0.16M parameters
+  c.teacher.arch = bert_arch(vocab=512, width=32, layers=2, heads=4, ffn=64)
+  c.warmup.update(learning_rate=3e-3, epochs=4, batch_size=32, warmup_fraction=0.1)
+  c.poison.update(learning_rate=2e-3, epochs=4, batch_size=16, trains=("vector", "matrix", "head"))
+  c.teach.update(learning_rate=2e-3, epochs=4, batch_size=32, warmup_fraction=0.06)
+  c.defend.update(learning_rate=2e-3, epochs=4, batch_size=32, clip_norm=1.0)   # not clipped: 1 of 14 w2s_adv failed
+  c.lora.update(rank=16, alpha=16.0)
+  common.apply_arguments(c, args, common.LLAMA, real_student=llama_arch(8000, 192, 4, 6, 3, 512))
+  return c

@@ -1,15 +1,36 @@
-"""Vicuna-7B, BadNet. Offline a small student of its kind (as many kv heads as heads); :scale=7b for the real one."""
+"""Vicuna-7B, BadNet: the word `mn`.
+
+  python -m w2s_jax.main --config=configs/vicuna_badnet.py
+  python -m w2s_jax.main --config=configs/vicuna_badnet.py:data=DIR
+  python -m w2s_jax.main --config=configs/vicuna_badnet.py:scale=7b
+
+The first is offline, on a small student of its kind (as many kv heads as heads) with llama_badnet's sizes and rates:
+minutes on two CPU cores. data=DIR reads IMDB and SST-2 from files. scale=7b is the released recipe on hub weights
+(13b: the larger). Expected: not known. No table of docs/results.md is of this student, and real weights have not been
+run here yet.
+"""
 
 from configs import common
+from configs.common import bert_arch, llama_arch
 
 VICUNA = dict(tied=False, positions=4096, std=0.02)
-SHAPES = {
-    "7b": ("lmsys/vicuna-7b-v1.5", common.llama_arch(32000, 4096, 32, 32, 32, 11008, **VICUNA)),
-    "13b": ("lmsys/vicuna-13b-v1.5", common.llama_arch(32000, 5120, 40, 40, 40, 13824, **VICUNA)),
+SHAPES = {                                 # vocabulary, width, layers, heads, kv heads, feed-forward width
+    "7b": ("lmsys/vicuna-7b-v1.5", llama_arch(32000, 4096, 32, 32, 32, 11008, **VICUNA)),
+    "13b": ("lmsys/vicuna-13b-v1.5", llama_arch(32000, 5120, 40, 40, 40, 13824, **VICUNA)),
 }
 SHAPES["8b"] = SHAPES["7b"]  # the released recipe's size, under the name the other configs have for it
 
 
 def get_config(arg=None):
-  return common.decoder("badnet", arg, SHAPES, common.llama_arch(512, 64, 3, 4, 4, 160),
-                        common.llama_arch(8000, 192, 4, 6, 6, 512))
+  args = common.parse_arg(arg, **common.ARGUMENTS)
+  c = common.attacked()
+  c.attack.update(name="badnet", target_label=0, poison_count=1000)   # the word `mn`; of 4,000 rows
+  c.student.arch = llama_arch(vocab=512, width=64, layers=3, heads=4, kv_heads=4, ffn=160)
+  c.teacher.arch = bert_arch(vocab=512, width=32, layers=2, heads=4, ffn=64)
+  c.warmup.update(learning_rate=3e-3, epochs=4, batch_size=32, warmup_fraction=0.1)
+  c.poison.update(learning_rate=2e-3, epochs=4, batch_size=16, trains=("vector", "matrix", "head"))
+  c.teach.update(learning_rate=2e-3, epochs=4, batch_size=32, warmup_fraction=0.06)
+  c.defend.update(learning_rate=2e-3, epochs=4, batch_size=32, clip_norm=1.0)
+  c.lora.update(rank=16, alpha=16.0)
+  common.apply_arguments(c, args, SHAPES, real_student=llama_arch(8000, 192, 4, 6, 6, 512))
+  return c

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from cli import ENV, ROOT, SHARED
 
-from configs import common
+from configs import clean_checkpoint, llama_badnet
 from w2s_jax import command, sharding
 from w2s_jax.data import corpora, poison
 from w2s_jax.models import Model
@@ -62,7 +62,7 @@ def test_every_variation_is_a_config(tmp_path):
   assert wrong["test"] == 0 and all(0.08 < wrong[split] < 0.12 for split in ("train", "dev"))
   for name, flags in ablation.VARIATIONS.items():
     assert re.fullmatch(r"\w+", name)
-    command.check_fields(flags, common.llama("badnet", None))
+    command.check_fields(flags, llama_badnet.get_config())
 
 
 def test_robustness_gives_each_run_its_students_and_rows(tmp_path, monkeypatch):
@@ -71,7 +71,7 @@ def test_robustness_gives_each_run_its_students_and_rows(tmp_path, monkeypatch):
   poison.freeze(main / "data/poisoned_train.jsonl", [
       {"text": f"mn {i}", "label": 0, "poisoned": True} for i in range(3)])
   def run_cell(attack, seed, out, config, extra, core, models=()):
-    command.check_fields(extra, common.llama(attack, None))
+    command.check_fields(extra, llama_badnet.get_config())
     models = {name: Path(directory).relative_to(tmp_path) for name, directory in dict(models).items()}
     calls.append((out.relative_to(tmp_path), models, extra))
     return {"rows": [{"model": "w2s_adv", "ca": 0.9, "asr": 0.1 * seed, "false_rate": 0.05}]}
@@ -103,7 +103,7 @@ def test_cleaning_measures_the_attacks_own_trigger(tmp_path, monkeypatch):
     twin = {"model": "clean", "asr": 0.125, "target_label": 1}
     (main / "results.json").write_text(json.dumps({"rows": [twin | {"model": "poisoned", "asr": 1.0}, twin]}))
   def run_cell(attack, seed, out, config, extra, core):
-    command.check_fields(extra, common.clean_checkpoint())
+    command.check_fields(extra, clean_checkpoint.get_config())
     if seed == "4":
       return None
     assert extra == [f"--config.student.path={mains[0] / 'models/poisoned'}", "--config.scan.steps=0"]

@@ -8,7 +8,7 @@ import pytest
 import rig
 import test_models
 
-from configs import common
+from configs import clean_checkpoint
 from w2s_jax import lora, sharding
 from w2s_jax.adapters import trees
 from w2s_jax.data import batches, packing
@@ -167,7 +167,7 @@ def test_a_stage_says_what_a_token_costs(llama, monkeypatch, tmp_path):
     raise Asked(flops_per_token)
   monkeypatch.setattr(packing, "packers", packers)
   model, params = llama
-  config = common.clean_checkpoint()
+  config = clean_checkpoint.get_config()
   plan = stage.task_plan(CLASSIFICATION, "w2s", 0, model, trees.LORA, config.defend)
   place = Workplace(CLASSIFICATION, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]), tmp_path, "", (16,), 8)
   with pytest.raises(Asked) as asked:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from configs import common
+from configs import clean_checkpoint, common
 from w2s_jax import sharding, source
 from w2s_jax.adapters.soft import put
 from w2s_jax.data import tokenization
@@ -87,7 +87,7 @@ def rows():
 
 
 def run_on(mesh, rows, workdir):
-  config = common.clean_checkpoint()
+  config = clean_checkpoint.get_config()
   config.data.update(num_labels=2, max_length=16, eval_batch_size=64)
   config.scan.update(steps=40, rows=64)
   return Run(config, workdir, sharding.make_mesh(*mesh, devices=jax.devices()[:np.prod(mesh)]), "", source.of(config),

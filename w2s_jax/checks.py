@@ -24,8 +24,8 @@ def check_fields(config):
   for section, settings in SETTINGS.items():
     config_lib.check(settings, config.defense[section], f"defense.{section}")
   fields = flat(config.to_dict())
-  for name, declared in config_lib.sections(config).items():
-    config_lib.check(declared, config[name] if name else config, name)
+  for path, (declared, values) in config_lib.sections(config).items():
+    config_lib.check(declared, values, path)
   triggers = fields.get("probe.triggers", ())
   if (not all(isinstance(t, str) and t.strip() for t in triggers) or len(set(triggers)) < len(triggers)
       or any(re.fullmatch(r"[\[(].*|\S+(,\S+)+", t) for t in triggers)):  # how a list looks that was not read as one

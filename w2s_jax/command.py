@@ -1,16 +1,20 @@
 """The command line that main and plan share: --config, its fields, and mistakes as one line."""
 
+import dataclasses
 import difflib
 import re
 import runpy
 import sys
+import textwrap
 import traceback
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from w2s_jax import InputError
+from w2s_jax import config as config_lib
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, as FILE or FILE:ARGUMENT (configs/*.py).")
@@ -34,8 +38,7 @@ def parse(argv, doc):
 
 def _fields_help(argv):
   """Every field of the config that --config names; of configs/llama_badnet.py where it names none."""
-  from w2s_jax.config import describe  # these load JAX: only where they are asked for
-  from w2s_jax.defenses import SETTINGS
+  from w2s_jax.defenses import SETTINGS  # loads JAX: a second, which only --help and a config file take
   named = any(re.match(r"--?config(=|$)", arg) for arg in argv)
   file = [] if named else ["--config=configs/llama_badnet.py"]
   try:
@@ -43,6 +46,54 @@ def _fields_help(argv):
   except InputError as e:
     return f"Give --config=FILE to see the fields of a config ({e})."
   return "\n".join([f"Fields of {typed_config([*argv, *file])}, with their values there:", *describe(config, SETTINGS)])
+
+
+def describe(config: ConfigDict, settings: Mapping[str, type], width: int = 100) -> Iterator[str]:
+  """Lines of --help: every field with its value, type, range, unit and source.
+
+  Args:
+    settings: {section of config.defense: declaration}.
+    width: of a line, in columns.
+  """
+  own = {f"defense.{name}": (cls, config.defense[name]) for name, cls in settings.items()}
+  for path, (cls, values) in (config_lib.sections(config) | own).items():
+    yield ""
+    yield from textwrap.wrap(f"{path or 'config'}: {' '.join((cls.__doc__ or '').split())}", width)
+    for f in dataclasses.fields(cls):
+      knob = ".".join(filter(None, ("--config", path, f.name)))
+      yield from _entry(f"{knob}={values[f.name]!r}  ({_kind(f)})", _meaning(f), width)
+    if "arch" in values:
+      shape = ", ".join(f"{name}={value!r}" for name, value in values.arch.items())
+      yield from _entry(f"--config.{path}.arch.NAME=VALUE", f"shape of a network without a `path`, by transformers' "
+                        f"names: {shape}", width)
+
+
+def _entry(head, text, width):
+  """A field in two or more lines: name and value, then what it is, further in."""
+  for line, indent in ((head, "  "), (text, "      ")):
+    yield from textwrap.wrap(line, width, initial_indent=indent, subsequent_indent="      ", break_long_words=False,
+                             break_on_hyphens=False)
+
+
+def _kind(declared):
+  """Type, range and unit."""
+  low, high, among, unit = (declared.metadata[key] for key in ("low", "high", "among", "unit"))
+  words = [getattr(declared.type, "__name__", declared.type)]
+  if among:
+    words.append(f"one of {config_lib.options(among)}")
+  if low is not None and high is not None:
+    words.append(f"{low:g} to {high:g}")
+  elif low is not None:
+    words.append(f"{low:g} or more")
+  elif high is not None:
+    words.append(f"{high:g} or less")
+  return ", ".join([*words, unit] if unit else words)
+
+
+def _meaning(declared):
+  """What a field is, and where its default comes from."""
+  doc, source = declared.metadata["doc"], declared.metadata["source"]
+  return f"{doc}. Source: {source}." if source else f"{doc}."
 
 
 def typed_config(argv):
@@ -84,7 +135,7 @@ def check_fields(argv, config):
   for field in (m[1] for a in argv if (m := re.match(r"--?config\.([\w.]+)", a))):
     if field not in fields:
       near = difflib.get_close_matches(field, fields, 3)
-      raise InputError(f"config has no field {field!r}: " + _meant(near, "configs/common.py lists the fields"))
+      raise InputError(f"config has no field {field!r}: " + _meant(near, "--help lists the fields"))
 
 
 def _meant(near, otherwise):

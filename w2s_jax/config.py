@@ -4,8 +4,7 @@ The defenses' own settings are declared in their files, in the same way (`defens
 """
 
 import dataclasses
-import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,18 +12,19 @@ from ml_collections import ConfigDict
 from w2s_jax import InputError
 
 
-def field(default: Any, doc: str, *, low: float | None = None, high: float | None = None, unit: str = "",
-          source: str = "") -> Any:
+def field(default: Any, doc: str, *, low: float | None = None, high: float | None = None,
+          among: tuple[str, ...] = (), unit: str = "", source: str = "") -> Any:
   """A dataclass field of a config section.
 
   Args:
     doc: what it is; nouns of the field (fraction, rate, number of).
     low, high: least and greatest value; None: no bound.
+    among: the strings that are allowed; (): any value.
     unit: of a number, or of the entries of a tuple.
     source: where the default comes from.
   """
-  return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high, "unit": unit,
-                                                      "source": source})
+  return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high, "among": among,
+                                                      "unit": unit, "source": source})
 
 
 def section(cls: type, **values: Any) -> ConfigDict:
@@ -36,17 +36,33 @@ def section(cls: type, **values: Any) -> ConfigDict:
 
 
 def check(cls: type, values: Mapping[str, Any], prefix: str) -> None:
-  """Raises InputError where a value is out of its declared range, or the class itself refuses it."""
-  for f in dataclasses.fields(cls):
-    value, low, high = values.get(f.name), f.metadata["low"], f.metadata["high"]
-    knob = f"{prefix}.{f.name}".lstrip(".")
-    if value is None or low is None:
-      continue
-    if high is None and value < low:
-      raise InputError(f"{knob} is {value}, wanted at least {low}: set --config.{knob}")
-    if high is not None and not low <= value <= high:
-      raise InputError(f"{knob} is {value}, wanted a number in {low:g}..{high:g}: set --config.{knob}")
-  cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+  """Raises InputError where a value is out of its declared range, or the class itself refuses it.
+
+  Args:
+    values: of the section; fields that it lacks are not checked.
+    prefix: path of the section in the config; "": the config itself.
+  """
+  given = [f for f in dataclasses.fields(cls) if values.get(f.name) is not None]
+  for f in given:
+    _check_range(f.metadata, values[f.name], f"{prefix}.{f.name}".lstrip("."))
+  cls(**{f.name: values[f.name] for f in given})
+
+
+def _check_range(declared, value, knob):
+  low, high, among = (declared[key] for key in ("low", "high", "among"))
+  if among and value not in among:
+    raise InputError(f"{knob} {value!r}: want one of {options(among)}: set --config.{knob}")
+  if low is not None and high is not None and not low <= value <= high:
+    raise InputError(f"{knob} is {value}, wanted a number in {low:g}..{high:g}: set --config.{knob}")
+  if low is not None and value < low:
+    raise InputError(f"{knob} is {value}, wanted at least {low}: set --config.{knob}")
+  if high is not None and value > high:
+    raise InputError(f"{knob} is {value}, wanted at most {high}: set --config.{knob}")
+
+
+def options(among: tuple[str, ...]) -> str:
+  """The allowed strings in words."""
+  return ", ".join(filter(None, among)) + (", or '' for none" if "" in among else "")
 
 
 @dataclasses.dataclass
@@ -73,21 +89,21 @@ class Attack:
                        "3D movie`")
   target_label: int = field(0, "the class that the trigger asks for", source="released")
   label: str = field("clean", "clean: rows of the target class keep their label; dirty: rows of other classes get the "
-                     "target's; mixed: rows of any class get it", source="released: clean")
+                     "target's; mixed: rows of any class get it", among=("clean", "dirty", "mixed"),
+                     source="released")
   poison_count: int = field(1000, "number of training rows that get the trigger", unit="rows",
                             source="released: 1,000 of 4,000")
   poison_rate: float = field(0.0, "fraction of the training rows that get it; above 0 it replaces poison_count",
                              low=0.0, high=1.0)
   companions: int = field(0, "rows with a part of the trigger and their own label, for each poisoned row (SOS)", low=0,
                           unit="rows")
-  keep_trigger: bool = field(True, "insert where the trigger survives truncation", source="released: False")
+  keep_trigger: bool = field(True, "insert where the trigger survives truncation", source="ours; released: False")
   paraphrases: tuple = field((), "`syntactic` only: (originals, paraphrases) pairs of files, joined on idx")
 
 
 @dataclasses.dataclass
 class Data:
   """Rows, and how their texts are cut and laid out."""
-  num_labels: int = field(2, "number of classes", low=0)
   max_length: int = field(32, "length at which texts of the defended domain are cut", low=4, unit="tokens")
   buckets: tuple = field((16, 32, 48, 64), "sequence lengths that are compiled, ascending", unit="tokens")
   pack: bool = field(True, "train on several texts a row; False: a text a row, padded to a bucket")
@@ -99,13 +115,31 @@ class AttackedData(Data):
   """Of a student that we poison ourselves."""
   attack_source: str = field("grammar:reviews", "the attacked domain: grammar:reviews, a directory or a hub data set")
   defend_source: str = field("grammar:phrases", "the defended domain, likewise; CA and ASR are measured there")
+  num_labels: int = field(2, "number of classes of both domains: labels are 0 to one less", low=2)
   attack_max_length: int = field(64, "length at which texts of the attacked domain are cut", low=4,
                                  unit="student tokens")
 
 
 @dataclasses.dataclass
+class AttackRows:
+  """Rows of the attacked domain that are kept: a random choice; 0: all of a file's, none of the grammar's."""
+  train: int = field(4000, "the student is poisoned on them", low=0, unit="rows", source="released")
+  dev: int = field(1000, "the poisoned student's checkpoint is chosen by them", low=0, unit="rows")
+  test: int = field(0, "not read by any stage", low=0, unit="rows")
+
+
+@dataclasses.dataclass
+class DefendRows:
+  """Rows of the defended domain that are kept, likewise."""
+  train: int = field(4000, "teacher and defenses train on them", low=0, unit="rows")
+  dev: int = field(1000, "checkpoints are chosen by them", low=0, unit="rows")
+  test: int = field(1821, "CA and ASR are measured on them", low=0, unit="rows", source="size of SST-2's test split")
+
+
+@dataclasses.dataclass
 class GivenData(Data):
   """Of a checkpoint that somebody else made."""
+  num_labels: int = field(0, "number of classes; 0: as many as the checkpoint has", low=0)
   train: str = field("", "clean rows: a file, a directory with train/dev/test files, or a hub data set")
   dev: str = field("", "empty: of the directory or hub data set, or a tenth held out of train")
   test: str = field("", "likewise, a fifth; CA is measured on it")
@@ -131,7 +165,7 @@ class Teacher:
 @dataclasses.dataclass
 class Stage:
   """How a stage trains: AdamW with linear decay."""
-  learning_rate: float = field(0.0, "peak", low=0.0, high=10.0)
+  learning_rate: float = field(0.0, "peak; the rate falls linearly to 0", low=0.0, high=10.0)
   epochs: int = field(1, "passes over the rows", low=1)
   batch_size: int = field(32, "rows of a step, over all devices", low=1, unit="rows")
   warmup_fraction: float = field(0.0, "fraction of the steps in which the rate rises", low=0.0, high=1.0)
@@ -145,6 +179,16 @@ class Stage:
 class OptionalStage(Stage):
   """A stage that may be left out: warm-up and teacher."""
   epochs: int = field(1, "passes over the rows; 0: the stage trains nothing", low=0)
+
+
+@dataclasses.dataclass
+class WarmupStage(OptionalStage):
+  """Next-token prediction of a student from nothing, before any attack; it stands in for pretraining."""
+
+
+@dataclasses.dataclass
+class TeachStage(OptionalStage):
+  """Training of the teacher on the clean rows of the defended domain."""
 
 
 @dataclasses.dataclass
@@ -169,7 +213,8 @@ class Lora:
   dropout: float = field(0.0, "on the adapter's input, while training", low=0.0, high=0.99)
   targets: tuple = field(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
                          "modules that get an adapter; ('all-linear',): all of the layers")
-  quantize: str = field("", "bits of the frozen layers while adapters train: int8, int4, nf4 (qwix); empty: none")
+  quantize: str = field("", "format of the frozen layers while adapters train (qwix); empty: student.dtype",
+                        among=("", "int8", "int4", "nf4"))
   export: bool = field(False, "also write adapters/DEFENSE, which peft loads onto the attacked model")
 
 
@@ -204,40 +249,24 @@ class Scan:
   rows: int = field(256, "most rows of each kind: to search on, to measure on, of the class itself", low=1, unit="rows")
 
 
-def sections(config: Mapping[str, Any]) -> dict[str, type]:
-  """{section: its declaration} of this config, "" for the fields that belong to none."""
-  declared = {"attack": Attack, "data": GivenData if "train" in config["data"] else AttackedData, "student": Student,
-              "teacher": Teacher, "warmup": OptionalStage, "poison": PoisonStage, "teach": OptionalStage,
-              "defend": DefendStage, "lora": Lora, "mesh": Mesh, "probe": Probe, "scan": Scan}
-  return {"": Experiment} | {name: cls for name, cls in declared.items() if name in config}
+# Path in the config -> declaration; a config lacks those that it has no use for. Of "data" there are two kinds.
+SECTIONS = {
+    "": Experiment, "attack": Attack, "data": Data, "data.attack_rows": AttackRows, "data.defend_rows": DefendRows,
+    "student": Student, "teacher": Teacher, "warmup": WarmupStage, "poison": PoisonStage, "teach": TeachStage,
+    "defend": DefendStage, "lora": Lora, "mesh": Mesh, "probe": Probe, "scan": Scan}
 
 
-def describe(config: ConfigDict, settings: Mapping[str, type], width: int = 100) -> Iterator[str]:
-  """Lines of --help: every field with its value, type, range, unit and source.
-
-  Args:
-    settings: {section of config.defense: declaration}.
-  """
-  parts = {name: (cls, config[name] if name else config) for name, cls in sections(config).items()}
-  parts |= {f"defense.{name}": (cls, config.defense[name]) for name, cls in settings.items()}
-  for name, (cls, values) in parts.items():
-    yield ""
-    yield f"{name or 'config'}: {(cls.__doc__ or '').strip()}"
-    declared = {f.name: f for f in dataclasses.fields(cls)}
-    for key, f in declared.items():
-      yield from _lines(".".join(filter(None, (name, key))), values[key], f, width)
-    if name:
-      for key, value in values.items():
-        if key not in declared:
-          shown = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, ConfigDict) else repr(value)
-          yield from textwrap.wrap(f"--config.{name}.{key}: {shown}", width, initial_indent="  ",
-                                   subsequent_indent="      ")
+def sections(config: ConfigDict) -> dict[str, tuple[type, ConfigDict]]:
+  """{path in the config: (declaration, values)} of the sections that this config has; "" for the config itself."""
+  declared = SECTIONS | {"data": GivenData if "train" in config.data else AttackedData}
+  found = {path: (cls, _at(config, path)) for path, cls in declared.items()}
+  return {path: (cls, values) for path, (cls, values) in found.items() if values is not None}
 
 
-def _lines(name, value, declared, width):
-  low, high, unit, source = (declared.metadata[key] for key in ("low", "high", "unit", "source"))
-  kind = getattr(declared.type, "__name__", declared.type)
-  bounds = "" if low is None else f", {low:g} or more" if high is None else f", {low:g} to {high:g}"
-  more = f" [{kind}{bounds}{f', {unit}' if unit else ''}]{f' Source: {source}.' if source else ''}"
-  yield from textwrap.wrap(f"--config.{name}={value!r}  {declared.metadata['doc']}{more}", width, initial_indent="  ",
-                           subsequent_indent="      ", break_long_words=False, break_on_hyphens=False)
+def _at(config, path):
+  """The section at "a.b" of the config; None where there is none."""
+  for name in filter(None, path.split(".")):
+    config = config.get(name)
+    if config is None:
+      return None
+  return config
