@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 import re
 from pathlib import Path
@@ -16,6 +17,8 @@ from w2s_jax import InputError, quantized, sharding
 from w2s_jax.models.hf import adapter_file, files, formats
 from w2s_jax.models.hf.fields import Fields, listed, short
 from w2s_jax.models.model import Model, config_from_hf
+
+LOG = logging.getLogger(__name__)
 
 OLD_NORM_NAMES = {"gamma": "weight", "beta": "bias"}               # of checkpoints converted from TensorFlow
 FLOAT32 = r".*(norm|score|pooler|classifier|widen)/.*"             # norms and heads stay float32 whatever the base is
@@ -38,7 +41,7 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
     feature_width: give an encoder the W2S teacher's head of this width; None reads it from the directory.
     seed: of a head that the checkpoint does not have (said in one line); None: that is an error.
     head: "lm" is the family's language-model head; the output's logits are then [B, V], of the pooled token.
-    quantize: "int8", "int4" or "nf4": layer kernels become models/quantized.py's, each as soon as it is read.
+    quantize: "int8", "int4" or "nf4": layer kernels become quantized.py's, each as soon as it is read.
     **runtime: remat, unroll, lora_dropout of the model's config.
   Returns:
     (Model, params): params is a nested dict of arrays.
@@ -57,7 +60,7 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
   fresh = _check_tensors(directory, model, leaves, names, tensors, total_layers)
   adapter = adapter_file.find(directory, model, {path: leaf.shape for path, leaf in leaves.items()}, total_layers)
   if adapter:
-    print(f"{directory}: with the adapter in {adapter_file.FILE}, which transformers ignores", flush=True)
+    LOG.warning(f"{directory}: with the adapter in {adapter_file.FILE}, which transformers ignores")
   places = dict.fromkeys(leaves, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   if mesh is not None:
     places = traverse_util.flatten_dict(sharding.param_shardings(abstract, model.shardings, mesh), sep="/")
@@ -65,7 +68,7 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
   if fresh and seed is None:
     raise InputError(f"{directory} has no {', '.join(sorted(fresh))}: it is no classifier; give a fine-tuned one")
   if fresh:
-    print(f"{directory}: no {', '.join(sorted(fresh))} in the checkpoint; initialised with seed {seed}", flush=True)
+    LOG.warning(f"{directory}: no {', '.join(sorted(fresh))} in the checkpoint; initialised with seed {seed}")
     only = [leaf for leaf, name in names.items() if name in fresh]
     params = traverse_util.flatten_dict(model.init(jax.random.key(seed), mesh, only), sep="/")
   for leaf, name in names.items():
