@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,10 @@ FLOATS = ("F32", "F16", "BF16")                                     # in a safet
 PIECE_BYTES = 4 << 20                                              # read and placed at a time
 
 
-def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layers=None, feature_width=None, seed=0,
-                    head=None, quantize="", **runtime):
+def load_pretrained(path: str | Path, num_labels: int = 2, dtype: str = "float32",
+                    mesh: jax.sharding.Mesh | None = None, *, num_layers: int | None = None,
+                    feature_width: int | None = None, seed: int | None = 0, head: str | None = None,
+                    quantize: str = "", **runtime: Any) -> tuple[Model, dict]:
   """Loads a model directory or hub id, a piece at a time: what it takes above the arrays themselves is small.
 
   Adapters that could not be merged (`w2s_adapter.safetensors`) come with it, which is said in one line.
