@@ -66,13 +66,7 @@ def load_pretrained(path: str | Path, num_labels: int = 2, dtype: str = "float32
   places = dict.fromkeys(leaves, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   if mesh is not None:
     places = traverse_util.flatten_dict(sharding.param_shardings(abstract, model.shardings, mesh), sep="/")
-  params = {}
-  if fresh and seed is None:
-    raise InputError(f"{directory} has no {', '.join(sorted(fresh))}: it is no classifier; give a fine-tuned one")
-  if fresh:
-    LOG.warning(f"{directory}: no {', '.join(sorted(fresh))} in the checkpoint; initialised with seed {seed}")
-    only = [leaf for leaf, name in names.items() if name in fresh]
-    params = traverse_util.flatten_dict(model.init(jax.random.key(seed), mesh, only), sep="/")
+  params = _fresh_head(directory, model, [leaf for leaf, name in names.items() if name in fresh], fresh, seed, mesh)
   for leaf, name in names.items():
     if name not in fresh:
       leaf_dtype = jnp.float32 if re.fullmatch(FLOAT32, leaf) else jnp.dtype(dtype)
@@ -87,6 +81,17 @@ def load_pretrained(path: str | Path, num_labels: int = 2, dtype: str = "float32
       place = sharding.leaf_sharding(leaf, jax.ShapeDtypeStruct(shape, jnp.float32), model.shardings, mesh)
     params[leaf] = _place(functools.partial(adapter_file.read, directory, leaf), shape, jnp.float32, place, False)
   return model, traverse_util.unflatten_dict(params, sep="/")
+
+
+def _fresh_head(directory, model, leaves, names, seed, mesh):
+  """{path: leaf} of what the checkpoint lacks, which is said."""
+  if not names:
+    return {}
+  listed = ", ".join(sorted(names))
+  if seed is None:
+    raise InputError(f"{directory} has no {listed}: it is no classifier; give a fine-tuned one")
+  LOG.warning(f"{directory}: no {listed} in the checkpoint; initialised with seed {seed}")
+  return traverse_util.flatten_dict(model.init(jax.random.key(seed), mesh, leaves), sep="/")
 
 
 def _described(directory, num_labels, num_layers, feature_width, runtime):
