@@ -135,7 +135,7 @@ def test_a_prompt_is_behind_the_first_special_token(kind, back):
 
 
 @pytest.mark.parametrize("family,kind", [("llama", "decoder"), ("bert", "encoder")])
-def test_a_soft_prompt_trains_alone_and_survives_saving(family, kind, request, tmp_path, capsys):
+def test_a_soft_prompt_trains_alone_and_survives_saving(family, kind, request, tmp_path, caplog):
   model, params = request.getfixturevalue(family)
   tokenizer, arrays = encoded(kind)
   arrays = soft.prompted(arrays, tokenizer, V, S)
@@ -151,7 +151,7 @@ def test_a_soft_prompt_trains_alone_and_survives_saving(family, kind, request, t
   save_pretrained(tmp_path / "model", model, trained, card="A card.\n")
   again, loaded = load_pretrained(tmp_path / "model")
   same(loaded, trained)
-  assert f"with the adapter in {FILE}, which transformers ignores" in capsys.readouterr().out
+  assert f"with the adapter in {FILE}, which transformers ignores" in caplog.text
   np.testing.assert_array_equal(logits(again, loaded, batch), logits(model, trained, batch))
   card = (tmp_path / "model/README.md").read_text()
   assert card.startswith("A card.\n") and "transformers ignores it" in card

@@ -112,12 +112,13 @@ def clean(tmp_path, num_labels=2, **files):
   return corpora.load_clean({"train": "", "dev": "", "test": ""} | files, num_labels, 0, **columns)
 
 
-def test_clean_rows_of_one_file_are_split_and_said(tmp_path, capsys):
+def test_clean_rows_of_one_file_are_split_and_said(tmp_path, caplog):
+  caplog.set_level("INFO")
   write(tmp_path, "mine", [{"text": f"t{i}", "label": i % 2} for i in range(50)])
   out = clean(tmp_path, train=str(tmp_path / "mine.json"))
   assert [len(out[s]) for s in ("train", "dev", "test")] == [36, 4, 10]
   assert sorted(r["text"] for rows in out.values() for r in rows) == sorted(f"t{i}" for i in range(50))
-  assert "has no test split: 10 of its 50 train rows" in capsys.readouterr().out
+  assert "has no test split: 10 of its 50 train rows" in caplog.text
   again = clean(tmp_path, train=str(tmp_path / "mine.json"))
   assert again == out
   own = clean(tmp_path, train=str(tmp_path / "mine.json"), test=str(tmp_path / "mine.json"))

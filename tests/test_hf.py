@@ -83,14 +83,14 @@ def test_a_head_for_another_number_of_classes_is_an_error(originals):
     load_pretrained(originals["bert"], num_labels=5)
 
 
-def test_a_head_that_is_missing_is_made_from_the_seed_and_said(saved, capsys):
+def test_a_head_that_is_missing_is_made_from_the_seed_and_said(saved, caplog):
   directory = saved("llama")
   edit(directory, lambda tensors: tensors.pop("score.weight"))
   first, again, other = (load_pretrained(directory, num_labels=5, seed=s)[1]["score"]["kernel"] for s in (0, 0, 1))
   assert first.shape == (32, 5)
   np.testing.assert_array_equal(first, again)
   assert (np.asarray(first) != other).all()
-  assert "no score.weight in the checkpoint; initialised with seed 0" in capsys.readouterr().out
+  assert "no score.weight in the checkpoint; initialised with seed 0" in caplog.text
 
 
 def test_a_head_that_is_there_in_part_is_an_error(saved):

@@ -60,11 +60,12 @@ def test_the_sentences_are_computed():
       constant, META)[0]
 
 
-def test_the_files(workdir, capsys):
+def test_the_files(workdir, caplog):
+  caplog.set_level("INFO")
   page.write(workdir)
   markdown, html = (workdir / "results.md").read_text(), (workdir / "report.html").read_text()
   table = tables.table(ROWS, attacked.COLUMNS)
-  assert table in markdown and table in capsys.readouterr().out
+  assert table in markdown and table in caplog.text
   assert "7 clean-label poisoned rows" in markdown and "3 poisoned, 2 evaluation rows" in markdown
   assert "<script>" not in html and "&lt;script&gt;alert(1)" in html
   assert html.count("<svg") == 2 and html.count("class='hit'") == 4

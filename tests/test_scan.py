@@ -115,12 +115,13 @@ def test_a_planted_path_is_found_and_no_other(rows, tmp_path):
     assert one["nearest"] == other["nearest"] and one["strength"] == pytest.approx(other["strength"], rel=1e-3)
 
 
-def test_a_class_without_rows_is_named(rows, tmp_path, capsys):
+def test_a_class_without_rows_is_named(rows, tmp_path, caplog):
+  caplog.set_level("INFO")
   tokenizer = tokenization.train([r["text"] for r in rows] * 3, "decoder", 64)
   run = run_on((1, 1, 1), rows, tmp_path)
   run.rows["test"] = [r for r in run.rows["test"] if r["label"]]
   assert scan.scan(run, *network(tokenizer, True), tokenizer) == []
-  said = [line.partition(" (")[0] for line in capsys.readouterr().out.splitlines()]
+  said = [line.partition(" (")[0] for line in (r.message for r in caplog.records if r.name.startswith("w2s_jax"))]
   assert said == ["scan: class 0 left out", "scan: class 1 left out"]
 
 

@@ -1,5 +1,9 @@
 """LoRA as outside scripts call it."""
 
+from collections.abc import Callable, Sequence
+
+import jax
+
 from w2s_jax import InputError
 from w2s_jax.adapters import attach
 from w2s_jax.adapters.attach import merge as merge_lora
@@ -8,7 +12,8 @@ from w2s_jax.models.hf.peft import ADAPTER_WARNING, export_adapter
 __all__ = ["ADAPTER_WARNING", "add_lora", "export_adapter", "merge_lora"]
 
 
-def add_lora(params, rank, alpha, targets=("q_proj", "v_proj"), *, key, places=None):
+def add_lora(params: dict, rank: int, alpha: float, targets: Sequence[str] = ("q_proj", "v_proj"), *, key: jax.Array,
+             places: Callable[[dict], dict] | None = None) -> dict:
   """A new tree with LoRA leaves beside the stacked kernels named in `targets` (adapters/lora.py).
 
   targets ("all-linear",) are all of them. L layers, R rank: `lora_a` [L, in, R] is random, `lora_b` [L, R, out] is

@@ -19,7 +19,7 @@ def _check(name, student, teacher):
                      "example with its own teacher output (widen the teacher's head to the student's width)")
 
 
-def cross_entropy(logits, labels, weights=None):
+def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
   """Mean cross entropy.
 
   Args:
@@ -32,7 +32,8 @@ def cross_entropy(logits, labels, weights=None):
   return _row_mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels), weights)
 
 
-def distillation(student_logits, teacher_logits, temperature, weights=None):
+def distillation(student_logits: jax.Array, teacher_logits: jax.Array, temperature: float,
+                 weights: jax.Array | None = None) -> jax.Array:
   """T^2 * KL(teacher || student) of the softened distributions, batch mean (Hinton et al., arXiv 1503.02531).
 
   Args:
@@ -51,7 +52,8 @@ def distillation(student_logits, teacher_logits, temperature, weights=None):
   return temperature**2 * _row_mean(optax.losses.kl_divergence_with_log_targets(student, teacher), weights)
 
 
-def feature_alignment(student_features, teacher_features, weights=None):
+def feature_alignment(student_features: jax.Array, teacher_features: jax.Array,
+                      weights: jax.Array | None = None) -> jax.Array:
   """Mean squared Euclidean distance between paired features (feature-alignment loss of the paper).
 
   Args:
@@ -68,7 +70,8 @@ def feature_alignment(student_features, teacher_features, weights=None):
   return _row_mean(jnp.square(gap).sum(-1), weights)
 
 
-def released_feature_alignment(student_hidden, teacher_features, weights=None):
+def released_feature_alignment(student_hidden: jax.Array, teacher_features: jax.Array,
+                               weights: jax.Array | None = None) -> jax.Array:
   """What the released code computes: every token, padding included, is pulled to the last example's teacher feature.
 
   Args:

@@ -11,6 +11,7 @@ A stage whose output is in the workdir is not run again; one that was cut off re
 """
 
 import functools
+import logging
 import os
 import re
 import sys
@@ -21,7 +22,8 @@ for _name, _value in {  # what the libraries have to say of a mistake reaches th
     "HF_HUB_VERBOSITY": "error", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}.items():
   os.environ.setdefault(_name, _value)
 
-from absl import app, flags, logging  # noqa: E402
+from absl import app, flags  # noqa: E402
+from absl import logging as absl_logging  # noqa: E402
 
 from w2s_jax import InputError, command, results  # noqa: E402
 
@@ -55,13 +57,22 @@ def _connect(processes):
     command.fail(InputError(f"of several processes each needs {', '.join(missing)} too"), command.DEBUG.value)
 
 
+def _show_log():
+  """What the program says of its progress goes to stdout, a line each."""
+  log, handler = logging.getLogger("w2s_jax"), logging.StreamHandler(sys.stdout)
+  log.setLevel(logging.INFO)
+  log.propagate = False
+  log.handlers = [handler]
+
+
 def main(argv):
   del argv
-  logging.set_verbosity(logging.ERROR)
+  absl_logging.set_verbosity(absl_logging.ERROR)
   import jax  # jax and transformers load only once the flags are known to be good
 
   from w2s_jax import processes, stages
   _connect(processes)
+  _show_log()
   workdir = Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(sys.argv)
   jax.config.update("jax_compilation_cache_dir", str(workdir.absolute().parent / ".w2s_cache" / "xla"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from w2s_jax.source import of as source_of
 from w2s_jax.tasks import TASKS
 from w2s_jax.training import inference, teacher_cache
 from w2s_jax.training.train import Workplace
+
+LOG = logging.getLogger(__name__)
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
@@ -106,13 +109,13 @@ class Run:
   def measured(self):
     """Whether the results are there, and says so."""
     if there := (self.workdir / "results.json").exists():
-      print(f"evaluate: already in {self.workdir / 'results.json'}", flush=True)
+      LOG.info(f"evaluate: already in {self.workdir / 'results.json'}")
     return there
 
   def done(self, name):
     """Whether a stage's model is there, and says so."""
     if there := self.model_dir(name).exists():
-      print(f"{name}: already in {self.model_dir(name)}", flush=True)
+      LOG.info(f"{name}: already in {self.model_dir(name)}")
     return there
 
   def claim(self):

@@ -1,5 +1,6 @@
 """Where the suspect comes from: a student that we poison ourselves, or a checkpoint that somebody else made."""
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +9,8 @@ from w2s_jax.data import corpora, poison
 from w2s_jax.measure import attacked, probe
 from w2s_jax.models import check_links, config_from_hf, read_json, resolve
 from w2s_jax.models.hf.fields import Fields
+
+LOG = logging.getLogger(__name__)
 
 
 class Source(NamedTuple):
@@ -59,8 +62,8 @@ def _attacked_rows(config):
   a, attack, train = config.attack, _attack(config), rows["attack_train"]
   count = poison.poison_count(train, a.poison_count, a.poison_rate)
   if a.poison_rate:
-    print(f"attack: poison_rate {a.poison_rate:g} of {len(train)} training rows is {count}; poison_count "
-          f"{a.poison_count} is not used", flush=True)
+    LOG.info(f"attack: poison_rate {a.poison_rate:g} of {len(train)} training rows is {count}; poison_count "
+          f"{a.poison_count} is not used")
   # A poisoning that cannot work is refused before anything trains.
   poison.rows_to_poison(train, attack, target_label=a.target_label, count=count, label=a.label)
   poison.rows_for_companions(train, attack, target_label=a.target_label, companions=a.companions)

@@ -1,6 +1,7 @@
 """source -> teach -> defend -> measure -> report: a screen each. A stage whose output is there is not run again."""
 
 import dataclasses
+import logging
 import time
 
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from w2s_jax.models.hf import adapter_file
 from w2s_jax.report import card, page
 from w2s_jax.run import start
 from w2s_jax.training import stage, steps
+
+LOG = logging.getLogger(__name__)
 
 
 def warmup(run):
@@ -72,9 +75,9 @@ def scan_suspect(run):
   else:
     warmup(run)
   if run.config.scan.steps:
-    print(scan.verdict(suspect, scan.reading(run, suspect)), flush=True)
+    LOG.info(scan.verdict(suspect, scan.reading(run, suspect)))
   else:
-    print(f"{suspect}: not scanned (--config.scan.steps is 0)", flush=True)
+    LOG.info(f"{suspect}: not scanned (--config.scan.steps is 0)")
 
 
 def make_poison(run):
@@ -179,7 +182,7 @@ def run(config, workdir, only=None):
   """Runs every stage, or the one named `only`."""
   this = start(config, workdir)
   mesh = ", ".join(f"{axis} {size}" for axis, size in this.mesh.shape.items())
-  print(f"{this.mesh.devices.size} x {this.mesh.devices.flat[0].device_kind}, mesh {mesh}", flush=True)
+  LOG.info(f"{this.mesh.devices.size} x {this.mesh.devices.flat[0].device_kind}, mesh {mesh}")
   if only and only not in this.source.stages:
     raise InputError(f"this config has no stage {only!r}: want --stage among {', '.join(this.source.stages)}")
   for name in this.source.stages:

@@ -61,7 +61,7 @@ def has_adapters(params):
   return any(adapters.kind_of(names) for names in _beside_kernels(traverse_util.flatten_dict(params, sep="/")).values())
 
 
-def merge(params):
+def merge(params: dict) -> dict:
   """A new tree without the adapters that can be merged: their kernels do the same, in the dtype that they had.
 
   Each is computed in float32 and rounded once. Kernels of a quantized base become plain ones, on the host: all together

@@ -1,12 +1,15 @@
 """Labelled texts: the offline grammar, local files, or a hub data set -> rows {"id", "text", "label"}."""
 
 import csv
+import logging
 from pathlib import Path
 
 import datasets
 
 from w2s_jax import InputError
 from w2s_jax.data import grammar, streams
+
+LOG = logging.getLogger(__name__)
 
 TEXT_COLUMNS, LABEL_COLUMNS = ("text", "sentence", "sentences"), ("label", "labels")
 GRAMMAR_SIZES = {"train": 4000, "dev": 1000, "test": 1821}
@@ -88,7 +91,7 @@ def load_clean(files, num_labels, seed, text_column="", label_column="", names=(
 def _hold_out(train, name, size, rng, source):
   """{name: `size` of the rows, "train": the others}."""
   order = rng.permutation(len(train))
-  print(f"{source} has no {name} split: {size} of its {len(train)} train rows are held out as one", flush=True)
+  LOG.info(f"{source} has no {name} split: {size} of its {len(train)} train rows are held out as one")
   return {name: [train[i] for i in sorted(order[:size])], "train": [train[i] for i in sorted(order[size:])]}
 
 

@@ -9,6 +9,7 @@ To look for the trigger from the model is Neural Cleanse's idea (Wang et al., IE
 
 import functools
 import itertools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ from w2s_jax.defenses import w2s_adv
 from w2s_jax.models import read_json
 from w2s_jax.models.latent import Latent
 from w2s_jax.training import inference, optim, steps
+
+LOG = logging.getLogger(__name__)
 
 SUSPICIOUS = 1.7         # strength; between those of clean and of poisoned models (docs/results.md)
 RIGHT = 0.8              # mean accuracy over the classes that a verdict takes; our choice
@@ -57,7 +60,7 @@ def scan(run, model, params, tokenizer):
     others, held_out, own = ([r for r in rows if (r["label"] == target) == same][:settings.rows]
                              for rows, same in ((train, False), (test, False), (test, True)))
     if not others or not held_out or not own:
-      print(f"scan: class {target} left out (no test rows of it, or no rows of the others)", flush=True)
+      LOG.info(f"scan: class {target} left out (no test rows of it, or no rows of the others)")
       continue
     logits = _logits(run, model, params, run.encode(tokenizer, own, c.data.max_length))
     usual, right = float(np.median(_log_odds(logits, target))), float((logits.argmax(-1) == target).mean())

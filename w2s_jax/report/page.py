@@ -3,9 +3,12 @@
 import html
 import io
 import json
+import logging
 
 from w2s_jax import processes, results
 from w2s_jax.report import tables
+
+LOG = logging.getLogger(__name__)
 
 
 def write(workdir):
@@ -16,7 +19,7 @@ def write(workdir):
   markdown = tables.table(rows, meta["columns"]) + "\n\n" + "\n".join(f"- {n}" for n in notes) + "\n"
   processes.write_text(workdir / "results.md", markdown)
   processes.write_text(workdir / "report.html", page(rows, meta, notes, _curves(workdir)))
-  print(f"\n{markdown}\n{workdir / 'report.html'}", flush=True)
+  LOG.info(f"\n{markdown}\n{workdir / 'report.html'}")
   return rows, meta
 
 

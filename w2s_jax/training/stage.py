@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from w2s_jax.data import batches, packing
 from w2s_jax.models import Model
 from w2s_jax.tasks import Task
 from w2s_jax.training import steps, train
+
+LOG = logging.getLogger(__name__)
 
 
 def train_stage(plan: steps.StagePlan, starts: list[dict], arrays: list[dict], dev: dict | None,
@@ -41,8 +44,8 @@ def train_stage(plan: steps.StagePlan, starts: list[dict], arrays: list[dict], d
   fitted = train.fit(plan.names, program, program.init(trainable), frozen, _feed(plan, parts[0], arrays, total, place),
                      max(1, total // plan.settings.evaluations), place, dev_accuracy if dev else None)
   for name, (_, chosen) in zip(plan.names, fitted):
-    print(f"{name}: {total} steps in {chosen.seconds:.0f} s, " + (
-        f"dev accuracy {chosen.dev_accuracy:.4f} at step {chosen.step}" if dev else "last step kept"), flush=True)
+    LOG.info(f"{name}: {total} steps in {chosen.seconds:.0f} s, " + (
+        f"dev accuracy {chosen.dev_accuracy:.4f} at step {chosen.step}" if dev else "last step kept"))
   return [trees.combine(trained, frozen) for trained, _ in fitted]
 
 

@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
+import logging
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +18,18 @@ from w2s_jax.models.hf import adapter_file, files, formats
 from w2s_jax.models.hf.fields import Fields, listed, short
 from w2s_jax.models.model import Model, config_from_hf
 
+LOG = logging.getLogger(__name__)
+
 OLD_NORM_NAMES = {"gamma": "weight", "beta": "bias"}               # of checkpoints converted from TensorFlow
 FLOAT32 = r".*(norm|score|pooler|classifier|widen)/.*"             # norms and heads stay float32 whatever the base is
 FLOATS = ("F32", "F16", "BF16")                                     # in a safetensors header
 PIECE_BYTES = 4 << 20                                              # read and placed at a time
 
 
-def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layers=None, feature_width=None, seed=0,
-                    head=None, quantize="", **runtime):
+def load_pretrained(path: str | Path, num_labels: int = 2, dtype: str = "float32",
+                    mesh: jax.sharding.Mesh | None = None, *, num_layers: int | None = None,
+                    feature_width: int | None = None, seed: int | None = 0, head: str | None = None,
+                    quantize: str = "", **runtime: Any) -> tuple[Model, dict]:
   """Loads a model directory or hub id, a piece at a time: what it takes above the arrays themselves is small.
 
   Adapters that could not be merged (`w2s_adapter.safetensors`) come with it, which is said in one line.
@@ -38,7 +43,7 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
     feature_width: give an encoder the W2S teacher's head of this width; None reads it from the directory.
     seed: of a head that the checkpoint does not have (said in one line); None: that is an error.
     head: "lm" is the family's language-model head; the output's logits are then [B, V], of the pooled token.
-    quantize: "int8", "int4" or "nf4": layer kernels become models/quantized.py's, each as soon as it is read.
+    quantize: "int8", "int4" or "nf4": layer kernels become quantized.py's, each as soon as it is read.
     **runtime: remat, unroll, lora_dropout of the model's config.
   Returns:
     (Model, params): params is a nested dict of arrays.
@@ -57,17 +62,11 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
   fresh = _check_tensors(directory, model, leaves, names, tensors, total_layers)
   adapter = adapter_file.find(directory, model, {path: leaf.shape for path, leaf in leaves.items()}, total_layers)
   if adapter:
-    print(f"{directory}: with the adapter in {adapter_file.FILE}, which transformers ignores", flush=True)
+    LOG.warning(f"{directory}: with the adapter in {adapter_file.FILE}, which transformers ignores")
   places = dict.fromkeys(leaves, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   if mesh is not None:
     places = traverse_util.flatten_dict(sharding.param_shardings(abstract, model.shardings, mesh), sep="/")
-  params = {}
-  if fresh and seed is None:
-    raise InputError(f"{directory} has no {', '.join(sorted(fresh))}: it is no classifier; give a fine-tuned one")
-  if fresh:
-    print(f"{directory}: no {', '.join(sorted(fresh))} in the checkpoint; initialised with seed {seed}", flush=True)
-    only = [leaf for leaf, name in names.items() if name in fresh]
-    params = traverse_util.flatten_dict(model.init(jax.random.key(seed), mesh, only), sep="/")
+  params = _fresh_head(directory, model, [leaf for leaf, name in names.items() if name in fresh], fresh, seed, mesh)
   for leaf, name in names.items():
     if name not in fresh:
       leaf_dtype = jnp.float32 if re.fullmatch(FLOAT32, leaf) else jnp.dtype(dtype)
@@ -82,6 +81,17 @@ def load_pretrained(path, num_labels=2, dtype="float32", mesh=None, *, num_layer
       place = sharding.leaf_sharding(leaf, jax.ShapeDtypeStruct(shape, jnp.float32), model.shardings, mesh)
     params[leaf] = _place(functools.partial(adapter_file.read, directory, leaf), shape, jnp.float32, place, False)
   return model, traverse_util.unflatten_dict(params, sep="/")
+
+
+def _fresh_head(directory, model, leaves, names, seed, mesh):
+  """{path: leaf} of what the checkpoint lacks, which is said."""
+  if not names:
+    return {}
+  listed = ", ".join(sorted(names))
+  if seed is None:
+    raise InputError(f"{directory} has no {listed}: it is no classifier; give a fine-tuned one")
+  LOG.warning(f"{directory}: no {listed} in the checkpoint; initialised with seed {seed}")
+  return traverse_util.flatten_dict(model.init(jax.random.key(seed), mesh, leaves), sep="/")
 
 
 def _described(directory, num_labels, num_layers, feature_width, runtime):

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from w2s_jax import InputError, adapters, processes
 from w2s_jax.adapters import trees
+from w2s_jax.models.model import Model
 
 ADAPTER_WARNING = """WARNING: an adapter, and a head, of a model that was poisoned or is suspected to be.
 
@@ -18,7 +19,7 @@ backdoor back. The merged model (`lora.merge_lora`, `save_pretrained`) is what t
 """
 
 
-def export_adapter(directory, model, params, base=""):
+def export_adapter(directory: str | Path, model: Model, params: dict, base: str | Path = "") -> None:
   """Writes adapter and head as a directory that `peft.PeftModel.from_pretrained` loads onto the same base.
 
   Unloading the adapter brings the base's backdoor back: the merged model is what to hand on.

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from w2s_jax import InputError, processes
 from w2s_jax.models.hf import adapter_file, formats
 from w2s_jax.models.hf.files import copy_transposed, read_json
+from w2s_jax.models.model import Model
 
 MODEL_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md")
 
@@ -26,7 +27,8 @@ def _is_model_directory(directory):
           and all(f.is_file() and f.suffix in MODEL_SUFFIXES for f in directory.iterdir()))
 
 
-def save_pretrained(directory, model, params, tokenizer=None, id2label=None, card=None):
+def save_pretrained(directory: str | Path, model: Model, params: dict, tokenizer: Any = None,
+                    id2label: dict[int, str] | None = None, card: str | None = None) -> None:
   """Writes a directory that transformers loads; it appears whole or not at all.
 
   The W2S teacher's head is no part of transformers' model: it goes to `w2s_head.safetensors` beside it. Nor are
