@@ -15,8 +15,8 @@ from w2s_jax import InputError, config
 from w2s_jax.config import section
 from w2s_jax.defenses import SETTINGS
 
-DATA_ARGUMENTS = {"data": str, "attack": str, "defend": str, "labels": int}
-ARGUMENTS = DATA_ARGUMENTS | {"scale": str}
+ARGUMENTS = {"data": str, "scale": str, "attack": str, "defend": str, "labels": int}
+DATA_ARGUMENTS = {name: kind for name, kind in ARGUMENTS.items() if name != "scale"}
 
 
 def parse_arg(arg, **allowed):

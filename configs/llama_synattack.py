@@ -15,9 +15,9 @@ The first is offline: five to fifteen minutes on two CPU cores. Expected, mean �
   w2s_adv    0.952 ± 0.002   0.047 ± 0.025
 
 Offline a rule-based `syn_template` stands in for the pre-made paraphrases (`syntactic`), which come with real files.
-data=DIR reads IMDB and SST-2 from files and makes a student of 3.3M parameters from nothing: about an hour on two
-cores (llama_badnet took 62 minutes), and too weak a student to judge a defense by. scale=8b is the released recipe on
-Llama-3-8B (1b and 70b: the same at other shapes); it has not been run on real weights here yet.
+data=DIR reads IMDB and SST-2 from files and makes a student of 3.3M parameters from nothing, too weak to judge a
+defense by; llama_badnet took 62 minutes there, on two shared cores. scale=8b is the released recipe on Llama-3-8B (1b
+and 70b: the same at other shapes); it has not been run on real weights here yet.
 """
 
 from configs import common

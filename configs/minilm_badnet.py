@@ -4,7 +4,7 @@
   python -m w2s_jax.main --config=configs/minilm_badnet.py:data=DIR
 
 Needs real data: IMDB (attacked) in DIR/imdb, SST-2 (defended) in DIR/sst2. It took 48 minutes on two shared cores,
-before `w2s_adv` was among the defenses. Expected, mean ± standard deviation over seeds 0 to 2 ("With an adversary:
+without `w2s_adv`. Expected, mean ± standard deviation over seeds 0 to 2 ("With an adversary:
 `w2s_adv`, real data" of docs/results.md):
 
   model      CA              ASR

