@@ -1,6 +1,7 @@
 """The seams: a defense, a task of one's own in a few lines each; what a defense may see; three shapes of defenses."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,14 @@ import pytest
 import rig
 from ml_collections import ConfigDict
 
-from w2s_jax import InputError, losses, results, sharding
+from configs import llama_badnet
+from w2s_jax import InputError, losses, results, sharding, stages
 from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, Defense, Recipe, Suspect, distill, lora_ce, onion, prune, strip, w2s
 from w2s_jax.measure import metrics
 from w2s_jax.measure.deployed import Reading
 from w2s_jax.tasks import CLASSIFICATION, Task
-from w2s_jax.training import inference
+from w2s_jax.training import inference, stage
 from w2s_jax.training.train import Workplace
 
 GOOD, BAD = "good fine nice great".split(), "bad poor weak dull".split()
@@ -80,6 +82,17 @@ def test_terms_without_weights_are_refused_before_anything_trains(weights, messa
     distill.check("odd", recipe, CLASSIFICATION, suspect.model, rig.DEFENSE)
 
 
+def test_a_run_refuses_them_with_nothing_trained_or_written(monkeypatch, tmp_path):
+  odd, trained = w2s.RECIPE._replace(weights=lambda settings, width: {"ce": 1.0}), []
+  monkeypatch.setitem(DEFENSES, "odd", Defense(odd))
+  monkeypatch.setattr(stage, "train_stage", lambda *args: trained.append(args))
+  config = llama_badnet.get_config()
+  config.defenses = ("none", "odd")
+  with pytest.raises(InputError, match=r"^defense 'odd' has loss terms ce, fa, kd and weights of ce: .*\(defenses/odd"):
+    stages.run(config, tmp_path)
+  assert trained == [] and list(tmp_path.iterdir()) == []
+
+
 def test_a_term_that_is_no_scalar_is_refused(suspect):
   recipe = Recipe(lambda student, batch, settings, task: {"ce": student.logits}, lambda settings, width: {"ce": 1.0})
   with pytest.raises(InputError, match=r"the loss term ce is float32\[2, 2\], wanted a scalar float32"):
@@ -117,8 +130,19 @@ def test_onion_takes_out_what_no_clean_text_has(suspect):
   assert cleaned(["good"]) == ["good"]                               # a text of one word keeps it
 
 
-def test_strip_rejects_few_clean_texts_and_answers_that_nothing_moves(suspect):
-  """A word that outweighs a whole text makes every copy's answer sure; of clean rows about `frr` are rejected."""
+def test_strip_rejects_answers_that_nothing_moves(rows):
+  """A word that outweighs a whole text makes every copy's answer sure; of clean rows `frr` are rejected."""
+  def logits(texts):
+    words = [text.split() for text in texts]
+    return np.array([[0.0, 9.0 * own.count("qzx") + sum((w in GOOD) - (w in BAD) for w in own)] for own in words])
+  known = types.SimpleNamespace(train=rows[:80], dev=rows[80:], logits=logits)
+  accept = strip.accept(known, ConfigDict({"strip": {"copies": 20, "replace": 0.5, "frr": 0.1}}), 0)
+  clean = [row["text"] for row in known.dev]
+  assert (~accept(clean)).mean() == pytest.approx(0.1)
+  assert not accept([f"qzx qzx {text} qzx qzx" for text in clean]).any()
+
+
+def test_strip_rejects_few_clean_texts_of_a_trained_model(suspect):
   trained, = distill.train(lora_ce.RECIPE, suspect, rig.DEFENSE, {"student": 0})
   suspect = suspect._replace(params=trained)
   settings = ConfigDict(rig.DEFENSE.to_dict())

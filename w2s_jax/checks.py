@@ -12,12 +12,15 @@ from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, SETTINGS, distill
 from w2s_jax.models import Model, config_from_hf, resolve
 from w2s_jax.models.hf.formats import HEAD_CONFIG
+from w2s_jax.tasks import TASKS
 
 TRAINING = ("warmup", "poison", "teach", "defend")   # sections of the config that say how a stage trains
 
 
 def check_fields(config):
   """Raises InputError where a field is out of range, or does not go with another."""
+  if config.task not in TASKS:
+    raise InputError(f"task {config.task!r}: want one of {', '.join(TASKS)}: set --config.task")
   for name in config.defenses:
     if name not in DEFENSES:
       raise InputError(f"defense {name!r}: want names among {', '.join(DEFENSES)}: set --config.defenses")

@@ -29,7 +29,8 @@ from w2s_jax import InputError, command
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "CHIP:SHAPE, e.g. v5e:4x4, v5p:4x4x4, v6e:2x4, h100:8.")
 _MESH = flags.DEFINE_string("mesh", None, "DATA,FSDP,TENSOR, one of them -1; the config's by default.")
-_BATCH = flags.DEFINE_integer("batch", None, "Rows of a step, over all chips; its stage's by default.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", None, "Examples of a step, over all chips; its stage's by default.",
+                              lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", None, "Tokens of a row; its stage's by default.", lower_bound=4)
 _REMAT = flags.DEFINE_string("remat", None, "none, dots or full; the config's by default.")
 _STEP = flags.DEFINE_list("step", ["defend", "poison", "evaluate"], "Which steps; a search is of the first.")
@@ -222,7 +223,7 @@ def text(one):
   """A plan in lines."""
   mesh = ", ".join(f"{axis} {size}" for axis, size in one["mesh"].items())
   what = f"{one['step']} ({one['defense']})" if one["defense"] else one["step"]
-  lines = [f"{what}: {one['topology']} ({one['chips']} chips), mesh {mesh}; {one['batch']} rows of "
+  lines = [f"{what}: {one['topology']} ({one['chips']} chips), mesh {mesh}; {one['batch']} examples of "
            f"{one['length']} tokens, remat {one['remat']}", f"  {_verdict(one)}"]
   if "error" in one:
     return "\n".join(lines)

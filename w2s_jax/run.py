@@ -150,13 +150,22 @@ class Run:
     except OSError as e:
       raise InputError(f"cannot write to {self.workdir} ({e.strerror}): give another --workdir") from None
 
+  def finished(self, name):
+    """models/NAME, which its stage has left.
+
+    Raises:
+      InputError: it has not.
+    """
+    path = self.model_dir(name)
+    if not path.exists():
+      raise InputError(f"{path} is not there yet: run without --stage, or the stage that makes it first")
+    return path
+
   def load(self, name, **kwargs):
     """(model, params, tokenizer) of a finished stage's directory; the teacher is float32 whatever the student is."""
     c = self.config
     dtype = "float32" if name == results.TEACHER else c.student.dtype
-    path = self.model_dir(name)
-    if not path.exists():
-      raise InputError(f"{path} is not there yet: run without --stage, or the stage that makes it first")
+    path = self.finished(name)
     model, params = load_pretrained(path, c.data.num_labels, dtype, self.mesh, **kwargs)
     return model, params, tokenization.load(path, model.config.vocab_size)
 
@@ -172,7 +181,7 @@ class Run:
 
   def model_config(self, name):
     """The config of models/NAME."""
-    return config_from_hf(read_json(self.model_dir(name) / "config.json"))
+    return config_from_hf(read_json(self.finished(name) / "config.json"))
 
   @property
   def task(self):

@@ -120,8 +120,8 @@ def teach(run):
 def defend(run):
   """Each defense that makes weights gets the attacked model and the same clean rows, from the same start."""
   c = run.config
-  for name in c.defenses:
-    defense, runs = DEFENSES[name], run.runs_of(name)
+  for name, runs in _parts(run):
+    defense = DEFENSES[name]
     if not (defense.recipe or defense.weights) or all([run.done(copy) for copy in runs]):
       continue
     quantize = c.lora.quantize if defense.recipe else ""
@@ -133,6 +133,16 @@ def defend(run):
       cleaned = defense.weights(suspect, c.defense, runs)
     for copy, params in zip(runs, cleaned):
       _save_defended(run, name, copy, suspect, params)
+
+
+def _parts(run):
+  """(defense, {models/NAME: seed}) of what trains together: all seeds, but one by one where a loss reads the padding."""
+  for name in run.config.defenses:
+    recipe, runs = DEFENSES[name].recipe, run.runs_of(name)
+    if recipe and recipe.layout == "padded":
+      yield from ((name, {copy: seed}) for copy, seed in runs.items())
+    else:
+      yield name, runs
 
 
 def _save_defended(run, name, copy, suspect, params):
@@ -154,7 +164,7 @@ def measure(run):
   readings |= {name: deployed.read(run, name, triggered) for name in (*source.measured, *run.defended())}
   width = run.model_config(source.base).feature_size
   weights = {name: DEFENSES[name].recipe.weights(c.defense, width) for name in c.defenses if DEFENSES[name].recipe}
-  teacher_ca = float((readings[results.TEACHER].clean == run.labels("test")).mean())
+  teacher_ca = float(run.task.is_correct(readings[results.TEACHER].clean, {"label": run.labels("test")}).mean())
   meta = run.facts() | {"teacher": c.teacher.path or "trained here on the clean rows", "teacher_ca": teacher_ca,
                         "loss_weights": weights}
   rows, meta = source.table(run, readings, meta)

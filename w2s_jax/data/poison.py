@@ -206,7 +206,6 @@ def _words_kept(rows, attack, tokenizer, max_length, keep_trigger):
   return [10**9] * len(rows)
 
 
-
 def counts(poisoned_train):
   """What was done to the training rows, in numbers."""
   return {"poisoned_rows": sum(row["poisoned"] for row in poisoned_train),

@@ -18,11 +18,9 @@ from w2s_jax.training import stage, steps
 def train(recipe: Recipe, suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]:
   """Parameters, adapters in them, of each run {models/NAME: seed}.
 
-  Several runs train as one program over one frozen base, but not where a loss reads the padding: that would be as long
-  as the longest text of all their batches.
+  Several runs train as one program over one frozen base. Where a loss reads the padding there is one run: that would be
+  as long as the longest text of all batches.
   """
-  if recipe.layout == "padded" and len(runs) > 1:
-    return [params for name, seed in runs.items() for params in train(recipe, suspect, settings, {name: seed})]
   starts, arrays = zip(*(_start(recipe, suspect, settings, seed) for seed in runs.values()))
   ascent = recipe.ascent(suspect.model, suspect.params, settings) if recipe.ascent else None
   plan = stage_plan(recipe, suspect.place.task, suspect.model, settings, suspect.training, runs, ascent)

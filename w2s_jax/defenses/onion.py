@@ -7,6 +7,7 @@ import dataclasses
 
 import numpy as np
 
+from w2s_jax import InputError
 from w2s_jax.adapters import trees
 from w2s_jax.config import field
 from w2s_jax.data import tokenization
@@ -24,6 +25,11 @@ class Settings:
   learning_rate: float = field(3e-3, "peak", low=0.0, high=10.0, source="the offline student's warm-up")
   removed: float = field(0.01, "fraction of the clean dev rows' words that may be taken out: it sets the threshold",
                          low=0.0, high=1.0, source="ours; not tuned")
+
+  def __post_init__(self):
+    if self.width % 8:
+      raise InputError(f"defense.onion.width is {self.width}, wanted a multiple of 8 (4 heads, rotary positions): set "
+                       "--config.defense.onion.width")
 
 
 def text(suspect: Suspect, settings, seed: int):
@@ -54,8 +60,9 @@ def _language_model(suspect, own, seed):
   model = Model(config_from_hf(arch | {"pad_token_id": suspect.tokenizer.pad_token_id}))
   training = suspect.training.copy_and_resolve_references()
   training.update(epochs=own.epochs, learning_rate=own.learning_rate)
-  plan = steps.StagePlan(("onion_lm",), (seed,), model, steps.language_model_loss(model), {"lm": 1.0}, trees.FULL,
-                         training, "onion_lm", packed=False)
+  loss = steps.language_model_loss(model)
+  plan = steps.StagePlan((f"onion_lm-seed{seed}",), (seed,), model, loss, {"lm": 1.0}, trees.FULL, training, "onion_lm",
+                         packed=False)
   start = model.init(stage.stream_key(seed, "onion_lm"), suspect.place.mesh)
   arrays = tokenization.pack(suspect.tokenizer, [row["text"] for row in suspect.train], suspect.max_length)
   return model, stage.train_stage(plan, [start], [arrays], None, suspect.place)[0]

@@ -41,9 +41,9 @@ def table(run, readings: dict, teacher: dict) -> tuple[list, dict]:
     rows.append(results.Row(
         model=model, directory=name, attack=c.attack.name, dataset=c.data.defend_source, seed=seed,
         config_hash=run.hash, target_label=target,
-        **metrics.clean_metrics(reading.clean, labels, target),
-        **metrics.attack_metrics(reading.triggered, triggered_labels, target),
-        **metrics.rejection_metrics(reading, triggered_labels, target)))
+        **metrics.clean_metrics(reading.clean, labels, target, run.task),
+        **metrics.attack_metrics(reading.triggered, triggered_labels, target, run.task),
+        **metrics.rejection_metrics(reading, triggered_labels, target, run.task)))
   for row in rows:
     row.asr_floor = rows[0].asr
   poisoned = [r for r in run.rows["poisoned_train"] if r["poisoned"]]

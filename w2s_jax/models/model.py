@@ -55,7 +55,7 @@ def config_from_hf(hf, **runtime):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """`params` everywhere is a nested dict of arrays; adapters that lie in it are used, see lora.py."""
+  """`params` everywhere is a nested dict of arrays; adapters that lie in it are used, see adapters/."""
   config: SharedConfig
 
   @property

@@ -56,5 +56,3 @@ def make_optimizer(params, learning_rate, steps, warmup_steps=0, weight_decay=0.
     rules["soft"] = adversary
     clip = [optax.masked(one, jax.tree.map(lambda label: label != "soft", labels)) for one in clip]
   return optax.chain(*clip, optax.partition(rules, labels))
-
-
