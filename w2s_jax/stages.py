@@ -136,7 +136,7 @@ def defend(run):
 
 
 def _parts(run):
-  """(defense, {models/NAME: seed}) of what trains together: all seeds, but one by one where a loss reads the padding."""
+  """(defense, {models/NAME: seed}) of what trains together: all seeds, or one where a loss reads the padding."""
   for name in run.config.defenses:
     recipe, runs = DEFENSES[name].recipe, run.runs_of(name)
     if recipe and recipe.layout == "padded":
