@@ -30,7 +30,7 @@ def w2s(*args, cwd=ROOT, env=ENV, **kwargs):
 def w2s_forked(*args):
   """Nearly the same, from a process that has imported everything already: for the many commands that end at once."""
   context = multiprocessing.get_context("forkserver")
-  context.set_forkserver_preload(["w2s_jax.stages"])
+  context.set_forkserver_preload(["w2s_jax.stages", "transformers.models.auto.tokenization_auto"])
   with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
     process = context.Process(target=_main, args=(args, out.name, err.name))
     process.start()

@@ -1,5 +1,7 @@
 """Every config, at every size it offers, fits its labels and sharding rules; nothing is allocated."""
 
+import ast
+import re
 import runpy
 from pathlib import Path
 
@@ -117,12 +119,52 @@ def test_one_offline_setting_for_every_attack():
     assert {k for k in flat[0] if flat[0][k] != other[k]} == {"attack.name"}
 
 
+def difference(one, other):
+  flat = [traverse_util.flatten_dict(config(*x).to_dict(), sep=".") for x in (one, other)]
+  return {k for k in flat[0].keys() | flat[1].keys() if flat[0].get(k) != flat[1].get(k)}
+
+
+def test_experiments_of_a_kind_differ_in_what_they_are_named_for():
+  """Each file shows its values, so they are written several times."""
+  minilm = ("minilm_badnet", "data=D")
+  assert difference(minilm, ("minilm_insent", "data=D")) == {"attack.name"}
+  assert difference(minilm, ("minilm_synattack", "data=D")) == {"attack.name", "attack.paraphrases"}
+  assert difference(("llama_badnet", None), ("qwen_badnet", None)) == {"student.arch.model_type"}
+  assert difference(("llama_badnet", None), ("vicuna_badnet", None)) == {"student.arch.num_key_value_heads"}
+
+
+@pytest.mark.parametrize("name", [*FILES, "clean_checkpoint"])
+def test_a_docstring_has_the_command_and_numbers_that_are_in_the_results(name):
+  doc = ast.get_docstring(ast.parse((ROOT / f"configs/{name}.py").read_text()))
+  commands = re.findall(r"^ +python -m w2s_jax.main --config=configs/(\w+)\.py(?::(\S+))?", doc, re.M)
+  assert commands and {file for file, _ in commands} == {name}
+  for _, arg in commands:
+    config(name, arg or None)
+  results = (ROOT / "docs/results.md").read_text() + (ROOT / "README.md").read_text()
+  rows = re.findall(r"^  (\w+) +(0\.\d+ ± 0\.\d+) +([01]\.\d+ ± 0\.\d+)", doc, re.M)
+  assert len(rows) >= 4 or "Expected: not known" in doc
+  for model, ca, asr in rows:
+    assert f"| {model} | {ca} | {asr} |" in results.replace("**", ""), model
+  for number in re.findall(r"\d\.\d{3}|\d+ minutes|\w+ to \w+ minutes", doc):
+    assert number in results, number
+
+
+def test_two_directories_of_ones_own():
+  c = config("llama_badnet", "data=/d,attack=ag,defend=emotion,labels=4")
+  assert (c.data.attack_source, c.data.defend_source, c.data.num_labels) == ("/d/ag", "/d/emotion", 4)
+  assert difference(("llama_badnet", "data=/d"), ("llama_badnet", "data=/d,attack=imdb,defend=sst2,labels=2")) == set()
+  c = config("minilm_synattack", "data=/d,attack=a")
+  assert c.attack.paraphrases[0] == ("/d/a/train.json", "/d/a/train_syntactic_1000.json")
+
+
 @pytest.mark.parametrize("name,arg,message", [
     ("llama_badnet", "size=8b", "want NAME=VALUE with NAME among data, scale"),
     ("llama_badnet", "scale", "config argument 'scale'"),
     ("llama_badnet", "scale=9b", "want one of 1b, 8b, 70b"),
     ("llama_synattack", "scale=8b", "give scale=...,data=DIR"),
     ("clean_checkpoint", "scale=8b", "this config takes no argument"),
+    ("llama_badnet", "attack=ag", r"attack=...: it needs data=DIR"),
+    ("llama_badnet", "data=D,labels=many", "'many' is not int"),
     ("minilm_badnet", None, "needs real data"),
     ("minilm_badnet", "scale=8b", "NAME among data")])
 def test_arguments_that_are_refused(name, arg, message):

@@ -68,7 +68,7 @@ def _show_log():
 def main(argv):
   del argv
   absl_logging.set_verbosity(absl_logging.ERROR)
-  import jax  # jax and transformers load only once the flags are known to be good
+  import jax  # transformers and PyTorch load only once the flags are known to be good
 
   from w2s_jax import processes, stages
   _connect(processes)
