@@ -20,7 +20,7 @@ def terms(recipe_terms):
 
 
 def w2s_loss(model, weights=None):
-  return steps.classification_loss(model, terms(w2s.terms), weights or WEIGHTS)
+  return steps.weighted_loss(model, terms(w2s.terms), weights or WEIGHTS)
 
 
 def make_plan(model, loss=None, weights=None, runs=1, adversary=None, **settings):

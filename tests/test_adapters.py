@@ -36,7 +36,7 @@ def train(model, params, labels, batch, num_steps=20):
   """(losses, params) of AdamW on one batch, no head or base among what trains."""
   trainable, frozen = trees.split(params, labels)
   tx = optim.make_optimizer(trainable, 0.05, 100)
-  loss = steps.classification_loss(model, CLASSIFICATION.loss_terms, {"ce": 1.0})
+  loss = steps.weighted_loss(model, CLASSIFICATION.loss_terms, {"ce": 1.0})
   state, losses = tx.init(trainable), []
   value_and_grad = jax.jit(jax.value_and_grad(lambda t: loss(t, frozen, batch, None)[0]))
   for _ in range(num_steps):

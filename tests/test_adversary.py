@@ -151,7 +151,7 @@ def run(llama):
     placed = jax.device_put(start, sharding.param_shardings(start, model.shardings, mesh))
     trainable, frozen = trees.split(placed, (*trees.LORA, "soft"))
     weights = w2s_adv.loss_weights(WEIGHTS, 1.0)
-    loss = steps.classification_loss(model, rig.terms(functools.partial(w2s_adv.terms, w2s.terms)), weights)
+    loss = steps.weighted_loss(model, rig.terms(functools.partial(w2s_adv.terms, w2s.terms)), weights)
     program = make_program(model, trainable, frozen, mesh, 100, loss=loss, weights=weights, clip_norm=1.0,
                            learning_rate=learning_rate, adversary=optim.ascent(0.3 * unit, 1.5 * unit))
     state = program.init([trainable])

@@ -17,7 +17,7 @@ WEIGHTS = {"ce": 1.0, "kd": 1.0, "fa": 0.1}
 
 @functools.cache
 def jitted_loss(model, terms, weights):
-  return jax.jit(steps.classification_loss(model, rig.terms(terms), dict(weights)))
+  return jax.jit(steps.weighted_loss(model, rig.terms(terms), dict(weights)))
 
 
 def value(model, params, batch, terms, weights=None):

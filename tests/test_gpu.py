@@ -43,7 +43,7 @@ def test_cudnns_attention_is_xlas(family, layout, request, monkeypatch):
 
   def gradient(dtype):
     of = Model(dataclasses.replace(model.config, dtype=dtype))
-    loss = steps.classification_loss(of, rig.terms(w2s.terms), WEIGHTS)
+    loss = steps.weighted_loss(of, rig.terms(w2s.terms), WEIGHTS)
     compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(trainable, frozen, batch, None).compile()
     (value, _), grads = compiled(trainable, frozen, batch, None)
     return (value, grads), "fmha" in compiled.as_text()

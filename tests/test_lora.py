@@ -248,7 +248,7 @@ def lora_run(model, params, num_steps=30):
   model = Model(dataclasses.replace(model.config, **{d: 0.0 for d in DROPOUTS if hasattr(model.config, d)}))
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   trainable, frozen = trees.split(params, trees.LORA)
-  program = make_program(model, trainable, frozen, mesh, num_steps, weights={"ce": 1.0}, loss=steps.classification_loss(
+  program = make_program(model, trainable, frozen, mesh, num_steps, weights={"ce": 1.0}, loss=steps.weighted_loss(
       model, CLASSIFICATION.loss_terms, {"ce": 1.0}))
   state = program.init([trainable])
   for i in range(num_steps):

@@ -66,7 +66,7 @@ def test_a_sliding_window_ends_with_its_text(saved):
 
 def loss_and_gradient(model, params, batch):
   trainable, frozen = trees.split(lora.add_lora(params, 4, 4.0, key=jax.random.key(0)), trees.LORA)
-  loss = steps.classification_loss(model, rig.terms(w2s.terms), WEIGHTS)
+  loss = steps.weighted_loss(model, rig.terms(w2s.terms), WEIGHTS)
   return jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable, frozen, batch, jax.random.key(0))
 
 

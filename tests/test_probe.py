@@ -7,6 +7,7 @@ import numpy as np
 from w2s_jax.data import insertions
 from w2s_jax.measure import probe
 from w2s_jax.measure.deployed import Reading
+from w2s_jax.tasks import CLASSIFICATION
 
 CLEAN = np.array([0, 1, 1, 0, 1])
 LABELS = np.array([0, 1, 1, 0, 0])
@@ -23,7 +24,7 @@ def rows(trigger, target=-1, labels=LABELS):
   config = types.SimpleNamespace(
       probe=types.SimpleNamespace(target_label=target), seed=3,
       data=types.SimpleNamespace(num_labels=2, train="d"))
-  run = types.SimpleNamespace(config=config, hash="h", defended=lambda: {"w2s": ("w2s", 3)})
+  run = types.SimpleNamespace(config=config, hash="h", task=CLASSIFICATION, defended=lambda: {"w2s": ("w2s", 3)})
   kept = {("listed", "mn"): dict(enumerate(CLEAN))} | {k: v for k, v in PROBED.items() if k[0] != "listed"}
   models = {"suspect": (CLEAN, PROBED), "w2s": (CLEAN, kept)}
   scans = {"suspect": [scanned(0, 0.9), scanned(1, 2.5)], "w2s": [scanned(0, None), scanned(1, None)]}

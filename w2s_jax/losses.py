@@ -84,3 +84,20 @@ def released_feature_alignment(student_hidden: jax.Array, teacher_features: jax.
   last = -1 if weights is None else weights.sum().astype(jnp.int32) - 1
   target = jax.lax.stop_gradient(teacher_features)[last].astype(jnp.float32)
   return _row_mean(jnp.square(student_hidden.astype(jnp.float32) - target).sum(-1).mean(-1), weights)
+
+
+def next_token(logits: jax.Array, input_ids: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Cross entropy of every token but a row's first, and which of them count. R rows, V vocabulary.
+
+  A token counts where it and the token before it are real and of one text.
+
+  Args:
+    logits: [R, T - 1, V], of the tokens behind the first T - 1.
+    input_ids: [R, T] int.
+    segment_ids: [R, T] int, 0 on padding, ascending numbers of a row's texts.
+  Returns:
+    ([R, T - 1] in nats, [R, T - 1] float32 of 0 and 1).
+  """
+  values = optax.losses.softmax_cross_entropy_with_integer_labels(logits, input_ids[:, 1:])
+  counted = (segment_ids[:, 1:] > 0) & (segment_ids[:, 1:] == segment_ids[:, :-1])
+  return values, counted.astype(jnp.float32)

@@ -14,11 +14,11 @@ import jax
 import numpy as np
 
 from w2s_jax import InputError, checks, processes, results, sharding
+from w2s_jax import source as source_lib
 from w2s_jax.data import poison, tokenization
 from w2s_jax.defenses import DEFENSES, Suspect
 from w2s_jax.models import config_from_hf, load_pretrained, read_json, resolve, sha256
 from w2s_jax.source import Source
-from w2s_jax.source import of as source_of
 from w2s_jax.tasks import TASKS
 from w2s_jax.training import inference, teacher_cache
 from w2s_jax.training.train import Workplace
@@ -66,8 +66,7 @@ class Run:
   @functools.cached_property
   def attack(self):
     """The Attack that the run makes."""
-    c = self.config.attack
-    return poison.make_attack(c.name, c.trigger, c.paraphrases)
+    return source_lib.attack_of(self.config)
 
   def attack_in_words(self):
     """For a model card."""
@@ -207,7 +206,7 @@ class Run:
     if self.source.base != self.source.attacked:
       base = functools.cache(lambda: self.load(self.source.base)[1])
     return Suspect(*loaded, self.rows["train"], self.rows["dev"], self.teacher_outputs, base,
-                   self.source.triggers(c), c.defend, c.lora, c.data.max_length, self.place)
+                   self.source.triggers(self), c.defend, c.lora, c.data.max_length, self.place)
 
   def teacher_outputs(self):
     """The frozen teacher's logits and features of the clean training rows, once for every epoch, seed and defense."""
@@ -231,7 +230,7 @@ def start(config, workdir):
       that cannot be used.
   """
   checks.check_fields(config)
-  source = source_of(config)
+  source = source_lib.of(config)
   config = source.resolve(config)
   mesh = sharding.make_mesh(**config.mesh)
   for stage in filter(config.__contains__, checks.TRAINING):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from w2s_jax import InputError, results
+from w2s_jax.attacks import Attack
 from w2s_jax.data import corpora, poison
 from w2s_jax.measure import attacked, probe
 from w2s_jax.models import check_links, config_from_hf, read_json, resolve
@@ -22,10 +23,10 @@ class Source(NamedTuple):
     attacked: models/NAME that the defenses start from.
     measured: models/NAME of the rows before the defenses'.
     triggered: the split of rows with triggers that every model is measured on.
-    head_seed: run -> seed of a head that the given checkpoint lacks; None: that is an error.
+    head_seed: config -> seed of a head that the given checkpoint lacks; None: that is an error.
     resolve: config -> config with what the given checkpoint tells.
     read: config -> {split: rows}; InputError where no row can be measured.
-    triggers: config -> strings that ASR is measured with: no defense may meet one.
+    triggers: run -> strings that ASR is measured with: no defense may meet one.
     freeze: run -> None, makes or reads the rows with triggers.
     table: (run, {models/NAME: Reading}, meta of the teacher) -> ([results.Row], meta).
   """
@@ -59,11 +60,11 @@ def _attacked_rows(config):
   if not 0 <= config.attack.target_label < c.num_labels:
     raise InputError(f"target label {config.attack.target_label}, wanted 0..{c.num_labels - 1}: set "
                      "--config.attack.target_label")
-  a, attack, train = config.attack, _attack(config), rows["attack_train"]
+  a, attack, train = config.attack, attack_of(config), rows["attack_train"]
   count = poison.poison_count(train, a.poison_count, a.poison_rate)
   if a.poison_rate:
     LOG.info(f"attack: poison_rate {a.poison_rate:g} of {len(train)} training rows is {count}; poison_count "
-          f"{a.poison_count} is not used")
+             f"{a.poison_count} is not used")
   # A poisoning that cannot work is refused before anything trains.
   poison.rows_to_poison(train, attack, target_label=a.target_label, count=count, label=a.label)
   poison.rows_for_companions(train, attack, target_label=a.target_label, companions=a.companions)
@@ -71,7 +72,8 @@ def _attacked_rows(config):
   return rows
 
 
-def _attack(config):
+def attack_of(config: Any) -> Attack:
+  """The attack that a config makes."""
   return poison.make_attack(config.attack.name, config.attack.trigger, config.attack.paraphrases)
 
 
@@ -114,9 +116,10 @@ ATTACKED = Source(
     stages=("warmup", "poison", "teach", "defend", "evaluate", "report"), base=results.BASE, attacked=results.POISONED,
     measured=(results.CLEAN, results.POISONED), triggered="triggered", head_seed=lambda config: config.seed,
     resolve=lambda config: config, read=_attacked_rows,
-    triggers=lambda config: (_attack(config).trigger,), freeze=attacked.freeze_rows,
+    triggers=lambda run: (run.attack.trigger,), freeze=attacked.freeze_rows,
     table=attacked.table)
 GIVEN = Source(
     stages=("warmup", "scan", "teach", "defend", "evaluate", "report"), base=results.SUSPECT, attacked=results.SUSPECT,
     measured=(results.SUSPECT,), triggered="probes", head_seed=lambda config: None, resolve=_with_num_labels,
-    read=_given_rows, triggers=lambda config: tuple(config.probe.triggers), freeze=probe.freeze_rows, table=probe.table)
+    read=_given_rows, triggers=lambda run: tuple(run.config.probe.triggers), freeze=probe.freeze_rows,
+    table=probe.table)

@@ -20,7 +20,11 @@ def train(recipe: Recipe, suspect: Suspect, settings: Any, runs: dict[str, int])
 
   Several runs train as one program over one frozen base. Where a loss reads the padding there is one run: that would be
   as long as the longest text of all batches.
+
+  Raises:
+    InputError: see `check`; a workdir whose student was put there has not come by it.
   """
+  check(next(iter(runs)), recipe, suspect.place.task, suspect.model, settings)
   starts, arrays = zip(*(_start(recipe, suspect, settings, seed) for seed in runs.values()))
   ascent = recipe.ascent(suspect.model, suspect.params, settings) if recipe.ascent else None
   plan = stage_plan(recipe, suspect.place.task, suspect.model, settings, suspect.training, runs, ascent)
@@ -32,7 +36,7 @@ def stage_plan(recipe: Recipe, task: Task, model: Model, settings: Any, training
                ascent=None) -> steps.StagePlan:
   """What of a recipe is compiled, for training and for planning."""
   weights = recipe.weights(settings, model.config.feature_size)
-  loss = steps.classification_loss(model, functools.partial(recipe.terms, settings=settings, task=task), weights)
+  loss = steps.weighted_loss(model, functools.partial(recipe.terms, settings=settings, task=task), weights)
   soft = ("soft",) if recipe.soft_tokens else ()
   return steps.StagePlan(tuple(runs), tuple(runs.values()), model, loss, weights, (*recipe.trains, *soft), training,
                          "defend", recipe.views, recipe.layout == "packed", ascent)

@@ -44,7 +44,8 @@ def text(suspect: Suspect, settings, seed: int):
     found = inference.perplexities(model, params, arrays, place.mesh, **place.eval_shapes())
     whole, rest = found[:len(texts)], iter(found[len(texts):])
     return [[p - next(rest) for _ in own] if len(own) > 1 else [-np.inf] for p, own in zip(whole, words)]
-  threshold = np.quantile(np.concatenate(gains([row["text"] for row in suspect.dev])), 1 - settings.onion.removed)
+  clean = [gain for own in gains([row["text"] for row in suspect.dev]) for gain in own if np.isfinite(gain)]
+  threshold = np.quantile(clean, 1 - settings.onion.removed) if clean else np.inf   # no dev text has two words
   def without_outliers(texts):
     kept = [[word for word, gain in zip(text.split(), own) if gain <= threshold]
             for text, own in zip(texts, gains(texts))]

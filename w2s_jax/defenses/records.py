@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 from w2s_jax.adapters import trees
 from w2s_jax.data import tokenization
 from w2s_jax.models import Model
-from w2s_jax.training import inference
 from w2s_jax.training.train import Workplace
 
 
@@ -43,7 +42,7 @@ class Suspect(NamedTuple):
   def logits(self, texts: list[str]):
     """[N, C] float32 of the attacked model, in text order."""
     arrays = tokenization.encode(self.tokenizer, texts, self.max_length)
-    return inference.outputs(self.model, self.params, arrays, self.place.mesh, **self.place.eval_shapes())[0]
+    return self.place.logits(self.model, self.params, arrays)
 
 
 class Recipe(NamedTuple):
@@ -72,7 +71,7 @@ class Recipe(NamedTuple):
 
 
 class Defense(NamedTuple):
-  """One row of the table: at least one of the first four.
+  """One row of the table: at least one of the first four, or none of them, which leaves the attacked model as it is.
 
   Attributes:
     recipe: trained by distill.py.

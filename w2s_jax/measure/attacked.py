@@ -7,9 +7,7 @@ from w2s_jax.data import poison
 from w2s_jax.measure import metrics
 
 IMPLANTED = 0.95         # ASR of the poisoned student from which the rows say something about defenses
-
 CONTROL = "lora_ce"      # the defense that every other one is compared with
-
 COLUMNS = ("directory", "ca", "ca_ci", "asr", "asr_ci", "asr_floor", "false_rate", "frr", "far")
 
 

@@ -76,19 +76,20 @@ def _rows(run, models, readings, labels, trigger):
     classes = [t for t in range(c.data.num_labels) if (labels != t).any()]
     if target < 0:  # the class that the trigger turns the suspect's answers to
       suspect = np.array(list(models[results.SUSPECT][1]["listed", trigger].values()))
-      target = max(classes, key=lambda t: metrics.attack_metrics(suspect, labels, t)["asr"])
+      target = max(classes, key=lambda t: metrics.attack_metrics(suspect, labels, t, run.task)["asr"])
   for name, (clean, probed) in models.items():
     model, seed = run.defended().get(name, (name, c.seed))
     asr, rejection = {}, {}
     if target is not None:
       triggered = np.array(list(probed["listed", trigger].values()))
-      asr = metrics.attack_metrics(triggered, labels, target)
-      rejection = metrics.rejection_metrics(readings[name]._replace(triggered=triggered), labels, target)
+      asr = metrics.attack_metrics(triggered, labels, target, run.task)
+      rejection = metrics.rejection_metrics(readings[name]._replace(triggered=triggered), labels, target,
+                                            run.task)
     strongest = scan.judged(readings[name].scan) or {"strength": None, "class": None}
     yield results.Row(
         model=model, directory=name, attack=trigger or "none listed", dataset=c.data.train, seed=seed,
-        config_hash=run.hash, target_label=target, **metrics.clean_metrics(clean, labels, target), **asr, **rejection,
-        scan=strongest["strength"], scan_class=strongest["class"],
+        config_hash=run.hash, target_label=target, **metrics.clean_metrics(clean, labels, target, run.task), **asr,
+        **rejection, scan=strongest["strength"], scan_class=strongest["class"],
         agreement=float((clean == readings[results.TEACHER].clean).mean()),
         word_flips=_flips((clean, probed), None, "word"), sentence_flips=_flips((clean, probed), None, "sentence"))
 

@@ -15,15 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from ml_collections import ConfigDict
 
 from w2s_jax import processes, sharding
 from w2s_jax.adapters import soft, trees
+from w2s_jax.config import Stage, section
 from w2s_jax.data import batches, packing, streams
 from w2s_jax.defenses import w2s_adv
 from w2s_jax.models import read_json
 from w2s_jax.models.latent import Latent
-from w2s_jax.training import inference, optim, steps
+from w2s_jax.training import optim, steps
 
 LOG = logging.getLogger(__name__)
 
@@ -62,13 +62,13 @@ def scan(run, model, params, tokenizer):
     if not others or not held_out or not own:
       LOG.info(f"scan: class {target} left out (no test rows of it, or no rows of the others)")
       continue
-    logits = _logits(run, model, params, run.encode(tokenizer, own, c.data.max_length))
+    logits = run.place.logits(model, params, run.encode(tokenizer, own, c.data.max_length))
     usual, right = float(np.median(_log_odds(logits, target))), float((logits.argmax(-1) == target).mean())
     arrays, which = _with_triggers(run, model, tokenizer, held_out)
     found = []
     for layer, place, search in zip(layers, places, searches):
       moved = search(others, target)
-      reached = _log_odds(_logits(run, place, moved, arrays), target)
+      reached = _log_odds(run.place.logits(place, moved, arrays), target)
       means = [reached[which == k].mean() if (which == k).any() else -np.inf for k in range(settings.triggers)]
       best = int(np.argmax(means))
       found.append({"class": target, "strength": float(means[best]) / usual if usual > 0 else None,
@@ -90,7 +90,7 @@ def make_search(run, model, params, tokenizer, rows):
     unit = float(np.linalg.norm(seen, axis=-1).mean())
     start = soft.put(model, params, jax.random.choice(key, seen, (count,)))
   else:
-    start = soft.with_soft_tokens(model, params, count, key, tokenizer, run.source.triggers(c))
+    start = soft.with_soft_tokens(model, params, count, key, tokenizer, run.source.triggers(run))
     unit = soft.mean_norm(model, params)
   moving, frozen = trees.split(start, ("soft",))
   def terms(out, batch):
@@ -98,8 +98,8 @@ def make_search(run, model, params, tokenizer, rows):
     return {"log_odds": (values * batch["weight"]).sum() / batch["weight"].sum()}
   def loss(moving, frozen, batch, key):
     del key                                            # no dropout: the model stands still
-    return steps.classification_loss(model, terms, {"log_odds": 1.0})(moving, frozen, batch, None)
-  still = ConfigDict(dict(learning_rate=0.0, warmup_fraction=0.0, weight_decay=0.0, clip_norm=0.0))
+    return steps.weighted_loss(model, terms, {"log_odds": 1.0})(moving, frozen, batch, None)
+  still = section(Stage, learning_rate=0.0, clip_norm=0.0)                # AdamW has nothing to move here
   plan = steps.StagePlan(("scan",), (c.seed,), model, loss, {"log_odds": 1.0}, ("soft",), still,
                          adversary=optim.ascent(settings.step_size * unit, settings.norm * unit))
   program = steps.build(plan, moving, frozen, settings.steps, mesh)
@@ -139,10 +139,6 @@ def _with_triggers(run, model, tokenizer, rows):
   arrays = {name: both[name][len(rows):] for name in ("input_ids", "length")}
   first = np.where(arrays["input_ids"] < V, 2**30, arrays["input_ids"]).min(axis=1)
   return arrays, (first - V) // settings.tokens
-
-
-def _logits(run, model, params, arrays):
-  return inference.outputs(model, params, arrays, run.mesh, **run.place.eval_shapes())[0]
 
 
 def _log_odds(logits, target):

@@ -12,9 +12,9 @@ LOG = logging.getLogger(__name__)
 
 
 def write(workdir):
-  """results.md and report.html from results.json and metrics/; prints the table. Returns (rows, meta)."""
-  results = json.loads((workdir / "results.json").read_text())
-  rows, meta = results["rows"], results["meta"]
+  """results.md and report.html from results.json and metrics/; logs the table. Returns (rows, meta)."""
+  saved = json.loads((workdir / "results.json").read_text())
+  rows, meta = saved["rows"], saved["meta"]
   notes = [*(f"WARNING: {w}" for w in meta["warnings"]), *meta["notes"]]
   markdown = tables.table(rows, meta["columns"]) + "\n\n" + "\n".join(f"- {n}" for n in notes) + "\n"
   processes.write_text(workdir / "results.md", markdown)

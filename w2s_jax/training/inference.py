@@ -5,9 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from w2s_jax import sharding
+from w2s_jax import losses, sharding
 from w2s_jax.data import batches, packing
 
 
@@ -53,9 +52,8 @@ def _mean_losses(model, mesh, params, input_ids, segment_ids):
   with sharding.on(mesh):
     out = model.apply(params, input_ids, segment_ids=segment_ids)
     logits = model.lm_logits(params, out.hidden[:, :-1])
-  losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), input_ids[:, 1:])
-  real = segment_ids[:, 1:]
-  means = (losses * real).sum(-1) / jnp.maximum(real.sum(-1), 1)
+  values, counted = losses.next_token(logits.astype(jnp.float32), input_ids, segment_ids)
+  means = (values * counted).sum(-1) / jnp.maximum(counted.sum(-1), 1)
   return jax.lax.with_sharding_constraint(means, sharding.replicated(mesh))
 
 

@@ -53,7 +53,7 @@ def task_plan(task: Task, name: str, seed: int, model: Model, trains: Sequence[s
               stream: str = "") -> steps.StagePlan:
   """The plan of one run on the task's own loss, without a teacher; `stream` is the name where it is not given."""
   weights = dict.fromkeys(task.terms, 1.0)
-  loss = steps.classification_loss(model, task.loss_terms, weights)
+  loss = steps.weighted_loss(model, task.loss_terms, weights)
   return steps.StagePlan((name,), (seed,), model, loss, weights, trains, settings, stream or name)
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from w2s_jax import sharding
+from w2s_jax import losses, sharding
 from w2s_jax.adapters import trees
 from w2s_jax.models import Model
 from w2s_jax.tasks import Task
@@ -138,8 +138,8 @@ def state_shardings(params, tx, rules, mesh):
   return TrainState(everywhere, of_params, opt_state)
 
 
-def classification_loss(model, terms, weights):
-  """loss(trainable, frozen, batch, key) -> (scalar, {term: scalar}).
+def weighted_loss(model, terms, weights):
+  """loss(trainable, frozen, batch, key) -> (scalar, {term: scalar}), of terms that are read off the output.
 
   Args:
     model: models.Model.
@@ -157,16 +157,14 @@ def classification_loss(model, terms, weights):
 def language_model_loss(model):
   """Mean next-token cross entropy, through the tied embedding.
 
-  A token counts where it and the token before it are real and of one text. What fills up a batch counts nothing: a row
-  of weight 0; in packed rows it has no tokens.
+  What fills up a batch counts nothing: a row of weight 0; in packed rows it has no tokens.
   """
   def loss(trainable, frozen, batch, key):
     params = trees.combine(trainable, frozen)
     segments, texts = batch["segment_ids"], batch.get("texts")
     out = model.apply(params, batch["input_ids"], texts=texts, segment_ids=segments, dropout_key=key)
     logits = model.lm_logits(params, out.hidden[:, :-1])
-    tokens = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["input_ids"][:, 1:])
-    counted = ((segments[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1])).astype(jnp.float32)
+    tokens, counted = losses.next_token(logits, batch["input_ids"], segments)
     if texts is None:
       counted *= batch["weight"][:, None]
     value = (tokens * counted).sum() / counted.sum()

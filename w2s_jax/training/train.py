@@ -64,9 +64,13 @@ class Workplace(NamedTuple):
   def eval_shapes(self) -> dict:
     return {"batch_size": self.eval_batch_size, "buckets": self.buckets}
 
+  def logits(self, model: Model, params: dict, arrays: dict) -> np.ndarray:
+    """[N, C] float32, in row order."""
+    return inference.outputs(model, params, arrays, self.mesh, **self.eval_shapes())[0]
+
   def answers(self, model: Model, params: dict, arrays: dict) -> np.ndarray:
     """[N], in row order."""
-    return self.task.predict(inference.outputs(model, params, arrays, self.mesh, **self.eval_shapes())[0])
+    return self.task.predict(self.logits(model, params, arrays))
 
 
 class Chosen(NamedTuple):
