@@ -98,7 +98,8 @@ def test_the_plan():
                        capture_output=True, text=True)
   assert out.returncode == 0, out.stderr
   for step, examples in {"defend (w2s_adv)": 32, "poison": 64, "evaluate": 64}.items():
-    assert f"{step}: v5e:4x4 (16 chips), mesh data 1, fsdp 16, tensor 1; {examples} examples of 128 tokens" in out.stdout
+    mesh = "v5e:4x4 (16 chips), mesh data 1, fsdp 16, tensor 1"
+    assert f"{step}: {mesh}; {examples} examples of 128 tokens" in out.stdout
 
 
 CLEAN, SCAN = (c for c in MAIN if "clean_checkpoint" in c)
