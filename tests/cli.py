@@ -14,6 +14,7 @@ SHARED = ROOT.parent / "shared"
 ENV = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")} | {
     "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
 AS_USERS = ENV | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # with them: for a run in full
+CONFIG = "--config=configs/llama_badnet.py"
 # A few steps of everything on a few rows.
 SHORT = ("--config.warmup.max_steps=3", *(f"--config.{stage}.max_steps=6" for stage in ("poison", "teach", "defend")),
          "--config.attack.poison_count=20", "--config.data.attack_rows.train=80", "--config.data.attack_rows.dev=20",

@@ -20,8 +20,10 @@ import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)       # before any backend is used
 
+import filelock  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from cli import CONFIG, SHORT, w2s  # noqa: E402
 
 from w2s_jax.models import Model  # noqa: E402
 from w2s_jax.models.encoder import EncoderConfig  # noqa: E402
@@ -82,6 +84,18 @@ def gpt2():
 def teacher():
   """(Model, params): an encoder with the W2S widening head, 32 -> 40."""
   return _with_params(dataclasses.replace(BERT, feature_width=40), 3)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+  """The workdir of a finished BadNet run of a few steps, one for all workers: read it or copy it, write elsewhere."""
+  folder = tmp_path_factory.getbasetemp()
+  workdir = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "tiny_run/run"
+  workdir.parent.mkdir(exist_ok=True)
+  with filelock.FileLock(f"{workdir}.lock"):
+    out = w2s(CONFIG, f"--workdir={workdir}", *SHORT)                  # a finished run answers at once
+  assert out.returncode == 0, out.stderr
+  return workdir
 
 
 @pytest.fixture(scope="session")

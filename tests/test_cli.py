@@ -14,14 +14,13 @@ import numpy as np
 import peft
 import pytest
 import transformers
-from cli import ENV, ROOT, SHARED, SHORT, before_the_defenses, w2s, w2s_forked
+from cli import CONFIG, ENV, ROOT, SHARED, SHORT, before_the_defenses, w2s, w2s_forked
 from safetensors.numpy import load_file, save_file
 
 from w2s_jax.data import grammar
 from w2s_jax.measure import scan
 from w2s_jax.run import Run, config_hash
 
-CONFIG = "--config=configs/llama_badnet.py"
 DEFENSES = ("lora_ce", "w2s", "w2s_released", "w2s_shuffled", "w2s_adv")
 
 
@@ -32,12 +31,10 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def workdir(home):
-  """A finished short run."""
-  out = w2s(CONFIG, f"--workdir={home / 'whole'}", *SHORT)
-  assert out.returncode == 0, out.stderr
-  assert "| w2s_shuffled |" in out.stdout
-  return home / "whole"
+def workdir(home, tiny_run):
+  """A finished short run of this file's own."""
+  shutil.copytree(tiny_run.parent, home, dirs_exist_ok=True)
+  return home / tiny_run.name
 
 
 def results(workdir):
@@ -99,7 +96,7 @@ def test_models_load_in_transformers(workdir):
 def test_a_finished_run_answers_at_once(workdir):
   before = {p: p.stat().st_mtime_ns for p in [workdir / "results.json", *(workdir / "metrics").iterdir()]}
   out = w2s(CONFIG, f"--workdir={workdir}", *SHORT)
-  assert out.returncode == 0 and "| w2s " in out.stdout and "steps in" not in out.stdout
+  assert out.returncode == 0 and "| w2s_shuffled |" in out.stdout and "steps in" not in out.stdout
   assert before == {p: p.stat().st_mtime_ns for p in before}
 
 

@@ -13,22 +13,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from cli import ENV, ROOT, SHORT, before_the_defenses, w2s
+from cli import CONFIG, ENV, ROOT, SHORT, before_the_defenses, w2s
 
 KILLS = int(os.environ.get("W2S_KILLS", 2))
-FLAGS = ("--config=configs/llama_badnet.py", *(f for f in SHORT if "defend.max_steps" not in f))
+FLAGS = (CONFIG, *(f for f in SHORT if "defend.max_steps" not in f))
 # Sixty steps, each saved: at most moments a checkpoint is being written.
 DEFEND = (*FLAGS, "--stage=defend", "--config.defenses=('w2s_adv',)", "--config.defend.epochs=30",
           "--config.checkpoint_every=1", "--config.lora.dropout=0.1")
-
-
-@pytest.fixture(scope="module")
-def poisoned(tmp_path_factory):
-  """A workdir that has come as far as the defenses."""
-  workdir = tmp_path_factory.mktemp("kills") / "run"
-  for stage in ("warmup", "poison", "teach"):
-    assert w2s(*FLAGS, f"--workdir={workdir}", f"--stage={stage}").returncode == 0
-  return workdir
 
 
 def outcome(workdir):
@@ -47,17 +38,17 @@ def start(workdir):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_is_never_killed(poisoned):
-  whole = before_the_defenses(poisoned, poisoned.with_name("whole"))
+def test_killed_and_resumed_is_never_killed(tiny_run, tmp_path):
+  whole = before_the_defenses(tiny_run, tmp_path / "whole")
   assert w2s(*DEFEND, f"--workdir={whole}").returncode == 0        # compiles; the next one shows how long it takes
-  timed = before_the_defenses(poisoned, poisoned.with_name("timed"))
+  timed = before_the_defenses(tiny_run, tmp_path / "timed")
   process, began = start(timed), time.monotonic()
   assert process.wait(300) == 0
   seconds, want = time.monotonic() - began, outcome(whole)
   assert outcome(timed) == want
   def kill(number):
     """Steps that a run had logged when it was killed."""
-    workdir = before_the_defenses(poisoned, poisoned.with_name(f"killed{number}"))
+    workdir = before_the_defenses(tiny_run, tmp_path / f"killed{number}")
     process = start(workdir)
     time.sleep(random.Random(number).uniform(0, seconds))
     process.send_signal(signal.SIGKILL)

@@ -11,10 +11,9 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from cli import ENV, ROOT, SHORT, before_the_defenses, w2s, w2s_forked
+from cli import CONFIG, ENV, ROOT, SHORT, before_the_defenses, w2s, w2s_forked
 
 LAUNCH = ROOT / "launch"
-CONFIG = "--config=configs/llama_badnet.py"
 
 
 @pytest.mark.parametrize("script", ["local.sh", "tpu_pod.sh", "slurm.sbatch"])
@@ -80,15 +79,6 @@ def test_half_of_what_several_processes_need_is_refused(args, message, tmp_path)
   assert out.returncode == 2 and message in out.stderr and "Traceback" not in out.stderr
 
 
-@pytest.fixture(scope="module")
-def poisoned(tmp_path_factory):
-  """A workdir that has come as far as the defenses."""
-  workdir = tmp_path_factory.mktemp("launch") / "run"
-  for stage in ("warmup", "poison", "teach"):
-    assert w2s(CONFIG, f"--workdir={workdir}", *SHORT, f"--stage={stage}").returncode == 0
-  return workdir
-
-
 def compiled_steps(workdir):
   """What XLA compiled of the training step so far, for this workdir and those beside it."""
   return {f.name for f in (workdir.parent / ".w2s_cache/xla").glob("jit_steps-*-cache")}
@@ -102,10 +92,10 @@ DEFEND = ("--stage=defend", "--config.defenses=('w2s',)", "--config.defend.epoch
 
 
 @pytest.mark.slow
-def test_two_processes_of_four_devices_are_one_device(poisoned):
+def test_two_processes_of_four_devices_are_one_device(tiny_run, tmp_path):
   """Twenty steps through launch/local.sh: the losses of one process with one device, and one compiled step."""
   flags = [*(f for f in SHORT if "defend.max_steps" not in f), *DEFEND]
-  alone, together = (before_the_defenses(poisoned, poisoned.with_name(name)) for name in ("alone", "together"))
+  alone, together = (before_the_defenses(tiny_run, tmp_path / name) for name in ("alone", "together"))
   assert w2s(CONFIG, f"--workdir={alone}", *flags).returncode == 0
   before = compiled_steps(together)
   out = subprocess.run(["launch/local.sh", "2", CONFIG, f"--workdir={together}", *flags, "--config.mesh.data=2",
@@ -146,9 +136,9 @@ def start_two(workdir, port):
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_processes_stops_both(poisoned):
+def test_sigterm_to_one_of_two_processes_stops_both(tiny_run, tmp_path):
   """At the same step, saved, each with exit code 143."""
-  workdir = before_the_defenses(poisoned, poisoned.with_name("preempted"))
+  workdir = before_the_defenses(tiny_run, tmp_path / "preempted")
   both = start_two(workdir, 28171)
   both[1].send_signal(signal.SIGTERM)
   assert [process.wait(120) for process in both] == [143, 143], (workdir / "stderr").read_text()
@@ -163,9 +153,9 @@ def test_sigterm_to_one_of_two_processes_stops_both(poisoned):
 
 
 @pytest.mark.slow
-def test_where_one_of_two_processes_is_killed_the_other_stops(poisoned):
+def test_where_one_of_two_processes_is_killed_the_other_stops(tiny_run, tmp_path):
   """Within a minute, with a code that is not 0 and a line that says why."""
-  workdir = before_the_defenses(poisoned, poisoned.with_name("killed"))
+  workdir = before_the_defenses(tiny_run, tmp_path / "killed")
   both = start_two(workdir, 28173)
   both[1].send_signal(signal.SIGKILL)
   start = time.monotonic()
