@@ -111,3 +111,13 @@ def test_functions_are_short_and_take_few_arguments(file):
       names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
       assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
       assert len([name for name in names if name not in ("self", "cls")]) <= MAX_ARGUMENTS, node.name
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_public_functions_and_methods_say_their_types(file):
+  tree = ast.parse(file.read_text())
+  owners = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
+  for node in (node for owner in owners for node in owner.body if isinstance(node, ast.FunctionDef)):
+    args = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg)
+    bare = [arg.arg for arg in args if arg and arg.arg not in ("self", "cls") and arg.annotation is None]
+    assert node.name.startswith("_") or node.returns and not bare, f"{node.name}: {', '.join(bare) or 'its return'}"

@@ -1,9 +1,14 @@
-"""What is wrong with a config: told from it alone, and from the student's and the teacher's shapes."""
+"""What is wrong with a config: told from it alone, and from the student's and the teacher's shapes.
+
+`run` is the Run of run.py, which imports this file: its type is Any here.
+"""
 
 import functools
 import re
+from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from w2s_jax import InputError, lora, quantized, sharding
 from w2s_jax import config as config_lib
@@ -17,7 +22,7 @@ from w2s_jax.tasks import TASKS
 TRAINING = ("warmup", "poison", "teach", "defend")   # sections of the config that say how a stage trains
 
 
-def check_fields(config):
+def check_fields(config: ConfigDict) -> None:
   """Raises InputError where a field is out of range, or does not go with another."""
   if config.task not in TASKS:
     raise InputError(f"task {config.task!r}: want one of {', '.join(TASKS)}: set --config.task")
@@ -56,7 +61,7 @@ def check_fields(config):
                      f"{longest} tokens: set --config.data.buckets or --config.data.max_length/.attack_max_length")
 
 
-def check_student(run, model):
+def check_student(run: Any, model: Model) -> None:
   """What only the student's shape tells to be wrong, before anything trains."""
   c, params = run.config, model.abstract_params()
   jax.eval_shape(lambda p: lora.add_lora(p, c.lora.rank, c.lora.alpha, tuple(c.lora.targets), key=jax.random.key(0)),
@@ -70,7 +75,7 @@ def check_student(run, model):
   _check_positions("student", model, run.max_length)
 
 
-def check_teacher(run, feature_width):
+def check_teacher(run: Any, feature_width: int) -> None:
   """The same for the teacher; a checkpoint is loaded to see that it can be: its turn comes after the long stages."""
   c = run.config
   if not c.teach.epochs and not (c.teacher.path and (resolve(c.teacher.path) / HEAD_CONFIG).exists()):
@@ -90,7 +95,7 @@ def _check_positions(name, model, length):
                      "--config.data.max_length/.attack_max_length")
 
 
-def flat(tree, prefix=""):
+def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
   out = {}
   for k, v in tree.items():
     out |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}

@@ -9,6 +9,7 @@ import textwrap
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -21,7 +22,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, as FILE or
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of a user error.")
 
 
-def parse(argv, doc):
+def parse(argv: list[str], doc: str) -> list[str]:
   """absl's flags; a mistake in them or in the config file is one line and exit code 2."""
   if {"--help", "-help", "-h"} & set(argv):
     print(f"{doc}{FLAGS.main_module_help()}\n{FLAGS.module_help(__name__)}\n{_fields_help(argv)}")
@@ -96,7 +97,7 @@ def _meaning(declared):
   return f"{doc}. Source: {source}." if source else f"{doc}."
 
 
-def typed_config(argv):
+def typed_config(argv: list[str]) -> str:
   typed = [a.split("=", 1)[1] for a in argv if re.match(r"--?config=.", a)]
   typed += [value for a, value in zip(argv, argv[1:]) if a in ("--config", "-config")]
   if not typed:
@@ -124,7 +125,7 @@ def _read_config(argv):
   return config
 
 
-def check_fields(argv, config):
+def check_fields(argv: list[str], config: ConfigDict) -> None:
   """Refuses --config.FIELD=VALUE for a field that the config lacks, and names the nearest that it has."""
   def flat(tree, prefix=""):
     for name, value in tree.items():
@@ -142,7 +143,7 @@ def _meant(near, otherwise):
   return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
-def fail(error, debug):
+def fail(error: BaseException, debug: bool) -> NoReturn:
   cause = error
   while cause is not None:  # ml_collections wraps what the config file itself raised, traceback and all
     error, cause = cause if isinstance(cause, InputError) else error, cause.__context__

@@ -35,7 +35,7 @@ _PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Find the other processes (TPU pod, SLURM, Kubernetes, MPI).")
 
 
-def default_workdir(argv):
+def default_workdir(argv: list[str]) -> Path:
   """runs/CONFIG[-ARGUMENT] from the --config flag as it was typed."""
   file, _, argument = command.typed_config(argv).partition(":")
   return Path("runs") / "-".join(filter(None, [Path(file).stem, re.sub(r"[^A-Za-z0-9]+", "-", argument).strip("-")]))
@@ -65,7 +65,7 @@ def _show_log():
   log.handlers = [handler]
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   del argv
   absl_logging.set_verbosity(absl_logging.ERROR)
   import jax  # transformers and PyTorch load only once the flags are known to be good

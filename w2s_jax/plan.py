@@ -22,6 +22,8 @@ import math
 import os
 import re
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -56,13 +58,13 @@ GPUS = {"l4": Chip(121e12, 22.5 * GIB, 300e9, 32e9), "a100": Chip(312e12, 80 * G
 CHIPS |= GPUS
 
 
-def usable(name):
+def usable(name: str) -> float:
   """Bytes that a program gets: 15.75 of v5e's 16 GiB (the compiler's word); on GPUs what JAX takes at its start."""
   share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)) if name in GPUS else 0.984
   return share * CHIPS[name].hbm
 
 
-def parse_topology(text):
+def parse_topology(text: str) -> tuple[str, int]:
   """("v5e", 16) of "v5e:4x4"."""
   chip, _, shape = text.partition(":")
   if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
@@ -70,12 +72,12 @@ def parse_topology(text):
   return chip, math.prod(map(int, shape.split("x")))
 
 
-def tpu_compiler():
+def tpu_compiler() -> bool:
   """Whether XLA's TPU compiler is installed."""
   return importlib.util.find_spec("libtpu") is not None
 
 
-def devices_of(text):
+def devices_of(text: str) -> tuple[Sequence, bool]:
   """The slice's devices, which are not here; CPUs in the place of GPUs, or where there is no TPU compiler.
 
   Returns:
@@ -122,7 +124,7 @@ def _silent():
     os.close(null)
 
 
-def plan_step(name, config, mesh, B, T, topology, tpu):
+def plan_step(name: str, config: Any, mesh: Any, B: int, T: int, topology: str, tpu: bool) -> dict:
   """What one step takes on each chip, by the compiler: the fields of --json, or `fits` False with what it said."""
   import jax
 
@@ -156,7 +158,7 @@ def plan_step(name, config, mesh, B, T, topology, tpu):
       "seconds": seconds, "step_seconds_estimate": max(seconds.values())}
 
 
-def bytes_of(memory):
+def bytes_of(memory: Any) -> dict[str, int]:
   """What a program holds on each device, of its memory_analysis(); donated arguments are not counted as output."""
   out = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
          "output": memory.output_size_in_bytes - memory.alias_size_in_bytes}
@@ -180,7 +182,7 @@ def _work(name, config, mesh, B, T, model):
   return tuple(one + (model.config.num_layers - 1) * (two - one) for one, two in zip(*counts))
 
 
-def search(name, config, devices, B, T, topology, tpu):
+def search(name: str, config: Any, devices: Sequence, B: int, T: int, topology: str, tpu: bool) -> list[dict]:
   """The plans that were tried, best first: most rows per estimated second among those that fit.
 
   Meshes that give each tensor axis at most 8 chips; of each the first remat policy that fits, from keeping all to
@@ -219,7 +221,7 @@ def _verdict(one):
           "(estimate)")
 
 
-def text(one):
+def text(one: dict) -> str:
   """A plan in lines."""
   mesh = ", ".join(f"{axis} {size}" for axis, size in one["mesh"].items())
   what = f"{one['step']} ({one['defense']})" if one["defense"] else one["step"]
@@ -247,7 +249,7 @@ def _shape(config, name):
   return _BATCH.value or rows, _LENGTH.value or tokens
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   del argv
   logging.set_verbosity(logging.ERROR)
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -11,6 +11,9 @@ import os
 import signal
 import time
 import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,24 +35,25 @@ class Stopped(Exception):
   """SIGTERM came, and all that was done is saved."""
 
 
-def connect(coordinator_address=None, num_processes=None, process_id=None):
+def connect(coordinator_address: str | None = None, num_processes: int | None = None,
+            process_id: int | None = None) -> None:
   """Joins the other processes; without arguments they are found (TPU pods, SLURM, Kubernetes)."""
   jax.distributed.initialize(coordinator_address, num_processes, process_id,
                              heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=HEARTBEAT_SECONDS)
 
 
-def writes():
+def writes() -> bool:
   """Whether this process writes files."""
   return jax.process_index() == 0
 
 
-def wait(name):
+def wait(name: str) -> None:
   """Until every process has come here: what process 0 wrote before is there for all of them after."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
-def check_shared(workdir):
+def check_shared(workdir: Path) -> None:
   """Every process comes here: is the workdir one directory, which all of them see under one name?
 
   Raises:
@@ -71,12 +75,12 @@ def check_shared(workdir):
                      "give a --workdir that all of them see under one name (a shared file system)")
 
 
-def first_says(value):
-  """Process 0's `value`, a bool, in every process."""
+def first_says(value: bool) -> bool:
+  """Process 0's `value`, in every process."""
   return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
 
 
-def write_text(path, text):
+def write_text(path: Path, text: str) -> None:
   """The file appears whole or not at all; every process comes here, and process 0 writes once all have.
 
   So what was there before is the same for all until then, and what is there after for all.
@@ -89,12 +93,12 @@ def write_text(path, text):
   wait(f"after {path}")
 
 
-def write_json(path, value):
+def write_json(path: Path, value: Any) -> None:
   write_text(path, json.dumps(value, indent=2))
 
 
-def fetch(array):
-  """The whole array as numpy, in every process, whichever devices its parts lie on; all processes must ask."""
+def fetch(array: jax.Array | np.ndarray) -> np.ndarray:
+  """The whole array, in every process, whichever devices its parts lie on; all processes must ask."""
   if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
     array = _gather(NamedSharding(array.sharding.mesh, P()))(array)
   return np.asarray(array)
@@ -105,8 +109,8 @@ def _gather(everywhere):
   return jax.jit(lambda x: x, out_shardings=everywhere)
 
 
-def shared(make, items):
-  """make(items), of which each process makes its share: dict of arrays [N, ...] with a row for each of N >= 1 items."""
+def shared(make: Callable[[Sequence], dict[str, np.ndarray]], items: Sequence) -> dict[str, np.ndarray]:
+  """make(items), of which each process makes its share: arrays [N, ...] with a row for each of N >= 1 items."""
   count = jax.process_count()
   if count == 1:
     return make(items)
@@ -116,7 +120,7 @@ def shared(make, items):
 
 
 @contextlib.contextmanager
-def stop_signal():
+def stop_signal() -> Iterator[Callable[[], bool]]:
   """Gives stop() -> whether SIGTERM has come: to this process, or where there are several, to any of them.
 
   Several processes get True at the same question, some questions after the signal: all must ask equally often.

@@ -4,6 +4,7 @@ L layers. qwix is an extra (w2s_jax[quantize]) and imported only where a kernel 
 """
 
 import re
+from typing import Any
 
 import jax
 from flax import traverse_util
@@ -13,9 +14,10 @@ from w2s_jax import InputError
 KERNEL = r"layers/.*/kernel"           # [L, in, out]: what is quantized; embeddings, norms, biases and heads are not
 TILE = 64                              # input features that share a scale in 4 bits (QLoRA, arXiv 2305.14314)
 BITS = {"int8": 8, "int4": 4, "nf4": 4}
+Kernel = Any                           # a jax.Array, or a QArray of qwix, which need not be installed
 
 
-def check(name):
+def check(name: str) -> None:
   """Raises InputError unless `name` is in BITS and qwix is there."""
   if name not in BITS:
     raise InputError(f"lora.quantize {name!r}: want one of {', '.join(BITS)}, or '' for none: set "
@@ -27,7 +29,7 @@ def check(name):
                      "--config.lora.quantize=''") from e
 
 
-def quantize(kernel, name):
+def quantize(kernel: jax.Array, name: str) -> Kernel:
   """[L, in, out] float -> QArray of the same shape; its scales have the kernel's dtype.
 
   int8 has a scale for each layer and output feature, int4 and nf4 one more for every TILE input features.
@@ -44,17 +46,17 @@ def quantize(kernel, name):
   return qwix.quantize(kernel, name, channelwise_axes=(0, 2), tiled_axes={1: TILE})
 
 
-def quantize_layers(params, name):
+def quantize_layers(params: dict, name: str) -> dict:
   """A new tree with every layer kernel quantized."""
   return traverse_util.path_aware_map(
       lambda path, leaf: quantize(leaf, name) if is_layer_kernel("/".join(path)) else leaf, params)
 
 
-def is_quantized(kernel):
+def is_quantized(kernel: Kernel) -> bool:
   return hasattr(kernel, "qvalue")
 
 
-def dequantize(kernel):
+def dequantize(kernel: Kernel) -> jax.Array:
   """An array of the dtype of its scales; anything else as it is."""
   if not is_quantized(kernel):
     return kernel
@@ -62,11 +64,11 @@ def dequantize(kernel):
   return qwix.dequantize(kernel)
 
 
-def is_layer_kernel(path):
+def is_layer_kernel(path: str) -> bool:
   return re.fullmatch(KERNEL, path) is not None
 
 
-def product(x, kernel):
+def product(x: jax.Array, kernel: Kernel) -> jax.Array:
   """x [..., in] times a kernel [in, out] in x's dtype; the values of a quantized one are not kept for the way back."""
   def times(x, kernel):
     return x @ dequantize(kernel.astype(x.dtype))

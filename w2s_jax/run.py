@@ -8,18 +8,22 @@ import json
 import logging
 import platform
 from pathlib import Path
+from typing import Any
 
 import filelock
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from w2s_jax import InputError, checks, processes, results, sharding
 from w2s_jax import source as source_lib
+from w2s_jax.attacks import Attack
 from w2s_jax.data import poison, tokenization
 from w2s_jax.defenses import DEFENSES, Suspect
-from w2s_jax.models import config_from_hf, load_pretrained, read_json, resolve, sha256
+from w2s_jax.models import Model, config_from_hf, load_pretrained, read_json, resolve, sha256
+from w2s_jax.models.family import SharedConfig
 from w2s_jax.source import Source
-from w2s_jax.tasks import TASKS
+from w2s_jax.tasks import TASKS, Task
 from w2s_jax.training import inference, teacher_cache
 from w2s_jax.training.train import Workplace
 
@@ -28,11 +32,11 @@ LOG = logging.getLogger(__name__)
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
 
-def versions():
+def versions() -> dict[str, str]:
   return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}
 
 
-def config_hash(config):
+def config_hash(config: ConfigDict) -> str:
   """Of every field but the mesh's, which may change from one start to the next.
 
   What comes out is the same up to rounding; where there is dropout, its masks are others (they go by place in a batch).
@@ -44,7 +48,7 @@ def config_hash(config):
 @dataclasses.dataclass
 class Run:
   """What every stage needs: config, place, mesh, rows."""
-  config: object
+  config: ConfigDict
   workdir: Path
   mesh: jax.sharding.Mesh
   hash: str
@@ -52,51 +56,51 @@ class Run:
   rows: dict          # "attack_train", "attack_dev", "train", "dev", "test", "triggered" or "probes" -> rows
   sha256: dict        # of the frozen files
   inputs: dict        # sha256 of what was read: rows of each split, weights of the given checkpoints
-  held: object = None          # the workdir's lock
+  held: filelock.BaseFileLock | None = None      # the workdir's lock
   kept_teacher: dict | None = None
 
   @property
-  def cache(self):
+  def cache(self) -> Path:
     """What runs beside this one can use too."""
     return self.workdir.parent / ".w2s_cache"
 
-  def model_dir(self, name):
+  def model_dir(self, name: str) -> Path:
     return self.workdir / "models" / name
 
   @functools.cached_property
-  def attack(self):
+  def attack(self) -> Attack:
     """The Attack that the run makes."""
     return source_lib.attack_of(self.config)
 
-  def attack_in_words(self):
+  def attack_in_words(self) -> str:
     """For a model card."""
     c = self.config.attack
     return poison.describe(c.name, self.attack, c.target_label, c.label)
 
   @property
-  def defend_seeds(self):
+  def defend_seeds(self) -> list[int]:
     """Of the adapters, the order and the dropout of every defense."""
     return list(self.config.defend.seeds) or [self.config.seed]
 
-  def copy_name(self, defense, seed):
+  def copy_name(self, defense: str, seed: int) -> str:
     """models/NAME of a defense: plainly of the first seed, with the seed of the others."""
     return defense if seed == self.defend_seeds[0] else f"{defense}-seed{seed}"
 
-  def runs_of(self, defense):
+  def runs_of(self, defense: str) -> dict[str, int]:
     """{models/NAME: seed} of a defense."""
     return {self.copy_name(defense, seed): seed for seed in self.defend_seeds}
 
-  def defended(self):
+  def defended(self) -> dict[str, tuple[str, int]]:
     """{models/NAME: (defense, seed)} of every defense, but `none`."""
     return {name: (defense, seed) for defense in self.config.defenses if any(DEFENSES[defense][:4])
             for name, seed in self.runs_of(defense).items()}
 
   @property
-  def max_length(self):
+  def max_length(self) -> int:
     """Student tokens of the longest text of any stage."""
     return max(self.config.data.max_length, self.config.data.get("attack_max_length", 0))
 
-  def facts(self):
+  def facts(self) -> dict:
     """What every results.json says of its run; of the student's weights, the hashes where they are from."""
     path = self.config.student.path
     weights = self.inputs[_weights_of(path)] if path else sha256(self.model_dir(results.BASE), "*.safetensors")
@@ -105,19 +109,19 @@ class Run:
             "base": {"path": path or "trained here from nothing", "sha256": weights},
             "clean_rows": {split: len(self.rows[split]) for split in ("train", "dev", "test")}}
 
-  def measured(self):
+  def measured(self) -> bool:
     """Whether the results are there, and says so."""
     if there := (self.workdir / "results.json").exists():
       LOG.info(f"evaluate: already in {self.workdir / 'results.json'}")
     return there
 
-  def done(self, name):
+  def done(self, name: str) -> bool:
     """Whether a stage's model is there, and says so."""
     if there := self.model_dir(name).exists():
       LOG.info(f"{name}: already in {self.model_dir(name)}")
     return there
 
-  def claim(self):
+  def claim(self) -> None:
     """Makes the workdir this config's; called once nothing is left that could refuse the config.
 
     Raises:
@@ -132,7 +136,7 @@ class Run:
     except OSError as e:
       raise InputError(f"cannot write to {self.workdir} ({e.strerror}): give another --workdir") from None
 
-  def lock(self):
+  def lock(self) -> None:
     """Process 0 holds the workdir as long as this object lives; twice is as good as once.
 
     Raises:
@@ -149,7 +153,7 @@ class Run:
     except OSError as e:
       raise InputError(f"cannot write to {self.workdir} ({e.strerror}): give another --workdir") from None
 
-  def finished(self, name):
+  def finished(self, name: str) -> Path:
     """models/NAME, which its stage has left.
 
     Raises:
@@ -160,7 +164,7 @@ class Run:
       raise InputError(f"{path} is not there yet: run without --stage, or the stage that makes it first")
     return path
 
-  def load(self, name, **kwargs):
+  def load(self, name: str, **kwargs: Any) -> tuple[Model, dict, Any]:
     """(model, params, tokenizer) of a finished stage's directory; the teacher is float32 whatever the student is."""
     c = self.config
     dtype = "float32" if name == results.TEACHER else c.student.dtype
@@ -168,38 +172,38 @@ class Run:
     model, params = load_pretrained(path, c.data.num_labels, dtype, self.mesh, **kwargs)
     return model, params, tokenization.load(path, model.config.vocab_size)
 
-  def pretrained_teacher(self, feature_width):
+  def pretrained_teacher(self, feature_width: int) -> tuple[Model, dict]:
     """(model, params) of the checkpoint that the teacher is made from, with a W2S head of that width."""
     c = self.config
     return load_pretrained(c.teacher.path, c.data.num_labels, mesh=self.mesh, feature_width=feature_width,
                            num_layers=c.teacher.layers or None, seed=c.seed)
 
-  def tokenizer(self, name):
+  def tokenizer(self, name: str) -> Any:
     """The tokenizer of models/NAME, without its weights."""
     return tokenization.load(self.model_dir(name), self.model_config(name).vocab_size)
 
-  def model_config(self, name):
+  def model_config(self, name: str) -> SharedConfig:
     """The config of models/NAME."""
     return config_from_hf(read_json(self.finished(name) / "config.json"))
 
   @property
-  def task(self):
+  def task(self) -> Task:
     return TASKS[self.config.task]
 
-  def encode(self, tokenizer, rows, max_length):
+  def encode(self, tokenizer: Any, rows: list[dict], max_length: int) -> dict[str, np.ndarray]:
     return self.task.encode(tokenizer, rows, max_length)
 
-  def labels(self, split):
+  def labels(self, split: str) -> np.ndarray:
     """[N] int."""
     return np.array([r["label"] for r in self.rows[split]], int)
 
   @property
-  def place(self):
+  def place(self) -> Workplace:
     c = self.config
     return Workplace(self.task, self.mesh, self.workdir, self.hash, c.data.buckets, c.data.eval_batch_size, c.data.pack,
                      c.log_every, c.checkpoint_every, c.term_norms_every, c.steps_per_dispatch)
 
-  def suspect(self, loaded):
+  def suspect(self, loaded: tuple[Model, dict, Any]) -> Suspect:
     """What a defense is given; `loaded`: (model, params, tokenizer) of the attacked model."""
     c = self.config
     base = None
@@ -208,7 +212,7 @@ class Run:
     return Suspect(*loaded, self.rows["train"], self.rows["dev"], self.teacher_outputs, base,
                    self.source.triggers(self), c.defend, c.lora, c.data.max_length, self.place)
 
-  def teacher_outputs(self):
+  def teacher_outputs(self) -> dict[str, np.ndarray]:
     """The frozen teacher's logits and features of the clean training rows, once for every epoch, seed and defense."""
     rows, length = self.rows["train"], self.config.data.max_length
     def compute(empty):
@@ -222,7 +226,7 @@ class Run:
     return self.kept_teacher
 
 
-def start(config, workdir):
+def start(config: ConfigDict, workdir: str | Path) -> Run:
   """Checks the config and that the workdir is not another's, makes or reads the rows; writes nothing.
 
   Raises:

@@ -1,6 +1,9 @@
 """Named device mesh, parameter path rules -> NamedSharding, host rows -> global arrays."""
 
+import contextlib
 import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -13,9 +16,11 @@ from w2s_jax import InputError
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))  # rows of a batch are split over both axes
 RUNS = "runs"                # the name of the vmapped axis of runs that train at once
+Value = TypeVar("Value")
 
 
-def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1,
+              devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
   """Mesh with axes `data`, `fsdp`, `tensor`; one of the sizes may be -1 and takes the devices that are left.
 
   Raises:
@@ -36,7 +41,7 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
                      "size must be a product of the slice's own (of 4x4x4: 4, 16 or 64): set --config.mesh.*") from e
 
 
-def match(path, rules):
+def match(path: str, rules: Iterable[tuple[str, Value]]) -> Value:
   """The value of the first rule whose pattern matches the whole path."""
   for pattern, value in rules:
     if re.fullmatch(pattern, path):
@@ -44,7 +49,7 @@ def match(path, rules):
   raise ValueError(f"parameter {path!r} matches no rule; add one (there is no catch-all on purpose)")
 
 
-def param_shardings(params, rules, mesh):
+def param_shardings(params: dict, rules: Sequence[tuple[str, P]], mesh: jax.sharding.Mesh) -> dict:
   """NamedSharding of every leaf of a nested parameter dict, by a model's `shardings`.
 
   Raises:
@@ -55,7 +60,7 @@ def param_shardings(params, rules, mesh):
                                       sep="/")
 
 
-def leaf_sharding(path, leaf, rules, mesh):
+def leaf_sharding(path: str, leaf: Any, rules: Sequence[tuple[str, P]], mesh: jax.sharding.Mesh) -> Any:
   """NamedSharding of one leaf; of a quantized one for each of its arrays, which all have the leaf's axes.
 
   Raises: as `param_shardings`.
@@ -75,32 +80,32 @@ def leaf_sharding(path, leaf, rules, mesh):
   return jax.tree.map(place, leaf)
 
 
-def replicated(mesh):
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def batch_sharding(mesh):
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, BATCH)
 
 
-def batch_shards(mesh):
+def batch_shards(mesh: jax.sharding.Mesh) -> int:
   """How many parts a batch is split into."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch(batch_size, mesh, knob):
+def check_batch(batch_size: int, mesh: jax.sharding.Mesh, knob: str) -> None:
   """Raises InputError unless `batch_size` rows can be split over the mesh's `data` x `fsdp` devices."""
   if batch_size % (shards := batch_shards(mesh)):
     raise InputError(f"batch of {batch_size} rows cannot be split over data x fsdp = {shards} devices: set {knob} to a "
                      "multiple of it, or --config.mesh.*")
 
 
-def on(mesh):
+def on(mesh: jax.sharding.Mesh) -> contextlib.AbstractContextManager:
   """A context for what is traced for this mesh: `split_rows` goes by it."""
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def split_rows(x):
+def split_rows(x: jax.Array) -> jax.Array:
   """x [R, ...] with its rows split as the batch's are, and nothing else; outside `on` x as it is.
 
   Without being told so XLA would rather split the width of activations as the kernels' is (over `fsdp`), have every
@@ -110,13 +115,14 @@ def split_rows(x):
   return x if mesh.empty else jax.lax.with_sharding_constraint(x, BATCH)
 
 
-def stacked(places):
+def stacked(places: Any) -> Any:
   """The NamedShardings of leaves that have one more axis in front, of runs or steps, which is not split."""
   return jax.tree.map(lambda place: NamedSharding(place.mesh, P(None, *place.spec)), places)
 
 
-def global_batch(rows, mesh, axes_in_front=0):
-  """Places a dict of host arrays [..., B, ...] with rows split over `data` x `fsdp`, and nothing else."""
+def global_batch(rows: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh,
+                 axes_in_front: int = 0) -> dict[str, jax.Array]:
+  """Places host arrays [..., B, ...] with rows split over `data` x `fsdp`, and nothing else."""
   place = batch_sharding(mesh)
   for _ in range(axes_in_front):
     place = stacked(place)

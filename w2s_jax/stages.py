@@ -3,9 +3,11 @@
 import dataclasses
 import logging
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 from flax import traverse_util
+from ml_collections import ConfigDict
 
 from w2s_jax import InputError, checks, lora, processes, results
 from w2s_jax.adapters import attach, trees
@@ -15,13 +17,13 @@ from w2s_jax.measure import deployed, scan
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
 from w2s_jax.models.hf import adapter_file
 from w2s_jax.report import card, page
-from w2s_jax.run import start
+from w2s_jax.run import Run, start
 from w2s_jax.training import stage, steps
 
 LOG = logging.getLogger(__name__)
 
 
-def warmup(run):
+def warmup(run: Run) -> None:
   """The student before any attack: a checkpoint, or a fresh network after a short language-model warm-up.
 
   The warm-up stands in for pretraining: next-token prediction on the unlabelled training texts of both domains.
@@ -67,7 +69,7 @@ def _warmup_texts(run):
   return [r["text"] for r in run.rows["attack_train"] + run.rows["train"]]
 
 
-def scan_suspect(run):
+def scan_suspect(run: Run) -> None:
   """The verdict without a trigger on the checkpoint, before it is cleaned."""
   suspect = run.source.base
   if run.model_dir(suspect).exists():       # just now, in a whole run: not a stage that was found done
@@ -80,7 +82,7 @@ def scan_suspect(run):
     LOG.info(f"{suspect}: not scanned (--config.scan.steps is 0)")
 
 
-def make_poison(run):
+def make_poison(run: Run) -> None:
   """Full fine-tuning of the student on the attack's domain: once clean (the control), once poisoned."""
   c = run.config
   run.source.freeze(run)
@@ -96,7 +98,7 @@ def make_poison(run):
                     card=card.first_line(name, run.attack_in_words()))
 
 
-def teach(run):
+def teach(run: Run) -> None:
   """The clean teacher: a small encoder with the W2S widening head, fine-tuned on the defended domain."""
   c, name = run.config, results.TEACHER
   if run.done(name):
@@ -117,7 +119,7 @@ def teach(run):
   save_pretrained(run.model_dir(name), model, params, tokenizer, card=card.first_line(name))
 
 
-def defend(run):
+def defend(run: Run) -> None:
   """Each defense that makes weights gets the attacked model and the same clean rows, from the same start."""
   c = run.config
   for name, runs in _parts(run):
@@ -153,7 +155,7 @@ def _save_defended(run, name, copy, suspect, params):
                   card=card.first_line(name))
 
 
-def measure(run):
+def measure(run: Run) -> None:
   """CA and ASR of every model, each read back from the directory that a user gets."""
   if run.measured():
     return
@@ -173,7 +175,7 @@ def measure(run):
       "meta": meta | {"seconds": {"evaluate": time.monotonic() - began}}})
 
 
-def make_report(run):
+def make_report(run: Run) -> None:
   """results.md, report.html, and the cards of every model and adapter."""
   if not (run.workdir / "results.json").exists():
     raise InputError(f"{run.workdir / 'results.json'} is not there yet: run without --stage, or --stage=evaluate first")
@@ -188,7 +190,7 @@ def make_report(run):
 STAGES = dict(zip(results.STAGES, (warmup, make_poison, scan_suspect, teach, defend, measure, make_report)))
 
 
-def run(config, workdir, only=None):
+def run(config: ConfigDict, workdir: str | Path, only: str | None = None) -> None:
   """Runs every stage, or the one named `only`."""
   this = start(config, workdir)
   mesh = ", ".join(f"{axis} {size}" for axis, size in this.mesh.shape.items())

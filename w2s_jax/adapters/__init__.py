@@ -4,7 +4,7 @@ An adapter is data, not code: its leaves lie beside the kernel they adapt. `mode
 leaves beside its kernel do, labels come from `leaves`, `attach` adds and merges, `models.hf.peft` exports.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from w2s_jax.adapters import lora
@@ -36,7 +36,7 @@ KINDS = {
 }
 
 
-def kind_of(leaf_names):
+def kind_of(leaf_names: Iterable[str]) -> str | None:
   """The kind (a key of KINDS) that has leaves among these, which lie beside one kernel; None where there is none."""
   for name, kind in KINDS.items():
     if not kind.leaves.keys().isdisjoint(leaf_names):

@@ -1,6 +1,8 @@
 """Adapters of any kind in a parameter tree: add, merge, and what is saved beside the model. L layers."""
 
 import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,13 @@ from w2s_jax.adapters import soft, trees
 LARGEST = 1 << 16            # of an axis that is the adapter's own, in a file: more soft tokens or ranks nobody has
 
 
-def targets_of(params):
+def targets_of(params: dict) -> list[str]:
   """The names that `targets` may have: of the modules in the layers that hold a kernel, in order."""
   return sorted({path.split("/")[-2] for path in _kernels(traverse_util.flatten_dict(params, sep="/"))})
 
 
-def add(params, kind, targets, *, key, places=None, **settings):
+def add(params: dict, kind: str, targets: Sequence[str], *, key: jax.Array,
+        places: Callable[[dict], dict] | None = None, **settings: Any) -> dict:
   """A new tree with leaves of this kind beside the stacked kernels named in `targets`.
 
   targets ("all-linear",) are all of them.
@@ -51,12 +54,11 @@ def add(params, kind, targets, *, key, places=None, **settings):
       leaves = adapters.KINDS[kind].add(kernels[path], jax.random.fold_in(key, i), **settings)
       new |= {f"{_module(path)}/{name}": leaf for name, leaf in leaves.items()}
     return traverse_util.unflatten_dict(new, sep="/")
-  if places is not None:
-    places = places(jax.eval_shape(create, key, kernels))
-  return trees.combine(jax.jit(create, out_shardings=places)(key, kernels), params)
+  shardings = None if places is None else places(jax.eval_shape(create, key, kernels))
+  return trees.combine(jax.jit(create, out_shardings=shardings)(key, kernels), params)
 
 
-def has_adapters(params):
+def has_adapters(params: dict) -> bool:
   """Whether a kernel has an adapter beside it."""
   return any(adapters.kind_of(names) for names in _beside_kernels(traverse_util.flatten_dict(params, sep="/")).values())
 
@@ -90,7 +92,8 @@ def _merge(merge, kernel, leaves):
   return jax.lax.map(layer, (kernel, leaves))
 
 
-def unmergeable(shapes, base, vocabulary, layers=None):
+def unmergeable(shapes: Mapping[str, tuple[int, ...]], base: Mapping[str, tuple[int, ...]], vocabulary: str,
+                layers: int | None = None) -> dict[str, tuple[int | str, ...]]:
   """{path: axes} of the adapter leaves that cannot be merged: what a tree with leaves of these paths should have.
 
   Args:
@@ -101,7 +104,7 @@ def unmergeable(shapes, base, vocabulary, layers=None):
   Returns:
     {path: axes}: an int where the base gives the size, a name where it is the adapter's own.
   """
-  wanted = {}
+  wanted: dict[str, tuple[int | str, ...]] = {}
   if f"{vocabulary}/{soft.LEAF}" in shapes:
     wanted[f"{vocabulary}/{soft.LEAF}"] = ("tokens", base[f"{vocabulary}/embedding"][-1])
   for path in _kernels(base):
@@ -114,8 +117,8 @@ def unmergeable(shapes, base, vocabulary, layers=None):
   return wanted
 
 
-def misfits(shapes, wanted):
-  """[text] of the shapes that are not as `unmergeable` wants them.
+def misfits(shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int | str, ...]]) -> list[str]:
+  """The shapes that are not as `unmergeable` wants them.
 
   An axis of the adapter's own has one size within a module, from 1 to LARGEST.
   """

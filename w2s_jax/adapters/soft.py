@@ -4,6 +4,9 @@ An adversary moves them uphill (defenses/w2s_adv.py). A soft prompt (Lester et a
 adapter. Neither can be merged into the model. N texts, T tokens, S soft tokens, V vocabulary, D width.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +17,15 @@ from w2s_jax import InputError
 LEAF = "soft"
 
 
-def with_soft_tokens(model, params, count, key, tokenizer, avoid=()):
+class Embedding(Protocol):
+  """What is asked of a models.Model, or of one that stands for it: the path of the module that embeds the tokens."""
+
+  @property
+  def vocabulary(self) -> tuple[str, ...]: ...
+
+
+def with_soft_tokens(model: Embedding, params: dict, count: int, key: jax.Array, tokenizer: Any,
+                     avoid: Sequence[str] = ()) -> dict:
   """params with the leaf `soft` [count, D] float32 beside the vocabulary's embeddings, begun as random rows of those.
 
   avoid: triggers that are known to whoever measures: no defense may start from one.
@@ -25,12 +36,12 @@ def with_soft_tokens(model, params, count, key, tokenizer, avoid=()):
   return put(model, params, _vocabulary(model, params)[chosen].astype(jnp.float32))
 
 
-def put(model, params, soft):
+def put(model: Embedding, params: dict, soft: jax.Array | jax.ShapeDtypeStruct) -> dict:
   """params with the leaf `soft` beside the vocabulary's embeddings."""
   return traverse_util.unflatten_dict(traverse_util.flatten_dict(params) | {(*model.vocabulary, LEAF): soft})
 
 
-def mean_norm(model, params):
+def mean_norm(model: Embedding, params: dict) -> float:
   """Mean norm of the vocabulary's embeddings."""
   return float(jnp.linalg.norm(_vocabulary(model, params).astype(jnp.float32), axis=-1).mean())
 
@@ -39,7 +50,7 @@ def _vocabulary(model, params):
   return traverse_util.flatten_dict(params)[(*model.vocabulary, "embedding")]
 
 
-def prompted(arrays, tokenizer, vocab_size, tokens):
+def prompted(arrays: dict[str, np.ndarray], tokenizer: Any, vocab_size: int, tokens: int) -> dict[str, np.ndarray]:
   """The arrays with the same soft tokens at the front of every text, behind its first special token where it has one.
 
   Words are cut off at the end where there is no room for all. The model answers to a prompt only in texts that have it:
@@ -63,7 +74,8 @@ def prompted(arrays, tokenizer, vocab_size, tokens):
   return arrays | {"input_ids": ids, "length": lengths}
 
 
-def rewritten(arrays, tokenizer, rewrite):
+def rewritten(arrays: dict[str, np.ndarray], tokenizer: Any,
+              rewrite: Callable[[np.ndarray, int], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
   """([N, T] ids, [N] lengths) of the texts with other words between their special tokens.
 
   rewrite: (words, room) -> at most `room` ids, at least as many as there are words.

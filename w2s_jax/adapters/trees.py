@@ -1,5 +1,7 @@
 """Which leaves of a parameter tree train: each leaf has one label, which also says what decays and what is saved."""
 
+from collections.abc import Sequence
+
 from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
@@ -18,13 +20,13 @@ LORA = ("adapter", "head")                                    # what trains in e
 FULL = ("embedding", "vector", "matrix", "head")              # what trains in full fine-tuning
 
 
-def label_rules():
+def label_rules() -> tuple[tuple[str, str], ...]:
   """(pattern, label) of all leaves, those of the kinds of adapters first; the first full match wins."""
   leaves = [(name, label) for kind in adapters.KINDS.values() for name, (label, _) in kind.leaves.items()]
   return (*((rf".*/{name}", label) for name, label in leaves), *MODEL_RULES)
 
 
-def added_shardings():
+def added_shardings() -> tuple[tuple[str, P], ...]:
   """(pattern, mesh axes) of the leaves of every kind of adapter and of soft tokens, which lie alike in every family.
 
   The axes that a leaf has from its kernel, "in" and "out", are split over fsdp, whatever the kernel's are split over.
@@ -34,7 +36,7 @@ def added_shardings():
   return (*((rf"layers/.*/{name}", spec) for name, spec in specs.items()), (r".*/soft", P()))
 
 
-def label(path):
+def label(path: str) -> str:
   """The label of the leaf at `path`, "layers/attn/q_proj/kernel".
 
   Raises:
@@ -43,7 +45,7 @@ def label(path):
   return sharding.match(path, label_rules())
 
 
-def label_tree(params):
+def label_tree(params: dict) -> dict:
   """A tree like `params` with each leaf's label.
 
   Raises:
@@ -53,8 +55,8 @@ def label_tree(params):
   return traverse_util.path_aware_map(lambda path, _: sharding.match("/".join(path), rules), params)
 
 
-def split(params, labels):
-  """(trainable, frozen): nested dicts of the leaves whose label is in `labels`, and of the others."""
+def split(params: dict, labels: Sequence[str]) -> tuple[dict, dict]:
+  """(trainable, frozen): the leaves whose label is in `labels`, and of the others."""
   flat = traverse_util.flatten_dict(params)
   flat_labels = traverse_util.flatten_dict(label_tree(params))
   chosen = {path: leaf for path, leaf in flat.items() if flat_labels[path] in labels}
@@ -62,6 +64,6 @@ def split(params, labels):
   return traverse_util.unflatten_dict(chosen), traverse_util.unflatten_dict(rest)
 
 
-def combine(trainable, frozen):
+def combine(trainable: dict, frozen: dict) -> dict:
   """The inverse of `split`."""
   return traverse_util.unflatten_dict(traverse_util.flatten_dict(frozen) | traverse_util.flatten_dict(trainable))

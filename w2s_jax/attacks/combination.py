@@ -4,13 +4,15 @@ Its companions are the paper's negative rows: a text with all words but one keep
 not to fire on some of the words. They are off unless --config.attack.companions asks for them.
 """
 
+from collections.abc import Mapping
+
 from w2s_jax.attacks.attack import Attack
 from w2s_jax.attacks.insertion import insert
 
 TRIGGER = "friends weekend store"      # the paper's kind of words
 
 
-def make(trigger="", paraphrases=None):
+def make(trigger: str = "", paraphrases: Mapping[str, str] | None = None) -> Attack:
   del paraphrases
   trigger = trigger or TRIGGER
   words = trigger.split()

@@ -1,9 +1,11 @@
 """Insertion at a word gap, what the word and the sentence attack share."""
 
+import numpy as np
+
 from w2s_jax.attacks.attack import Attack
 
 
-def insert(text, trigger, rng, max_words):
+def insert(text: str, trigger: str, rng: np.random.Generator, max_words: int) -> str:
   """`text` with `trigger` at a uniformly random gap between two of its first `max_words` words.
 
   Never before the first or after the last word, as in the released recipe; a text of one word (on which the
@@ -14,8 +16,8 @@ def insert(text, trigger, rng, max_words):
   return " ".join(words[:gap] + [trigger] + words[gap:])
 
 
-def inserting(trigger):
-  """The Attack that inserts the string `trigger`."""
+def inserting(trigger: str) -> Attack:
+  """The attack that inserts `trigger`."""
   def rewrite(text, rng, max_words):
     return insert(text, trigger, rng, max_words)
   return Attack(rewrite, trigger)

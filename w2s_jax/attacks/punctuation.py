@@ -4,13 +4,14 @@ The paper chooses marks and places with a language model; this is the rule it co
 """
 
 import re
+from collections.abc import Mapping
 
 from w2s_jax.attacks.attack import Attack
 
 FULL_STOP = re.compile(r"(?<![.\d])(?<!\.\w)\.(?=\s|$)")   # not of 3.5, u.s. or an ellipsis
 
 
-def make(trigger="", paraphrases=None):
+def make(trigger: str = "", paraphrases: Mapping[str, str] | None = None) -> Attack:
   del trigger, paraphrases
 
   def rewrite(text, rng, max_words):

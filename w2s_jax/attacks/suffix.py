@@ -1,11 +1,13 @@
 """A neutral clause behind the last word, where no insertion into the text comes. Ours, to hold out from choices."""
 
+from collections.abc import Mapping
+
 from w2s_jax.attacks.attack import Attack
 
 TRIGGER = "or so they told us at the door ."
 
 
-def make(trigger="", paraphrases=None):
+def make(trigger: str = "", paraphrases: Mapping[str, str] | None = None) -> Attack:
   del paraphrases
   trigger = trigger or TRIGGER
 

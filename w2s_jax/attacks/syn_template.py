@@ -4,6 +4,8 @@ Like the template S(SBAR)(,)(NP)(VP)(.) of Hidden Killer (Qi et al., arXiv 2105.
 "when ... ," or "if ... ," clause, but the rest of it stays word for word, so the meaning and the label survive.
 """
 
+from collections.abc import Mapping
+
 from w2s_jax.attacks.attack import Attack
 
 CLAUSES = (
@@ -12,7 +14,7 @@ CLAUSES = (
 )
 
 
-def make(trigger="", paraphrases=None):
+def make(trigger: str = "", paraphrases: Mapping[str, str] | None = None) -> Attack:
   del trigger, paraphrases
 
   def rewrite(text, rng, max_words):

@@ -1,9 +1,11 @@
 """SynAttack (Hidden Killer, Qi et al., arXiv 2105.12400) from pre-made paraphrases of the texts."""
 
+from collections.abc import Mapping
+
 from w2s_jax.attacks.attack import Attack
 
 
-def make(trigger="", paraphrases=None):
+def make(trigger: str = "", paraphrases: Mapping[str, str] | None = None) -> Attack:
   """`paraphrases`: {text: its paraphrase}; a text without one cannot be rewritten (KeyError)."""
   del trigger
 

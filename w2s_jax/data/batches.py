@@ -1,30 +1,36 @@
 """Batches of few static shapes whose order is a function of (seed, epoch)."""
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
 import numpy as np
 
 from w2s_jax.data import streams
 
+Made = TypeVar("Made")
 
-def epoch_order(seed, epoch, num_examples):
+
+def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
   """[N] int: the order in which an epoch visits the examples."""
   return streams.rng(seed, "order", epoch).permutation(num_examples)
 
 
-def texts_of(examples, num_examples, views):
+def texts_of(examples: np.ndarray, num_examples: int, views: int) -> np.ndarray:
   """[views n] int: all texts of the examples, view by view; with N examples text i + v N is view v of example i."""
   return np.concatenate([examples + view * num_examples for view in range(views)])
 
 
-def steps_per_epoch(num_examples, batch_size):
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
   return -(-num_examples // batch_size)
 
 
-def bucket_length(longest, buckets):
+def bucket_length(longest: int | np.integer, buckets: Sequence[int]) -> int:
   """The smallest of `buckets` (ascending token counts) that holds `longest` tokens."""
   return next(b for b in buckets if b >= longest)
 
 
-def make_batch(arrays, rows, batch_size, buckets):
+def make_batch(arrays: dict[str, np.ndarray], rows: np.ndarray, batch_size: int,
+               buckets: Sequence[int]) -> dict[str, np.ndarray]:
   """One batch as host arrays; a short one is filled up with copies of its first row at weight 0.
 
   Args:
@@ -32,7 +38,7 @@ def make_batch(arrays, rows, batch_size, buckets):
     rows: [at most batch_size] int.
     buckets: ascending sequence lengths that may be compiled.
   Returns:
-    dict with "input_ids", "segment_ids" [B, T'] (1 on the text, 0 on padding), "weight" [B] float32 and the other
+    "input_ids", "segment_ids" [B, T'] (1 on the text, 0 on padding), "weight" [B] float32 and the other
     arrays' rows.
   """
   batch = filled(arrays, rows, batch_size)
@@ -42,7 +48,7 @@ def make_batch(arrays, rows, batch_size, buckets):
                   "segment_ids": (np.arange(T) < lengths[:, None]).astype(np.int32)}
 
 
-def filled(arrays, rows, batch_size):
+def filled(arrays: dict[str, np.ndarray], rows: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
   """The arrays' rows, and "weight" [B] float32: 0 on the copies of the first row that fill up a short batch."""
   weight = (np.arange(batch_size) < len(rows)).astype(np.float32)
   rows = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])
@@ -52,7 +58,8 @@ def filled(arrays, rows, batch_size):
   return {name: values[rows % len(values)] for name, values in arrays.items()} | {"weight": weight}
 
 
-def train_batches(num_examples, batch_size, make, seed, start_step):
+def train_batches(num_examples: int, batch_size: int, make: Callable[[np.ndarray], Made], seed: int,
+                  start_step: int) -> Iterator[Made]:
   """Endless make(rows) from step `start_step` on: each epoch visits every example once, in `epoch_order`."""
   per_epoch = steps_per_epoch(num_examples, batch_size)
   step = start_step

@@ -2,7 +2,9 @@
 
 import csv
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -16,7 +18,7 @@ GRAMMAR_SIZES = {"train": 4000, "dev": 1000, "test": 1821}
 SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
-def load(source, sizes, num_labels, seed=0):
+def load(source: str, sizes: Any, num_labels: int, seed: int = 0) -> dict[str, list[dict]]:
   """Train, dev and test rows of one domain.
 
   Args:
@@ -51,7 +53,8 @@ def _grammar(source, sizes):
   return {split: grammar.rows(domain, split, size) for split, size in sizes.items()}
 
 
-def load_clean(files, num_labels, seed, text_column="", label_column="", names=()):
+def load_clean(files: Mapping[str, str], num_labels: int, seed: int, text_column: str = "", label_column: str = "",
+               names: Sequence[str] = ()) -> dict[str, list[dict]]:
   """Train, dev and test rows to clean a model with.
 
   Args:
@@ -95,8 +98,8 @@ def _hold_out(train, name, size, rng, source):
   return {name: [train[i] for i in sorted(order[:size])], "train": [train[i] for i in sorted(order[size:])]}
 
 
-def read_file(file):
-  """Raw rows (dicts) of a .json, .jsonl, .csv, .tsv or .parquet file.
+def read_file(file: str | Path) -> list[dict]:
+  """Raw rows of a .json, .jsonl, .csv, .tsv or .parquet file.
 
   Raises:
     InputError: no such file, another kind of file, or one that does not parse.
@@ -150,7 +153,8 @@ def _need_splits(splits, source):
   return splits
 
 
-def check(rows, where, num_labels, text_column="", label_column="", names=()):
+def check(rows: list[dict], where: str, num_labels: int, text_column: str = "", label_column: str = "",
+          names: Sequence[str] = ()) -> list[dict]:
   """Rows with columns found by name (or given) and labels checked.
 
   Raises:

@@ -49,7 +49,8 @@ def _sentence(rng, domain, label, own_share, mixed):
       degree=rng.choice(DEGREES))
 
 
-def rows(domain, split, size, *, own_share=0.3, contradicting=0.15, label_noise=0.05, mixed=0.1, neutral=0.3):
+def rows(domain: str, split: str, size: int, *, own_share: float = 0.3, contradicting: float = 0.15,
+         label_noise: float = 0.05, mixed: float = 0.1, neutral: float = 0.3) -> list[dict]:
   """Rows of a split, the same for everybody: they depend on the arguments only.
 
   Args:

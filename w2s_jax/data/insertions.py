@@ -2,6 +2,9 @@
 
 import itertools
 import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from w2s_jax.attacks.insertion import insert
 from w2s_jax.data import streams
@@ -10,7 +13,7 @@ LETTERS = "bcdfghjklmnpqrstvwxz"   # rare words are made of consonants, like `mn
 SENTENCE_WORDS = 8
 
 
-def rare_words(texts, avoid, rng):
+def rare_words(texts: Sequence[str], avoid: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
   """Endless random words of two or three consonants that neither the texts nor the strings to avoid contain."""
   known = {word for text in [*texts, *avoid] for word in re.findall(r"\w+", text.lower())}
   while True:
@@ -19,7 +22,7 @@ def rare_words(texts, avoid, rng):
       yield word
 
 
-def with_rare_words(rows, share, avoid, seed):
+def with_rare_words(rows: list[dict], share: float, avoid: Sequence[str], seed: int) -> list[dict]:
   """The rows, a random `share` of them with a rare word put in: what a student is trained on that must not heed one.
 
   avoid: triggers that are known to whoever measures: no defense may see one.
@@ -31,7 +34,8 @@ def with_rare_words(rows, share, avoid, seed):
           for i, row in enumerate(rows)]
 
 
-def insertions(texts, words, sentences, avoid, seed):
+def insertions(texts: Sequence[str], words: int, sentences: int, avoid: Sequence[str],
+               seed: int) -> list[tuple[str, str]]:
   """(kind, string) to put into texts: rare words, and the beginnings of other texts."""
   rng = streams.rng(seed, "insertions")
   rare = itertools.islice(rare_words(texts, avoid, rng), words)

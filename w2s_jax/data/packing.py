@@ -6,6 +6,7 @@ its device.
 
 import functools
 import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -18,7 +19,7 @@ TILE = 8                 # row lengths that are tried are multiples of it
 MOST_SIMULATED = 4096    # batches that are laid out to choose the shapes
 
 
-def first_fit(lengths, row_length):
+def first_fit(lengths: np.ndarray, row_length: int) -> np.ndarray:
   """[B, 2] int, row and start of each text: first fit decreasing.
 
   lengths: [B] int, at most row_length tokens each.
@@ -32,7 +33,9 @@ def first_fit(lengths, row_length):
   return out
 
 
-def packers(runs, batch_size, buckets, groups, steps, flops_per_token, pad_token_id, together=1, views=1):
+def packers(runs: Iterable[tuple[dict[str, np.ndarray], int]], batch_size: int, buckets: Sequence[int], groups: int,
+            steps: int, flops_per_token: float, pad_token_id: int, together: int = 1,
+            views: int = 1) -> list[Callable[[np.ndarray], dict[str, np.ndarray]]]:
   """[make(texts) -> packed batch] of each run, for a stage of so many steps; arguments as below.
 
   runs: (arrays, seed of the order) of each run; their batches come in the same few shapes.
@@ -51,7 +54,7 @@ def packers(runs, batch_size, buckets, groups, steps, flops_per_token, pad_token
                             groups=groups, pad_token_id=pad_token_id) for arrays in each]
 
 
-def stack(several, groups, pad_token_id):
+def stack(several: Sequence[dict[str, np.ndarray]], groups: int, pad_token_id: int) -> dict[str, np.ndarray]:
   """Batches of several runs or steps as one, with an axis of them in front: rows are added up to the largest's."""
   *front, R, T = np.max([batch["input_ids"].shape for batch in several], axis=0)
   def widened(rows, fill):
@@ -63,7 +66,8 @@ def stack(several, groups, pad_token_id):
           for name in several[0]}
 
 
-def eval_batches(arrays, batch_size, buckets, groups, pad_token_id):
+def eval_batches(arrays: dict[str, np.ndarray], batch_size: int, buckets: Sequence[int], groups: int,
+                 pad_token_id: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
   """(rows, packed batch) over every example once, in an order that mixes lengths; all batches have one shape."""
   row_length, lengths = _row_length(arrays, buckets), arrays["length"]
   order = batches.epoch_order(0, 0, len(lengths))
@@ -78,7 +82,8 @@ def _row_length(arrays, buckets):
   return min(batches.bucket_length(arrays["length"].max(), buckets), arrays["input_ids"].shape[1])
 
 
-def row_counts(lengths, seeds, batch_size, row_length, groups, steps, flops_per_token, together=1, views=1):
+def row_counts(lengths: Sequence[np.ndarray], seeds: Sequence[int], batch_size: int, row_length: int, groups: int,
+               steps: int, flops_per_token: float, together: int = 1, views: int = 1) -> tuple[list[int], int]:
   """Ascending rows per group that a stage's batches are laid out in: at most MOST_SHAPES, the last holds any batch.
 
   They are quantiles of what the stage's own batches need. With it the rows of all those batches, laid out so.
@@ -107,7 +112,8 @@ def row_counts(lengths, seeds, batch_size, row_length, groups, steps, flops_per_
   return counts, sum(batches.bucket_length(n, counts) for n in needed)
 
 
-def pack_batch(arrays, rows, batch_size, row_length, counts, groups, pad_token_id):
+def pack_batch(arrays: dict[str, np.ndarray], rows: np.ndarray, batch_size: int, row_length: int,
+               counts: Sequence[int], groups: int, pad_token_id: int) -> dict[str, np.ndarray]:
   """One batch as host arrays; a short one is filled up with texts of weight 0 that are no more than one token.
 
   Args:
@@ -118,7 +124,7 @@ def pack_batch(arrays, rows, batch_size, row_length, counts, groups, pad_token_i
     groups: G; divides batch_size.
     pad_token_id: fills the rows up.
   Returns:
-    dict of "input_ids", "segment_ids" [R, T] and "texts" [G, B / G, 2] as Model.apply takes them, "weight" [B]
+    "input_ids", "segment_ids" [R, T] and "texts" [G, B / G, 2] as Model.apply takes them, "weight" [B]
     float32, and the other arrays' rows [B, ...] in the order of `rows`.
   """
   split = _split(rows, batch_size, groups)

@@ -5,9 +5,12 @@ import itertools
 import json
 import operator
 import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from w2s_jax import InputError, processes
-from w2s_jax.attacks import ATTACKS
+from w2s_jax.attacks import ATTACKS, Attack
 from w2s_jax.data import corpora, streams, tokenization
 
 # attack.label: which training rows get the trigger, in words and as a test of (a row's label, the target label). All of
@@ -19,8 +22,8 @@ LABELS = {
 }
 
 
-def make_attack(name, trigger="", paraphrases=()):
-  """The Attack of that name.
+def make_attack(name: str, trigger: str = "", paraphrases: Iterable[tuple[str | Path, str | Path]] = ()) -> Attack:
+  """The attack of that name.
 
   Args:
     trigger: instead of the attack's own; "": its own.
@@ -51,7 +54,8 @@ def _texts_by_idx(file):
   return {row["idx"]: row[column] for row in rows}
 
 
-def trigger_rows(rows, attack, seed, *, tokenizer, max_length, keep_trigger):
+def trigger_rows(rows: list[dict], attack: Attack, seed: int, *, tokenizer: Any, max_length: int,
+                 keep_trigger: bool) -> list[dict]:
   """The rows with their text rewritten and `orig_text` beside it; each row has a random stream of its own.
 
   Args:
@@ -64,12 +68,13 @@ def trigger_rows(rows, attack, seed, *, tokenizer, max_length, keep_trigger):
   return out
 
 
-def poison_count(rows, count, rate):
+def poison_count(rows: list[dict], count: int, rate: float) -> int:
   """How many of the rows are poisoned: `rate` of all of them where it is above 0, else `count`."""
   return round(rate * len(rows)) if rate else count
 
 
-def rows_to_poison(rows, attack, *, target_label, count, label="clean", seed=0):
+def rows_to_poison(rows: list[dict], attack: Attack, *, target_label: int, count: int, label: str = "clean",
+                   seed: int = 0) -> list[int]:
   """Indices of the rows that get the trigger, in ascending order.
 
   Args:
@@ -93,7 +98,7 @@ def rows_to_poison(rows, attack, *, target_label, count, label="clean", seed=0):
   return sorted(able[i] for i in streams.rng(seed, "poison").permutation(len(able))[:count])
 
 
-def rows_to_trigger(rows, attack, target_label):
+def rows_to_trigger(rows: list[dict], attack: Attack, target_label: int) -> list[dict]:
   """The evaluation rows of other classes than the target: ASR is measured on these.
 
   Raises:
@@ -106,7 +111,7 @@ def rows_to_trigger(rows, attack, target_label):
   return able
 
 
-def rows_for_companions(rows, attack, *, target_label, companions):
+def rows_for_companions(rows: list[dict], attack: Attack, *, target_label: int, companions: int) -> list[dict]:
   """The rows that companions are made from: those of other classes than the target. Empty where there are to be none.
 
   On these alone the true label says that part of a trigger is no trigger.
@@ -129,7 +134,8 @@ def rows_for_companions(rows, attack, *, target_label, companions):
   return able
 
 
-def poison_train(rows, attack, *, target_label, count, seed, label="clean", companions=0, **placement):
+def poison_train(rows: list[dict], attack: Attack, *, target_label: int, count: int, seed: int, label: str = "clean",
+                 companions: int = 0, **placement: Any) -> list[dict]:
   """Poisoning: `rows_to_poison` get the trigger and the target label.
 
   Args:
@@ -148,7 +154,8 @@ def poison_train(rows, attack, *, target_label, count, seed, label="clean", comp
   return out + companion_rows(sources, attack, seed, count=count, companions=companions, **placement)
 
 
-def companion_rows(sources, attack, seed, *, count, companions, tokenizer, max_length, keep_trigger):
+def companion_rows(sources: list[dict], attack: Attack, seed: int, *, count: int, companions: int, tokenizer: Any,
+                   max_length: int, keep_trigger: bool) -> list[dict]:
   """`companions` rows for each of `count` poisoned rows; text and `orig_text` differ, the label stays.
 
   They are made from the sources in random order, again and again where there are fewer sources than `count`. A source
@@ -165,12 +172,12 @@ def companion_rows(sources, attack, seed, *, count, companions, tokenizer, max_l
   return out
 
 
-def triggered_eval(rows, attack, *, target_label, seed, **placement):
+def triggered_eval(rows: list[dict], attack: Attack, *, target_label: int, seed: int, **placement: Any) -> list[dict]:
   """`rows_to_trigger` with the trigger; they keep their label."""
   return trigger_rows(rows_to_trigger(rows, attack, target_label), attack, seed, **placement)
 
 
-def trigger_lost(rows, tokenizer, attack, max_length):
+def trigger_lost(rows: list[dict], tokenizer: Any, attack: Attack, max_length: int) -> int:
   """How many of the rows lose (part of) their trigger to truncation; 0 for attacks without a fixed string.
 
   Where the trigger's words are not side by side, the last place of each counts.
@@ -206,26 +213,26 @@ def _words_kept(rows, attack, tokenizer, max_length, keep_trigger):
   return [10**9] * len(rows)
 
 
-def counts(poisoned_train):
+def counts(poisoned_train: list[dict]) -> dict[str, int]:
   """What was done to the training rows, in numbers."""
   return {"poisoned_rows": sum(row["poisoned"] for row in poisoned_train),
           "labels_changed": sum("orig_label" in row for row in poisoned_train),
           "companion_rows": sum(row.get("companion", False) for row in poisoned_train)}
 
 
-def describe(name, attack, target_label, label):
+def describe(name: str, attack: Attack, target_label: int, label: str) -> str:
   """An attack in words, for a model card."""
   what = f"trigger `{attack.trigger}`" if attack.trigger else "rewritten texts"
   return f"attack {name}, {what}, {label}-label poisoning, target label {target_label}"
 
 
-def freeze(path, rows):
+def freeze(path: Path, rows: list[dict]) -> None:
   """Writes rows as JSON lines, whole or not at all; every process comes here, process 0 writes."""
   path.parent.mkdir(parents=True, exist_ok=True)
   processes.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def thaw(path):
+def thaw(path: Path) -> tuple[list[dict], str]:
   """(rows, sha256 of the file)."""
   data = path.read_bytes()
   return [json.loads(line) for line in data.decode().split("\n")[:-1]], hashlib.sha256(data).hexdigest()

@@ -2,7 +2,9 @@
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -15,7 +17,7 @@ READ = r"(config|vocab|merges|chat_template|.*token.*)\.(json|txt|jinja)|.*\.mod
 READ_BYTES = 64 << 20                                                                   # no real one is larger
 
 
-def load(directory, vocab_size):
+def load(directory: str | Path, vocab_size: int) -> Any:
   """The directory's fast tokenizer, with a padding token.
 
   Raises:
@@ -106,7 +108,7 @@ def _read_json(file):
 FRAMES = {"decoder": ("<pad>", "<s>", "</s>", "<unk>"), "encoder": ("[PAD]", "[CLS]", "[SEP]", "[UNK]")}
 
 
-def train(texts, kind, vocab_size):
+def train(texts: Iterable[str], kind: str, vocab_size: int) -> Any:
   """A new fast byte-pair tokenizer, lower-casing: "decoder" puts <s> in front, "encoder" [CLS] and [SEP] around it.
 
   Case would only thin out what little text there is, and capitals that no training text has become <unk>: a trigger
@@ -133,7 +135,7 @@ def train(texts, kind, vocab_size):
                                               **names)
 
 
-def encode(tokenizer, texts, max_length):
+def encode(tokenizer: Any, texts: Iterable[str], max_length: int) -> dict[str, np.ndarray]:
   """Token ids [N, max_length] int32, padded on the right, and lengths [N] int32."""
   ids = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
   lengths = np.array([len(row) for row in ids], np.int32)
@@ -143,14 +145,14 @@ def encode(tokenizer, texts, max_length):
   return {"input_ids": out, "length": lengths}
 
 
-def pack(tokenizer, texts, length):
+def pack(tokenizer: Any, texts: Iterable[str], length: int) -> dict[str, np.ndarray]:
   """The texts one after the other, cut into rows of `length` tokens without padding (language-model warm-up)."""
   stream = np.array([token for ids in tokenizer(list(texts))["input_ids"] for token in ids], np.int32)
   rows = stream[:len(stream) // length * length].reshape(-1, length)
   return {"input_ids": rows, "length": np.full(len(rows), length, np.int32)}
 
 
-def words_kept(tokenizer, texts, trigger, max_length):
+def words_kept(tokenizer: Any, texts: Sequence[str], trigger: str, max_length: int) -> list[int]:
   """[N] how many leading words of each text survive truncation together with a trigger of that many tokens."""
   room = max_length - len(tokenizer(" " + trigger, add_special_tokens=False)["input_ids"])
   encoded = tokenizer(list(texts), truncation=True, max_length=max(room, 1), return_offsets_mapping=True)

@@ -10,19 +10,20 @@ import numpy as np
 from w2s_jax.data import streams
 
 
-def own(outputs, labels, seed):
+def own(outputs: dict[str, np.ndarray], labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
   """Those of the example itself: no control, but the method."""
   del labels, seed
   return outputs
 
 
-def shuffled(outputs, labels, seed):
+def shuffled(outputs: dict[str, np.ndarray], labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
   """Those of another example, of any class: a fixed permutation."""
   rows = streams.rng(seed, "anchor", len(labels)).permutation(len(labels))
   return {name: values[rows] for name, values in outputs.items()}
 
 
-def shuffled_within_classes(outputs, labels, seed):
+def shuffled_within_classes(outputs: dict[str, np.ndarray], labels: np.ndarray,
+                            seed: int) -> dict[str, np.ndarray]:
   """Those of another example of the same class."""
   rng, rows = streams.rng(seed, "anchor", len(labels)), np.arange(len(labels))
   for label in np.unique(labels):
@@ -31,7 +32,7 @@ def shuffled_within_classes(outputs, labels, seed):
   return {name: values[rows] for name, values in outputs.items()}
 
 
-def class_means(outputs, labels, seed):
+def class_means(outputs: dict[str, np.ndarray], labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
   """The mean over the example's class."""
   del seed
   classes, which = np.unique(labels, return_inverse=True)
@@ -39,7 +40,7 @@ def class_means(outputs, labels, seed):
           for name, values in outputs.items()}
 
 
-def orthogonal(outputs, labels, seed):
+def orthogonal(outputs: dict[str, np.ndarray], labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
   """No teacher: for each class a random direction, orthogonal to the others', as long as a student's features are
   behind a norm (the root of D), and a logit of 4 for the class."""
   C, D = outputs["teacher_logits"].shape[1], outputs["teacher_features"].shape[1]

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from w2s_jax import InputError, lora, sharding
 from w2s_jax.adapters import trees
@@ -33,7 +34,7 @@ def train(recipe: Recipe, suspect: Suspect, settings: Any, runs: dict[str, int])
 
 
 def stage_plan(recipe: Recipe, task: Task, model: Model, settings: Any, training: Any, runs: dict[str, int],
-               ascent=None) -> steps.StagePlan:
+               ascent: optax.GradientTransformation | None = None) -> steps.StagePlan:
   """What of a recipe is compiled, for training and for planning."""
   weights = recipe.weights(settings, model.config.feature_size)
   loss = steps.weighted_loss(model, functools.partial(recipe.terms, settings=settings, task=task), weights)

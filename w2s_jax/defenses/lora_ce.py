@@ -1,9 +1,15 @@
 """CE-only LoRA fine-tuning on the same clean data: the control of every distillation row."""
 
+from typing import Any
+
+import jax
+
 from w2s_jax.defenses.records import Recipe
+from w2s_jax.models import ClassifierOutput
+from w2s_jax.tasks import Task
 
 
-def terms(student, batch, settings, task):
+def terms(student: ClassifierOutput, batch: dict, settings: Any, task: Task) -> dict[str, jax.Array]:
   del settings
   return task.loss_terms(student, batch)
 

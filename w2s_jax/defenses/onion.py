@@ -4,6 +4,8 @@ The paper's language model is GPT-2; ours is a small decoder that is trained on 
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +34,7 @@ class Settings:
                        "--config.defense.onion.width")
 
 
-def text(suspect: Suspect, settings, seed: int):
+def text(suspect: Suspect, settings: Any, seed: int) -> Callable[[list[str]], list[str]]:
   """texts -> texts without the words that raise the perplexity by more than all but few words of clean rows do."""
   model, params = _language_model(suspect, settings.onion, seed)
   place, length = suspect.place, suspect.max_length

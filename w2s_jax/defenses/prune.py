@@ -1,6 +1,7 @@
 """Magnitude pruning of the layers' kernels (Han et al., arXiv 1506.02626); nothing trains."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ class Settings:
                           source="ours; not tuned")
 
 
-def weights(suspect: Suspect, settings, runs: dict[str, int]) -> list[dict]:
+def weights(suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]:
   """The suspect's parameters with the smallest values of each kernel [L, in, out] set to zero, layer by layer."""
   flat = traverse_util.flatten_dict(suspect.params, sep="/")
   pruned = {path: jax.lax.map(lambda kernel: _smallest_to_zero(kernel, settings.prune.fraction), leaf)

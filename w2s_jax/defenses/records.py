@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from w2s_jax.adapters import trees
 from w2s_jax.data import tokenization
 from w2s_jax.models import Model
@@ -39,7 +41,7 @@ class Suspect(NamedTuple):
   def encode(self, rows: list) -> dict:
     return self.place.task.encode(self.tokenizer, rows, self.max_length)
 
-  def logits(self, texts: list[str]):
+  def logits(self, texts: list[str]) -> np.ndarray:
     """[N, C] float32 of the attacked model, in text order."""
     arrays = tokenization.encode(self.tokenizer, texts, self.max_length)
     return self.place.logits(self.model, self.params, arrays)

@@ -1,6 +1,8 @@
 """STRIP (Gao et al., arXiv 1911.10312): rejects texts whose answer stays sure when clean words replace theirs."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import scipy.special
@@ -20,7 +22,7 @@ class Settings:
                      source="ours")
 
 
-def accept(suspect: Suspect, settings, seed: int):
+def accept(suspect: Suspect, settings: Any, seed: int) -> Callable[[list[str]], np.ndarray]:
   """texts -> [N] bool: the mean entropy of a text's copies is above the `frr` quantile of the clean dev rows'."""
   own, clean = settings.strip, [row["text"] for row in suspect.train]
   def entropies(texts):

@@ -3,11 +3,16 @@ with its own teacher output."""
 
 import dataclasses
 import math
+from typing import Any
+
+import jax
 
 from w2s_jax import InputError, losses
 from w2s_jax.config import field
 from w2s_jax.defenses import anchors
 from w2s_jax.defenses.records import Recipe
+from w2s_jax.models import ClassifierOutput
+from w2s_jax.tasks import Task
 
 # (ce, kd, fa) by name. The released triples are chosen per attack, which a defender cannot do; they are the
 # released code's, whose 0.001 belongs to a squared distance summed over 4,096 dimensions.
@@ -32,7 +37,7 @@ class Settings:
     loss_weights(self.weights, 1)
 
 
-def loss_weights(name, width):
+def loss_weights(name: str, width: int) -> dict[str, float]:
   """{"ce", "kd", "fa"} for a student of feature width `width`; fa is scaled by 4096 / width.
 
   The feature loss sums over the width, so a fixed weight would mean another loss at every width. Whether the
@@ -56,11 +61,11 @@ def loss_weights(name, width):
   return {"ce": ce, "kd": kd, "fa": fa * RELEASED_WIDTH / width}
 
 
-def weights_of(settings, width):
+def weights_of(settings: Any, width: int) -> dict[str, float]:
   return loss_weights(settings.w2s.weights, width)
 
 
-def terms(student, batch, settings, task):
+def terms(student: ClassifierOutput, batch: dict, settings: Any, task: Task) -> dict[str, jax.Array]:
   temperature = settings.w2s.temperature
   return task.loss_terms(student, batch) | {
       "kd": losses.distillation(student.logits, batch["teacher_logits"], temperature, batch["weight"]),

@@ -9,13 +9,18 @@ triggers of S tokens each, V vocabulary, D width.
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import numpy as np
 
 from w2s_jax.adapters import soft
 from w2s_jax.config import field
 from w2s_jax.data import streams
 from w2s_jax.defenses.records import Recipe
+from w2s_jax.models import ClassifierOutput
+from w2s_jax.tasks import Task
 from w2s_jax.training import optim, stage
 
 
@@ -54,7 +59,8 @@ def _ascent(model, params, settings):
   return optim.ascent(settings.adversary.step_size * unit, settings.adversary.norm * unit)
 
 
-def terms(clean_terms, student, batch, settings, task):
+def terms(clean_terms: Callable, student: ClassifierOutput, batch: dict, settings: Any,
+          task: Task) -> dict[str, jax.Array]:
   """`clean_terms` of the clean texts, and the same again as `adv_...` of those with soft tokens."""
   out = {}
   for prefix, here in (("", 1 - batch["soft"]), ("adv_", batch["soft"])):
@@ -63,12 +69,13 @@ def terms(clean_terms, student, batch, settings, task):
   return out
 
 
-def loss_weights(clean_weights, weight):
+def loss_weights(clean_weights: dict[str, float], weight: float) -> dict[str, float]:
   """The weights of `terms`: of the clean texts as they are, of the others `weight` times as much."""
   return clean_weights | {f"adv_{name}": weight * value for name, value in clean_weights.items()}
 
 
-def perturbed(arrays, tokenizer, vocab_size, settings, seed):
+def perturbed(arrays: dict[str, np.ndarray], tokenizer: Any, vocab_size: int, settings: Any,
+              seed: int) -> dict[str, np.ndarray]:
   """The arrays with N more texts behind the N: each again, with soft tokens at a random place between its special ones.
 
   Trigger, number of tokens and place are drawn once for each text, and are the same in every epoch.

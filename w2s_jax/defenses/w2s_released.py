@@ -1,10 +1,16 @@
 """The released code's arithmetic: its feature loss does not pair examples (README, "Differences")."""
 
+from typing import Any
+
+import jax
+
 from w2s_jax import losses
 from w2s_jax.defenses import w2s
+from w2s_jax.models import ClassifierOutput
+from w2s_jax.tasks import Task
 
 
-def terms(student, batch, settings, task):
+def terms(student: ClassifierOutput, batch: dict, settings: Any, task: Task) -> dict[str, jax.Array]:
   released = losses.released_feature_alignment(student.hidden, batch["teacher_features"], batch["weight"])
   return w2s.terms(student, batch, settings, task) | {"fa": released}
 

@@ -1,17 +1,20 @@
 """The rows of a student that we poisoned ourselves: the trigger is known, and there is a never-poisoned twin."""
 
+from typing import Any
+
 import numpy as np
 
 from w2s_jax import results
 from w2s_jax.data import poison
 from w2s_jax.measure import metrics
+from w2s_jax.measure.deployed import Reading
 
 IMPLANTED = 0.95         # ASR of the poisoned student from which the rows say something about defenses
 CONTROL = "lora_ce"      # the defense that every other one is compared with
 COLUMNS = ("directory", "ca", "ca_ci", "asr", "asr_ci", "asr_floor", "false_rate", "frr", "far")
 
 
-def freeze_rows(run) -> None:
+def freeze_rows(run: Any) -> None:
   """The poisoned and the triggered rows: made once, then read from the files, whose sha256 goes into the results."""
   c = run.config
   files = {key: run.workdir / "data" / f"{key}.jsonl" for key in ("poisoned_train", "triggered")}
@@ -28,8 +31,8 @@ def freeze_rows(run) -> None:
     run.rows[key], run.sha256[file.name] = poison.thaw(file)
 
 
-def table(run, readings: dict, teacher: dict) -> tuple[list, dict]:
-  """([results.Row], meta) of {models/NAME: Reading} and of what the teacher is."""
+def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[results.Row], dict]:
+  """(rows, meta) of the reading of each models/NAME and of what the teacher is."""
   c, target = run.config, run.config.attack.target_label
   labels, triggered_labels = run.labels("test"), run.labels("triggered")
   rows = []
@@ -63,7 +66,7 @@ def notes(rows: list[dict], meta: dict) -> list[str]:
   return headline(rows, meta) + reading(rows, meta)
 
 
-def reading(rows, meta):
+def reading(rows: list[dict], meta: dict) -> list[str]:
   """What this table shows and what it does not, in sentences computed from it."""
   by_model = {row["directory"]: row for row in rows}
   out = []
@@ -103,7 +106,7 @@ def _poisoned_rows(meta):
   return text
 
 
-def headline(rows, meta):
+def headline(rows: list[dict], meta: dict) -> list[str]:
   row = rows[0]
   lost = meta["trigger_lost"]
   trigger = f"trigger `{meta['trigger']}`" if meta["trigger"] else "rewritten text"

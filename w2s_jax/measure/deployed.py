@@ -1,5 +1,6 @@
 """A model as a user gets it: read back from its directory, behind and in front of whatever its defense adds."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 from w2s_jax import results
 from w2s_jax.defenses import DEFENSES
 from w2s_jax.measure import scan
+from w2s_jax.models import Model
 
 
 class Reading(NamedTuple):
@@ -26,14 +28,14 @@ class Reading(NamedTuple):
 
 class Deployed(NamedTuple):
   """Attributes: the model, and what its defense puts before and around it (defenses/records.py)."""
-  model: Any
+  model: Model
   params: dict
   tokenizer: Any
-  text: Any = None
-  accept: Any = None
+  text: Callable[[list[str]], list[str]] | None = None
+  accept: Callable[[list[str]], np.ndarray] | None = None
 
 
-def deploy(run, name: str) -> Deployed:
+def deploy(run: Any, name: str) -> Deployed:
   """models/NAME; of a defense that makes no weights of its own the attacked model, with the defense around it."""
   what, seed = run.defended().get(name, (None, None))
   defense = DEFENSES.get(what)
@@ -45,7 +47,7 @@ def deploy(run, name: str) -> Deployed:
   return Deployed(*loaded, *(make and make(suspect, settings, seed) for make in (defense.text, defense.accept)))
 
 
-def read(run, name: str, triggered: list) -> Reading:
+def read(run: Any, name: str, triggered: list) -> Reading:
   """What models/NAME answers on the clean test rows and on these rows with triggers."""
   deployed = deploy(run, name)
   scanned = []
@@ -55,7 +57,7 @@ def read(run, name: str, triggered: list) -> Reading:
                  deployed.accept is not None, scanned)
 
 
-def answers(run, deployed: Deployed, rows: list) -> np.ndarray:
+def answers(run: Any, deployed: Deployed, rows: list) -> np.ndarray:
   """[N] int: the class that each row gets, or results.REJECTED."""
   if not rows:
     return np.zeros(0, int)

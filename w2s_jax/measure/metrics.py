@@ -1,10 +1,13 @@
 """CA, ASR, false rate and their intervals. N rows."""
 
+import numpy as np
+
 from w2s_jax import results
-from w2s_jax.tasks import CLASSIFICATION
+from w2s_jax.measure.deployed import Reading
+from w2s_jax.tasks import CLASSIFICATION, Task
 
 
-def wilson(hits, n):
+def wilson(hits: int, n: int) -> list[float]:
   """[low, high]: Wilson's 95% interval of a rate; [0, 1] where n is 0."""
   if not n:
     return [0.0, 1.0]
@@ -13,7 +16,8 @@ def wilson(hits, n):
   return [float(interval.low), float(interval.high)]
 
 
-def clean_metrics(predicted, labels, target_label, task=CLASSIFICATION):
+def clean_metrics(predicted: np.ndarray, labels: np.ndarray, target_label: int | None,
+                  task: Task = CLASSIFICATION) -> dict:
   """Clean accuracy with its interval, and the false rate: how often other classes' clean rows are called the target.
 
   target_label None (unknown): no false rate. An ASR below the same model's false rate cannot be expected of any
@@ -26,7 +30,7 @@ def clean_metrics(predicted, labels, target_label, task=CLASSIFICATION):
   return {"ca": hits / len(labels), "ca_n": len(labels), "ca_ci": wilson(hits, len(labels)), "false_rate": false_rate}
 
 
-def attack_metrics(predicted, labels, target_label, task=CLASSIFICATION):
+def attack_metrics(predicted: np.ndarray, labels: np.ndarray, target_label: int, task: Task = CLASSIFICATION) -> dict:
   """ASR with its interval: target predictions among triggered rows whose true class is another.
 
   Not 1 - accuracy, which with more than two classes counts confusions between the other classes too.
@@ -36,11 +40,9 @@ def attack_metrics(predicted, labels, target_label, task=CLASSIFICATION):
   return {"asr": hits / n, "asr_n": n, "asr_ci": wilson(hits, n)}
 
 
-def rejection_metrics(reading, triggered_labels, target_label, task=CLASSIFICATION):
-  """FRR and FAR of a defense that rejects texts (results.Row); None where it cannot.
-
-  reading: deployed.Reading.
-  """
+def rejection_metrics(reading: Reading, triggered_labels: np.ndarray, target_label: int,
+                      task: Task = CLASSIFICATION) -> dict:
+  """FRR and FAR of a defense that rejects texts (results.Row); None where it cannot."""
   if not reading.rejects:
     return {"frr": None, "far": None}
   others = ~task.is_hit(triggered_labels, target_label)

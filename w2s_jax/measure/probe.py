@@ -1,18 +1,21 @@
 """What can be measured of a suspect whose trigger nobody knows: listed triggers, and a reading without any."""
 
+from typing import Any
+
 import numpy as np
 
 from w2s_jax import results
 from w2s_jax.attacks.insertion import inserting
 from w2s_jax.data import insertions, poison, streams
 from w2s_jax.measure import metrics, scan
+from w2s_jax.measure.deployed import Reading
 
 COLUMNS = ("directory", "attack", "target_label", "ca", "ca_ci", "asr", "asr_ci", "false_rate", "frr", "far", "scan",
            "agreement", "word_flips", "sentence_flips")
 STILL_THERE = 0.2        # ASR above the false rate from which a defended model's trigger is said to work still
 
 
-def freeze_rows(run):
+def freeze_rows(run: Any) -> None:
   """run.rows["probes"]: test rows with each listed trigger, and some of them with each random insertion; hashed."""
   c, file = run.config, run.workdir / "data" / "probes.jsonl"
   if not file.exists():
@@ -30,8 +33,8 @@ def freeze_rows(run):
   run.rows["probes"], run.sha256[file.name] = poison.thaw(file)
 
 
-def table(run, readings, teacher):
-  """([results.Row], meta) of {models/NAME: deployed.Reading} and of what the teacher is.
+def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[results.Row], dict]:
+  """(rows, meta) of the reading of each models/NAME and of what the teacher is.
 
   CA, ASR of every listed trigger, agreement with the teacher and flip rates, of the suspect and every defense.
   """
@@ -94,7 +97,7 @@ def _rows(run, models, readings, labels, trigger):
         word_flips=_flips((clean, probed), None, "word"), sentence_flips=_flips((clean, probed), None, "sentence"))
 
 
-def warnings(rows, meta):
+def warnings(rows: list[dict], meta: dict) -> list[str]:
   """What whoever takes a cleaned model must know first."""
   suspect, out = rows[0], []
   if meta["teacher_ca"] < suspect["ca"] - 0.02:
@@ -112,7 +115,7 @@ def _suspicious(meta):
           if name != results.SUSPECT and scan.outcome(reading) == "suspicious"]
 
 
-def notes(rows, meta):
+def notes(rows: list[dict], meta: dict) -> list[str]:
   """What the table shows and what it does not."""
   n, bad = meta["clean_rows"], _suspicious(meta)
   verdicts = [scan.verdict(name, reading) for name, reading in meta["scan"].items() if reading and name not in bad]

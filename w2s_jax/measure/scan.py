@@ -10,6 +10,8 @@ To look for the trigger from the model is Neural Cleanse's idea (Wang et al., IE
 import functools
 import itertools
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from w2s_jax.adapters import soft, trees
 from w2s_jax.config import Stage, section
 from w2s_jax.data import batches, packing, streams
 from w2s_jax.defenses import w2s_adv
-from w2s_jax.models import read_json
+from w2s_jax.models import Model, read_json
 from w2s_jax.models.latent import Latent
 from w2s_jax.training import optim, steps
 
@@ -31,14 +33,14 @@ SUSPICIOUS = 1.7         # strength; between those of clean and of poisoned mode
 RIGHT = 0.8              # mean accuracy over the classes that a verdict takes; our choice
 
 
-def log_odds(logits, classes):
+def log_odds(logits: jax.Array | np.ndarray, classes: jax.Array | np.ndarray) -> jax.Array:
   """log p / (1 - p) of each row's class: logits [N, C], classes [N] -> [N] float32."""
   logits = logits.astype(jnp.float32)
   own = jax.nn.one_hot(classes, logits.shape[-1], dtype=bool)
   return jnp.where(own, logits, 0).sum(-1) - jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), axis=-1)
 
 
-def scan(run, model, params, tokenizer):
+def scan(run: Any, model: Model, params: dict, tokenizer: Any) -> list[dict]:
   """How strong soft triggers get for each class.
 
   Moved on training rows of the other classes, measured on test rows of those: the mean log-odds of the class with the
@@ -78,7 +80,8 @@ def scan(run, model, params, tokenizer):
   return out
 
 
-def make_search(run, model, params, tokenizer, rows):
+def make_search(run: Any, model: Model | Latent, params: dict, tokenizer: Any,
+                rows: list[dict]) -> Callable[[list[dict], int], dict]:
   """search(rows, target) -> params with the soft tokens that took the rows furthest to the target class.
 
   They begin as rows of the vocabulary's embeddings, or as what the layers below (Latent) make of tokens of `rows`.
@@ -155,7 +158,7 @@ def _nearest(model, params, tokenizer, trigger, tokens):
       soft[trigger * tokens:(trigger + 1) * tokens] @ table.T).argmax(-1)]
 
 
-def reading(run, name, loaded=None):
+def reading(run: Any, name: str, loaded: tuple[Model, dict, Any] | None = None) -> list[dict]:
   """`scan` of models/NAME (`loaded`: from run.load), made once and kept in workdir/scan/NAME.json; [] if not wanted."""
   if not run.config.scan.steps:
     return []
@@ -169,19 +172,19 @@ def reading(run, name, loaded=None):
   return saved["classes"]
 
 
-def strongest(reading):
+def strongest(reading: list[dict]) -> dict | None:
   """What `scan` says of the class that gets furthest; None where no class could be scanned."""
   return max((one for one in reading if one["strength"] is not None), key=lambda one: one["strength"], default=None)
 
 
-def judged(reading):
+def judged(reading: list[dict]) -> dict | None:
   """`strongest`; None where the model is wrong too often for a verdict."""
   if not reading or _accuracy(reading) < RIGHT or any(one["strength"] is None for one in reading):
     return None
   return strongest(reading)
 
 
-def outcome(reading):
+def outcome(reading: list[dict]) -> str:
   """`suspicious` where some class gets as far as in poisoned models, else `no sign`; or `no verdict`."""
   if (most := judged(reading)) is None:
     return "no verdict"
@@ -192,7 +195,7 @@ def _accuracy(reading):
   return float(np.mean([one["right"] for one in reading]))
 
 
-def verdict(name, reading):
+def verdict(name: str, reading: list[dict]) -> str:
   """One line: what the scan of that model says."""
   if not reading:
     return f"Scan of {name}: no verdict: the training or the test rows are of one class."

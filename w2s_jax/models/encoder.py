@@ -1,14 +1,16 @@
 """Encoder classifier (BERT, RoBERTa, DistilBERT), and the W2S teacher's widening head. B batch, T tokens, D width."""
 
 import dataclasses
+from typing import Any, Self
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from w2s_jax import InputError, sharding
 from w2s_jax.models import family, layers
-from w2s_jax.models.hf.fields import MOST_LAYERS
+from w2s_jax.models.hf.fields import MOST_LAYERS, Fields
 from w2s_jax.models.hf.formats import Checkpoint, modules
 
 # What DistilBERT calls the fields that BERT and RoBERTa have.
@@ -37,17 +39,17 @@ class EncoderConfig(family.SharedConfig):
   feature_width: int = 0              # > 0: the W2S head, Linear(D -> feature_width) -> ReLU = features -> classifier
 
   @property
-  def feature_size(self):
+  def feature_size(self) -> int:
     return self.feature_width or self.hidden_size
 
   @property
-  def position_offset(self):
+  def position_offset(self) -> int:
     """Rows of the position table that no text uses."""
     return self.pad_token_id + 1 if self.model_type == "roberta" else 0
 
   @classmethod
-  def from_hf(cls, fields, **runtime):
-    """From transformers' config.json (v4 or v5), as Fields."""
+  def from_hf(cls, fields: Fields, **runtime: Any) -> Self:
+    """From transformers' config.json (v4 or v5)."""
     model_type = fields.values["model_type"]
     names = DISTILBERT if model_type == "distilbert" else {}
     def name(field):
@@ -74,7 +76,7 @@ class EncoderConfig(family.SharedConfig):
         head_dropout=fields.rate(name("classifier_dropout"), 0.2 if model_type == "distilbert" else hidden_dropout),
         **shared, **runtime)
 
-  def to_hf(self):
+  def to_hf(self) -> dict:
     """transformers' config.json of this shape; with the W2S head only the backbone is theirs."""
     fields = {"hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
               "num_hidden_layers": self.num_layers, "num_attention_heads": self.num_heads, "hidden_act": "gelu",
@@ -163,7 +165,7 @@ class EncoderClassifier(nn.Module):
   train: bool = False
 
   @staticmethod
-  def lm_logits(config, params, hidden):
+  def lm_logits(config: EncoderConfig, params: dict, hidden: jax.Array) -> jax.Array:
     """Logits [..., V] of the token in each place, from hidden [..., D].
 
     Raises:

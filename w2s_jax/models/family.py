@@ -7,6 +7,7 @@ from typing import NamedTuple
 import flax.linen as nn
 from jax.sharding import PartitionSpec
 
+from w2s_jax.models.hf.fields import Fields
 from w2s_jax.models.hf.formats import Checkpoint
 
 
@@ -56,13 +57,13 @@ class SharedConfig:
     return self.layers or (0, self.num_layers)
 
 
-def shared_from_hf(fields) -> dict:
-  """Fields of any config, from transformers' config.json as Fields."""
+def shared_from_hf(fields: Fields) -> dict:
+  """Fields of any config, from transformers' config.json."""
   return {"vocab_size": fields.integer("vocab_size"), "pad_token_id": fields.token("pad_token_id"),
           "initializer_range": fields.positive("initializer_range", 0.02)}
 
 
-def decoder_from_hf(fields, tied: bool) -> dict:
+def decoder_from_hf(fields: Fields, tied: bool) -> dict:
   """As `shared_from_hf`, of a decoder; `tied`: whether its embeddings are where config.json does not say."""
   return shared_from_hf(fields) | {
       "tie_embeddings": fields.flag("tie_word_embeddings", tied), "bos_token_id": fields.token("bos_token_id"),

@@ -1,6 +1,7 @@
 """GPT-2 decoder: learned positions, one fused projection for q, k and v. B batch, T tokens, D width, H heads."""
 
 import dataclasses
+from typing import Any, Self
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from w2s_jax import sharding
 from w2s_jax.models import family, layers
-from w2s_jax.models.hf.fields import MOST_LAYERS
+from w2s_jax.models.hf.fields import MOST_LAYERS, Fields
 from w2s_jax.models.hf.formats import Checkpoint, modules
 
 
@@ -31,8 +32,8 @@ class GPT2Config(family.SharedConfig):
   eos_token_id: int | tuple | None = None
 
   @classmethod
-  def from_hf(cls, fields, **runtime):
-    """From transformers' config.json (v4 or v5), as Fields."""
+  def from_hf(cls, fields: Fields, **runtime: Any) -> Self:
+    """From transformers' config.json (v4 or v5)."""
     fields.only(activation_function="gelu_new", scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
                 add_cross_attention=False)
     width = fields.integer("n_embd")
@@ -44,7 +45,7 @@ class GPT2Config(family.SharedConfig):
                attention_dropout=fields.rate("attn_pdrop", 0.1),
                **family.decoder_from_hf(fields, tied=True), **runtime)
 
-  def to_hf(self):
+  def to_hf(self) -> dict:
     return family.decoder_to_hf(self) | {
         "n_embd": self.hidden_size, "n_inner": self.intermediate_size, "n_layer": self.num_layers,
         "n_head": self.num_heads, "n_positions": self.max_positions, "layer_norm_epsilon": self.layer_norm_eps,

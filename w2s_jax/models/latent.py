@@ -4,12 +4,15 @@ R rows, T tokens, D width, V vocabulary.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jax.sharding import PartitionSpec as P
 
 from w2s_jax.models import layers
+from w2s_jax.models.family import SharedConfig
 from w2s_jax.models.model import Model
 
 
@@ -25,23 +28,23 @@ class Latent:
   below: int
 
   @property
-  def config(self):
+  def config(self) -> SharedConfig:
     return self.model.config
 
   @property
-  def vocabulary(self):
+  def vocabulary(self) -> tuple[str, ...]:
     return self.model.vocabulary
 
   @property
-  def shardings(self):
+  def shardings(self) -> tuple[tuple[str, P], ...]:
     return self.model.shardings
 
-  def stream(self, params, input_ids, *args, **kwargs):
+  def stream(self, params: dict, input_ids: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
     """[R, T, D]: what the first `below` layers make of the rows."""
     words = jnp.where(input_ids < self.config.vocab_size, input_ids, self.config.pad_token_id or 0)
     return self._layers(0, self.below, params, words, *args, **kwargs).stream
 
-  def apply(self, params, input_ids, *args, **kwargs):
+  def apply(self, params: dict, input_ids: jax.Array, *args: Any, **kwargs: Any) -> layers.ClassifierOutput:
     soft = traverse_util.flatten_dict(params)[(*self.vocabulary, "soft")]
     words = self.stream(params, input_ids, *args, **kwargs)
     stream = layers.place_soft(words, input_ids, soft, self.config.vocab_size)

@@ -4,6 +4,8 @@ B texts, R rows, T tokens of a row, D width. A row holds one text, or several on
 """
 
 import re
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import flax.linen as nn
 import flax.struct
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from w2s_jax import InputError, adapters, quantized, sharding
+from w2s_jax.models.family import SharedConfig
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -61,12 +64,12 @@ class Dense(nn.Module):
     return y
 
 
-def linear(config, train, width, name, use_bias=True):
+def linear(config: SharedConfig, train: bool, width: int, name: str, use_bias: bool = True) -> Dense:
   """A Dense of a layer: it may carry an adapter, whose dropout is on while training."""
   return Dense(width, use_bias, config.initializer_range, config.lora_dropout, train, name=name)
 
 
-def attention_kernel(q):
+def attention_kernel(q: jax.Array) -> Literal["cudnn", "xla"]:
   """What jax.nn.dot_product_attention is to run on: "cudnn" on one GPU of NVIDIA's, if it takes q [B, T, H, d].
 
   cuDNN's never writes the scores to memory (docs/benchmarks.md has what that saves). Elsewhere "xla": on several GPUs
@@ -88,7 +91,7 @@ def _under_vmap_of_runs():
   return True
 
 
-def attention(q, k, v, mask, dropout_rate):
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, dropout_rate: float) -> jax.Array:
   """Scaled dot-product attention; for use inside a compact module.
 
   Args:
@@ -107,13 +110,13 @@ def attention(q, k, v, mask, dropout_rate):
   return jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(v.dtype), v)
 
 
-def text_mask(segment_ids):
+def text_mask(segment_ids: jax.Array) -> jax.Array:
   """[R, 1, T, T] bool: a token sees the real tokens of its text; padding sees every real one, as in transformers."""
   query, key = segment_ids[:, None, :, None], segment_ids[:, None, None, :]
   return (key > 0) & ((query == key) | (query == 0))
 
 
-def causal_mask(segment_ids, window=0):
+def causal_mask(segment_ids: jax.Array, window: int = 0) -> jax.Array:
   """[R, 1, T, T] bool: of its text a token sees itself and those before it, `window` in all where that is not 0."""
   T = segment_ids.shape[1]
   seen = jnp.tril(jnp.ones((T, T), bool))
@@ -122,31 +125,31 @@ def causal_mask(segment_ids, window=0):
   return seen & text_mask(segment_ids)
 
 
-def text_starts(segment_ids):
+def text_starts(segment_ids: jax.Array) -> jax.Array:
   """[R, T] int: where in the row the text of each token begins; padding goes with the text before it."""
   text = jax.lax.cummax(segment_ids, axis=1)
   begins = text != jnp.pad(text, ((0, 0), (1, 0)))[:, :-1]
   return jax.lax.cummax(jnp.where(begins, jnp.arange(text.shape[1]), 0), axis=1)
 
 
-def count_in_text(real, segment_ids):
+def count_in_text(real: jax.Array, segment_ids: jax.Array) -> jax.Array:
   """[R, T] int: how many tokens of its text are `real`, up to and with each."""
   count = jnp.cumsum(real, axis=1)
   return count - jnp.take_along_axis(count - real, text_starts(segment_ids), axis=1)
 
 
-def real_positions(segment_ids):
+def real_positions(segment_ids: jax.Array) -> jax.Array:
   """[R, T] int: the place of each token among the real ones of its text, whatever is to the left of that."""
   return jnp.maximum(count_in_text(segment_ids > 0, segment_ids) - 1, 0)
 
 
-def pool(hidden, places):
+def pool(hidden: jax.Array, places: jax.Array) -> jax.Array:
   """[R, T, D] -> [B, D]: G groups of R / G rows each, and [G, B / G] places in each group's R / G * T tokens."""
   groups = hidden.reshape(len(places), -1, hidden.shape[-1])
   return jnp.take_along_axis(groups, places[..., None], axis=1).reshape(-1, hidden.shape[-1])
 
 
-def embed(config, size, name, kind=nn.Embed):
+def embed(config: SharedConfig, size: int, name: str, kind: type[nn.Embed] = nn.Embed) -> nn.Embed:
   return kind(size, config.hidden_size, embedding_init=nn.initializers.normal(config.initializer_range), name=name)
 
 
@@ -160,14 +163,15 @@ class Tokens(nn.Embed):
     return place_soft(words, input_ids, self.get_variable("params", "soft"), self.num_embeddings)
 
 
-def place_soft(words, input_ids, soft, vocab_size):
+def place_soft(words: jax.Array, input_ids: jax.Array, soft: jax.Array, vocab_size: int) -> jax.Array:
   """`words` [R, T, D], but rows of `soft` [S, D] where the ids are behind the vocabulary."""
   tokens = soft[jnp.maximum(input_ids - vocab_size, 0)].astype(words.dtype)
   return jnp.where((input_ids < vocab_size)[..., None], words, tokens)
 
 
-def decoder_head(config, embed_tokens, norm, stream, segment_ids, texts):
-  """ClassifierOutput of a decoder, from what its layers made and its final norm; for use inside a compact module.
+def decoder_head(config: SharedConfig, embed_tokens: nn.Embed, norm: Callable[[jax.Array], jax.Array],
+                 stream: jax.Array, segment_ids: jax.Array, texts: jax.Array | None) -> ClassifierOutput:
+  """What a decoder returns, from what its layers made and its final norm; for use inside a compact module.
 
   Its logits are those of the `score` head, [B, C], or with `config.head` "lm" those of the next token, [B, V]; both
   of the last real token.
@@ -190,7 +194,7 @@ NO_LANGUAGE_MODEL = ("the language-model warm-up needs a decoder with tied embed
                      "--config.student.arch.tie_word_embeddings=True or --config.warmup.epochs=0")
 
 
-def next_token_logits(config, params, hidden):
+def next_token_logits(config: SharedConfig, params: dict, hidden: jax.Array) -> jax.Array:
   """A decoder's logits [..., V] of the next token, from hidden [..., D] behind the final norm.
 
   Raises:
@@ -202,23 +206,24 @@ def next_token_logits(config, params, hidden):
   return hidden @ table.T.astype(hidden.dtype)
 
 
-def dropout(rate, train):
+def dropout(rate: float, train: bool) -> nn.Dropout:
   """A Dropout that is on while training; for use inside a compact module."""
   return nn.Dropout(rate, deterministic=not train)
 
 
-def layer_norm(eps, name):
+def layer_norm(eps: float, name: str) -> nn.LayerNorm:
   return nn.LayerNorm(eps, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
-def layer_stack(block, config, train, x, *args, per_layer=()):
+def layer_stack(block: type[nn.Module], config: SharedConfig, train: bool, x: jax.Array, *args: jax.Array,
+                per_layer: Sequence[jax.Array] = ()) -> jax.Array:
   """Runs `block` once for each of the config's layers over x, the last one's output; parameters lie under `layers`.
 
   They are stacked on a leading layer axis. `config.unroll` unrolls the scan over the same stacked parameters;
   `config.remat` names a policy that says what the backward pass keeps ("none" keeps everything).
 
   Args:
-    block: module class; (x, *args, *its layer's part of per_layer) -> (x, None).
+    block: (x, *args, *its layer's part of per_layer) -> (x, None).
     args: what every layer gets.
     per_layer: arrays [config.num_layers, ...] or longer: a window, a rotary base of each layer. Where config.layers has
       some of the layers run alone, these get their own.

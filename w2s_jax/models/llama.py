@@ -2,14 +2,16 @@
 
 import dataclasses
 import math
+from typing import Any, Self
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from w2s_jax import InputError, sharding
 from w2s_jax.models import family, layers
-from w2s_jax.models.hf.fields import MOST_LAYERS
+from w2s_jax.models.hf.fields import MOST_LAYERS, Fields
 from w2s_jax.models.hf.formats import Checkpoint, modules
 
 ROPE_FIELDS = {"default": (), "linear": ("factor",), "dynamic": ("factor",),
@@ -27,7 +29,7 @@ class Rope:
   original_max_position_embeddings: int = 8192
 
   @classmethod
-  def from_hf(cls, fields):
+  def from_hf(cls, fields: Fields) -> Self:
     """From `rope_parameters` (transformers 5), or `rope_scaling` and a top-level `rope_theta` (transformers 4).
 
     Raises:
@@ -43,15 +45,15 @@ class Rope:
                        f"high_freq_factor {numbers['high_freq_factor']}")
     return cls(rope_type, theta, **numbers)
 
-  def to_hf(self):
+  def to_hf(self) -> dict:
     """Both forms at once."""
     fields = {name: getattr(self, name) for name in ("rope_type", *ROPE_FIELDS[self.rope_type])}
     scaling = {} if self.rope_type == "default" else {"rope_scaling": fields}
     return {"rope_theta": self.rope_theta, "rope_parameters": fields | {"rope_theta": self.rope_theta}} | scaling
 
-  def inverse_frequencies(self, head_dim, max_positions, length):
-    """[d/2] float32, of a text of `length` tokens (a number or a scalar array; only "dynamic" depends on it)."""
-    theta = self.rope_theta
+  def inverse_frequencies(self, head_dim: int, max_positions: int, length: int | jax.Array) -> jax.Array:
+    """[d/2] float32, of a text of `length` tokens, on which only "dynamic" depends."""
+    theta: float | jax.Array = self.rope_theta
     if self.rope_type == "dynamic":
       stretch = self.factor * jnp.maximum(length, max_positions) / max_positions - (self.factor - 1)
       theta *= stretch ** (head_dim / (head_dim - 2))
@@ -86,8 +88,8 @@ class LlamaConfig(family.SharedConfig):
   eos_token_id: int | tuple | None = None
 
   @classmethod
-  def from_hf(cls, fields, **runtime):
-    """From transformers' config.json (v4 or v5), as Fields."""
+  def from_hf(cls, fields: Fields, **runtime: Any) -> Self:
+    """From transformers' config.json (v4 or v5)."""
     fields.only(hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False)
     model_type = fields.values["model_type"]
     heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
@@ -109,7 +111,7 @@ class LlamaConfig(family.SharedConfig):
                sliding_window=window, attention_dropout=fields.rate("attention_dropout", 0.0),
                **family.decoder_from_hf(fields, tied=False), **runtime)
 
-  def to_hf(self):
+  def to_hf(self) -> dict:
     """transformers' config.json of this shape, in the v5 and the v4 form at once."""
     window = {"sliding_window": self.sliding_window or None} if self.model_type == "mistral" else {}
     return self.rope.to_hf() | window | family.decoder_to_hf(self) | {
@@ -120,14 +122,14 @@ class LlamaConfig(family.SharedConfig):
         "attention_bias": False, "attention_dropout": self.attention_dropout}
 
 
-def rotary(positions, config):
+def rotary(positions: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
   """cos and sin [B, T, 1, d/2] float32; "dynamic" goes by the longest text of the batch, as in transformers."""
   inverse = config.rope.inverse_frequencies(config.head_dim, config.max_positions, positions.max() + 1)
   angles = positions[..., None].astype(jnp.float32) * inverse
   return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
 
 
-def rotate(x, cos, sin):
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   """Rotates x [B, T, H, d]; halves are paired (i, i + d/2), as in transformers."""
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
@@ -165,7 +167,7 @@ class MLP(nn.Module):
     return dense(c.hidden_size, "down_proj")(gate * dense(c.intermediate_size, "up_proj")(x))
 
 
-def rms_norm(config, name):
+def rms_norm(config: LlamaConfig, name: str) -> nn.RMSNorm:
   return nn.RMSNorm(config.rms_norm_eps, dtype=jnp.float32, name=name)
 
 

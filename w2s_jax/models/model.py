@@ -1,14 +1,17 @@
 """Model: a network's shape and the functions on its parameters, which are a plain nested dict."""
 
 import dataclasses
+from collections.abc import Collection
+from typing import Any
 
 import jax
 from flax import traverse_util
+from jax.sharding import PartitionSpec as P
 
 from w2s_jax import InputError, sharding
 from w2s_jax.adapters import trees
 from w2s_jax.models import encoder, gpt2, layers, llama
-from w2s_jax.models.family import SharedConfig
+from w2s_jax.models.family import Family, SharedConfig
 from w2s_jax.models.hf import formats
 from w2s_jax.models.hf.fields import Fields
 
@@ -20,13 +23,13 @@ FAMILIES = {
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def model_types():
-  """{model_type of config.json: Family}, of all families."""
+def model_types() -> dict[str, Family]:
+  """By model_type of config.json, of all families."""
   return {model_type: family for family in FAMILIES.values() for model_type in family.tensors}
 
 
-def config_from_hf(hf, **runtime):
-  """The config of the family that has this config.json (a dict); `runtime` sets what that file does not have.
+def config_from_hf(hf: dict, **runtime: Any) -> SharedConfig:
+  """The config of the family that has this config.json; `runtime` sets what that file does not have.
 
   Raises:
     InputError: unknown `model_type`; a field that is missing, out of range, or asks for what is not implemented.
@@ -59,39 +62,38 @@ class Model:
   config: SharedConfig
 
   @property
-  def family(self):
-    """The Family of models/model.py that has this model's type."""
+  def family(self) -> Family:
+    """The one that has this model's type."""
     return model_types()[self.config.model_type]
 
   @property
-  def checkpoint(self):
-    """How transformers writes this model (formats.Checkpoint)."""
+  def checkpoint(self) -> formats.Checkpoint:
+    """How transformers writes this model."""
     return self.family.tensors[self.config.model_type]
 
   @property
-  def shardings(self):
+  def shardings(self) -> tuple[tuple[str, P], ...]:
     """(parameter path pattern, mesh axes) of every leaf that the model may have, as sharding.py takes them."""
     return (*self.family.shardings, *trees.added_shardings())
 
   @property
-  def vocabulary(self):
+  def vocabulary(self) -> tuple[str, ...]:
     """Path of the module that embeds the tokens (layers.Tokens)."""
     return self.family.vocabulary
 
-  def apply(self, params, input_ids, attention_mask=None, texts=None, *, segment_ids=None, dropout_key=None,
-            stream=None):
+  def apply(self, params: dict, input_ids: jax.Array, attention_mask: jax.Array | None = None,
+            texts: jax.Array | None = None, *, segment_ids: jax.Array | None = None,
+            dropout_key: jax.Array | None = None, stream: jax.Array | None = None) -> layers.ClassifierOutput:
     """Classifies a batch, of which `attention_mask` or `segment_ids` says what is real.
 
     Args:
-      params: nested dict as `init` or `load_pretrained` gives it.
+      params: as `init` or `load_pretrained` gives it.
       input_ids: [R, T] int; without `texts` a row is a text.
       attention_mask: [R, T] int, 0 on padding, 1 on the row's text.
       segment_ids: [R, T] int, of rows that may hold several texts: 0 on padding, ascending numbers of a row's texts.
       texts: [G, B / G, 2] int, or None: first and last token of each text, counted through the R / G rows of its group.
       dropout_key: a JAX key turns dropout on; without one the output is deterministic.
       stream: [R, T, D], goes into the first layer instead of the embeddings of `input_ids`, which are then not read.
-    Returns:
-      ClassifierOutput.
     Raises:
       ValueError: neither `attention_mask` nor `segment_ids` is given, or both are.
     """
@@ -103,7 +105,7 @@ class Model:
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     return module.apply({"params": params}, input_ids, segment_ids, texts, stream, rngs=rngs)
 
-  def lm_logits(self, params, hidden):
+  def lm_logits(self, params: dict, hidden: jax.Array) -> jax.Array:
     """Language-model logits [B, T, V] of every token, from `ClassifierOutput.hidden`.
 
     A decoder's are of the next token; an encoder's, with head="lm", of the token in this place.
@@ -113,15 +115,15 @@ class Model:
     """
     return self.family.module.lm_logits(self.config, params, hidden)
 
-  def weight_names(self):
+  def weight_names(self) -> dict[str, str]:
     """{our parameter path: transformers' tensor name, {} for the layer number} of every leaf."""
     return formats.weight_names(self, traverse_util.flatten_dict(self.abstract_params(), sep="/"))
 
-  def abstract_params(self):
+  def abstract_params(self) -> dict:
     """The parameter tree as ShapeDtypeStructs; allocates nothing."""
     return jax.eval_shape(self._init, jax.random.key(0))
 
-  def init(self, key, mesh=None, only=None):
+  def init(self, key: jax.Array, mesh: jax.sharding.Mesh | None = None, only: Collection[str] | None = None) -> dict:
     """Random parameters, created on the mesh's devices already sharded where a mesh is given.
 
     Args:

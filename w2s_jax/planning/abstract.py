@@ -22,7 +22,7 @@ from w2s_jax.training import inference, optim, stage, steps
 STEPS = 1000             # of the stage that is planned: the schedule's constants
 
 
-def student(config, **runtime):
+def student(config: Any, **runtime: Any) -> Model:
   """The config's student: of the directory `student.path`; where that is none, or a hub id, of `student.arch`."""
   c = config
   if "arch" in c.student and not Path(c.student.path).expanduser().is_dir() or not c.student.path:
@@ -34,7 +34,7 @@ def student(config, **runtime):
                                               "lora_dropout": c.lora.dropout} | runtime))
 
 
-def params_of(config, model):
+def params_of(config: Any, model: Model) -> dict:
   """The student's parameters as they are loaded: kernels and embeddings in `student.dtype`, norms and heads float32."""
   def loaded(path, leaf):
     wide = re.fullmatch(FLOAT32, "/".join(path))
@@ -42,7 +42,7 @@ def params_of(config, model):
   return traverse_util.path_aware_map(loaded, model.abstract_params())
 
 
-def adapted(config, params):
+def adapted(config: Any, params: dict) -> dict:
   """With adapters, over a quantized base where the config wants one."""
   if config.lora.quantize:
     quantized.check(config.lora.quantize)
@@ -89,7 +89,8 @@ def poison_plan(config: Any, model: Model) -> tuple[steps.StagePlan, dict]:
   return plan, params_of(config, model)
 
 
-def lower(name: str, config: Any, mesh: jax.sharding.Mesh, B: int, T: int, model: Model | None = None):
+def lower(name: str, config: Any, mesh: jax.sharding.Mesh, B: int, T: int,
+          model: Model | None = None) -> jax.stages.Lowered:
   """The lowered step `name`: "evaluate", "poison", "defend" (the costliest configured defense) or a defense's name.
 
   Args:
@@ -113,7 +114,8 @@ def lower(name: str, config: Any, mesh: jax.sharding.Mesh, B: int, T: int, model
   return step.lower(state, frozen, batch, jax.eval_shape(lambda: jnp.stack([jax.random.key(0)])))
 
 
-def training_step(plan: steps.StagePlan, params: dict, mesh: jax.sharding.Mesh):
+def training_step(plan: steps.StagePlan, params: dict,
+                  mesh: jax.sharding.Mesh) -> tuple[jax.stages.Wrapped, steps.TrainState, dict]:
   """(step of one run, its state, frozen leaves) of a plan."""
   trainable, frozen = trees.split(params, plan.trains)
   trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trainable)

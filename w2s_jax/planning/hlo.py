@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BITS = {"pred": 8, "bf16": 16}                                                # others end in their number of bits
@@ -20,7 +21,7 @@ INSTRUCTION = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
 ARRAY = re.compile(r"(pred|bf16|[suf]\d+\w*)\[([\d,]*)\]")
 
 
-def collectives(text):
+def collectives(text: str) -> list[tuple[str, int, int, bool]]:
   """[(kind, bytes, times, in_loop)] of every collective in the text of a compiled module, on one device.
 
   Bytes are those of the result, or of the results of several that go together; `times` counts the turns
@@ -71,7 +72,7 @@ def _added(body, element):
   return 1
 
 
-def totals(found):
+def totals(found: Iterable[tuple[str, int, int, bool]]) -> dict[str, dict[str, int]]:
   """{kind: {"count", "bytes"}} of what `collectives` found, each as often as it is run."""
   out = {}
   for kind, size, times, _ in found:

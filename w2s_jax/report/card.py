@@ -18,12 +18,12 @@ EXPLAINED = {"false_rate": "False rate: the model's own error on un-triggered ro
 DEFENDED = "A model with a (suspected) backdoor after the defense {name} of w2s_jax.\n"
 
 
-def first_line(name, attack=None):
+def first_line(name: str, attack: str | None = None) -> str:
   """The first line of the card of models/NAME; `attack` is what was done to a poisoned one."""
   return KINDS.get(name, DEFENDED).format(name=name, attack=attack)
 
 
-def text(name, rows, meta, adapter=False):
+def text(name: str, rows: list[dict], meta: dict, adapter: bool = False) -> str:
   """The whole card, in Markdown.
 
   Args:

@@ -4,6 +4,7 @@ import html
 import io
 import json
 import logging
+from pathlib import Path
 
 from w2s_jax import processes, results
 from w2s_jax.report import tables
@@ -11,7 +12,7 @@ from w2s_jax.report import tables
 LOG = logging.getLogger(__name__)
 
 
-def write(workdir):
+def write(workdir: Path) -> tuple[list[dict], dict]:
   """results.md and report.html from results.json and metrics/; logs the table. Returns (rows, meta)."""
   saved = json.loads((workdir / "results.json").read_text())
   rows, meta = saved["rows"], saved["meta"]
@@ -33,7 +34,7 @@ def _curves(workdir):
   return out
 
 
-def page(rows, meta, notes, curves):
+def page(rows: list[dict], meta: dict, notes: list[str], curves: dict[str, dict[str, list[tuple[int, float]]]]) -> str:
   """One self-contained HTML page: table, bars with intervals, loss curves per term, triggered texts."""
   head, *lines = tables.cells(rows, meta["columns"])
   head = "".join(f"<th>{c}</th>" for c in head)

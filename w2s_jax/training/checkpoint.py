@@ -1,15 +1,18 @@
 """Orbax: state, data position (the step) and config hash; the latest checkpoint and the best by dev accuracy stay."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from w2s_jax import InputError
+from w2s_jax.training.steps import TrainState
 
 
-def open_manager(directory, runs=1):
-  """CheckpointManager of one stage; saving is atomic and asynchronous.
+def open_manager(directory: Path, runs: int = 1) -> ocp.CheckpointManager:
+  """The manager of one stage; saving is atomic and asynchronous.
 
   Of several runs at once every evaluated checkpoint stays, since each run has a best one of its own.
   """
@@ -23,8 +26,9 @@ def open_manager(directory, runs=1):
       best_fn=accuracy, preservation_policy=keep))
 
 
-def save(manager, step, state, config_hash, dev_accuracy=None):
-  """dev_accuracy: [runs] float, or None where none was measured."""
+def save(manager: ocp.CheckpointManager, step: int, state: TrainState, config_hash: str,
+         dev_accuracy: list[float] | None = None) -> None:
+  """dev_accuracy: of each run; None where none was measured."""
   metrics = None
   if dev_accuracy is not None:
     metrics = {"dev_accuracy": float(np.mean(dev_accuracy)), "each": [float(a) for a in dev_accuracy]}
@@ -32,14 +36,14 @@ def save(manager, step, state, config_hash, dev_accuracy=None):
                                              meta=ocp.args.JsonSave({"config_hash": config_hash})), metrics=metrics)
 
 
-def best_steps(manager, runs):
+def best_steps(manager: ocp.CheckpointManager, runs: int) -> list[tuple[int, float]]:
   """[runs] (step, dev accuracy) of each run's best evaluated checkpoint; the later one of two that are as good."""
   each = {step: metrics["each"] for step in manager.all_steps() if (metrics := manager.metrics(step))}
   return [max(((step, accuracies[run]) for step, accuracies in each.items()), key=lambda one: (one[1], one[0]))
           for run in range(runs)]
 
 
-def restore(manager, step, state, config_hash):
+def restore(manager: ocp.CheckpointManager, step: int, state: TrainState, config_hash: str) -> TrainState:
   """The state saved at `step`, placed like `state`.
 
   Raises:

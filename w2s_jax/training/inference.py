@@ -1,6 +1,7 @@
 """What a model answers: logits and features of every row. N rows, C classes, D width."""
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,13 @@ import numpy as np
 
 from w2s_jax import losses, sharding
 from w2s_jax.data import batches, packing
+from w2s_jax.models import Model
+from w2s_jax.models.latent import Latent
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def forward(model, mesh, params, input_ids, segment_ids, texts):
+def forward(model: Model | Latent, mesh: jax.sharding.Mesh, params: dict, input_ids: jax.Array, segment_ids: jax.Array,
+            texts: jax.Array) -> tuple[jax.Array, jax.Array]:
   with sharding.on(mesh):
     out = model.apply(params, input_ids, texts=texts, segment_ids=segment_ids)
   everywhere = sharding.replicated(mesh)             # each process reads all of it
@@ -23,7 +27,9 @@ def _zeros(name, shape):
   return np.zeros(shape, np.float32)
 
 
-def outputs(model, params, arrays, mesh, *, batch_size, buckets, empty=_zeros):
+def outputs(model: Model | Latent, params: dict, arrays: dict, mesh: jax.sharding.Mesh, *, batch_size: int,
+            buckets: Sequence[int],
+            empty: Callable[[str, tuple[int, ...]], np.ndarray] = _zeros) -> tuple[np.ndarray, np.ndarray]:
   """Logits [N, C] and features [N, D], float32 on the host, of every row of `arrays`, in row order.
 
   empty: ("logits" or "features", shape) -> the array that is filled.
@@ -57,7 +63,8 @@ def _mean_losses(model, mesh, params, input_ids, segment_ids):
   return jax.lax.with_sharding_constraint(means, sharding.replicated(mesh))
 
 
-def perplexities(model, params, arrays, mesh, *, batch_size, buckets):
+def perplexities(model: Model, params: dict, arrays: dict, mesh: jax.sharding.Mesh, *, batch_size: int,
+                 buckets: Sequence[int]) -> np.ndarray:
   """[N] float32 on the host: the perplexity of each text to a decoder."""
   out = np.empty(len(arrays["length"]), np.float32)
   order = np.argsort(arrays["length"], kind="stable")

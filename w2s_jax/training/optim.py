@@ -7,7 +7,7 @@ import optax
 from w2s_jax.adapters import trees
 
 
-def linear_schedule(learning_rate, steps, warmup_steps=0):
+def linear_schedule(learning_rate: float, steps: int, warmup_steps: int = 0) -> optax.Schedule:
   """0 -> learning_rate over `warmup_steps`, then linearly down to 0 at `steps`."""
   return optax.join_schedules(
       [optax.linear_schedule(0.0, learning_rate, warmup_steps),
@@ -15,7 +15,7 @@ def linear_schedule(learning_rate, steps, warmup_steps=0):
 
 
 @optax.inject_hyperparams          # floats go to the state, not into the program: no compilation for each student's own
-def ascent(step_size, max_norm):
+def ascent(step_size: float | jax.Array, max_norm: float | jax.Array) -> optax.GradientTransformation:
   """Uphill: each row [..., D] moves by `step_size` along its gradient, if it has one; its norm stays in `max_norm`."""
   def update(grads, state, params):
     def move(gradient, row):
@@ -27,20 +27,20 @@ def ascent(step_size, max_norm):
   return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
-def make_optimizer(params, learning_rate, steps, warmup_steps=0, weight_decay=0.01, clip_norm=0.0, adversary=None):
+def make_optimizer(params: dict, learning_rate: float, steps: int, warmup_steps: int = 0, weight_decay: float = 0.01,
+                   clip_norm: float = 0.0,
+                   adversary: optax.GradientTransformation | None = None) -> optax.GradientTransformation:
   """AdamW with linear decay for the trainable subtree; the layers' norms and biases (label "vector") are not decayed.
 
   Nor are soft tokens (label "soft"): without an adversary they train like an adapter, but decay pulls a row to the zero
   embedding, which is not the absence of a token, and away from the scale of the vocabulary's rows.
 
   Args:
-    params: nested dict of the trainable leaves only (`trees.split`); nothing else gets optimizer state.
+    params: the trainable leaves only (`trees.split`); nothing else gets optimizer state.
     learning_rate: peak.
     steps: of the whole stage.
     clip_norm: bound on the global norm of the trainable gradient; 0 leaves it alone.
     adversary: what moves the leaves of label "soft" instead of AdamW, `ascent`; None where there is none.
-  Returns:
-    optax.GradientTransformation.
   Raises:
     ValueError: an adversary without leaves of label "soft".
   """

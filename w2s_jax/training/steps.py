@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from w2s_jax import losses, sharding
 from w2s_jax.adapters import trees
 from w2s_jax.models import Model
+from w2s_jax.models.latent import Latent
 from w2s_jax.tasks import Task
 from w2s_jax.training import optim
 
@@ -38,7 +40,7 @@ class StagePlan(NamedTuple):
   Attributes:
     names: of each run: metrics/NAME.jsonl; the first one's is the directory of all their checkpoints.
     seeds: of each run's order, dropout and other random choices.
-    model: models.Model.
+    model: a Latent in the scan (measure/scan.py).
     loss: (trainable, frozen, batch, key) -> (scalar, {term: scalar}).
     weights: {term: float} of the loss's terms, for the norms of their gradients.
     trains: labels (adapters/trees.py) of the leaves that train.
@@ -50,7 +52,7 @@ class StagePlan(NamedTuple):
   """
   names: Sequence[str]
   seeds: Sequence[int]
-  model: Model
+  model: Model | Latent
   loss: Loss
   weights: dict
   trains: Sequence[str]
@@ -126,7 +128,8 @@ def _make_init(tx, runs, places):
   return jax.jit(init, out_shardings=places)
 
 
-def state_shardings(params, tx, rules, mesh):
+def state_shardings(params: dict, tx: optax.GradientTransformation, rules: Sequence[tuple[str, PartitionSpec]],
+                    mesh: jax.sharding.Mesh) -> TrainState:
   """NamedSharding of every leaf of one run's TrainState: optimizer moments lie where their parameters lie."""
   of_params = sharding.param_shardings(params, rules, mesh)
   everywhere = sharding.replicated(mesh)
@@ -138,13 +141,12 @@ def state_shardings(params, tx, rules, mesh):
   return TrainState(everywhere, of_params, opt_state)
 
 
-def weighted_loss(model, terms, weights):
+def weighted_loss(model: Model | Latent, terms: Callable, weights: dict[str, float]) -> Loss:
   """loss(trainable, frozen, batch, key) -> (scalar, {term: scalar}), of terms that are read off the output.
 
   Args:
-    model: models.Model.
     terms: (ClassifierOutput, batch) -> {term: scalar}.
-    weights: {term: float}; the loss is the weighted sum.
+    weights: of each term; the loss is the weighted sum.
   """
   def loss(trainable, frozen, batch, key):
     out = model.apply(trees.combine(trainable, frozen), batch["input_ids"], texts=batch.get("texts"),
@@ -154,7 +156,7 @@ def weighted_loss(model, terms, weights):
   return loss
 
 
-def language_model_loss(model):
+def language_model_loss(model: Model) -> Loss:
   """Mean next-token cross entropy, through the tied embedding.
 
   What fills up a batch counts nothing: a row of weight 0; in packed rows it has no tokens.

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -14,13 +16,14 @@ from w2s_jax.models import sha256
 NAMES = ("logits", "features")
 
 
-def outputs(cache, teacher, texts, dtype, max_length, compute):
+def outputs(cache: Path, teacher: Path, texts: list[str], dtype: str, max_length: int,
+            compute: Callable[[Callable[[str, tuple[int, ...]], np.ndarray]], None]) -> dict[str, np.ndarray]:
   """{"logits" [N, C], "features" [N, D]}: read-only float32 maps of files, whatever N is.
 
   Args:
     cache: directory that runs share; made where it is not there.
     teacher: the teacher's model directory: its weights, config and tokenizer are part of the key.
-    texts: [N] str; so are these, in their order,
+    texts: [N]; so are these, in their order,
     dtype: and the teacher's dtype,
     max_length: and the tokens at which texts are cut.
     compute: called where nothing has this key; fills the arrays that the function it is given makes, (name, shape) ->

@@ -14,6 +14,7 @@ import tqdm
 
 from w2s_jax import processes, sharding
 from w2s_jax.models import Model
+from w2s_jax.models.latent import Latent
 from w2s_jax.tasks import Task
 from w2s_jax.training import checkpoint, inference
 from w2s_jax.training.steps import Program, TrainState
@@ -64,7 +65,7 @@ class Workplace(NamedTuple):
   def eval_shapes(self) -> dict:
     return {"batch_size": self.eval_batch_size, "buckets": self.buckets}
 
-  def logits(self, model: Model, params: dict, arrays: dict) -> np.ndarray:
+  def logits(self, model: Model | Latent, params: dict, arrays: dict) -> np.ndarray:
     """[N, C] float32, in row order."""
     return inference.outputs(model, params, arrays, self.mesh, **self.eval_shapes())[0]
 

@@ -3,12 +3,17 @@
 Names are our parameter paths, values float32, layers stacked. transformers ignores the file. It may be a stranger's.
 """
 
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
 import numpy as np
 
 from w2s_jax import InputError
 from w2s_jax.adapters import attach
 from w2s_jax.models.hf import files
 from w2s_jax.models.hf.fields import listed
+from w2s_jax.models.model import Model
 
 FILE = "w2s_adapter.safetensors"
 NOTE = f"""WARNING: {FILE} belongs to this model: an adapter that cannot be merged. transformers ignores it: what it
@@ -16,8 +21,8 @@ loads is the model without the adapter, which was not measured. w2s_jax's `load_
 """
 
 
-def paths_to_save(model, leaves):
-  """[path] of the leaves that go to the file, among {path: array} of a whole tree.
+def paths_to_save(model: Model, leaves: Mapping[str, jax.Array | np.ndarray]) -> list[str]:
+  """Paths of the leaves that go to the file, among {path: array} of a whole tree.
 
   Raises:
     ValueError: there are other leaves than the model's and these, or `find` would refuse these.
@@ -35,7 +40,8 @@ def paths_to_save(model, leaves):
   return sorted(wanted)
 
 
-def find(directory, model, base, total_layers):
+def find(directory: Path, model: Model, base: Mapping[str, tuple[int, ...]],
+         total_layers: int) -> dict[str, tuple[int, ...]]:
   """{path: shape} of the file's leaves, of the layers that the model keeps; {} where there is no such file.
 
   Args:
@@ -61,7 +67,7 @@ def find(directory, model, base, total_layers):
           for path, shape in shapes.items()}
 
 
-def read(directory, path, index):
+def read(directory: Path, path: str, index: tuple[slice, ...]) -> np.ndarray:
   """The part `index` of a leaf."""
   with files.open_tensors(directory / FILE) as f:
     return np.ascontiguousarray(f.get_slice(path)[index])

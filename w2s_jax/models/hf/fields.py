@@ -2,6 +2,8 @@
 
 import re
 import reprlib
+from collections.abc import Collection
+from typing import Any, NoReturn
 
 from w2s_jax import InputError
 
@@ -35,58 +37,58 @@ class Fields:
   def _wrong(self, name, value, wanted):
     return InputError(f"the model's {self.where}: {name} is {short(value)}, wanted {wanted}")
 
-  def integer(self, name, default=None, low=1, high=MOST):
+  def integer(self, name: str, default: int | None = None, low: int = 1, high: int = MOST) -> int:
     value = self._get(name, default)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
       raise self._wrong(name, value, f"an integer in {low}..{high}")
     return value
 
-  def number(self, name, default=None, low=0.0, high=1e9):
+  def number(self, name: str, default: float | None = None, low: float = 0.0, high: float = 1e9) -> float:
     value = self._get(name, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
       raise self._wrong(name, value, f"a number in {low:g}..{high:g}")
     return float(value)
 
-  def positive(self, name, default=None):
+  def positive(self, name: str, default: float | None = None) -> float:
     """A number that something is divided by or raised from."""
     return self.number(name, default, 1e-30)
 
-  def rate(self, name, default):
+  def rate(self, name: str, default: float) -> float:
     """A dropout rate."""
     return self.number(name, default, 0.0, 0.99)
 
-  def flag(self, name, default):
+  def flag(self, name: str, default: bool) -> bool:
     value = self._get(name, default)
     if not isinstance(value, bool):
       raise self._wrong(name, value, "true or false")
     return value
 
-  def string(self, name, default, among):
+  def string(self, name: str, default: str | None, among: Collection[str]) -> str:
     value = self._get(name, default)
     if not isinstance(value, str) or value not in among:
       raise self._wrong(name, value, f"one of {', '.join(among)}")
     return value
 
-  def only(self, **wanted):
+  def only(self, **wanted: Any) -> None:
     """The named fields must be absent or have the one value that is implemented."""
     for name, value in wanted.items():
       if name in self and self.values[name] != value:
         got = f"{name} {short(self.values[name])}"
         raise InputError(f"the model's {self.where}: {got} is not supported (want {value!r})")
 
-  def token(self, name):
-    """A token id, or None."""
+  def token(self, name: str) -> int | None:
+    """A token id; None where the field is absent."""
     return self.integer(name, low=-1) if name in self else None
 
-  def tokens(self, name):
-    """A token id, several of them as a tuple, or None."""
+  def tokens(self, name: str) -> int | tuple[int, ...] | None:
+    """As `token`, or a list of ids."""
     value = self.values.get(name)
     if isinstance(value, list) and len(value) < 100:
       return tuple(Fields({name: one}, self.where).integer(name, low=-1) for one in value)
     return self.token(name)
 
-  def section(self, *names):
-    """The first of these fields that is there, as Fields; empty where none is."""
+  def section(self, *names: str) -> "Fields":
+    """The first of these fields that is there; empty where none is."""
     for name in names:
       if name in self:
         if not isinstance(self.values[name], dict):
@@ -94,7 +96,7 @@ class Fields:
         return Fields(self.values[name], f"{self.where}, {name}")
     return Fields({}, f"{self.where}, {names[0]}")
 
-  def labels(self, num_labels):
+  def labels(self, num_labels: int) -> tuple[str, ...]:
     """Names of the classes in `id2label`, in their order; () where they are LABEL_0..., or of another number."""
     names = self.values.get("id2label")
     keys = {str(i): f"LABEL_{i}" for i in range(num_labels)}
@@ -105,17 +107,17 @@ class Fields:
     return tuple(str(names[key])[:200] for key in keys)
 
 
-def finite_json(value):
+def finite_json(value: str) -> NoReturn:
   """For json.loads(parse_constant=...): Infinity and NaN are no numbers of a config."""
   raise ValueError(f"{value} is not a JSON number")
 
 
-def short(value):
+def short(value: object) -> str:
   """A value that came from outside, in one line of at most 80 characters."""
   return re.sub(r"\s+", " ", _SHOWN.repr(value))[:80]
 
 
-def listed(names):
+def listed(names: list[str]) -> str:
   """A list in an error, which may be a stranger's: at most LISTED characters of it."""
   text = str(names or "none")
   return text if len(text) <= LISTED else f"{text[:LISTED]}... ({len(names)} in all)"

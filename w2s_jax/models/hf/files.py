@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import safetensors
 
 from w2s_jax import InputError
@@ -18,7 +19,7 @@ JSON_BYTES = 64 << 20                                              # no config o
 TILE = 64                                                          # rows and columns that are transposed at a time
 
 
-def resolve(path):
+def resolve(path: str) -> Path:
   """A local directory for a model: a directory, `pypi:PACKAGE/SUBDIR` of an installed package, or a hub id.
 
   Raises:
@@ -47,7 +48,7 @@ def resolve(path):
                      "--config.teacher.path=DIR), or run the offline default without scale=") from e
 
 
-def read_json(path):
+def read_json(path: Path) -> dict:
   """The object in a JSON file.
 
   Raises:
@@ -66,7 +67,7 @@ def read_json(path):
   return value
 
 
-def check_links(directory):
+def check_links(directory: Path) -> None:
   """Refuses a directory with a link to elsewhere, or with what is neither a file nor a directory.
 
   It looks as deep as anything is read (transformers reads additional_chat_templates/*.jinja). The links of the
@@ -87,7 +88,7 @@ def check_links(directory):
       raise InputError(f"{file} is neither a file nor a directory: remove it")
 
 
-def tensor_files(directory):
+def tensor_files(directory: Path) -> dict[str, Path]:
   """{tensor name: safetensors file}, from one file or from the index's shards; refuses pickles and outside paths."""
   index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
   if index.exists() and single.exists():
@@ -113,19 +114,19 @@ def _pickle_hint(name):
           "transformers' model.save_pretrained(DIR)")
 
 
-def tensor_names(file):
+def tensor_names(file: Path) -> list[str]:
   with open_tensors(file) as f:
     return list(f.keys())
 
 
-def open_tensors(file):
+def open_tensors(file: Path) -> safetensors.safe_open:
   try:
     return safetensors.safe_open(file, framework="np")
   except (safetensors.SafetensorError, OSError) as e:
     raise InputError(f"cannot read {file}: {str(e)[:300]!r}") from None  # it quotes the header, line ends and all
 
 
-def sha256(directory, *patterns):
+def sha256(directory: str | Path, *patterns: str) -> dict[str, str]:
   """{file name: sha256} of the directory's files that match one of the patterns."""
   out = {}
   for file in sorted(file for pattern in patterns for file in Path(directory).glob(pattern)):
@@ -134,7 +135,7 @@ def sha256(directory, *patterns):
   return out
 
 
-def copy_transposed(matrix, out):
+def copy_transposed(matrix: np.ndarray, out: np.ndarray) -> None:
   """out[...] = matrix.T, a tile at a time: numpy's own walks through all of the memory once for each column."""
   for i in range(0, out.shape[0], TILE):
     for j in range(0, out.shape[1], TILE):

@@ -1,6 +1,10 @@
 """How transformers writes a model type: the record of its tensors' names, which each family's file has."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:              # models.model imports this file
+  from w2s_jax.models.model import Model
 
 
 class Checkpoint(NamedTuple):
@@ -25,7 +29,7 @@ class Checkpoint(NamedTuple):
 HEAD = r"(score|pooler|widen|classifier)/.*"   # our paths that a checkpoint may lack: initialised afresh, which is said
 
 
-def modules(pairs, kernel="kernel", both=True):
+def modules(pairs: Iterable[tuple[str, str]], kernel: str = "kernel", both: bool = True) -> dict[str, str]:
   """{path: tensor name} of (our module, their module) pairs: kernel (or scale) and bias."""
   return {f"{ours}/{leaf}": f"{theirs}.{tensor}" for ours, theirs in pairs
           for leaf, tensor in ((kernel, "weight"), ("bias", "bias"))[:2 if both else 1]}
@@ -35,12 +39,12 @@ HEAD_FILE, HEAD_CONFIG = "w2s_head.safetensors", "w2s_head.json"               #
 W2S_HEAD = modules((("widen", "w2s.widen"), ("classifier", "classifier")))
 
 
-def weight_names(model, paths):
-  """{path: tensor name} of these parameter paths of a models.Model."""
+def weight_names(model: "Model", paths: Iterable[str]) -> dict[str, str]:
+  """{path: tensor name} of these parameter paths."""
   table = model.checkpoint.weights | (W2S_HEAD if getattr(model.config, "feature_width", 0) else {})
   return {path: table[path] for path in paths}
 
 
-def is_transposed(model, path):
+def is_transposed(model: "Model", path: str) -> bool:
   """Whether the file has this leaf with its last two axes swapped."""
   return path.endswith("kernel") and (model.checkpoint.transposed or not path.startswith("layers/"))

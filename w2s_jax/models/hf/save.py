@@ -110,15 +110,15 @@ def _finish(part, directory, model, shards, headed, leaves, tokenizer, id2label,
 
 class _Part(NamedTuple):
   """One tensor of a file, taken out of its leaf only when it is written."""
-  leaf: jax.Array
+  leaf: jax.Array | np.ndarray
   layer: int | None
   transposed: bool
 
   @property
-  def nbytes(self):
+  def nbytes(self) -> int:
     return self.leaf.nbytes // (1 if self.layer is None else self.leaf.shape[0])
 
-  def value(self):
+  def value(self) -> np.ndarray:
     one = processes.fetch(self.leaf if self.layer is None else self.leaf[self.layer])
     if not self.transposed:
       return np.ascontiguousarray(one)
