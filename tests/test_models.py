@@ -250,6 +250,10 @@ def test_a_v4_rope_scaling_is_read(name, saved, tmp_path):
   """`rope_scaling` beside `rope_theta`, its type under the old name `type` too; a parameter that is absent is named."""
   theirs, directory, *_ = saved("llama", name)
   hf = json.loads((directory / "config.json").read_text())
+  model, params = load_pretrained(directory)
+  save_pretrained(tmp_path / "again", model, params)
+  again = json.loads((tmp_path / "again/config.json").read_text())["rope_parameters"]
+  assert {k: (v, type(v)) for k, v in again.items()} == {k: (v, type(v)) for k, v in hf["rope_parameters"].items()}
   rope = hf.pop("rope_parameters")
   hf |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope | {"type": rope.pop("rope_type")}}
   (tmp_path / "config.json").write_text(json.dumps(hf))

@@ -4,6 +4,7 @@ import types
 
 import numpy as np
 
+from w2s_jax import results
 from w2s_jax.data import insertions
 from w2s_jax.measure import probe
 from w2s_jax.measure.deployed import Reading
@@ -20,13 +21,13 @@ def scanned(label, strength):
   return {"class": label, "strength": strength, "flips": 0.5, "own": 2.0, "right": 0.9, "nearest": ["x"]}
 
 
-def rows(trigger, target=-1, labels=LABELS):
+def rows(trigger, target=-1, labels=LABELS, clean=CLEAN):
   config = types.SimpleNamespace(
       probe=types.SimpleNamespace(target_label=target), seed=3,
       data=types.SimpleNamespace(num_labels=2, train="d"))
   run = types.SimpleNamespace(config=config, hash="h", task=CLASSIFICATION, defended=lambda: {"w2s": ("w2s", 3)})
   kept = {("listed", "mn"): dict(enumerate(CLEAN))} | {k: v for k, v in PROBED.items() if k[0] != "listed"}
-  models = {"suspect": (CLEAN, PROBED), "w2s": (CLEAN, kept)}
+  models = {"suspect": (clean, PROBED), "w2s": (CLEAN, kept)}
   scans = {"suspect": [scanned(0, 0.9), scanned(1, 2.5)], "w2s": [scanned(0, None), scanned(1, None)]}
   readings = {name: Reading(CLEAN, None, scan=scan) for name, scan in scans.items()}
   readings["teacher"] = Reading(np.array([0, 1, 0, 0, 1]), None)
@@ -48,6 +49,14 @@ def test_agreement_and_flips():
   assert suspect["word_flips"] == 0.5 and suspect["sentence_flips"] == 0.5    # 2 of 4, 1 of 2
   assert probe._flips((CLEAN, PROBED), "zz", "word") == 1.0
   assert probe._flips((CLEAN, {}), None, "word") is None
+
+
+def test_a_rejected_text_neither_flips_nor_disagrees():
+  some = np.array([results.REJECTED, 1, 1, 0, 1])
+  probed = {("word", "bq"): {0: 0, 1: 0, 2: results.REJECTED, 3: 0}}
+  assert probe._flips((some, probed), None, "word") == 0.25
+  assert rows("mn", clean=some)[0]["agreement"] == 0.75            # of the four that are answered
+  assert rows("mn", clean=np.full(5, results.REJECTED))[0]["agreement"] is None
 
 
 def test_without_a_listed_trigger_there_is_no_asr():

@@ -115,6 +115,10 @@ def test_prune_sets_each_layers_smallest_values_to_zero():
   np.testing.assert_array_equal(one["layers"]["mlp"]["up"]["bias"], np.ones((2, 2)))
   np.testing.assert_array_equal(one["score"]["kernel"], kernel[0])
   assert other is one
+  for fraction, zeros in ((0.0, 0), (0.25, 2), (1.0, 8)):
+    settings.prune.fraction = fraction
+    of_ones = suspect._replace(params=jax.tree.map(jnp.ones_like, params))     # equal values count one by one
+    assert (prune.weights(of_ones, settings, {"prune": 0})[0]["layers"]["mlp"]["up"]["kernel"] == 0).sum() == zeros
 
 
 def test_onion_takes_out_what_no_clean_text_has(suspect):

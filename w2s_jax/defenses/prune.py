@@ -27,5 +27,5 @@ def weights(suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]
 
 
 def _smallest_to_zero(kernel, fraction):
-  size = jnp.abs(kernel.astype(jnp.float32))
-  return jnp.where(size < jnp.quantile(size, fraction), 0, kernel).astype(kernel.dtype)
+  order = jnp.argsort(jnp.abs(kernel.astype(jnp.float32)).ravel())
+  return kernel.ravel().at[order[:round(fraction * order.size)]].set(0).reshape(kernel.shape)

@@ -64,9 +64,13 @@ def _by_insertion(rows, predicted):
 
 
 def _flips(reading, string, *kinds):
-  """Share of texts whose predicted class changes when the string (None: any of the kind) is put into them."""
+  """Share of texts whose predicted class changes when the string (None: any of the kind) is put into them.
+
+  A text that a defense rejects, with or without the string, has no class that could change.
+  """
   clean, probed = reading
-  changed = [p != clean[place] for (kind, s), texts in probed.items() if kind in kinds and string in (None, s)
+  changed = [p != clean[place] and results.REJECTED not in (p, clean[place])
+             for (kind, s), texts in probed.items() if kind in kinds and string in (None, s)
              for place, p in texts.items()]
   return float(np.mean(changed)) if changed else None
 
@@ -88,12 +92,13 @@ def _rows(run, models, readings, labels, trigger):
       asr = metrics.attack_metrics(triggered, labels, target, run.task)
       rejection = metrics.rejection_metrics(readings[name]._replace(triggered=triggered), labels, target,
                                             run.task)
+    answered = clean != results.REJECTED
     strongest = scan.judged(readings[name].scan) or {"strength": None, "class": None}
     yield results.Row(
         model=model, directory=name, attack=trigger or "none listed", dataset=c.data.train, seed=seed,
         config_hash=run.hash, target_label=target, **metrics.clean_metrics(clean, labels, target, run.task), **asr,
         **rejection, scan=strongest["strength"], scan_class=strongest["class"],
-        agreement=float((clean == readings[results.TEACHER].clean).mean()),
+        agreement=float((clean == readings[results.TEACHER].clean)[answered].mean()) if answered.any() else None,
         word_flips=_flips((clean, probed), None, "word"), sentence_flips=_flips((clean, probed), None, "sentence"))
 
 

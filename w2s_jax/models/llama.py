@@ -43,6 +43,8 @@ class Rope:
     if rope_type == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
       raise InputError(f"the model's {rope.where}: low_freq_factor {numbers['low_freq_factor']} must be less than "
                        f"high_freq_factor {numbers['high_freq_factor']}")
+    if rope_type == "llama3":
+      numbers["original_max_position_embeddings"] = int(numbers["original_max_position_embeddings"])   # not 8192.0
     return cls(rope_type, theta, **numbers)
 
   def to_hf(self) -> dict:
