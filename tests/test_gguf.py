@@ -16,8 +16,7 @@ from gguf.quants import quantize
 
 from w2s_jax import InputError
 from w2s_jax.data import grammar, tokenization
-from w2s_jax.models import load_pretrained
-from w2s_jax.models.hf import files
+from w2s_jax.models import load_pretrained, resolve
 from w2s_jax.models.hf import gguf as ours
 
 TEXTS = [row["text"] for row in grammar.rows("phrases", "train", 200)]
@@ -108,7 +107,7 @@ def test_tensors_and_logits_are_transformers(model_type, weights, tmp_path):
   file = write(tmp_path / "m.gguf", byte_level(), model_type, weights)
   theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32).eval()
   model, params = load_pretrained(file, head="lm")
-  mine = transformers.AutoModelForCausalLM.from_pretrained(files.resolve(str(file)), dtype=torch.float32)
+  mine = transformers.AutoModelForCausalLM.from_pretrained(resolve(str(file)), dtype=torch.float32)
   for name, value in theirs.state_dict().items():
     assert torch.equal(value, mine.state_dict()[name]), name
   ids = np.random.default_rng(1).integers(2, model.config.vocab_size, (2, 9))
@@ -122,7 +121,7 @@ def test_tensors_and_logits_are_transformers(model_type, weights, tmp_path):
 def test_tokens_are_transformers(tokenizer, tmp_path):
   file = write(tmp_path / "m.gguf", tokenizer())
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
-  mine = tokenization.load(files.resolve(str(file)), len(tokenizer()[2]))
+  mine = tokenization.load(resolve(str(file)), len(tokenizer()[2]))
   for text in TEXTS + ODD:
     assert mine(text)["input_ids"] == theirs(text)["input_ids"], text
     assert mine.decode(mine(text)["input_ids"], skip_special_tokens=True).strip() == text.strip()
@@ -133,11 +132,11 @@ def test_tokens_are_transformers(tokenizer, tmp_path):
 def test_it_is_converted_once_and_by_content(tmp_path, cache):
   """Another name is the same directory; another content is another one, and nothing is left half done."""
   file = write(tmp_path / "m.gguf", byte_level())
-  first = files.resolve(str(file))
+  first = resolve(str(file))
   stamp = (first / "config.json").stat().st_mtime_ns
-  assert files.resolve(str(file.rename(tmp_path / "n.gguf"))) == first
+  assert resolve(str(file.rename(tmp_path / "n.gguf"))) == first
   assert (first / "config.json").stat().st_mtime_ns == stamp and first.is_relative_to(cache)
-  other = files.resolve(str(write(tmp_path / "m.gguf", byte_level(), weights=Kind.F16)))
+  other = resolve(str(write(tmp_path / "m.gguf", byte_level(), weights=Kind.F16)))
   assert other != first and {d.name for d in first.parent.iterdir()} == {first.name, other.name}
 
 
@@ -146,7 +145,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
   (tmp_path / "file").write_text("")
   monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "file"))
   with pytest.raises(InputError, match="cannot write to .* set HF_HOME"):
-    files.resolve(str(file))
+    resolve(str(file))
 
 
 @pytest.mark.parametrize("fields,tensors,message", [
@@ -202,7 +201,7 @@ def test_a_header_of_a_billion_numbers_is_not_read(tmp_path):
     f.write(struct.pack("<IIQ", 9, 0, 10**9))
     f.truncate(10**9 + 1000)                                          # sparse
   with pytest.raises(InputError, match="claims 1000000000 elements"):
-    files.resolve(str(file))
+    resolve(str(file))
 
 
 def test_a_mutated_file_loads_or_is_one_line(tmp_path):
@@ -216,7 +215,7 @@ def test_a_mutated_file_loads_or_is_one_line(tmp_path):
     (tmp_path / "bad.gguf").write_bytes(content)
     try:
       model, params = load_pretrained(tmp_path / "bad.gguf")
-      tokenization.load(files.resolve(str(tmp_path / "bad.gguf")), model.config.vocab_size)
+      tokenization.load(resolve(str(tmp_path / "bad.gguf")), model.config.vocab_size)
     except InputError as error:
       assert str(error).isprintable()
 
@@ -230,10 +229,10 @@ def test_smollm2_is_transformers(tmp_path):
   where, name = package.submodule_search_locations[0], SMOLLM.rsplit("/")[-1]
   theirs = transformers.AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32).eval()
   model, params = load_pretrained(SMOLLM, head="lm")
-  mine = transformers.AutoModelForCausalLM.from_pretrained(files.resolve(SMOLLM), dtype=torch.float32)
+  mine = transformers.AutoModelForCausalLM.from_pretrained(resolve(SMOLLM), dtype=torch.float32)
   assert all(torch.equal(value, mine.state_dict()[name]) for name, value in theirs.state_dict().items())
   assert ours.CLASSES[model.config.model_type] == "Llama" and model.config.num_layers == 30
-  tokenizer = tokenization.load(files.resolve(SMOLLM), model.config.vocab_size)
+  tokenizer = tokenization.load(resolve(SMOLLM), model.config.vocab_size)
   own = transformers.AutoTokenizer.from_pretrained(where, gguf_file=name)
   for text in TEXTS + ODD:
     assert tokenizer(text)["input_ids"] == own(text)["input_ids"], text

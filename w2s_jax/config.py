@@ -150,7 +150,8 @@ class GivenData(Data):
 @dataclasses.dataclass
 class Student:
   """The large model."""
-  path: str = field("", "directory, hub id or pypi:PACKAGE/DIR; empty: from nothing, of the shape `arch`")
+  path: str = field("", "directory, .gguf file, hub id or pypi:PACKAGE/DIR; empty: from nothing, of the shape `arch`")
+  base: str = field("", "the same of the model that an adapter in `path` belongs to; empty: the hub id it names")
   dtype: str = field("float32", "of the frozen base and the activations: float32, bfloat16 or float16")
   remat: str = field("none", "what is computed again on the way back: none, dots or full")
 

@@ -254,7 +254,7 @@ def _inputs(config, rows):
   out = {f"{split} rows": hashlib.sha256(json.dumps(chosen).encode()).hexdigest() for split, chosen in rows.items()}
   for name in ("student", "teacher"):
     if path := config[name].path:
-      out[_weights_of(path)] = sha256(resolve(path), "*.safetensors")
+      out[_weights_of(path)] = sha256(resolve(path, config[name].get("base", "")), "*.safetensors")
   return out
 
 

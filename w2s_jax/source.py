@@ -84,7 +84,7 @@ def _with_num_labels(config):
   if not config.data.train:
     raise InputError("no clean data: set --config.data.train to a file, a directory or a hub data set")
   config = config.copy_and_resolve_references()
-  directory = resolve(config.student.path)
+  directory = resolve(config.student.path, config.student.base)
   check_links(directory)
   hf = read_json(directory / "config.json")
   if not config.data.num_labels:
@@ -96,7 +96,8 @@ def _with_num_labels(config):
 
 def _class_names(config):
   """The suspect's own names of its classes; () where it has none."""
-  return Fields(read_json(resolve(config.student.path) / "config.json")).labels(config.data.num_labels)
+  directory = resolve(config.student.path, config.student.base)
+  return Fields(read_json(directory / "config.json")).labels(config.data.num_labels)
 
 
 def _given_rows(config):

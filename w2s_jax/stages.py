@@ -50,13 +50,14 @@ def warmup(run: Run) -> None:
 
 def _given_student(run):
   c = run.config.student
-  model, params = load_pretrained(c.path, run.config.data.num_labels, c.dtype, run.mesh,
+  directory = resolve(c.path, c.base)
+  model, params = load_pretrained(directory, run.config.data.num_labels, c.dtype, run.mesh,
                                   seed=run.source.head_seed(run.config), remat=c.remat)
   for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
     if not jnp.isfinite(leaf).all():
       raise InputError(f"{c.path}: {path} has values that are not finite: set --config.student.path to another "
                        "checkpoint")
-  return model, params, tokenization.load(resolve(c.path), model.config.vocab_size)
+  return model, params, tokenization.load(directory, model.config.vocab_size)
 
 
 def _fresh_student(run):

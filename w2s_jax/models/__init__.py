@@ -1,7 +1,8 @@
 """Flax modules and everything that knows Hugging Face's formats."""
 
-from w2s_jax.models.hf.files import check_links, read_json, resolve, sha256
+from w2s_jax.models.hf.files import check_links, read_json, sha256
 from w2s_jax.models.hf.load import load_pretrained
+from w2s_jax.models.hf.places import resolve
 from w2s_jax.models.hf.save import save_pretrained
 from w2s_jax.models.layers import ClassifierOutput
 from w2s_jax.models.model import Model, config_from_hf

@@ -41,6 +41,9 @@ def config_from_hf(hf: dict, **runtime: Any) -> SharedConfig:
   if "auto_map" in fields:
     raise InputError("the model's config.json has auto_map, code of its own, which is never run: if it is a plain "
                      f"{model_type}, delete auto_map from config.json and tokenizer_config.json")
+  if "transformers_weights" in fields:
+    raise InputError("the model's config.json has transformers_weights, by which transformers loads another file than "
+                     "model.safetensors: keep the file that is meant, under that name, and delete the field")
   if runtime.get("feature_width") and not hasattr(config_class, "feature_width"):
     raise InputError(f"a {model_type} cannot carry the W2S teacher's head: give an encoder as --config.teacher.path")
   if runtime.get("head", "classifier") not in ("classifier", "lm"):

@@ -23,12 +23,12 @@ STEPS = 1000             # of the stage that is planned: the schedule's constant
 
 
 def student(config: Any, **runtime: Any) -> Model:
-  """The config's student: of the directory `student.path`; where that is none, or a hub id, of `student.arch`."""
+  """The config's student: of what lies at `student.path`; where that is none, or a hub id, of `student.arch`."""
   c = config
-  if "arch" in c.student and not Path(c.student.path).expanduser().is_dir() or not c.student.path:
+  if "arch" in c.student and not Path(c.student.path).expanduser().exists() or not c.student.path:
     hf = c.student.arch.to_dict()
   else:
-    hf = read_json(resolve(c.student.path) / "config.json")
+    hf = read_json(resolve(c.student.path, c.student.base) / "config.json")
   labels = {"num_labels": c.data.num_labels} if c.data.num_labels else {}
   return Model(config_from_hf(hf | labels, **{"dtype": c.student.dtype, "remat": c.student.remat,
                                               "lora_dropout": c.lora.dropout} | runtime))

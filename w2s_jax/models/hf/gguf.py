@@ -4,26 +4,19 @@ A file is a stranger's: every length in its header is checked before anything is
 would change the network but is not known here is refused.
 """
 
-import hashlib
 import json
-import logging
-import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import safetensors.numpy
 import tokenizers
 from tokenizers import decoders, pre_tokenizers, processors
 
 from w2s_jax import InputError
+from w2s_jax.models.hf import converted
 from w2s_jax.models.hf.fields import listed, short
-
-LOG = logging.getLogger(__name__)
 
 MOST_ELEMENTS = 4_000_000      # of all arrays of a header; the largest tokenizers have 1.5M tokens, scores and merges
 CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -49,37 +42,19 @@ PLAIN = ("gpt-2", "default")
 
 
 def directory_of(file: Path) -> Path:
-  """The directory of safetensors that a GGUF file was, or is now, converted into; by the file's content.
+  """The directory of safetensors that a GGUF file was, or is now, converted into.
 
-  Weights are float32, as dequantized; layers are a file each. It lies beside the hub's cache ($HF_HOME).
+  Weights are float32, as dequantized; layers are a file each.
 
   Raises:
     InputError: the package gguf is not installed; the file lies about itself, or holds what is not known here.
   """
-  with file.open("rb") as f:
-    digest = hashlib.file_digest(f, "sha256").hexdigest()
-  done = Path(huggingface_hub.constants.HF_HOME) / "w2s_jax_gguf" / digest[:32]
-  if done.is_dir():
-    return done
-  header, tensors = _opened(file)
-  LOG.info(f"{file}: converting to safetensors in {done}, once")
-  try:
-    done.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix="part-", dir=done.parent))
-  except OSError as e:
-    raise InputError(f"cannot write to {done.parent} ({e.strerror}): set HF_HOME to a directory that can be "
-                     "written") from None
-  try:
-    (part / "config.json").write_text(json.dumps(_config(file, header, tensors), indent=2))
-    _write_tokenizer(file, header, part)
-    _write_tensors(file, header, tensors, part)
-    os.replace(part, done)
-  except OSError as e:
-    if not done.is_dir():                       # else another process was first
-      raise InputError(f"cannot write {done} ({e.strerror}): free some disk, or set HF_HOME elsewhere") from None
-  finally:
-    shutil.rmtree(part, ignore_errors=True)
-  return done
+  def build(directory):
+    header, tensors = _opened(file)
+    (directory / "config.json").write_text(json.dumps(_config(file, header, tensors), indent=2))
+    _write_tokenizer(file, header, directory)
+    _write_tensors(file, header, tensors, directory)
+  return converted.directory_of(file, [file], build)
 
 
 def _opened(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:

