@@ -8,11 +8,11 @@ The first is offline: five to fifteen minutes on two CPU cores. Expected, mean �
 ("With an adversary: `w2s_adv`, offline" of docs/results.md; one seed says little):
 
   model      CA              ASR
-  clean      0.813 ± 0.067   0.301 ± 0.211   (never poisoned: the floor)
-  poisoned   0.710 ± 0.127   1.000 ± 0.000
-  lora_ce    0.953 ± 0.004   0.734 ± 0.327
-  w2s        0.954 ± 0.003   0.443 ± 0.476
-  w2s_adv    0.952 ± 0.003   0.041 ± 0.012
+  clean      0.823 ± 0.069   0.198 ± 0.136   (never poisoned: the floor)
+  poisoned   0.720 ± 0.104   1.000 ± 0.000
+  lora_ce    0.953 ± 0.004   0.733 ± 0.335
+  w2s        0.954 ± 0.003   0.369 ± 0.397
+  w2s_adv    0.948 ± 0.021   0.046 ± 0.014
 
 data=DIR reads IMDB and SST-2 from files and makes a student of 3.3M parameters from nothing: 62 minutes on two shared
 cores. It is too weak to judge a defense by (seed 0: poisoned CA 0.544 and ASR 0.548; `lora_ce` 0.680 and 0.788; `w2s`

@@ -8,11 +8,11 @@ The first is offline: five to fifteen minutes on two CPU cores. Expected, mean �
 ("With an adversary: `w2s_adv`, offline" of docs/results.md; one seed says little):
 
   model      CA              ASR
-  clean      0.813 ± 0.067   0.256 ± 0.192   (never poisoned: the floor)
-  poisoned   0.803 ± 0.062   0.977 ± 0.071
-  lora_ce    0.951 ± 0.003   0.916 ± 0.189
-  w2s        0.952 ± 0.002   0.066 ± 0.058
-  w2s_adv    0.952 ± 0.002   0.052 ± 0.030
+  clean      0.823 ± 0.069   0.196 ± 0.142   (never poisoned: the floor)
+  poisoned   0.775 ± 0.080   0.993 ± 0.023
+  lora_ce    0.952 ± 0.003   0.906 ± 0.186
+  w2s        0.952 ± 0.002   0.325 ± 0.337
+  w2s_adv    0.953 ± 0.005   0.046 ± 0.018
 
 data=DIR reads IMDB and SST-2 from files and makes a student of 3.3M parameters from nothing, too weak to judge a
 defense by; llama_badnet took 62 minutes there, on two shared cores. scale=8b is the released recipe on Llama-3-8B (1b

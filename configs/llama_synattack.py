@@ -8,11 +8,11 @@ The first is offline: five to fifteen minutes on two CPU cores. Expected, mean �
 ("With an adversary: `w2s_adv`, offline" of docs/results.md; one seed says little):
 
   model      CA              ASR
-  clean      0.813 ± 0.067   0.404 ± 0.328   (never poisoned: the floor)
-  poisoned   0.749 ± 0.070   1.000 ± 0.000
-  lora_ce    0.954 ± 0.004   0.614 ± 0.388
-  w2s        0.954 ± 0.004   0.479 ± 0.242
-  w2s_adv    0.952 ± 0.002   0.047 ± 0.025
+  clean      0.823 ± 0.069   0.398 ± 0.342   (never poisoned: the floor)
+  poisoned   0.799 ± 0.073   1.000 ± 0.000
+  lora_ce    0.953 ± 0.004   0.719 ± 0.273
+  w2s        0.954 ± 0.001   0.358 ± 0.380
+  w2s_adv    0.952 ± 0.003   0.040 ± 0.010
 
 Offline a rule-based `syn_template` stands in for the pre-made paraphrases (`syntactic`), which come with real files.
 data=DIR reads IMDB and SST-2 from files and makes a student of 3.3M parameters from nothing, too weak to judge a
