@@ -8,7 +8,7 @@ Nothing here is our code: transformers trains, peft adapts, the suspects are wha
 directory with train.json and test.json of rows {"sentence", "label"}. For each seed 2,000 rows are kept apart for
 whoever cleans; the rest trains every suspect of the seed. What is written:
 
-  OUT/METADATA.csv                    one row per suspect: how it was poisoned, CA, ASR, floor, false rate
+  OUT/METADATA.csv                    one row per suspect, of all calls: how it was poisoned, CA, ASR, floor, false rate
   OUT/NAME/model/                     the suspect, a Hugging Face directory
   OUT/clean-SEED/{train,train500}.json, test.json     rows that no suspect of the seed was trained on
   OUT/secrets/NAME.json               the trigger, the target label, triggered test rows: for the judge alone
@@ -221,10 +221,13 @@ def judge(args, made, test):
                   **{key: round(value, 4) for key, value in got.items()}, "weak": bool(got["asr"] < GATE)})
     print(json.dumps(lines[-1]), flush=True)
   if lines:
-    with open(args.out / "METADATA.csv", "w", newline="") as f:
-      table = csv.DictWriter(f, lines[0])
-      table.writeheader()
-      table.writerows(lines)
+    table = args.out / "METADATA.csv"
+    if table.exists():                                                # of earlier calls
+      lines = [row for row in csv.DictReader(table.open()) if row["name"] not in made] + lines
+    with table.open("w", newline="") as f:
+      writer = csv.DictWriter(f, lines[0])
+      writer.writeheader()
+      writer.writerows(lines)
 
 
 def main():
@@ -241,6 +244,11 @@ def main():
   if unknown := set(only) - set(RECIPES):
     parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(RECIPES)}")
   (args.out / "secrets").mkdir(parents=True, exist_ok=True)
+  settings = {"base": args.base, "data": str(args.data.resolve()), "epochs": args.epochs, "rows": args.rows}
+  before = args.out / "settings.json"
+  if before.exists() and json.loads(before.read_text()) != settings:
+    parser.error(f"--out {args.out} has suspects of other settings, {before.read_text()}: give another one")
+  before.write_text(json.dumps(settings))
   train_rows, test, made = read(args.data / "train.json"), read(args.data / "test.json"), {}
   paraphrases = {split: _paraphrases(args.data, split) for split in ("train", "test")}
   for seed in (int(seed) for seed in args.seeds.split(",")):

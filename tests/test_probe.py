@@ -54,7 +54,8 @@ def test_agreement_and_flips():
 def test_a_rejected_text_neither_flips_nor_disagrees():
   some = np.array([results.REJECTED, 1, 1, 0, 1])
   probed = {("word", "bq"): {0: 0, 1: 0, 2: results.REJECTED, 3: 0}}
-  assert probe._flips((some, probed), None, "word") == 0.25
+  assert probe._flips((some, probed), None, "word") == 1 / 2       # of rows 1 and 3
+  assert probe._flips((np.full(5, results.REJECTED), probed), None, "word") is None
   assert rows("mn", clean=some)[0]["agreement"] == 0.75            # of the four that are answered
   assert rows("mn", clean=np.full(5, results.REJECTED))[0]["agreement"] is None
 

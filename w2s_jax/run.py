@@ -102,11 +102,11 @@ class Run:
 
   def facts(self) -> dict:
     """What every results.json says of its run; of the student's weights, the hashes where they are from."""
-    path = self.config.student.path
+    path, base = self.config.student.path, self.config.student.base
     weights = self.inputs[_weights_of(path)] if path else sha256(self.model_dir(results.BASE), "*.safetensors")
     return {"config_hash": self.hash, "sha256": self.sha256, "versions": versions(),
             "devices": f"{self.mesh.devices.size} x {jax.devices()[0].device_kind}", "mesh": dict(self.mesh.shape),
-            "base": {"path": path or "trained here from nothing", "sha256": weights},
+            "base": {"path": (f"{path} on {base}" if base else path) or "trained here from nothing", "sha256": weights},
             "clean_rows": {split: len(self.rows[split]) for split in ("train", "dev", "test")}}
 
   def measured(self) -> bool:
@@ -235,7 +235,7 @@ def start(config: ConfigDict, workdir: str | Path) -> Run:
   """
   checks.check_fields(config)
   source = source_lib.of(config)
-  config = source.resolve(config)
+  config = source_lib.with_teacher_rate(source.resolve(config))
   mesh = sharding.make_mesh(**config.mesh)
   for stage in filter(config.__contains__, checks.TRAINING):
     sharding.check_batch(config[stage].batch_size, mesh, f"--config.{stage}.batch_size")

@@ -12,6 +12,7 @@ from w2s_jax.models import check_links, config_from_hf, read_json, resolve
 from w2s_jax.models.hf.fields import Fields
 
 LOG = logging.getLogger(__name__)
+NEW_TEACHER_RATE, PRETRAINED_TEACHER_RATE = 1e-3, 5e-5
 
 
 class Source(NamedTuple):
@@ -75,6 +76,14 @@ def _attacked_rows(config):
 def attack_of(config: Any) -> Attack:
   """The attack that a config makes."""
   return poison.make_attack(config.attack.name, config.attack.trigger, config.attack.paraphrases)
+
+
+def with_teacher_rate(config: Any) -> Any:
+  """The config with `teach.learning_rate`, where it is 0, by the kind of teacher."""
+  config = config.copy_and_resolve_references()
+  if not config.teach.learning_rate:
+    config.teach.learning_rate = PRETRAINED_TEACHER_RATE if config.teacher.path else NEW_TEACHER_RATE
+  return config
 
 
 def _with_num_labels(config):

@@ -21,7 +21,6 @@ from w2s_jax.run import Run, start
 from w2s_jax.training import stage, steps
 
 LOG = logging.getLogger(__name__)
-TEACHER_RATES = {False: 1e-3, True: 5e-5}             # of a new teacher, of a pretrained one
 
 
 def warmup(run: Run) -> None:
@@ -116,9 +115,7 @@ def teach(run: Run) -> None:
     params = model.init(stage.stream_key(c.seed, name), run.mesh)
   if c.teach.epochs:
     arrays, dev = (run.encode(tokenizer, run.rows[s], c.data.max_length) for s in ("train", "dev"))
-    settings = c.teach.copy_and_resolve_references()
-    settings.learning_rate = c.teach.learning_rate or TEACHER_RATES[bool(c.teacher.path)]
-    plan = stage.task_plan(run.task, name, c.seed, model, trees.FULL, settings)
+    plan = stage.task_plan(run.task, name, c.seed, model, trees.FULL, c.teach)
     params, = stage.train_stage(plan, [params], [arrays], dev, run.place)
   save_pretrained(run.model_dir(name), model, params, tokenizer, card=card.first_line(name))
 

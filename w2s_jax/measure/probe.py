@@ -66,12 +66,11 @@ def _by_insertion(rows, predicted):
 def _flips(reading, string, *kinds):
   """Share of texts whose predicted class changes when the string (None: any of the kind) is put into them.
 
-  A text that a defense rejects, with or without the string, has no class that could change.
+  Texts that a defense rejects, with or without the string, are left out.
   """
   clean, probed = reading
-  changed = [p != clean[place] and results.REJECTED not in (p, clean[place])
-             for (kind, s), texts in probed.items() if kind in kinds and string in (None, s)
-             for place, p in texts.items()]
+  changed = [p != clean[place] for (kind, s), texts in probed.items() if kind in kinds and string in (None, s)
+             for place, p in texts.items() if results.REJECTED not in (p, clean[place])]
   return float(np.mean(changed)) if changed else None
 
 

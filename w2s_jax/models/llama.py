@@ -39,6 +39,10 @@ class Rope:
              if name != "rope_theta"} for field in ("rope_parameters", "rope_scaling")]
     if both[1] and both[0] != both[1] and "rope_parameters" in fields:
       raise InputError(f"the model's {fields.where} has rope_parameters and a rope_scaling that differ: keep one")
+    sections = [fields, *(fields.section(field) for field in ("rope_parameters", "rope_scaling"))]
+    thetas = [section.values["rope_theta"] for section in sections if "rope_theta" in section]
+    if any(theta != thetas[0] for theta in thetas):
+      raise InputError(f"the model's {fields.where} has several values of rope_theta: keep one")
     rope = fields.section("rope_parameters", "rope_scaling")
     rope_type = rope.string("rope_type" if "rope_type" in rope else "type", "default", ROPE_FIELDS)
     rope.only(partial_rotary_factor=1)

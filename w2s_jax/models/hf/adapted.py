@@ -10,6 +10,7 @@ import numpy as np
 import safetensors.numpy
 
 from w2s_jax import InputError
+from w2s_jax.data.tokenization import VOCABULARY_FILES
 from w2s_jax.models.hf import converted, files
 from w2s_jax.models.hf.fields import Fields, listed, short
 from w2s_jax.models.model import model_types
@@ -18,10 +19,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
 # Fields of peft's config that do not change the merged network; any other one must be empty or false.
-HARMLESS = ("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha",
-            "lora_dropout", "target_modules", "exclude_modules", "modules_to_save", "fan_in_fan_out", "bias",
-            "use_rslora", "init_lora_weights", "rank_pattern", "layers_to_transform", "layers_pattern", "peft_version",
-            "auto_mapping", "qalora_group_size", "megatron_core", "ensure_weight_tying")
+HARMLESS = ("peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "lora_dropout",
+            "target_modules", "modules_to_save", "fan_in_fan_out", "bias", "use_rslora", "init_lora_weights",
+            "rank_pattern", "peft_version", "auto_mapping", "qalora_group_size", "megatron_core", "ensure_weight_tying")
 
 
 def is_adapter(directory: Path) -> bool:
@@ -44,7 +44,8 @@ def hub_id_of_base(directory: Path) -> str:
     InputError: it names none.
   """
   base = files.read_json(directory / CONFIG).get("base_model_name_or_path")
-  if not isinstance(base, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base, re.ASCII) or Path(base).exists():
+  hub_id = isinstance(base, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base, re.ASCII)
+  if not hub_id or Path(base).exists():
     raise InputError(f"{directory} is an adapter, whose base {short(base)} is no hub id: set --config.student.base to "
                      "the base's directory")
   return base
@@ -58,7 +59,10 @@ def directory_of(adapter: Path, base: Path) -> Path:
   """
   for directory in (adapter, base):
     files.check_links(directory)
-  scale_of = _scale(files.read_json(adapter / CONFIG), adapter)
+  if ours := sorted(file.name for file in base.glob("w2s_*")):
+    raise InputError(f"{base}, the base of {adapter}, has a {ours[0]}, which a merged model would not have: "
+                     "give a base without it")
+  scale_of, targets = _scale(files.read_json(adapter / CONFIG), adapter)
   if not (adapter / WEIGHTS).is_file():
     raise InputError(f"{adapter} has {CONFIG} but no {WEIGHTS}: an adapter_model.bin is a pickle, which is never read; "
                      "save the adapter anew with peft, which writes safetensors")
@@ -66,33 +70,43 @@ def directory_of(adapter: Path, base: Path) -> Path:
   families = model_types()
   checkpoint = families[Fields(hf).string("model_type", None, families)].tensors[hf["model_type"]]
   bare = not any(name.startswith(checkpoint.prefix) for name in where)   # saved from the backbone class alone
-  full = {name: checkpoint.prefix * bare + name for name in where}
-  deltas, heads = _parts(adapter, set(full.values()))
-  own, others = (sorted(file for pattern in TOKENIZER for file in directory.glob(pattern))
-                 for directory in (adapter, base))
+  full = {name: f"{checkpoint.prefix}{name}" if bare else name for name in where}
+  deltas, heads = _parts(adapter, set(full.values()), targets)
+  shards = sorted(set(where.values()))
+  for file in shards:
+    if beside := sorted(set(files.tensor_names(file)) - {name for name in where if where[name] == file}):
+      raise InputError(f"{file} has tensors that the index does not place there: {listed(beside)}")
+  tokenizer = next((found for found in map(_tokenizer_files, (adapter, base)) if found), [])
   def build(out):
     index = dict.fromkeys(heads, "model-heads.safetensors")
     safetensors.numpy.save_file(heads, out / "model-heads.safetensors", {"format": "pt"})
-    for number, file in enumerate(sorted(set(where.values()))):
-      with files.open_tensors(file) as f:
-        values = {full[name]: _merged(f.get_tensor(name), deltas.get(full[name]), scale_of, checkpoint, adapter)
-                  for name in where if where[name] == file and full[name] not in heads}
+    for number, file in enumerate(shards):
+      values = {full[name]: _merged(file, name, deltas.get(full[name]), scale_of, checkpoint, adapter)
+                for name in where if where[name] == file and full[name] not in heads}
       safetensors.numpy.save_file(values, out / f"model-{number}.safetensors", {"format": "pt"})
       index |= dict.fromkeys(values, f"model-{number}.safetensors")
     (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (out / "config.json").write_text(json.dumps(_with_labels(hf, heads, checkpoint), indent=2))
-    for file in own or others:
+    for file in tokenizer:
       shutil.copy(file, out)
-  parts = [adapter / CONFIG, adapter / WEIGHTS, base / "config.json", *sorted(set(where.values())), *(own or others)]
-  return converted.directory_of(adapter, parts, build)
+  index = [file for file in (base / "model.safetensors.index.json",) if file.exists()]
+  return converted.directory_of(adapter, [adapter / CONFIG, adapter / WEIGHTS, base / "config.json", *index, *shards,
+                                          *tokenizer], build)
+
+
+def _tokenizer_files(directory):
+  """The files of a directory's tokenizer; [] where it has no vocabulary."""
+  if not any((directory / name).is_file() for name in VOCABULARY_FILES):
+    return []
+  return sorted(file for pattern in TOKENIZER for file in directory.glob(pattern) if file.is_file())
 
 
 def _scale(config: dict[str, Any], adapter: Path):
-  """rank -> factor of B A; refuses what would make another network than B A added to the kernels."""
+  """(rank -> factor of B A, names of the adapted modules); refuses what is more than B A added to the kernels."""
   fields = Fields(config, CONFIG)
   fields.string("peft_type", None, ("LORA",))
   fields.string("bias", "none", ("none",))
-  if config.get("init_lora_weights") not in (None, True, False, "gaussian"):
+  if config.get("init_lora_weights") not in (None, True, False, "gaussian", "eva", "orthogonal"):
     raise InputError(f"{adapter}: init_lora_weights {short(config['init_lora_weights'])} changes the base's own "
                      "kernels: merge it with peft (merge_and_unload) and give the merged model")
   odd = [f"{name}={short(value)}" for name, value in config.items()
@@ -101,41 +115,46 @@ def _scale(config: dict[str, Any], adapter: Path):
     raise InputError(f"{adapter} is an adapter with {listed(odd)}, which is not implemented: merge it with peft "
                      "(merge_and_unload) and give the merged model")
   alpha, square = fields.positive("lora_alpha"), fields.flag("use_rslora", False)
-  return lambda rank: alpha / (rank ** 0.5 if square else rank)
+  targets = config.get("target_modules")
+  if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+    raise InputError(f"{adapter}: target_modules is {short(targets)}, wanted a list of names: merge it with peft "
+                     "(merge_and_unload) and give the merged model")
+  return lambda rank: alpha / (rank ** 0.5 if square else rank), targets
 
 
-def _parts(adapter, base_names):
+def _parts(adapter, base_names, targets):
   """({tensor of the base: {"A", "B"}}, {tensor: value} of what the adapter has instead of the base's)."""
   deltas, heads, odd = {}, {}, []
-  with files.open_tensors(adapter / WEIGHTS) as f:
-    for name in f.keys():
-      place = re.fullmatch(r"base_model\.model\.(.{1,300}?)(?:\.lora_(A|B))?\.(weight|bias)", name, re.ASCII)
-      target = f"{place[1]}.{place[3]}" if place else ""
-      if place and place[2] and place[3] == "weight" and target in base_names:
-        deltas.setdefault(target, {})[place[2]] = f.get_tensor(name)
-      elif place and not place[2] and "lora_" not in target:
-        heads[target] = f.get_tensor(name)
-      else:
-        odd.append(name)
+  for name in files.tensor_names(adapter / WEIGHTS):
+    place = re.fullmatch(r"base_model\.model\.(.{1,300}?)(?:\.lora_(A|B))?\.(weight|bias)", name, re.ASCII)
+    target = f"{place[1]}.{place[3]}" if place else ""
+    adapted = place and any(f".{place[1]}".endswith(f".{module}") for module in targets)      # as peft decides it
+    if adapted and place[2] and place[3] == "weight" and target in base_names:
+      deltas.setdefault(target, {})[place[2]] = files.float_tensor(adapter / WEIGHTS, name)
+    elif place and not adapted and not place[2] and "lora_" not in target:
+      heads[target] = files.float_tensor(adapter / WEIGHTS, name)
+    else:
+      odd.append(name)
   odd += [name for name, pair in deltas.items() if set(pair) != {"A", "B"}]
   if odd:
-    raise InputError(f"{adapter / WEIGHTS} has tensors that its base has no place for: {listed(odd)}: give the base "
-                     "that it was trained on (--config.student.base)")
+    raise InputError(f"{adapter / WEIGHTS} has tensors that its target_modules or its base have no place for: "
+                     f"{listed(odd)}: give the base that it was trained on (--config.student.base)")
   return deltas, heads
 
 
-def _merged(value, pair, scale_of, checkpoint, adapter):
-  """kernel + scale B A, added in float32 and rounded once."""
+def _merged(file, name, pair, scale_of, checkpoint, adapter):
+  """The base's tensor; of an adapted kernel kernel + scale B A, added in float32 and rounded once."""
+  value = files.float_tensor(file, name)
   if pair is None:
     return value
-  a, b = (pair[name].astype(np.float32) for name in "AB")
+  a, b = (pair[side].astype(np.float32) for side in "AB")
   fits = a.ndim == b.ndim == 2 and 0 < a.shape[0] == b.shape[1]
-  delta = scale_of(a.shape[0]) * (b @ a) if fits else np.zeros(())
-  delta = delta if checkpoint.transposed else delta.T
-  if delta.shape != value.shape:
+  shape = (b.shape[0], a.shape[1]) if fits else ()
+  if value.shape != (shape if checkpoint.transposed else shape[::-1]):
     raise InputError(f"{adapter}: A {a.shape} and B {b.shape} do not fit a kernel of {value.shape}: give the base that "
                      "the adapter was trained on (--config.student.base)")
-  return (value.astype(np.float32) + delta).astype(value.dtype)
+  delta = scale_of(a.shape[0]) * (b @ a)
+  return (value.astype(np.float32) + (delta if checkpoint.transposed else delta.T)).astype(value.dtype)
 
 
 def _with_labels(hf, heads, checkpoint):

@@ -14,6 +14,7 @@ import huggingface_hub
 from w2s_jax import InputError
 
 LOG = logging.getLogger(__name__)
+VERSION = 2                                     # of what gguf.py and adapted.py make of a file
 
 
 def directory_of(source: Path, files: list[Path], build: Callable[[Path], None]) -> Path:
@@ -24,7 +25,11 @@ def directory_of(source: Path, files: list[Path], build: Callable[[Path], None])
   Raises:
     InputError: it cannot be written.
   """
-  digest = hashlib.sha256("".join(_digest(f, f.stat().st_size, f.stat().st_mtime_ns) for f in files).encode())
+  try:
+    contents = [_digest(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+  except OSError as e:
+    raise InputError(f"cannot read {e.filename} ({e.strerror})") from None
+  digest = hashlib.sha256(repr((VERSION, contents)).encode())
   done = Path(huggingface_hub.constants.HF_HOME) / "w2s_jax" / digest.hexdigest()[:32]
   if done.is_dir():
     return done

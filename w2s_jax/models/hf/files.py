@@ -14,6 +14,7 @@ from w2s_jax.models.hf.fields import finite_json, short
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 JSON_BYTES = 64 << 20                                              # no config or index is larger
+FLOATS = ("F32", "F16", "BF16")                                     # in a safetensors header
 TILE = 64                                                          # rows and columns that are transposed at a time
 
 
@@ -93,6 +94,21 @@ def open_tensors(file: Path) -> safetensors.safe_open:
     return safetensors.safe_open(file, framework="np")
   except (safetensors.SafetensorError, OSError) as e:
     raise InputError(f"cannot read {file}: {str(e)[:300]!r}") from None  # it quotes the header, line ends and all
+
+
+def float_tensor(file: Path, name: str) -> np.ndarray:
+  """A tensor of numbers that numpy has.
+
+  Raises:
+    InputError: it is not in the file, or of another dtype.
+  """
+  with open_tensors(file) as f:
+    if name not in f.keys():
+      raise InputError(f"{file} has no tensor {short(name)} although the index says so")
+    dtype = f.get_slice(name).get_dtype()
+    if dtype not in FLOATS:
+      raise InputError(f"{file}: {short(name)} is {dtype}, wanted one of {', '.join(FLOATS)}")
+    return f.get_tensor(name)
 
 
 def sha256(directory: str | Path, *patterns: str) -> dict[str, str]:

@@ -6,19 +6,23 @@ would change the network but is not known here is refused.
 
 import json
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
 import tokenizers
-from tokenizers import decoders, pre_tokenizers, processors
+from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
 from w2s_jax import InputError
 from w2s_jax.models.hf import converted
-from w2s_jax.models.hf.fields import listed, short
+from w2s_jax.models.hf.fields import Fields, listed, short
+from w2s_jax.models.model import config_from_hf
 
-MOST_ELEMENTS = 4_000_000      # of all arrays of a header; the largest tokenizers have 1.5M tokens, scores and merges
+MOST_ELEMENTS = 2_000_000      # of all arrays of a header; the largest tokenizers have 1.5M tokens, scores and merges
+MOST_FIELDS, MOST_TENSORS = 1000, 20_000
+MOST_LETTERS = 1000            # of a token
 CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 PERMUTED = ("llama",)          # q and k with the two of each rotary pair side by side
 CONFIG = {"block_count": "num_hidden_layers", "context_length": "max_position_embeddings",
@@ -51,9 +55,12 @@ def directory_of(file: Path) -> Path:
   """
   def build(directory):
     header, tensors = _opened(file)
-    (directory / "config.json").write_text(json.dumps(_config(file, header, tensors), indent=2))
+    config = _config(file, header, tensors)
+    layers = config_from_hf(config | {"num_labels": 2}).num_layers
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
     _write_tokenizer(file, header, directory)
-    _write_tensors(file, header, tensors, directory)
+    _write_tensors(file, header, {name: (_name(file, name, layers), tensor) for name, tensor in tensors.items()},
+                   directory)
   return converted.directory_of(file, [file], build)
 
 
@@ -78,12 +85,20 @@ def _opened(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
           raise ValueError(f"its header claims {self.elements} elements, at most {MOST_ELEMENTS} are read")
       return super()._get_field_parts(orig_offs, raw_type)
   try:
+    with file.open("rb") as f:
+      start = f.read(24)
+    if len(start) < 24:
+      raise ValueError(f"it has {len(start)} bytes")
+    tensors, fields = struct.unpack("<QQ", start[8:])
+    if tensors > MOST_TENSORS or fields > MOST_FIELDS:
+      raise ValueError(f"it claims {tensors} tensors and {fields} fields, at most {MOST_TENSORS} and {MOST_FIELDS} are "
+                       "read (or it is big-endian)")
     reader = Reader(file)
-    end = reader.data_offset
+    alignment, end = int(reader.alignment), int(reader.data_offset)
     for tensor in reader.tensors:                               # one after the other, as llama.cpp has it too
       if tensor.data_offset != end:
         raise ValueError(f"the tensor {tensor.name} lies at byte {tensor.data_offset}, wanted {end}")
-      end += -(-tensor.n_bytes // reader.alignment) * reader.alignment
+      end += -(-tensor.n_bytes // alignment) * alignment
     header = {name: field.contents() for name, field in reader.fields.items()}
     return header, {tensor.name: tensor for tensor in reader.tensors}
   except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError) as e:
@@ -97,7 +112,7 @@ def _config(file, header, tensors):
     InputError: another architecture, a field that is missing, or one that is not known here.
   """
   kind = header.get("general.architecture")
-  if kind not in CLASSES:
+  if not isinstance(kind, str) or kind not in CLASSES:
     raise InputError(f"{file} is a GGUF of architecture {short(str(kind))}, wanted one of {', '.join(CLASSES)}: give a "
                      "directory of safetensors")
   own = {name.removeprefix(f"{kind}."): value for name, value in header.items() if name.startswith(f"{kind}.")}
@@ -113,8 +128,8 @@ def _config(file, header, tensors):
     config["rope_scaling"] = {"rope_type": own.pop("rope.scaling.type"), "factor": own.pop("rope.scaling.factor", None)}
   for name in ("bos", "eos", "padding"):
     config[f"{name[:3]}_token_id"] = header.get(f"tokenizer.ggml.{name}_token_id")
-  heads = config["num_attention_heads"]
-  width = config.get("head_dim") or (config["hidden_size"] // heads if isinstance(heads, int) and heads else None)
+  fields = Fields(config, str(file))
+  width = fields.integer("head_dim", fields.integer("hidden_size") // fields.integer("num_attention_heads") or 1)
   known = {"rope.dimension_count": width, "attention.value_length": width, "vocab_size": config["vocab_size"],
            "rope.scaling.type": "none", "rope.scaling.finetuned": False}
   odd = sorted(f"{kind}.{name}={value!r:.40}" for name, value in own.items()
@@ -135,6 +150,8 @@ def _write_tokenizer(file, header, directory):
   import transformers  # here, not above: it loads PyTorch where that is installed
   own = {name.removeprefix("tokenizer.ggml."): value for name, value in header.items()}
   tokens = _listed(file, header, "tokenizer.ggml.tokens")
+  if not all(isinstance(token, str) and len(token) <= MOST_LETTERS for token in tokens):
+    raise InputError(f"{file} has a token that is no text of at most {MOST_LETTERS} letters")
   try:
     core = {"gpt2": _byte_level, "llama": _sentence_piece}[own.get("model")](own, tokens)
     types = own.get("token_type") or [0] * len(tokens)
@@ -143,34 +160,42 @@ def _write_tokenizer(file, header, directory):
                        for token, found in zip(tokens, types) if found == kind])
     named = {f"{name}_token": tokens[own[f"{field}_token_id"]] for name, field in
              (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")) if f"{field}_token_id" in own}
-    first = own.get("add_bos_token", own.get("model") == "llama" or own.get("pre") == "llama-bpe")   # as llama.cpp
-    frame = [*["bos"] * first, "$A", *["eos"] * own.get("add_eos_token", False)]
-    if len(frame) > 1:
-      marks = [named[f"{part}_token"] if part != "$A" else part for part in frame]
-      core.post_processor = processors.TemplateProcessing(
-          single=marks, special_tokens=[(mark, own[f"{part}_token_id"]) for part, mark in zip(frame, marks)
-                                        if part != "$A"])
+    frame = {}                                                                # the special tokens around a text
+    if Fields(own).flag("add_bos_token", own["model"] == "llama" or own.get("pre") == "llama-bpe"):
+      frame[named["bos_token"]] = own["bos_token_id"]
+    single = [*frame, "$A"]
+    if Fields(own).flag("add_eos_token", False):
+      frame[named["eos_token"]] = own["eos_token_id"]
+      single.append(named["eos_token"])
+    if frame:
+      core.post_processor = processors.TemplateProcessing(single=single, special_tokens=list(frame.items()))
     transformers.PreTrainedTokenizerFast(tokenizer_object=core, **named).save_pretrained(directory)
   except InputError:
     raise
-  except Exception as e:  # whatever the library says of a vocabulary or merges that do not fit
+  except BaseException as e:  # whatever the library says of a vocabulary or merges; a panic in Rust is no Exception
+    if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+      raise
     raise InputError(f"no tokenizer to be had from {file}: {type(e).__name__} {short(str(e))}") from None
 
 
 def _byte_level(own, tokens):
-  """Byte pairs of bytes, as GPT-2's."""
+  """Byte pairs of bytes, as GPT-2's, or as the original tokenizer of Llama 3 (which puts <bos> first) or Qwen2."""
   pre = own.get("pre", "default")
   if pre in SPLITS:
     cut = [pre_tokenizers.Split(tokenizers.Regex(SPLITS[pre]), "isolated"),
            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-  elif pre in DIGITS or pre in PLAIN:
-    cut = [pre_tokenizers.Digits(individual_digits=True)] * (pre in DIGITS)
-    cut.append(pre_tokenizers.ByteLevel(add_prefix_space=False))
+  elif pre in DIGITS:
+    cut = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+  elif pre in PLAIN:
+    cut = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
   else:
     raise InputError(f"a GGUF tokenizer of pre {short(str(pre))} is not known, wanted one of "
                      f"{', '.join((*SPLITS, *DIGITS, *PLAIN))}: give a directory of safetensors")
   core = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(tokens)},
-                                                    [tuple(merge.split(" ")) for merge in own["merges"]]))
+                                                    [tuple(merge.split(" ")) for merge in own["merges"]],
+                                                    ignore_merges=pre == "llama-bpe"))
+  if pre == "qwen2":
+    core.normalizer = normalizers.NFC()
   core.pre_tokenizer, core.decoder = pre_tokenizers.Sequence(cut), decoders.ByteLevel()
   return core
 
@@ -183,39 +208,39 @@ def _sentence_piece(own, tokens):
            if token[:cut] in number and token[cut:] in number]
   core = tokenizers.Tokenizer(tokenizers.models.BPE(number, [pair[3:] for pair in sorted(pairs)], byte_fallback=True,
                                                     fuse_unk=True, unk_token=tokens[own["unknown_token_id"]]))
-  prefix = own.get("add_space_prefix", True)
+  prefix = Fields(own).flag("add_space_prefix", True)
   core.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first" if prefix else "never", split=False)
   core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                    *[decoders.Strip(" ", 1, 0)] * prefix])
+                                    decoders.Strip(" ", 1 if prefix else 0, 0)])
   return core
 
 
 def _write_tensors(file, header, tensors, directory):
-  """Dequantized and under transformers' names: a file for each layer, one for the rest, and the index."""
+  """{name: (transformers' name, tensor)} dequantized: a file for each layer, one for the rest, and the index."""
   from gguf.quants import dequantize
-  names, shards = {name: _name(file, name) for name in tensors}, {}
-  for name, full in names.items():
+  shards = {}
+  for name, (full, _) in tensors.items():
     layer = re.search(r"\.layers\.(\d+)\.", full)
     shards.setdefault(f"model-layer{layer[1]}.safetensors" if layer else "model-rest.safetensors", []).append(name)
   for shard, members in shards.items():
     values = {}
     for name in members:
-      tensor = tensors[name]
+      full, tensor = tensors[name]
       try:
         value = dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1].astype(int)).astype(np.float32)
       except (ValueError, NotImplementedError) as e:
         raise InputError(f"{file}: cannot dequantize {short(name)}, which is {tensor.tensor_type.name}: "
                          f"{short(str(e))}") from None
-      values[names[name]] = _halves(file, header, name, value)
+      values[full] = _halves(file, header, name, value)
     safetensors.numpy.save_file(values, directory / shard, {"format": "pt"})
-  where = {names[name]: shard for shard, members in shards.items() for name in members}
+  where = {tensors[name][0]: shard for shard, members in shards.items() for name in members}
   (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}, indent=2))
 
 
-def _name(file, name):
-  """transformers' name of a GGUF tensor."""
-  layer = re.fullmatch(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)", name, re.ASCII)
-  if layer and layer[2] in LAYER:
+def _name(file, name, layers):
+  """transformers' name of a GGUF tensor of a network of that number of layers."""
+  layer = re.fullmatch(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)", name, re.ASCII)
+  if layer and layer[2] in LAYER and int(layer[1]) < layers:
     return f"model.layers.{int(layer[1])}.{LAYER[layer[2]]}.{layer[3]}"
   if name not in TENSORS:
     raise InputError(f"{file} has a tensor {short(name)}, which is not known: give a directory of safetensors")
@@ -229,7 +254,7 @@ def _halves(file, header, name, value):
     return value
   heads = header[f"{kind}.attention.head_count"]
   heads = heads if part[1] == "q" else header.get(f"{kind}.attention.head_count_kv", heads)
-  if not isinstance(heads, int) or heads < 1 or value.shape[0] % (2 * heads):
-    raise InputError(f"{file}: {short(name)} has {value.shape[0]} rows, {short(str(heads))} heads do not divide them")
+  if not value.ndim or not isinstance(heads, int) or heads < 1 or value.shape[0] % (2 * heads):
+    raise InputError(f"{file}: {short(name)} is {value.shape}, {short(str(heads))} heads do not divide its rows")
   rows = value.reshape(heads, value.shape[0] // heads // 2, 2, *value.shape[1:])
   return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(value.shape)

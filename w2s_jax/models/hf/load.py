@@ -23,7 +23,6 @@ LOG = logging.getLogger(__name__)
 
 OLD_NORM_NAMES = {"gamma": "weight", "beta": "bias"}               # of checkpoints converted from TensorFlow
 FLOAT32 = r".*(norm|score|pooler|classifier|widen)/.*"             # norms and heads stay float32 whatever the base is
-FLOATS = ("F32", "F16", "BF16")                                     # in a safetensors header
 PIECE_BYTES = 4 << 20                                              # read and placed at a time
 
 
@@ -142,9 +141,12 @@ def _find_tensors(directory, checkpoint):
         if full[name] in out:
           raise InputError(f"{directory} has the tensor {short(full[name])} twice, under an old and a new name")
         tensor = f.get_slice(name)
-        if tensor.get_dtype() not in FLOATS and not re.fullmatch(checkpoint.unused, full[name]):
-          raise InputError(f"{file}: {short(name)} is {tensor.get_dtype()}, wanted one of {', '.join(FLOATS)}")
+        if tensor.get_dtype() not in files.FLOATS and not re.fullmatch(checkpoint.unused, full[name]):
+          raise InputError(f"{file}: {short(name)} is {tensor.get_dtype()}, wanted one of {', '.join(files.FLOATS)}")
         out[full[name]] = _Tensor(file, name, tuple(tensor.get_shape()))
+    if beside := sorted(there - {name for name in where if where[name] == file}):
+      raise InputError(f"{file} has tensors that the index does not place there, which transformers would load: "
+                       f"{listed(beside)}")
   return out
 
 
