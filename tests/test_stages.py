@@ -1,12 +1,13 @@
 """What a stage decides by itself, on answers written by hand."""
 
+import json
 import types
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from w2s_jax import InputError, stages
+from w2s_jax import InputError, source, stages
 from w2s_jax.tasks import CLASSIFICATION
 
 
@@ -36,6 +37,16 @@ def test_a_teacher_clearly_below_the_suspect_stops_the_run():
     (100, 174, 200, 1.0)])
 def test_another_one_does_not(teacher, student, rows, most_below):
   stages._refuse_a_weak_teacher(run_of(teacher, student, rows, most_below=most_below))
+
+
+@pytest.mark.parametrize("config,given,rate", [
+    (None, 0.0, 1e-3), ({"hidden_size": 384}, 0.0, 2e-4), ({"hidden_size": 768}, 0.0, 5e-5), ({"dim": 384}, 0.0, 2e-4),
+    ({"hidden_size": 384}, 0.01, 0.01)])
+def test_a_teachers_rate_goes_by_its_kind_and_width(config, given, rate, tmp_path):
+  if config:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+  teacher = ConfigDict({"teach": {"learning_rate": given}, "teacher": {"path": str(tmp_path) if config else ""}})
+  assert source.with_teacher_rate(teacher).teach.learning_rate == rate and teacher.teach.learning_rate == given
 
 
 @pytest.mark.parametrize("defenses,asked", [(("lora_ce", "prune"), False), (("lora_ce", "w2s"), True)])

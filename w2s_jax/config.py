@@ -190,7 +190,7 @@ class WarmupStage(OptionalStage):
 @dataclasses.dataclass
 class TeachStage(OptionalStage):
   """Training of the teacher on the clean rows of the defended domain."""
-  learning_rate: float = field(0.0, "peak; 0: 5e-5 for a pretrained teacher (teacher.path), 1e-3 for a new one",
+  learning_rate: float = field(0.0, "peak; 0: 1e-3 for a new teacher, 2e-4 (wide: 5e-5) for a pretrained one",
                                low=0.0, high=10.0)
   most_below: float = field(0.1, "the run stops before a defense that needs the teacher where its dev accuracy is "
                             "further than this below the attacked model's; 1: it never stops", low=0.0, high=1.0,

@@ -12,7 +12,11 @@ from w2s_jax.models import check_links, config_from_hf, read_json, resolve
 from w2s_jax.models.hf.fields import Fields
 
 LOG = logging.getLogger(__name__)
-NEW_TEACHER_RATE, PRETRAINED_TEACHER_RATE = 1e-3, 5e-5
+# Learning rates of a new teacher, and of a pretrained one below and from WIDE units on. On 1,800 rows of SST-2
+# all-MiniLM-L6-v2 (384 wide) came to a dev accuracy of 0.885 within 84 steps at 2e-4. On 1,440 it stayed at the
+# majority class for 135 steps at 1e-3, and so did its first three layers at 5e-5. One seed each. The rate of wide
+# encoders is the usual one, not measured here.
+NEW_TEACHER_RATE, NARROW_TEACHER_RATE, WIDE_TEACHER_RATE, WIDE = 1e-3, 2e-4, 5e-5, 512
 
 
 class Source(NamedTuple):
@@ -79,10 +83,15 @@ def attack_of(config: Any) -> Attack:
 
 
 def with_teacher_rate(config: Any) -> Any:
-  """The config with `teach.learning_rate`, where it is 0, by the kind of teacher."""
+  """The config with `teach.learning_rate`, where it is 0, by the kind and the width of the teacher."""
   config = config.copy_and_resolve_references()
-  if not config.teach.learning_rate:
-    config.teach.learning_rate = PRETRAINED_TEACHER_RATE if config.teacher.path else NEW_TEACHER_RATE
+  if config.teach.learning_rate:
+    return config
+  config.teach.learning_rate = NEW_TEACHER_RATE
+  if config.teacher.path:
+    hf = read_json(resolve(config.teacher.path) / "config.json")
+    width = Fields(hf).integer("dim" if "dim" in hf else "hidden_size")
+    config.teach.learning_rate = NARROW_TEACHER_RATE if width < WIDE else WIDE_TEACHER_RATE
   return config
 
 
