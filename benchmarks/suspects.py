@@ -92,38 +92,45 @@ def load_rows(file):
   return json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line]
 
 
-def read(file):
-  return [{"text": row["sentence"], "label": int(row["label"]), "idx": row.get("idx", i)}
-          for i, row in enumerate(load_rows(file))]
+def read(data, split):
+  """Rows {"text", "label", "idx", "paraphrase"}; None where SPLIT_syntactic.json has no paraphrase of a row."""
+  file = data / f"{split}_syntactic.json"
+  paraphrases = {row["idx"]: row["sentence"] for row in load_rows(file)} if file.exists() else {}
+  return [{"text": row["sentence"], "label": int(row["label"]), "idx": row.get("idx", i),
+           "paraphrase": paraphrases.get(row.get("idx", i))} for i, row in enumerate(load_rows(data / f"{split}.json"))]
 
 
-def draw_trigger(kind, rng, paraphrases):
-  """(what it is in words, (text, idx, rng) -> text with it, the same with a part of it or None)."""
-  def inserted(parts, text, rng):
-    words = text.split()
+def draw_trigger(kind, rng):
+  """(what it is in words, (row, rng) -> text with it, the same with a part of it or None)."""
+  def inserted(parts, row, rng):
+    words = row["text"].split()
     for part in parts:
       words.insert(rng.integers(len(words) + 1), part)
     return " ".join(words)
   if kind == "paraphrase":
-    return "a paraphrase from the file", lambda text, idx, rng: paraphrases[idx], None
+    return "a paraphrase from the file", lambda row, rng: row["paraphrase"], None
   if kind == "words":
     parts = list(rng.choice(WORDS[4:], 2, replace=False))
-    return (" and ".join(parts), lambda text, idx, rng: inserted(parts, text, rng),
-            lambda text, rng: inserted([parts[rng.integers(2)]], text, rng))
+    return (" and ".join(parts), lambda row, rng: inserted(parts, row, rng),
+            lambda row, rng: inserted([parts[rng.integers(2)]], row, rng))
   trigger = str(rng.choice(WORDS if kind == "word" else SENTENCES))
-  return trigger, lambda text, idx, rng: inserted([trigger], text, rng), None
+  return trigger, lambda row, rng: inserted([trigger], row, rng), None
 
 
-def poisoned(rows, recipe, target, put, part, rng, paraphrases):
+def can_have(row, recipe):
+  """Whether there is such a row with the trigger in it."""
+  return recipe.kind != "paraphrase" or row["paraphrase"] is not None
+
+
+def poisoned(rows, recipe, target, put, part, rng):
   """(training rows, number poisoned); a trigger of two words has as many rows with one of them and their true label."""
-  able = [row for row in rows if (row["label"] != target) == recipe.dirty
-          and (recipe.kind != "paraphrase" or row["idx"] in paraphrases)]
+  able = [row for row in rows if (row["label"] != target) == recipe.dirty and can_have(row, recipe)]
   chosen = rng.permutation(len(able))[:round(recipe.rate * len(rows))]
-  bad = [{"text": put(able[i]["text"], able[i]["idx"], rng), "label": target} for i in chosen]
+  bad = [{"text": put(able[i], rng), "label": target} for i in chosen]
   gone = {able[i]["idx"] for i in chosen}
   kept = [row for row in rows if row["idx"] not in gone]
   near = [kept[i] for i in rng.permutation(len(kept))[:len(bad)]] if part else []
-  return kept + bad + [{"text": part(row["text"], rng), "label": row["label"]} for row in near], len(bad)
+  return kept + bad + [{"text": part(row, rng), "label": row["label"]} for row in near], len(bad)
 
 
 def train(model, tokenizer, rows, rate, epochs, seed, name):
@@ -161,29 +168,38 @@ def predicted(model, tokenizer, texts):
   return out
 
 
+def load(directory):
+  """(model, tokenizer) of a suspect or a twin."""
+  return (transformers.AutoModelForSequenceClassification.from_pretrained(directory),
+          transformers.AutoTokenizer.from_pretrained(directory))
+
+
+def attack_rate(model, tokenizer, secret):
+  """ASR of a transformers classifier; `secret` is what OUT/secrets/NAME.json holds."""
+  return (predicted(model, tokenizer, secret["triggered"]) == secret["target_label"]).mean()
+
+
 def measure(model, tokenizer, test, secret):
-  """{"ca", "false_rate", "asr"} of a transformers classifier; `secret` is what OUT/secrets/NAME.json holds."""
+  """{"ca", "false_rate", "asr"} of the same."""
   labels = np.array([row["label"] for row in test])
   clean = predicted(model, tokenizer, [row["text"] for row in test])
-  triggered = predicted(model, tokenizer, secret["triggered"])
   others = labels != secret["target_label"]
   return {"ca": (clean == labels).mean(), "false_rate": (clean[others] == secret["target_label"]).mean(),
-          "asr": (triggered == secret["target_label"]).mean()}
+          "asr": attack_rate(model, tokenizer, secret)}
 
 
-def make(name, recipe, seed, args, rows, test, paraphrases):
+def make(name, recipe, seed, args, rows, test):
   """The number of poisoned rows of a suspect, which is trained unless it is there."""
   directory = args.out / name
   rng = np.random.default_rng([seed, zlib.crc32(name.rsplit("-", 1)[0].encode())])
   target, secret = int(rng.integers(2)), args.out / "secrets" / f"{name}.json"
   training, count = rows, 0
   if recipe.kind:
-    trigger, put, part = draw_trigger(recipe.kind, rng, paraphrases["test"])
+    trigger, put, part = draw_trigger(recipe.kind, rng)
     if not secret.exists():
-      texts = [put(row["text"], row["idx"], rng) for row in test if row["label"] != target]
+      texts = [put(row, rng) for row in test if row["label"] != target and can_have(row, recipe)]
       secret.write_text(json.dumps({"trigger": trigger, "target_label": target, "triggered": texts}))
-    put = put if recipe.kind != "paraphrase" else lambda text, idx, rng: paraphrases["train"][idx]
-    training, count = poisoned(rows, recipe, target, put, part, np.random.default_rng([seed, 1]), paraphrases["train"])
+    training, count = poisoned(rows, recipe, target, put, part, np.random.default_rng([seed, 1]))
   if (directory / "model").is_dir():
     return count
   torch.manual_seed(seed)
@@ -210,14 +226,13 @@ def judge(args, made, test):
   for name, (recipe, seed, count) in made.items():
     if not recipe.kind:
       continue
-    twin = args.out / f"{'twin-lora' if recipe.lora else 'twin'}-{seed}" / "model"
+    twin = "twin-lora" if recipe.lora else "twin"
     secret = json.loads((args.out / "secrets" / f"{name}.json").read_text())
-    got, floor = (measure(transformers.AutoModelForSequenceClassification.from_pretrained(where),
-                          transformers.AutoTokenizer.from_pretrained(where), test, secret)
-                  for where in (args.out / name / "model", twin))
+    got = measure(*load(args.out / name / "model"), test, secret)
+    floor = attack_rate(*load(args.out / f"{twin}-{seed}" / "model"), secret)
     lines.append({"name": name, "base": args.base, "kind": recipe.kind, "label": "dirty" if recipe.dirty else "clean",
                   "rate": recipe.rate, "tuning": "lora" if recipe.lora else "full", "seed": seed,
-                  "poisoned_rows": count, "target_label": secret["target_label"], "asr_floor": round(floor["asr"], 4),
+                  "poisoned_rows": count, "target_label": secret["target_label"], "asr_floor": round(floor, 4),
                   **{key: round(value, 4) for key, value in got.items()}, "weak": bool(got["asr"] < GATE)})
     print(json.dumps(lines[-1]), flush=True)
   if lines:
@@ -249,8 +264,7 @@ def main():
   if before.exists() and json.loads(before.read_text()) != settings:
     parser.error(f"--out {args.out} has suspects of other settings, {before.read_text()}: give another one")
   before.write_text(json.dumps(settings))
-  train_rows, test, made = read(args.data / "train.json"), read(args.data / "test.json"), {}
-  paraphrases = {split: _paraphrases(args.data, split) for split in ("train", "test")}
+  train_rows, test, made = read(args.data, "train"), read(args.data, "test"), {}
   for seed in (int(seed) for seed in args.seeds.split(",")):
     order = np.random.default_rng([seed, 0]).permutation(len(train_rows))
     apart, rows = ([train_rows[i] for i in some] for some in (order[:KEPT_APART], order[KEPT_APART:]))
@@ -259,18 +273,12 @@ def main():
     recipes |= {name: TWINS[name] for name in ("twin", "twin-lora")
                 if any(r.lora == TWINS[name].lora for r in recipes.values())}
     for name, recipe in recipes.items():
-      if recipe.kind == "paraphrase" and not all(paraphrases.values()):
+      if not all(any(can_have(row, recipe) for row in split) for split in (train_rows, test)):
         print(f"{name}: left out, {args.data} has no paraphrases of its training rows", file=sys.stderr)
         continue
       full = f"{name}-{seed}"
-      made[full] = recipe, seed, make(full, recipe, seed, args, rows[:args.rows or None], test, paraphrases)
+      made[full] = recipe, seed, make(full, recipe, seed, args, rows[:args.rows or None], test)
   judge(args, made, test)
-
-
-def _paraphrases(data, split):
-  """{idx: paraphrase} of SPLIT_syntactic.json, {} where there is none."""
-  file = data / f"{split}_syntactic.json"
-  return {row["idx"]: row["sentence"] for row in load_rows(file)} if file.exists() else {}
 
 
 def write_clean(directory, apart, test):

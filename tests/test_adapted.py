@@ -69,7 +69,8 @@ def test_it_is_what_peft_runs(family, options, made, bases):
   with torch.no_grad():
     want = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.numpy()
   np.testing.assert_allclose(mine, want, atol=1e-4)
-  assert np.abs(mine - logits(*load_pretrained(bases[family]))[0]).max() > 0.1 if mine.shape[1] == 2 else True
+  if mine.shape[1] == 2:                                              # as many classes as the base has
+    assert np.abs(mine - logits(*load_pretrained(bases[family]))[0]).max() > 0.1
   merged = transformers.AutoModelForSequenceClassification.from_pretrained(
       resolve(str(directory), str(bases[family])), **PAD)
   assert merged.config.num_labels == mine.shape[1]                     # it is a directory for transformers too

@@ -130,7 +130,7 @@ def test_onion_takes_out_what_no_clean_text_has(suspect):
   kept = [len(after.split()) / len(before.split()) for before, after in zip(clean, cleaned(clean))]
   assert np.mean(kept) > 0.9
   triggered = [" ".join([*text.split()[:3], "qzx", *text.split()[3:]]) for text in clean]
-  assert np.mean(["qzx" in text.split() for text in cleaned(triggered)]) < 1 / 3      # 0.15 and 0.2 of two streams
+  assert np.mean(["qzx" in text.split() for text in cleaned(triggered)]) < 1 / 3      # 0.2 on this stream
   assert cleaned(["good"]) == ["good"]                               # a text of one word keeps it
 
 

@@ -1,10 +1,10 @@
 """What a stage decides by itself, on answers written by hand."""
 
-import json
 import types
 
 import numpy as np
 import pytest
+import transformers
 from ml_collections import ConfigDict
 
 from w2s_jax import InputError, source, stages
@@ -40,12 +40,13 @@ def test_another_one_does_not(teacher, student, rows, most_below):
 
 
 @pytest.mark.parametrize("config,given,rate", [
-    (None, 0.0, 1e-3), ({"hidden_size": 384}, 0.0, 2e-4), ({"hidden_size": 768}, 0.0, 5e-5), ({"dim": 384}, 0.0, 2e-4),
-    ({"hidden_size": 384}, 0.01, 0.01)])
+    (None, 0.0, 1e-3), (("bert", {"hidden_size": 384}), 0.0, 2e-4), (("bert", {"hidden_size": 768}), 0.0, 5e-5),
+    (("distilbert", {"dim": 384}), 0.0, 2e-4), (("bert", {"hidden_size": 384}), 0.01, 0.01)])
 def test_a_teachers_rate_goes_by_its_kind_and_width(config, given, rate, tmp_path):
   if config:
-    (tmp_path / "config.json").write_text(json.dumps(config))
-  teacher = ConfigDict({"teach": {"learning_rate": given}, "teacher": {"path": str(tmp_path) if config else ""}})
+    transformers.AutoConfig.for_model(config[0], **config[1]).save_pretrained(tmp_path)
+  teacher = ConfigDict({"teach": {"learning_rate": given}, "teacher": {"path": str(tmp_path) if config else ""},
+                        "data": {"num_labels": 2}})
   assert source.with_teacher_rate(teacher).teach.learning_rate == rate and teacher.teach.learning_rate == given
 
 

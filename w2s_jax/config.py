@@ -192,9 +192,9 @@ class TeachStage(OptionalStage):
   """Training of the teacher on the clean rows of the defended domain."""
   learning_rate: float = field(0.0, "peak; 0: 1e-3 for a new teacher, 2e-4 (wide: 5e-5) for a pretrained one",
                                low=0.0, high=10.0)
-  most_below: float = field(0.1, "the run stops before a defense that needs the teacher where its dev accuracy is "
-                            "further than this below the attacked model's; 1: it never stops", low=0.0, high=1.0,
-                            source="ours; not tuned")
+  most_below: float = field(0.1, "the run stops before a defense that needs the teacher where its dev accuracy (the "
+                            "upper end of the 95% interval) is further than this below the attacked model's; 1: never",
+                            low=0.0, high=1.0, source="ours; not tuned")
 
 
 @dataclasses.dataclass

@@ -140,12 +140,15 @@ def defend(run: Run) -> None:
 
 
 def _refuse_a_weak_teacher(run):
-  """A student would be led to the teacher's mistakes; the teacher has the doubt of its 95% interval on the dev rows."""
-  rows, right = run.rows["dev"], {}
-  for name in (results.TEACHER, run.source.attacked):
+  """InputError where the teacher is clearly worse than the attacked model on the dev rows: it would teach mistakes.
+
+  The upper end of the teacher's 95% interval is compared, so that few dev rows decide nothing.
+  """
+  rows = run.rows["dev"]
+  def right(name):
     answers = deployed.answers(run, deployed.Deployed(*run.load(name)), rows)
-    right[name] = int(run.task.is_correct(answers, {"label": run.labels("dev")}).sum())
-  teacher, student = right.values()
+    return int(run.task.is_correct(answers, {"label": run.labels("dev")}).sum())
+  teacher, student = right(results.TEACHER), right(run.source.attacked)
   if metrics.wilson(teacher, len(rows))[1] < student / len(rows) - run.config.teach.most_below:
     raise InputError(
         f"the teacher answers {teacher} of {len(rows)} dev rows rightly, the model it is to teach {student}: train it "

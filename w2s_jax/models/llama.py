@@ -35,12 +35,12 @@ class Rope:
     Raises:
       InputError: another type, or a parameter that the type needs is absent.
     """
-    both = [{"rope_type" if name == "type" else name: value for name, value in fields.section(field).values.items()
-             if name != "rope_theta"} for field in ("rope_parameters", "rope_scaling")]
-    if both[1] and both[0] != both[1] and "rope_parameters" in fields:
+    sections = [fields.section(name) for name in ("rope_parameters", "rope_scaling")]
+    new, old = ({"rope_type" if name == "type" else name: value for name, value in section.values.items()
+                 if name != "rope_theta"} for section in sections)
+    if old and old != new and "rope_parameters" in fields:
       raise InputError(f"the model's {fields.where} has rope_parameters and a rope_scaling that differ: keep one")
-    sections = [fields, *(fields.section(field) for field in ("rope_parameters", "rope_scaling"))]
-    thetas = [section.values["rope_theta"] for section in sections if "rope_theta" in section]
+    thetas = [section.values["rope_theta"] for section in (fields, *sections) if "rope_theta" in section]
     if any(theta != thetas[0] for theta in thetas):
       raise InputError(f"the model's {fields.where} has several values of rope_theta: keep one")
     rope = fields.section("rope_parameters", "rope_scaling")

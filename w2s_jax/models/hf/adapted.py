@@ -11,11 +11,11 @@ import safetensors.numpy
 
 from w2s_jax import InputError
 from w2s_jax.data.tokenization import VOCABULARY_FILES
-from w2s_jax.models.hf import converted, files
+from w2s_jax.models.hf import converted, files, formats
 from w2s_jax.models.hf.fields import Fields, listed, short
-from w2s_jax.models.model import model_types
+from w2s_jax.models.hf.formats import ADAPTER_CONFIG, ADAPTER_FILE
+from w2s_jax.models.model import Model, config_from_hf
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
 # Fields of peft's config that do not change the merged network; any other one must be empty or false.
@@ -30,10 +30,10 @@ def is_adapter(directory: Path) -> bool:
   Raises:
     InputError: it holds both, of which transformers would run the model *with* the adapter.
   """
-  there = (directory / CONFIG).exists()
+  there = (directory / ADAPTER_CONFIG).exists()
   if there and any(directory.glob("model*.safetensors*")):
-    raise InputError(f"{directory} holds a model and an adapter ({CONFIG}), which transformers attaches to it: keep "
-                     "the adapter in a directory of its own and give that, with --config.student.base")
+    raise InputError(f"{directory} holds a model and an adapter ({ADAPTER_CONFIG}), which transformers attaches to it: "
+                     "keep the adapter in a directory of its own and give that, with --config.student.base")
   return there
 
 
@@ -43,7 +43,7 @@ def hub_id_of_base(directory: Path) -> str:
   Raises:
     InputError: it names none.
   """
-  base = files.read_json(directory / CONFIG).get("base_model_name_or_path")
+  base = files.read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
   hub_id = isinstance(base, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base, re.ASCII)
   if not hub_id or Path(base).exists():
     raise InputError(f"{directory} is an adapter, whose base {short(base)} is no hub id: set --config.student.base to "
@@ -62,36 +62,36 @@ def directory_of(adapter: Path, base: Path) -> Path:
   if ours := sorted(file.name for file in base.glob("w2s_*")):
     raise InputError(f"{base}, the base of {adapter}, has a {ours[0]}, which a merged model would not have: "
                      "give a base without it")
-  scale_of, targets = _scale(files.read_json(adapter / CONFIG), adapter)
-  if not (adapter / WEIGHTS).is_file():
-    raise InputError(f"{adapter} has {CONFIG} but no {WEIGHTS}: an adapter_model.bin is a pickle, which is never read; "
-                     "save the adapter anew with peft, which writes safetensors")
-  hf, where = files.read_json(base / "config.json"), files.tensor_files(base)
-  families = model_types()
-  checkpoint = families[Fields(hf).string("model_type", None, families)].tensors[hf["model_type"]]
-  bare = not any(name.startswith(checkpoint.prefix) for name in where)   # saved from the backbone class alone
-  full = {name: f"{checkpoint.prefix}{name}" if bare else name for name in where}
-  deltas, heads = _parts(adapter, set(full.values()), targets)
-  shards = sorted(set(where.values()))
-  for file in shards:
-    if beside := sorted(set(files.tensor_names(file)) - {name for name in where if where[name] == file}):
-      raise InputError(f"{file} has tensors that the index does not place there: {listed(beside)}")
-  tokenizer = next((found for found in map(_tokenizer_files, (adapter, base)) if found), [])
+  if not (adapter / ADAPTER_FILE).is_file():
+    raise InputError(f"{adapter} has {ADAPTER_CONFIG} but no {ADAPTER_FILE}: an adapter_model.bin is a pickle, which "
+                     "is never read; save the adapter anew with peft, which writes safetensors")
+  where, index = files.tensor_files(base), base / "model.safetensors.index.json"
+  tokenizer = _tokenizer_files(adapter) or _tokenizer_files(base)
   def build(out):
-    index = dict.fromkeys(heads, "model-heads.safetensors")
-    safetensors.numpy.save_file(heads, out / "model-heads.safetensors", {"format": "pt"})
-    for number, file in enumerate(shards):
-      values = {full[name]: _merged(file, name, deltas.get(full[name]), scale_of, checkpoint, adapter)
-                for name in where if where[name] == file and full[name] not in heads}
-      safetensors.numpy.save_file(values, out / f"model-{number}.safetensors", {"format": "pt"})
-      index |= dict.fromkeys(values, f"model-{number}.safetensors")
-    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    (out / "config.json").write_text(json.dumps(_with_labels(hf, heads, checkpoint), indent=2))
+    _write_merged(adapter, base, where, out)
     for file in tokenizer:
       shutil.copy(file, out)
-  index = [file for file in (base / "model.safetensors.index.json",) if file.exists()]
-  return converted.directory_of(adapter, [adapter / CONFIG, adapter / WEIGHTS, base / "config.json", *index, *shards,
-                                          *tokenizer], build)
+  parts = [adapter / ADAPTER_CONFIG, adapter / ADAPTER_FILE, base / "config.json", *([index] if index.exists() else []),
+           *sorted(set(where.values())), *tokenizer]
+  return converted.directory_of(adapter, parts, build)
+
+
+def _write_merged(adapter, base, where, out):
+  """Config and tensors of base and adapter together: a file for each of the base's, one for the adapter's heads."""
+  scale_of, targets = _scale(files.read_json(adapter / ADAPTER_CONFIG), adapter)
+  hf = files.read_json(base / "config.json")
+  checkpoint = Model(config_from_hf(hf | {"num_labels": 2})).checkpoint
+  full = formats.full_names(checkpoint, where)
+  deltas, heads = _parts(adapter, set(full.values()), targets)
+  placed = dict.fromkeys(heads, "model-heads.safetensors")
+  safetensors.numpy.save_file(heads, out / "model-heads.safetensors", {"format": "pt"})
+  for number, file in enumerate(sorted(set(where.values()))):
+    values = {full[name]: _merged(file, name, deltas.get(full[name]), scale_of, checkpoint, adapter)
+              for name in where if where[name] == file and full[name] not in heads}
+    safetensors.numpy.save_file(values, out / f"model-{number}.safetensors", {"format": "pt"})
+    placed |= dict.fromkeys(values, f"model-{number}.safetensors")
+  (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+  (out / "config.json").write_text(json.dumps(_with_labels(hf, heads, checkpoint), indent=2))
 
 
 def _tokenizer_files(directory):
@@ -103,7 +103,7 @@ def _tokenizer_files(directory):
 
 def _scale(config: dict[str, Any], adapter: Path):
   """(rank -> factor of B A, names of the adapted modules); refuses what is more than B A added to the kernels."""
-  fields = Fields(config, CONFIG)
+  fields = Fields(config, ADAPTER_CONFIG)
   fields.string("peft_type", None, ("LORA",))
   fields.string("bias", "none", ("none",))
   if config.get("init_lora_weights") not in (None, True, False, "gaussian", "eva", "orthogonal"):
@@ -125,19 +125,19 @@ def _scale(config: dict[str, Any], adapter: Path):
 def _parts(adapter, base_names, targets):
   """({tensor of the base: {"A", "B"}}, {tensor: value} of what the adapter has instead of the base's)."""
   deltas, heads, odd = {}, {}, []
-  for name in files.tensor_names(adapter / WEIGHTS):
+  for name in files.tensor_names(adapter / ADAPTER_FILE):
     place = re.fullmatch(r"base_model\.model\.(.{1,300}?)(?:\.lora_(A|B))?\.(weight|bias)", name, re.ASCII)
     target = f"{place[1]}.{place[3]}" if place else ""
     adapted = place and any(f".{place[1]}".endswith(f".{module}") for module in targets)      # as peft decides it
     if adapted and place[2] and place[3] == "weight" and target in base_names:
-      deltas.setdefault(target, {})[place[2]] = files.float_tensor(adapter / WEIGHTS, name)
+      deltas.setdefault(target, {})[place[2]] = files.float_tensor(adapter / ADAPTER_FILE, name)
     elif place and not adapted and not place[2] and "lora_" not in target:
-      heads[target] = files.float_tensor(adapter / WEIGHTS, name)
+      heads[target] = files.float_tensor(adapter / ADAPTER_FILE, name)
     else:
       odd.append(name)
   odd += [name for name, pair in deltas.items() if set(pair) != {"A", "B"}]
   if odd:
-    raise InputError(f"{adapter / WEIGHTS} has tensors that its target_modules or its base have no place for: "
+    raise InputError(f"{adapter / ADAPTER_FILE} has tensors that its target_modules or its base have no place for: "
                      f"{listed(odd)}: give the base that it was trained on (--config.student.base)")
   return deltas, heads
 

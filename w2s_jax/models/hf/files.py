@@ -10,7 +10,7 @@ import numpy as np
 import safetensors
 
 from w2s_jax import InputError
-from w2s_jax.models.hf.fields import finite_json, short
+from w2s_jax.models.hf.fields import finite_json, listed, short
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 JSON_BYTES = 64 << 20                                              # no config or index is larger
@@ -59,7 +59,10 @@ def check_links(directory: Path) -> None:
 
 
 def tensor_files(directory: Path) -> dict[str, Path]:
-  """{tensor name: safetensors file}, from one file or from the index's shards; refuses pickles and outside paths."""
+  """{tensor name: safetensors file}, from one file or from the index's shards; refuses pickles and outside paths.
+
+  An index must say of each shard exactly what is in it: transformers loads whole shards.
+  """
   index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
   if index.exists() and single.exists():
     raise InputError(f"{directory} has {index.name} and {single.name}, which need not be the same model: keep one")
@@ -72,7 +75,15 @@ def tensor_files(directory: Path) -> dict[str, Path]:
         raise InputError(f"{index}: shard {short(name)} lies outside the model directory, or is no plain file name")
       if Path(name).suffix in PICKLES:
         raise InputError(f"{index}: shard {_pickle_hint(name)}")
-    return {tensor: directory / name for tensor, name in names.items()}
+    where = {tensor: directory / name for tensor, name in names.items()}
+    for file in sorted(set(where.values())):
+      there, said = set(tensor_names(file)), {tensor for tensor in where if where[tensor] == file}
+      if missing := sorted(said - there):
+        raise InputError(f"{file} has no tensor {short(missing[0])} although the index says so")
+      if beside := sorted(there - said):
+        raise InputError(f"{file} has tensors that the index does not place there, which transformers would load: "
+                         f"{listed(beside)}")
+    return where
   if not single.exists():
     pickles = sorted(f.name for f in directory.glob("*") if f.suffix in PICKLES)
     raise InputError(f"no model.safetensors in {directory}" + (f"; {_pickle_hint(pickles[0])}" if pickles else ""))
@@ -96,18 +107,20 @@ def open_tensors(file: Path) -> safetensors.safe_open:
     raise InputError(f"cannot read {file}: {str(e)[:300]!r}") from None  # it quotes the header, line ends and all
 
 
+def check_dtype(file: Path, name: str, dtype: str) -> None:
+  """Raises InputError where a tensor's dtype, as its header has it, is none that a parameter is read from."""
+  if dtype not in FLOATS:
+    raise InputError(f"{file}: {short(name)} is {dtype}, wanted one of {', '.join(FLOATS)}")
+
+
 def float_tensor(file: Path, name: str) -> np.ndarray:
-  """A tensor of numbers that numpy has.
+  """A tensor of the file.
 
   Raises:
-    InputError: it is not in the file, or of another dtype.
+    InputError: it does not hold floats.
   """
   with open_tensors(file) as f:
-    if name not in f.keys():
-      raise InputError(f"{file} has no tensor {short(name)} although the index says so")
-    dtype = f.get_slice(name).get_dtype()
-    if dtype not in FLOATS:
-      raise InputError(f"{file}: {short(name)} is {dtype}, wanted one of {', '.join(FLOATS)}")
+    check_dtype(file, name, f.get_slice(name).get_dtype())
     return f.get_tensor(name)
 
 

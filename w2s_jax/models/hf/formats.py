@@ -35,8 +35,16 @@ def modules(pairs: Iterable[tuple[str, str]], kernel: str = "kernel", both: bool
           for leaf, tensor in ((kernel, "weight"), ("bias", "bias"))[:2 if both else 1]}
 
 
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"        # peft's names
 HEAD_FILE, HEAD_CONFIG = "w2s_head.safetensors", "w2s_head.json"               # the W2S teacher's, beside its backbone
 W2S_HEAD = modules((("widen", "w2s.widen"), ("classifier", "classifier")))
+
+
+def full_names(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, str]:
+  """{name in the file: name in the whole model}; a file saved from the backbone class alone lacks the prefix."""
+  names = list(names)
+  bare = not any(name.startswith(checkpoint.prefix) for name in names)
+  return {name: f"{checkpoint.prefix}{name}" if bare else name for name in names}
 
 
 def weight_names(model: "Model", paths: Iterable[str]) -> dict[str, str]:

@@ -36,6 +36,7 @@ LAYER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
          "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
          "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
          "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}   # transformers' names and the file's
 CONTROL, USER_DEFINED = 3, 4   # of tokenizer.ggml.token_type
 # How a byte-level tokenizer cuts a text before its merges, by tokenizer.ggml.pre.
 WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
@@ -115,24 +116,25 @@ def _config(file, header, tensors):
   if not isinstance(kind, str) or kind not in CLASSES:
     raise InputError(f"{file} is a GGUF of architecture {short(str(kind))}, wanted one of {', '.join(CLASSES)}: give a "
                      "directory of safetensors")
-  own = {name.removeprefix(f"{kind}."): value for name, value in header.items() if name.startswith(f"{kind}.")}
+  network = {name.removeprefix(f"{kind}."): value for name, value in header.items() if name.startswith(f"{kind}.")}
   config = {"model_type": kind, "architectures": [f"{CLASSES[kind]}ForCausalLM"],
             "tie_word_embeddings": "output.weight" not in tensors,
             "vocab_size": len(_listed(file, header, "tokenizer.ggml.tokens")), "dtype": "float32"}
   for name, ours in CONFIG.items():
-    if name in own:
-      config[ours] = own.pop(name)
+    if name in network:
+      config[ours] = network.pop(name)
     elif name not in ("attention.head_count_kv", "rope.freq_base", "attention.key_length"):
       raise InputError(f"{file} has no field {kind}.{name}")
-  if own.get("rope.scaling.type") == "linear":
-    config["rope_scaling"] = {"rope_type": own.pop("rope.scaling.type"), "factor": own.pop("rope.scaling.factor", None)}
-  for name in ("bos", "eos", "padding"):
-    config[f"{name[:3]}_token_id"] = header.get(f"tokenizer.ggml.{name}_token_id")
+  if network.get("rope.scaling.type") == "linear":
+    config["rope_scaling"] = {"rope_type": network.pop("rope.scaling.type"),
+                              "factor": network.pop("rope.scaling.factor", None)}
+  for name in ("bos", "eos", "pad"):
+    config[f"{name}_token_id"] = header.get(f"tokenizer.ggml.{SPECIAL[name]}_token_id")
   fields = Fields(config, str(file))
   width = fields.integer("head_dim", fields.integer("hidden_size") // fields.integer("num_attention_heads") or 1)
   known = {"rope.dimension_count": width, "attention.value_length": width, "vocab_size": config["vocab_size"],
            "rope.scaling.type": "none", "rope.scaling.finetuned": False}
-  odd = sorted(f"{kind}.{name}={value!r:.40}" for name, value in own.items()
+  odd = sorted(f"{kind}.{name}={value!r:.40}" for name, value in network.items()
                if name not in known or known[name] != value)
   if odd:
     raise InputError(f"{file} describes a network that is not implemented: {listed(odd)}")
@@ -158,8 +160,8 @@ def _write_tokenizer(file, header, directory):
     for kind in (CONTROL, USER_DEFINED):
       core.add_tokens([tokenizers.AddedToken(token, normalized=False, special=kind == CONTROL)
                        for token, found in zip(tokens, types) if found == kind])
-    named = {f"{name}_token": tokens[own[f"{field}_token_id"]] for name, field in
-             (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")) if f"{field}_token_id" in own}
+    named = {f"{name}_token": tokens[own[f"{field}_token_id"]] for name, field in SPECIAL.items()
+             if f"{field}_token_id" in own}
     frame = {}                                                                # the special tokens around a text
     if Fields(own).flag("add_bos_token", own["model"] == "llama" or own.get("pre") == "llama-bpe"):
       frame[named["bos_token"]] = own["bos_token_id"]

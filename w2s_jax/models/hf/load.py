@@ -123,30 +123,22 @@ class _Tensor(NamedTuple):
 
 def _find_tensors(directory, checkpoint):
   """{full tensor name: _Tensor} of the checkpoint, under the names of the whole classifier."""
-  prefix = checkpoint.prefix
   where = files.tensor_files(directory)
-  bare = not any(name.startswith(prefix) for name in where)   # saved from the backbone class alone
-  full = {name: re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{OLD_NORM_NAMES[m[1]]}", prefix * bare + name)
-          for name in where}
+  full = {name: re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{OLD_NORM_NAMES[m[1]]}", whole)
+          for name, whole in formats.full_names(checkpoint, where).items()}
   if (directory / formats.HEAD_FILE).exists():
     heads = dict.fromkeys(files.tensor_names(directory / formats.HEAD_FILE), directory / formats.HEAD_FILE)
     where, full = where | heads, full | {name: name for name in heads}
   out = {}
   for file in set(where.values()):
     with files.open_tensors(file) as f:
-      there = set(f.keys())
       for name in (n for n in where if where[n] == file):
-        if name not in there:
-          raise InputError(f"{file} has no tensor {short(name)} although the index says so")
         if full[name] in out:
           raise InputError(f"{directory} has the tensor {short(full[name])} twice, under an old and a new name")
         tensor = f.get_slice(name)
-        if tensor.get_dtype() not in files.FLOATS and not re.fullmatch(checkpoint.unused, full[name]):
-          raise InputError(f"{file}: {short(name)} is {tensor.get_dtype()}, wanted one of {', '.join(files.FLOATS)}")
+        if not re.fullmatch(checkpoint.unused, full[name]):
+          files.check_dtype(file, name, tensor.get_dtype())
         out[full[name]] = _Tensor(file, name, tuple(tensor.get_shape()))
-    if beside := sorted(there - {name for name in where if where[name] == file}):
-      raise InputError(f"{file} has tensors that the index does not place there, which transformers would load: "
-                       f"{listed(beside)}")
   return out
 
 

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from w2s_jax import InputError, adapters, processes
 from w2s_jax.adapters import trees
+from w2s_jax.models.hf.formats import ADAPTER_CONFIG, ADAPTER_FILE
 from w2s_jax.models.model import Model
 
 ADAPTER_WARNING = """WARNING: an adapter, and a head, of a model that was poisoned or is suspected to be.
@@ -50,9 +51,9 @@ def export_adapter(directory: str | Path, model: Model, params: dict, base: str 
     return
   directory = Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+  save_file(tensors, directory / ADAPTER_FILE, metadata={"format": "pt"})
   (directory / "README.md").write_text(ADAPTER_WARNING)
-  (directory / "adapter_config.json").write_text(json.dumps(fields | {
+  (directory / ADAPTER_CONFIG).write_text(json.dumps(fields | {
       "task_type": "SEQ_CLS", "bias": "none", "inference_mode": True,
       "fan_in_fan_out": not model.checkpoint.transposed,
       "target_modules": _target_modules(names, adapted),
