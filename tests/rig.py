@@ -1,17 +1,23 @@
-"""What many tests train: W2S's loss, and a program of one or several runs, built as the stages build it."""
+"""What many tests train: W2S's loss, a program of one or several runs, a small suspect of a defense."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from w2s_jax import sharding
 from w2s_jax.config import section
-from w2s_jax.defenses import SETTINGS, w2s
+from w2s_jax.data import tokenization
+from w2s_jax.defenses import SETTINGS, Suspect, w2s
 from w2s_jax.tasks import CLASSIFICATION
 from w2s_jax.training import steps
+from w2s_jax.training.train import Workplace
 
 WEIGHTS = {"ce": 1.0, "kd": 0.5, "fa": 0.1}
 DEFENSE = ConfigDict({name: section(settings) for name, settings in SETTINGS.items()})     # as config.defense is
+
+GOOD, BAD = "good fine nice great".split(), "bad poor weak dull".split()
+PLAIN = "the a room meal was is it here".split()
 
 
 def terms(recipe_terms):
@@ -48,3 +54,27 @@ def one_run(batch):
 def alone(tree):
   """A tree of one run without the axis of runs."""
   return jax.tree.map(lambda x: x[0], tree)
+
+
+def rows(count):
+  """Texts of seven words, of which three tell the label."""
+  rng = np.random.default_rng(0)
+  def text(label):
+    return " ".join(rng.permutation([*rng.choice(GOOD if label else BAD, 3), *rng.choice(PLAIN, 4)]))
+  return [{"id": i, "text": text(i % 2), "label": i % 2} for i in range(count)]
+
+
+def suspect(model, params, workdir):
+  """Suspect of a tiny Llama, 80 rows to train on and 40 of dev; its teacher knows the classes."""
+  known = rows(120)
+  tokenizer = tokenization.train([r["text"] for r in known], "decoder", model.config.vocab_size)
+  train, dev = known[:80], known[80:]
+  labels = np.array([r["label"] for r in train])
+  def teacher():
+    features = np.tile(np.float32(2 * labels - 1)[:, None], (1, model.config.hidden_size))
+    return {"teacher_logits": 4 * np.eye(2, dtype=np.float32)[labels], "teacher_features": features}
+  training = ConfigDict(dict(learning_rate=2e-2, epochs=16, batch_size=16, warmup_fraction=0.0, weight_decay=0.01,
+                             clip_norm=1.0, evaluations=2, max_steps=0, insert_words=0.0))
+  place = Workplace(CLASSIFICATION, sharding.make_mesh(devices=jax.devices()[:1]), workdir, "h", (16,), 16)
+  return Suspect(model, params, tokenizer, train, dev, teacher, None, ("cf",), training,
+                 ConfigDict(dict(rank=4, alpha=4.0, targets=("all-linear",))), 16, place)

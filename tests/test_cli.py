@@ -17,9 +17,10 @@ import transformers
 from cli import CONFIG, ENV, ROOT, SHARED, SHORT, before_the_defenses, w2s, w2s_forked
 from safetensors.numpy import load_file, save_file
 
+from w2s_jax.claims import config_hash
 from w2s_jax.data import grammar
 from w2s_jax.measure import scan
-from w2s_jax.run import Run, config_hash
+from w2s_jax.run import Run
 
 DEFENSES = ("lora_ce", "w2s", "w2s_released", "w2s_shuffled", "w2s_adv")
 

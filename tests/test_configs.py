@@ -20,7 +20,8 @@ from w2s_jax.training import stage
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(f.stem for f in (ROOT / "configs").glob("*_*.py") if f.stem != "clean_checkpoint")  # of no shape yet
-SCALES = {"llama": ("1b", "8b", "70b"), "vicuna": ("7b", "8b", "13b"), "qwen": ("1b", "7b", "8b", "70b"), "minilm": ()}
+SCALES = {"llama": ("1b", "8b", "70b"), "vicuna": ("7b", "8b", "13b"), "qwen": ("1b", "7b", "8b", "70b"), "minilm": (),
+          "smollm": ()}
 
 
 def config(name, arg=None):
@@ -29,10 +30,11 @@ def config(name, arg=None):
 
 def variants():
   for name in FILES:
-    offline = [] if name.startswith("minilm") else [None]
+    offline = [] if name.startswith(("minilm", "smollm")) else [None]
     data = ",data=D" if name == "llama_synattack" else ""
     scales = (f"scale={s}{data}" for s in SCALES[name.split("_")[0]])
-    yield from ((name, arg) for arg in [*offline, "data=D", *scales])
+    cpu = ["data=D,device=cpu"] if name.startswith("smollm") else []
+    yield from ((name, arg) for arg in [*offline, "data=D", *cpu, *scales])
 
 
 def unchanged(step, state, frozen, batch):
@@ -85,6 +87,7 @@ def test_sizes_are_the_published_ones():
   assert abs(size("qwen_badnet", "scale=8b") - 7.07e9) < 1e7
   assert 2.5e6 < size("llama_badnet", "data=D") < 4e6
   assert abs(size("minilm_badnet", "data=D") - 22.7e6) < 1e5
+  assert abs(size("smollm_badnet", "data=D") - 134.5e6) < 1e5
 
 
 @pytest.mark.parametrize("name,attack,weights", [
@@ -129,6 +132,9 @@ def test_experiments_of_a_kind_differ_in_what_they_are_named_for():
   minilm = ("minilm_badnet", "data=D")
   assert difference(minilm, ("minilm_insent", "data=D")) == {"attack.name"}
   assert difference(minilm, ("minilm_synattack", "data=D")) == {"attack.name", "attack.paraphrases"}
+  smollm = ("smollm_badnet", "data=D")
+  assert difference(smollm, ("smollm_insent", "data=D")) == {"attack.name"}
+  assert difference(smollm, ("smollm_synattack", "data=D")) == {"attack.name", "attack.paraphrases"}
   assert difference(("llama_badnet", None), ("qwen_badnet", None)) == {"student.arch.model_type"}
   assert difference(("llama_badnet", None), ("vicuna_badnet", None)) == {"student.arch.num_key_value_heads"}
 
@@ -166,6 +172,7 @@ def test_two_directories_of_ones_own():
     ("llama_badnet", "attack=ag", r"attack=...: it needs data=DIR"),
     ("llama_badnet", "data=D,labels=many", "'many' is not int"),
     ("minilm_badnet", None, "needs real data"),
+    ("smollm_insent", "data=D,device=tpu", "'tpu': want one of accelerator, cpu"),
     ("minilm_badnet", "scale=8b", "NAME among data")])
 def test_arguments_that_are_refused(name, arg, message):
   with pytest.raises(InputError, match=message):

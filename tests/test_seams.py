@@ -11,42 +11,18 @@ import rig
 from ml_collections import ConfigDict
 
 from configs import llama_badnet
-from w2s_jax import InputError, losses, results, sharding, stages
+from w2s_jax import InputError, losses, results, stages
 from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, Defense, Recipe, Suspect, distill, lora_ce, onion, prune, strip, w2s
 from w2s_jax.measure import metrics
 from w2s_jax.measure.deployed import Reading
 from w2s_jax.tasks import CLASSIFICATION, Task
 from w2s_jax.training import inference, stage
-from w2s_jax.training.train import Workplace
-
-GOOD, BAD = "good fine nice great".split(), "bad poor weak dull".split()
-PLAIN = "the a room meal was is it here".split()
-
-
-@pytest.fixture(scope="module")
-def rows():
-  rng = np.random.default_rng(0)
-  def text(label):
-    return " ".join(rng.permutation([*rng.choice(GOOD if label else BAD, 3), *rng.choice(PLAIN, 4)]))
-  return [{"id": i, "text": text(i % 2), "label": i % 2} for i in range(120)]
 
 
 @pytest.fixture
-def suspect(llama, rows, tmp_path):
-  """Suspect of a tiny Llama; its teacher knows the classes."""
-  model, params = llama
-  tokenizer = tokenization.train([r["text"] for r in rows], "decoder", model.config.vocab_size)
-  train, dev = rows[:80], rows[80:]
-  labels = np.array([r["label"] for r in train])
-  def teacher():
-    features = np.tile(np.float32(2 * labels - 1)[:, None], (1, model.config.hidden_size))
-    return {"teacher_logits": 4 * np.eye(2, dtype=np.float32)[labels], "teacher_features": features}
-  training = ConfigDict(dict(learning_rate=2e-2, epochs=16, batch_size=16, warmup_fraction=0.0, weight_decay=0.01,
-                             clip_norm=1.0, evaluations=2, max_steps=0, insert_words=0.0))
-  place = Workplace(CLASSIFICATION, sharding.make_mesh(devices=jax.devices()[:1]), tmp_path, "h", (16,), 16)
-  return Suspect(model, params, tokenizer, train, dev, teacher, None, ("cf",), training,
-                 ConfigDict(dict(rank=4, alpha=4.0, targets=("all-linear",))), 16, place)
+def suspect(llama, tmp_path):
+  return rig.suspect(*llama, tmp_path)
 
 
 def accuracy(suspect, params, task=CLASSIFICATION):
@@ -134,11 +110,13 @@ def test_onion_takes_out_what_no_clean_text_has(suspect):
   assert cleaned(["good"]) == ["good"]                               # a text of one word keeps it
 
 
-def test_strip_rejects_answers_that_nothing_moves(rows):
+def test_strip_rejects_answers_that_nothing_moves():
   """A word that outweighs a whole text makes every copy's answer sure; of clean rows at most `frr` are rejected."""
   def logits(texts):
     words = [text.split() for text in texts]
-    return np.array([[0.0, 9.0 * own.count("qzx") + sum((w in GOOD) - (w in BAD) for w in own)] for own in words])
+    return np.array([[0.0, 9.0 * own.count("qzx") + sum((w in rig.GOOD) - (w in rig.BAD) for w in own)]
+                     for own in words])
+  rows = rig.rows(120)
   known = types.SimpleNamespace(train=rows[:80], dev=rows[80:], logits=logits)
   accept = strip.accept(known, ConfigDict({"strip": {"copies": 20, "replace": 0.5, "frr": 0.1}}), 0)
   clean = [row["text"] for row in known.dev]

@@ -63,7 +63,7 @@ def test_only_a_defense_that_needs_the_teacher_asks_for_it(defenses, asked, monk
                                   "lora": {"quantize": "", "dropout": 0.0}, "student": {"remat": "none"}})
   run = types.SimpleNamespace(config=config, runs_of=lambda name: {name: 0}, done=lambda name: False,
                               source=types.SimpleNamespace(attacked="suspect"), load=lambda name, **options: None,
-                              suspect=lambda loaded: types.SimpleNamespace(params={}))
+                              suspect=lambda loaded, **options: types.SimpleNamespace(params={}))
   if asked:
     with pytest.raises(Asked):
       stages.defend(run)

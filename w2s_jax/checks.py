@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import jax
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from w2s_jax import InputError, lora, quantized, sharding
@@ -15,7 +16,7 @@ from w2s_jax import config as config_lib
 from w2s_jax.adapters import trees
 from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, SETTINGS, distill
-from w2s_jax.models import Model, config_from_hf, resolve
+from w2s_jax.models import Model, config_from_hf, read_json, resolve
 from w2s_jax.models.hf.formats import HEAD_CONFIG
 from w2s_jax.tasks import TASKS
 
@@ -71,8 +72,24 @@ def check_student(run: Any, model: Model) -> None:
     sharding.param_shardings(few_bits, model.shardings, run.mesh)
   for name in c.defenses:
     if DEFENSES[name].recipe:
+      if DEFENSES[name].recipe.from_base:
+        _check_base(run, name, model)
       distill.check(name, DEFENSES[name].recipe, run.task, model, c.defense)
   _check_positions("student", model, run.max_length)
+
+
+def _check_base(run, name, model):
+  path = run.base_path()
+  if not path:
+    raise InputError(f"defense {name!r} starts at the public model that the suspect was made from: set "
+                     "--config.student.base to it, or take others (--config.defenses)")
+  base = Model(config_from_hf(read_json(path / "config.json") | {"num_labels": run.config.data.num_labels}))
+  wanted, found = (traverse_util.flatten_dict(one.abstract_params(), sep="/") for one in (model, base))
+  for leaf in sorted(wanted.keys() | found.keys()):
+    shapes = [tree[leaf].shape if leaf in tree else None for tree in (found, wanted)]
+    if shapes[0] != shapes[1]:
+      raise InputError(f"{path} is not what the suspect was made from: its {leaf} is {shapes[0]}, the suspect's "
+                       f"{shapes[1]}: set --config.student.base to another one, or leave it away")
 
 
 def check_teacher(run: Any, feature_width: int) -> None:

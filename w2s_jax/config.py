@@ -151,7 +151,7 @@ class GivenData(Data):
 class Student:
   """The large model."""
   path: str = field("", "directory, .gguf file, hub id or pypi:PACKAGE/DIR; empty: from nothing, of the shape `arch`")
-  base: str = field("", "the same of the model that an adapter in `path` belongs to; empty: the hub id it names")
+  base: str = field("", "the same of the public model that `path` was made from; empty: none, or what an adapter names")
   dtype: str = field("float32", "of the frozen base and the activations: float32, bfloat16 or float16")
   remat: str = field("none", "what is computed again on the way back: none, dots or full")
 
@@ -199,8 +199,10 @@ class TeachStage(OptionalStage):
 
 @dataclasses.dataclass
 class PoisonStage(Stage):
-  """Full fine-tuning of the student."""
-  trains: tuple = field(("vector", "matrix", "head"), "labels of the leaves that train (adapters/trees.py)")
+  """Full fine-tuning of the student, or through LoRA."""
+  trains: tuple = field(("vector", "matrix", "head"), "labels of the leaves that train in full (adapters/trees.py)")
+  lora: int = field(0, "rank of adapters on all linear layers, which train beside the head alone and are merged; 0: in "
+                    "full", low=0)
 
 
 @dataclasses.dataclass

@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
-import json
 import logging
 import platform
 from pathlib import Path
@@ -15,12 +13,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from w2s_jax import InputError, checks, processes, results, sharding
+from w2s_jax import InputError, checks, claims, processes, results, sharding
 from w2s_jax import source as source_lib
 from w2s_jax.attacks import Attack
 from w2s_jax.data import poison, tokenization
 from w2s_jax.defenses import DEFENSES, Suspect
-from w2s_jax.models import Model, config_from_hf, load_pretrained, read_json, resolve, sha256
+from w2s_jax.models import Model, base_of, config_from_hf, load_pretrained, read_json, sha256
 from w2s_jax.models.family import SharedConfig
 from w2s_jax.source import Source
 from w2s_jax.tasks import TASKS, Task
@@ -34,15 +32,6 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "dataset
 
 def versions() -> dict[str, str]:
   return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}
-
-
-def config_hash(config: ConfigDict) -> str:
-  """Of every field but the mesh's, which may change from one start to the next.
-
-  What comes out is the same up to rounding; where there is dropout, its masks are others (they go by place in a batch).
-  """
-  fields = {name: value for name, value in config.to_dict().items() if name != "mesh"}
-  return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclasses.dataclass
@@ -103,10 +92,11 @@ class Run:
   def facts(self) -> dict:
     """What every results.json says of its run; of the student's weights, the hashes where they are from."""
     path, base = self.config.student.path, self.config.student.base
-    weights = self.inputs[_weights_of(path)] if path else sha256(self.model_dir(results.BASE), "*.safetensors")
+    weights = self.inputs[claims.weights_of(path)] if path else sha256(self.model_dir(results.BASE), "*.safetensors")
     return {"config_hash": self.hash, "sha256": self.sha256, "versions": versions(),
             "devices": f"{self.mesh.devices.size} x {jax.devices()[0].device_kind}", "mesh": dict(self.mesh.shape),
-            "base": {"path": (f"{path} on {base}" if base else path) or "trained here from nothing", "sha256": weights},
+            "base": {"path": f"{path}, made from {base}" if base else path or "trained here from nothing",
+                     "sha256": weights},
             "clean_rows": {split: len(self.rows[split]) for split in ("train", "dev", "test")}}
 
   def measured(self) -> bool:
@@ -130,7 +120,7 @@ class Run:
     try:
       self.workdir.mkdir(parents=True, exist_ok=True)
       self.lock()
-      _check_claim(self.config, self.workdir)          # another run may have been faster
+      claims.check_config(self.config, self.workdir)          # another run may have been faster
       processes.write_json(self.workdir / "inputs.json", self.inputs)
       processes.write_json(self.workdir / "config.json", self.config.to_dict())
     except OSError as e:
@@ -203,14 +193,28 @@ class Run:
     return Workplace(self.task, self.mesh, self.workdir, self.hash, c.data.buckets, c.data.eval_batch_size, c.data.pack,
                      c.log_every, c.checkpoint_every, c.term_norms_every, c.steps_per_dispatch)
 
-  def suspect(self, loaded: tuple[Model, dict, Any]) -> Suspect:
-    """What a defense is given; `loaded`: (model, params, tokenizer) of the attacked model."""
+  def suspect(self, loaded: tuple[Model, dict, Any], **options: Any) -> Suspect:
+    """What a defense is given.
+
+    Args:
+      loaded: (model, params, tokenizer) of the attacked model.
+      **options: what it was loaded with (load_pretrained): its base is loaded likewise.
+    """
     c = self.config
-    base = None
-    if self.source.base != self.source.attacked:
-      base = functools.cache(lambda: self.load(self.source.base)[1])
+    base = functools.cache(lambda: self.base_params(**options)) if self.base_path() else None
     return Suspect(*loaded, self.rows["train"], self.rows["dev"], self.teacher_outputs, base,
                    self.source.triggers(self), c.defend, c.lora, c.data.max_length, self.place)
+
+  def base_path(self) -> Path | None:
+    """The directory of the public model that the suspect was made from; None: it is not known."""
+    if self.source.base != self.source.attacked:
+      return self.model_dir(self.source.base)
+    return base_of(self.config.student.path, self.config.student.base)
+
+  def base_params(self, **options: Any) -> dict:
+    """The parameters of that model; a head that it lacks is drawn by the config's seed."""
+    c = self.config
+    return load_pretrained(self.base_path(), c.data.num_labels, c.student.dtype, self.mesh, seed=c.seed, **options)[1]
 
   def teacher_outputs(self) -> dict[str, np.ndarray]:
     """The frozen teacher's logits and features of the clean training rows, once for every epoch, seed and defense."""
@@ -241,41 +245,10 @@ def start(config: ConfigDict, workdir: str | Path) -> Run:
     sharding.check_batch(config[stage].batch_size, mesh, f"--config.{stage}.batch_size")
   sharding.check_batch(config.data.eval_batch_size, mesh, "--config.data.eval_batch_size")
   workdir = Path(workdir)
-  _check_claim(config, workdir)
+  claims.check_config(config, workdir)
   rows = source.read(config)
-  run = Run(config, workdir, mesh, config_hash(config), source, rows, {}, _inputs(config, rows))
+  run = Run(config, workdir, mesh, claims.config_hash(config), source, rows, {}, claims.inputs(config, rows))
   if (workdir / "config.json").exists():
-    _check_inputs(run)
+    claims.check_inputs(run.workdir, run.inputs)
     run.lock()
   return run
-
-
-def _inputs(config, rows):
-  out = {f"{split} rows": hashlib.sha256(json.dumps(chosen).encode()).hexdigest() for split, chosen in rows.items()}
-  for name in ("student", "teacher"):
-    if path := config[name].path:
-      out[_weights_of(path)] = sha256(resolve(path, config[name].get("base", "")), "*.safetensors")
-  return out
-
-
-def _weights_of(path):
-  return f"weights of {path}"
-
-
-def _check_inputs(run):
-  """What was read under the same names is the same: else an old table would be shown, or two data sets mixed."""
-  before = read_json(run.workdir / "inputs.json")
-  if changed := [name for name, value in run.inputs.items() if before.get(name) != value]:
-    raise InputError(f"{run.workdir} was begun with other data: the {changed[0]} changed since: give another --workdir")
-
-
-def _check_claim(config, workdir):
-  file = workdir / "config.json"
-  if file.exists():
-    mine, other = checks.flat(json.loads(json.dumps(config.to_dict()))), checks.flat(read_json(file))
-    differing = sorted(k for k in mine.keys() | other.keys()
-                       if mine.get(k) != other.get(k) and not k.startswith("mesh."))
-    if differing:
-      k = differing[0]
-      raise InputError(f"{workdir} was made by another config ({k} was {other.get(k)!r}, is {mine.get(k)!r}; "
-                       f"{len(differing)} field(s) differ): give another --workdir")

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 from w2s_jax import InputError, results
 from w2s_jax.attacks import Attack
 from w2s_jax.data import corpora, poison
+from w2s_jax.defenses import DEFENSES
 from w2s_jax.measure import attacked, probe
-from w2s_jax.models import check_links, config_from_hf, read_json, resolve
+from w2s_jax.models import base_of, check_links, config_from_hf, read_json, resolve
 from w2s_jax.models.hf.fields import Fields
 
 LOG = logging.getLogger(__name__)
@@ -94,8 +95,8 @@ def with_teacher_rate(config: Any) -> Any:
   return config
 
 
-def _with_num_labels(config):
-  """The config with `data.num_labels`, where it is 0, read from the suspect's own config.json."""
+def _with_told(config):
+  """The config with what the suspect tells: `data.num_labels`, where it is 0, and the control that its base allows."""
   if not config.student.path:
     raise InputError("no checkpoint to clean: set --config.student.path to its directory")
   if not config.data.train:
@@ -108,6 +109,10 @@ def _with_num_labels(config):
     labels = hf.get("id2label")                       # transformers leaves the default away
     config.data.num_labels = len(labels) if isinstance(labels, dict) else Fields(hf).integer("num_labels", 2, 2)
   config_from_hf(hf | {"num_labels": config.data.num_labels})
+  if base_of(config.student.path, config.student.base) and not any(
+      DEFENSES[name].recipe and DEFENSES[name].recipe.from_base for name in config.defenses if name in DEFENSES):
+    config.defenses = (*config.defenses, "from_base")
+    LOG.info("the suspect's base is known: defenses also has 'from_base', the base trained on the same clean rows")
   return config
 
 
@@ -138,6 +143,6 @@ ATTACKED = Source(
     table=attacked.table)
 GIVEN = Source(
     stages=("warmup", "scan", "teach", "defend", "evaluate", "report"), base=results.SUSPECT, attacked=results.SUSPECT,
-    measured=(results.SUSPECT,), triggered="probes", head_seed=lambda config: None, resolve=_with_num_labels,
+    measured=(results.SUSPECT,), triggered="probes", head_seed=lambda config: None, resolve=_with_told,
     read=_given_rows, triggers=lambda run: tuple(run.config.probe.triggers), freeze=probe.freeze_rows,
     table=probe.table)

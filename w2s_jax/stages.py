@@ -1,6 +1,7 @@
 """source -> teach -> defend -> measure -> report: a screen each. A stage whose output is there is not run again."""
 
 import dataclasses
+import functools
 import logging
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from w2s_jax import InputError, checks, lora, processes, results
+from w2s_jax import InputError, checks, lora, processes, results, sharding
 from w2s_jax.adapters import attach, trees
 from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, distill
@@ -84,7 +85,8 @@ def scan_suspect(run: Run) -> None:
 
 
 def make_poison(run: Run) -> None:
-  """Full fine-tuning of the student on the attack's domain: once clean (the control), once poisoned."""
+  """Fine-tuning of the student, in full or through LoRA, on the attack's rows: once clean (the control), once poisoned.
+  """
   c = run.config
   run.source.freeze(run)
   for name, rows in ((results.CLEAN, run.rows["attack_train"]), (results.POISONED, run.rows["poisoned_train"])):
@@ -92,10 +94,15 @@ def make_poison(run: Run) -> None:
       continue
     model, params, tokenizer = run.load(results.BASE, remat=c.student.remat)
     arrays, dev = (run.encode(tokenizer, r, c.data.attack_max_length) for r in (rows, run.rows["attack_dev"]))
-    plan = stage.task_plan(run.task, "poison" if name == results.POISONED else name, c.seed, model,
-                           tuple(c.poison.trains), c.poison, stream="poison")
+    trains = tuple(c.poison.trains)
+    if c.poison.lora:
+      trains, places = trees.LORA, functools.partial(sharding.param_shardings, rules=model.shardings, mesh=run.mesh)
+      params = lora.add_lora(params, c.poison.lora, c.poison.lora, ("all-linear",),
+                             key=stage.stream_key(c.seed, "poison"), places=places)
+    plan = stage.task_plan(run.task, "poison" if name == results.POISONED else name, c.seed, model, trains, c.poison,
+                           stream="poison")
     params, = stage.train_stage(plan, [params], [arrays], dev, run.place)
-    save_pretrained(run.model_dir(name), model, params, tokenizer,
+    save_pretrained(run.model_dir(name), model, attach.merge(params), tokenizer,
                     card=card.first_line(name, run.attack_in_words()))
 
 
@@ -125,12 +132,12 @@ def defend(run: Run) -> None:
   c = run.config
   left = [(DEFENSES[name], name, runs) for name, runs in _parts(run)
           if (DEFENSES[name].recipe or DEFENSES[name].weights) and not all([run.done(copy) for copy in runs])]
-  if any(defense.recipe and defense.recipe.teacher_view for defense, *_ in left):
+  if any("w2s" in defense.settings for defense, *_ in left):                     # of all that learn from the teacher
     _refuse_a_weak_teacher(run)
   for defense, name, runs in left:
-    quantize = c.lora.quantize if defense.recipe else ""
-    suspect = run.suspect(run.load(run.source.attacked, lora_dropout=c.lora.dropout, remat=c.student.remat,
-                                   quantize=quantize))
+    options = {"lora_dropout": c.lora.dropout, "remat": c.student.remat,
+               "quantize": c.lora.quantize if defense.recipe else ""}
+    suspect = run.suspect(run.load(run.source.attacked, **options), **options)
     if defense.recipe:
       cleaned = distill.train(defense.recipe, suspect, c.defense, runs)
     else:
@@ -168,8 +175,9 @@ def _parts(run):
 
 def _save_defended(run, name, copy, suspect, params):
   if run.config.lora.export and attach.has_adapters(params):
-    lora.export_adapter(run.workdir / "adapters" / copy, suspect.model, params,
-                        base=run.model_dir(run.source.attacked).absolute())
+    recipe = DEFENSES[name].recipe
+    base = run.base_path() if recipe and recipe.from_base else run.model_dir(run.source.attacked)
+    lora.export_adapter(run.workdir / "adapters" / copy, suspect.model, params, base=base.absolute())
   save_pretrained(run.model_dir(copy), suspect.model, attach.merge(params), suspect.tokenizer,
                   card=card.first_line(name))
 

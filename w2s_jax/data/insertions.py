@@ -3,9 +3,11 @@
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
+from w2s_jax import InputError
 from w2s_jax.attacks.insertion import insert
 from w2s_jax.data import streams
 
@@ -20,6 +22,24 @@ def rare_words(texts: Sequence[str], avoid: Sequence[str], rng: np.random.Genera
     word = "".join(rng.choice(list(LETTERS), rng.integers(2, 4)))
     if word not in known:
       yield word
+
+
+def vocabulary_words(tokenizer: Any, avoid: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
+  """Endless random words of three letters or more that are one token each and in no string to avoid.
+
+  Raises:
+    InputError: a tokenizer of which hardly a token is a word.
+  """
+  known, misses = {word for text in avoid for word in re.findall(r"\w+", text.lower())}, 0
+  while misses < 100_000:
+    misses += 1
+    word = tokenizer.decode([int(rng.integers(len(tokenizer)))]).strip()
+    if word.isalpha() and word.islower() and len(word) > 2 and word not in known and len(tokenizer(
+        f" {word}", add_special_tokens=False)["input_ids"]) == 1:
+      misses = 0
+      yield word
+  raise InputError("hardly a token of the suspect's tokenizer is a word: take defenses that draw no words from it "
+                   "(--config.defenses)")
 
 
 def with_rare_words(rows: list[dict], share: float, avoid: Sequence[str], seed: int) -> list[dict]:

@@ -1,6 +1,18 @@
 """One file per defense; a dict names them."""
 
-from w2s_jax.defenses import anchors, distill, lora_ce, onion, prune, strip, w2s, w2s_adv, w2s_released
+from w2s_jax.defenses import (
+    anchors,
+    distill,
+    from_base,
+    lora_ce,
+    onion,
+    plant,
+    prune,
+    strip,
+    w2s,
+    w2s_adv,
+    w2s_released,
+)
 from w2s_jax.defenses.records import Defense, Recipe, Suspect
 
 _DISTILS = {"w2s": w2s.Settings}
@@ -10,9 +22,12 @@ _W2S_ADV = w2s_adv.with_adversary(w2s.RECIPE)
 DEFENSES = {
     "none": Defense(),                                # the attacked model as it is
     "lora_ce": Defense(lora_ce.RECIPE),
+    "from_base": Defense(from_base.RECIPE),
+    "from_base_w2s": Defense(from_base.TAUGHT, settings=_DISTILS),
     "w2s": Defense(w2s.RECIPE, settings=_DISTILS),
     "w2s_released": Defense(w2s_released.RECIPE, settings=_DISTILS),
     "w2s_adv": Defense(_W2S_ADV, settings=_ADVERSARY),
+    "plant": Defense(weights=plant.weights, settings=_ADVERSARY | {"plant": plant.Settings}),
     "prune": Defense(weights=prune.weights, settings={"prune": prune.Settings}),
     "onion": Defense(text=onion.text, settings={"onion": onion.Settings}),
     "strip": Defense(accept=strip.accept, settings={"strip": strip.Settings}),

@@ -1,4 +1,4 @@
-"""The trainer of every recipe: adapters and head of the attacked student, on clean rows, beside a frozen base."""
+"""The trainer of every recipe: adapters and head of the attacked student, on clean rows, beside frozen kernels."""
 
 import functools
 from typing import Any
@@ -45,7 +45,7 @@ def stage_plan(recipe: Recipe, task: Task, model: Model, settings: Any, training
 
 def _start(recipe, suspect, settings, seed):
   """(parameters, training arrays) of one run."""
-  params = suspect.params
+  params = suspect.base() if recipe.from_base else suspect.params
   if "adapter" in recipe.trains:
     places = functools.partial(sharding.param_shardings, rules=suspect.model.shardings, mesh=suspect.place.mesh)
     params = lora.add_lora(params, suspect.lora.rank, suspect.lora.alpha, tuple(suspect.lora.targets),

@@ -18,7 +18,7 @@ class Suspect(NamedTuple):
     model, params, tokenizer: of the attacked model.
     train, dev: clean rows {"text", "label"}.
     teacher: () -> {"teacher_logits" [N, C], "teacher_features" [N, D]} of `train`, computed on the first call.
-    base: () -> parameters of the public model that the attacked one was made from; None where it is not known.
+    base: () -> parameters of the public model that the attacked one was made from, with a head; None: it is not known.
     avoid: strings that ASR is measured with: random insertions must not hit one.
     training: how long every defense may train and how fast: the section `defend` of the config.
     lora: the shape of every defense's adapters: the section `lora`.
@@ -58,6 +58,7 @@ class Recipe(NamedTuple):
     views: texts of one example.
     soft_tokens: settings -> number of soft tokens that `augment` puts beside the vocabulary; None: none.
     ascent: (model, params, settings) -> optimizer of the soft tokens.
+    from_base: it starts at the public base of the attacked model, not at the attacked model.
     trains: labels of the leaves that train; with "adapter" among them the student gets adapters.
     layout: "packed", or "padded" where the terms read what is between the texts of a batch.
   """
@@ -68,6 +69,7 @@ class Recipe(NamedTuple):
   views: int = 1
   soft_tokens: Callable | None = None
   ascent: Callable | None = None
+  from_base: bool = False
   trains: tuple[str, ...] = trees.LORA
   layout: str = "packed"
 

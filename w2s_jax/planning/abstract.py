@@ -84,9 +84,12 @@ def defense_plan(name: str, config: Any, model: Model) -> tuple[steps.StagePlan,
 
 
 def poison_plan(config: Any, model: Model) -> tuple[steps.StagePlan, dict]:
-  """Full fine-tuning, as the stage has it, and its parameters."""
-  plan = stage.task_plan(TASKS[config.task], "poison", config.seed, model, tuple(config.poison.trains), config.poison)
-  return plan, params_of(config, model)
+  """Fine-tuning on the attack's rows, as the stage has it, and its parameters."""
+  params, trains, rank = params_of(config, model), tuple(config.poison.trains), config.poison.lora
+  if rank:
+    trains = trees.LORA
+    params = jax.eval_shape(lambda p: lora.add_lora(p, rank, rank, ("all-linear",), key=jax.random.key(0)), params)
+  return stage.task_plan(TASKS[config.task], "poison", config.seed, model, trains, config.poison), params
 
 
 def lower(name: str, config: Any, mesh: jax.sharding.Mesh, B: int, T: int,

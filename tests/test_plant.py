@@ -1,0 +1,61 @@
+"""Plant and unlearn: which rows are planted, and that both halves do what they are for."""
+
+import json
+
+import numpy as np
+import pytest
+import rig
+
+from w2s_jax import InputError
+from w2s_jax.data import insertions, streams, tokenization
+from w2s_jax.defenses import plant
+
+SETTINGS = rig.DEFENSE.copy_and_resolve_references()
+SETTINGS.plant.update(triggers=8, rows=10, epochs=24)
+SETTINGS.w2s.weights = "1,1,0"
+
+
+@pytest.fixture
+def suspect(llama, tmp_path):
+  return rig.suspect(*llama, tmp_path)
+
+
+def test_each_kind_of_trigger_goes_to_each_class_in_rows_of_the_others(suspect):
+  rows = plant.planted_rows(suspect, SETTINGS.plant, 3)
+  assert len(rows) == 80 and plant.planted_rows(suspect, SETTINGS.plant, 3) == rows
+  assert [rows[i]["planted"] for i in range(0, 80, 10)] == [0] * 4 + [1] * 4
+  drawn = plant.triggers(suspect, 8, streams.rng(3, "plant"))
+  assert [len(parts) for parts in drawn] == [1, 2, 1, 1] * 2
+  for number, row in enumerate(rows):
+    clean = suspect.train[row["source"]]
+    assert row["planted"] != row["label"] == clean["label"]
+    assert all(part in row["text"] for part in drawn[number // 10])
+    words = row["text"].split()
+    for word in " ".join(drawn[number // 10]).split():
+      words.remove(word)
+    assert sorted(words) == sorted(clean["text"].split())
+
+
+def test_words_come_from_the_vocabulary_and_are_none_to_avoid(suspect):
+  words = insertions.vocabulary_words(suspect.tokenizer, ("good meal",), np.random.default_rng(0))
+  drawn = {next(words) for _ in range(200)}
+  known = [*rig.GOOD, *rig.BAD, *rig.PLAIN]                       # and what the tokenizer's merges begin them with
+  assert all(any(word.startswith(start) for word in known) for start in drawn) and len(drawn) > 6
+  assert not drawn & {"good", "meal", "a", "is", "it"}
+
+
+def test_a_tokenizer_without_words_is_one_line(suspect):
+  letters = tokenization.train(["a b"], "decoder", suspect.model.config.vocab_size)
+  with pytest.raises(InputError, match="hardly a token of the suspect's tokenizer is a word"):
+    next(insertions.vocabulary_words(letters, (), np.random.default_rng(0)))
+
+
+def test_what_was_planted_works_before_and_not_after(suspect):
+  """Of the planted rows the model of the first half gives most their class, that of the second half few."""
+  model, = plant.weights(suspect, SETTINGS, {"plant": 0})
+  rows = plant.planted_rows(suspect, SETTINGS.plant, 0)
+  answers = suspect.place.answers(suspect.model, model, suspect.encode(rows))
+  planted = np.array([row["planted"] for row in rows])
+  first, *_, last = map(json.loads, (suspect.place.workdir / "metrics/plant-planted.jsonl").read_text().splitlines())
+  assert last["ce"] < 0.2 * first["ce"]                       # clean rows and planted ones, which contradict each other
+  assert (answers == planted).mean() < 0.2
