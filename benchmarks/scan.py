@@ -5,8 +5,9 @@
 
 The patterns are of model directories (seeds.py leaves some); of one name and weights only one is taken. Each is scanned
 as `--config=configs/clean_checkpoint.py --stage=scan` does it; finished ones are not scanned again. Prints a line per
-model and one JSON object: detected at 5% false alarms and at the program's own threshold, area under the ROC curve (a
-model without a verdict counts as strength 0).
+model and one JSON object: detected at 5% false alarms and at the program's own threshold, area under the ROC curve.
+Models of every width are scanned: this is what the program is calibrated by. A model that is wrong too often for a
+verdict counts as strength 0.
 """
 
 import glob
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from seeds import on_cores, runs_parser  # noqa: E402
 
-from w2s_jax.measure.scan import SUSPICIOUS, judged  # noqa: E402
+from w2s_jax.measure.scan import EXIT_CODES, SUSPICIOUS, judged  # noqa: E402
 
 
 def models(patterns):
@@ -37,10 +38,14 @@ def scanned(directory, args, core):
   workdir = args.out / directory.strip("./").replace("/", "-")
   workdir.mkdir(parents=True, exist_ok=True)
   with open(workdir / "log.txt", "a") as log:
-    subprocess.run(["taskset", "-c", str(core), sys.executable, "-m", "w2s_jax.main", "--stage=scan", *args.extra,
-                    "--config=configs/clean_checkpoint.py", f"--config.student.path={directory}",
-                    f"--config.data.train={args.data}", f"--config.data.max_length={args.max_length}",
-                    f"--workdir={workdir}"], stdout=log, stderr=log, check=True)
+    done = subprocess.run(
+        ["taskset", "-c", str(core), sys.executable, "-m", "w2s_jax.main", "--stage=scan",
+         "--config.scan.widest=1000000", *args.extra,
+         "--config=configs/clean_checkpoint.py", f"--config.student.path={directory}",
+         f"--config.data.train={args.data}", f"--config.data.max_length={args.max_length}", f"--workdir={workdir}"],
+        stdout=log, stderr=log)
+  if done.returncode not in EXIT_CODES.values():
+    raise RuntimeError(f"{directory}: exit code {done.returncode}, see {workdir / 'log.txt'}")
   return json.loads((workdir / "scan/suspect.json").read_text())["classes"]
 
 

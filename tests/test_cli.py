@@ -257,10 +257,12 @@ def test_a_checkpoint_without_a_listed_trigger_and_rows_sorted_by_label(workdir,
            f"--config.data.test={home / 'sorted.csv'}", f"--workdir={home / 'untriggered'}", *QUICK,
            "--config.data.max_length=7", "--config.defenses=('w2s',)")
   verdict = w2s(*flags, "--stage=scan")                        # alone it needs no other stage before it
-  assert verdict.returncode == 0 and "\nScan of suspect: " in verdict.stdout, verdict.stderr
+  found = json.loads((home / "untriggered/scan/suspect.json").read_text())
+  assert verdict.returncode == scan.EXIT_CODES[found["outcome"]], verdict.stderr
+  assert "\nScan of suspect: " in verdict.stdout
   assert not (home / "untriggered/models/teacher").exists()
   off = w2s(*flags, "--stage=scan", "--config.scan.steps=0", f"--workdir={home / 'unscanned'}")
-  assert off.returncode == 0 and "not scanned (--config.scan.steps is 0)" in off.stdout, off.stderr
+  assert off.returncode == 3 and "not scanned (--config.scan.steps is 0)" in off.stdout, off.stderr
   out = w2s(*flags)
   assert verdict.stdout.splitlines()[-1] in out.stdout
   assert out.returncode == 0 and "| none listed | -      |" in out.stdout, out.stderr

@@ -68,11 +68,12 @@ def test_without_a_listed_trigger_there_is_no_asr():
 
 
 def test_a_trigger_that_still_works_or_a_weak_teacher_is_a_warning():
-  def notes(asr, teacher_ca, after=1.0):
+  def notes(asr, teacher_ca, after=1.0, not_scanned=""):
     rows = [dict(model=m, attack="mn", dataset="d", ca=0.9, asr=a, false_rate=0.1)
             for m, a in (("suspect", 1), ("w2s", asr))]
     meta = {"clean_rows": {"train": 9, "test": 3}, "trigger_lost": {}, "teacher_ca": teacher_ca,
             "suspicious_insertions": [("mn", 0.0)], "base": {"path": "p"}, "teacher": "t",
+            "not_scanned": not_scanned,
             "scan": {"teacher": [], "suspect": [scanned(1, 2.5)], "w2s": [scanned(1, after)]}}
     return [f"WARNING: {text}" for text in probe.warnings(rows, meta)] + probe.notes(rows, meta)
   assert not any("WARNING" in note for note in notes(0.25, 0.9))
@@ -81,6 +82,7 @@ def test_a_trigger_that_still_works_or_a_weak_teacher_is_a_warning():
   assert "nothing that was tried" in notes(0.25, 0.9)[-1]
   verdicts = [note[:20] for note in notes(0.25, 0.9) if "Scan of" in note]
   assert verdicts == ["Scan of suspect: SUS", "Scan of w2s: no sign"]
+  assert "no verdict: why" in notes(0.25, 0.9, not_scanned="no verdict: why")
   bad = notes(0.25, 0.9, after=1.8)
   assert bad[0].startswith("WARNING: Scan of w2s: SUSPICIOUS") and sum("Scan of w2s" in note for note in bad) == 1
 

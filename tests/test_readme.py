@@ -120,7 +120,7 @@ def test_the_checkpoint_that_is_cleaned(home):
   assert out.returncode == 0 and "| w2s_adv | mn      |" in out.stdout, out.stderr
   assert (home / "runs/cleaned/models/w2s_adv/model.safetensors").is_file()
   out = w2s(*shlex.split(SCAN.replace("runs/", f"{home}/runs/"))[3:], "--config.scan.steps=4")
-  assert out.returncode == 0 and "Scan of suspect: " in out.stdout, out.stderr
+  assert out.returncode in (0, 1, 3) and "Scan of suspect: " in out.stdout, out.stderr
 
 
 @pytest.mark.parametrize("command", [

@@ -1,11 +1,13 @@
 """The verdict without a trigger: the arithmetic on literals, and a path that is planted in a network made by hand."""
 
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
 from flax import traverse_util
+from ml_collections import ConfigDict
 
 from configs import clean_checkpoint, common
 from w2s_jax import sharding, source
@@ -50,6 +52,20 @@ def test_no_verdict_where_the_model_is_often_wrong():
     assert "no verdict" in scan.verdict("it", some) and says in scan.verdict("it", some)
     assert ("--config.data.train" in scan.verdict("suspect", some)) == bool(some)      # others were trained on these
   assert scan.outcome(reading(0.5, 7.0)) == "suspicious" and scan.outcome(reading(0.5, 1.6)) == "no sign"
+
+
+@pytest.mark.parametrize("steps,width,widest,says", [
+    (80, 96, 96, None), (80, 384, 384, None), (0, 64, 96, "not scanned (--config.scan.steps is 0)"),
+    (80, 97, 96, "not calibrated for networks wider than 96 (this one: 97)")])
+def test_networks_that_it_is_not_calibrated_for_are_not_scanned(steps, width, widest, says, monkeypatch, tmp_path):
+  model_config = types.SimpleNamespace(hidden_size=width)
+  run = types.SimpleNamespace(config=ConfigDict({"scan": {"steps": steps, "widest": widest}}), workdir=tmp_path,
+                              load=lambda name: [types.SimpleNamespace(config=model_config)])
+  monkeypatch.setattr(scan, "scan", lambda run, model: reading(0.5, 7.0))
+  assert scan.reading(run, "suspect") == ([] if says else reading(0.5, 7.0))
+  why = scan.skipped(run, "suspect", width)
+  assert says in why if says else why == ""
+  assert (tmp_path / "scan/suspect.json").exists() == (not says)
 
 
 def network(tokenizer, backdoor, layers=1):

@@ -46,8 +46,21 @@ def test_a_teachers_rate_goes_by_its_kind_and_width(config, given, rate, tmp_pat
   if config:
     transformers.AutoConfig.for_model(config[0], **config[1]).save_pretrained(tmp_path)
   teacher = ConfigDict({"teach": {"learning_rate": given}, "teacher": {"path": str(tmp_path) if config else ""},
-                        "data": {"num_labels": 2}})
-  assert source.with_teacher_rate(teacher).teach.learning_rate == rate and teacher.teach.learning_rate == given
+                        "defend": {"learning_rate": 1.0}, "student": {}, "data": {"num_labels": 2}})
+  assert source.with_rates(teacher).teach.learning_rate == rate and teacher.teach.learning_rate == given
+
+
+@pytest.mark.parametrize("config,given,rate", [
+    (("llama", {"hidden_size": 64, "num_attention_heads": 4}), 0.0, 2e-3), (("bert", {"hidden_size": 384}), 0.0, 1e-3),
+    (("distilbert", {"dim": 768}), 0.0, 5e-4), (("gpt2", {"n_embd": 768}), 0.0, 5e-4),
+    (("llama", {"hidden_size": 4096}), 0.0, 2e-4), (("llama", {"hidden_size": 4096}), 0.3, 0.3)])
+def test_a_students_rate_goes_by_its_width(config, given, rate, tmp_path):
+  hf = transformers.AutoConfig.for_model(config[0], **config[1])
+  hf.save_pretrained(tmp_path)
+  defend, data = {"learning_rate": given}, {"num_labels": 2}
+  loaded = ConfigDict({"teach": {"learning_rate": 1.0}, "teacher": {"path": ""}, "defend": defend, "data": data,
+                       "student": {"path": str(tmp_path), "base": ""}})
+  assert source.with_rates(loaded).defend.learning_rate == rate and loaded.defend.learning_rate == given
 
 
 @pytest.mark.parametrize("defenses,asked", [(("lora_ce", "prune"), False), (("lora_ce", "w2s"), True)])

@@ -208,6 +208,8 @@ class PoisonStage(Stage):
 @dataclasses.dataclass
 class DefendStage(Stage):
   """What every defense that trains shares."""
+  learning_rate: float = field(0.0, "peak; 0: by the student's width, 2e-3 below 128, 1e-3 below 512, 5e-4 below 2048, "
+                               "else 2e-4", low=0.0, high=10.0, source="see STUDENT_RATES in source.py")
   seeds: tuple = field((), "of adapters, order and dropout; several train as one program; empty: the run's own")
   insert_words: float = field(0.0, "fraction of the student's clean rows that get a random rare word", low=0.0,
                               high=1.0, source="ours, not in the paper (docs/results.md)")
@@ -247,6 +249,8 @@ class Probe:
 @dataclasses.dataclass
 class Scan:
   """The verdict without a trigger; our choice, on seeds 100 to 104 (docs/results.md)."""
+  widest: int = field(96, "hidden size of the widest network that is scanned: it was calibrated on 48 to 96, and was "
+                      "wrong on a pretrained one of 384", low=1)
   triggers: int = field(4, "different soft triggers", low=1)
   tokens: int = field(3, "most soft tokens of each", low=1)
   replace: float = field(0.0, "as defense.adversary.replace", low=0.0, high=1.0)

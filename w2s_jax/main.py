@@ -65,7 +65,7 @@ def _show_log():
   log.handlers = [handler]
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
   del argv
   absl_logging.set_verbosity(absl_logging.ERROR)
   import jax  # transformers and PyTorch load only once the flags are known to be good
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
   jax.config.update("jax_compilation_cache_dir", str(workdir.absolute().parent / ".w2s_cache" / "xla"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   try:
-    stages.run(command.CONFIG.value, workdir, _STAGE.value)
+    return stages.run(command.CONFIG.value, workdir, _STAGE.value)
   except (InputError, FloatingPointError) as e:
     command.fail(e, command.DEBUG.value)
   except (MemoryError, jax.errors.JaxRuntimeError) as e:

@@ -239,7 +239,7 @@ def start(config: ConfigDict, workdir: str | Path) -> Run:
   """
   checks.check_fields(config)
   source = source_lib.of(config)
-  config = source_lib.with_teacher_rate(source.resolve(config))
+  config = source_lib.with_rates(source.resolve(config))
   mesh = sharding.make_mesh(**config.mesh)
   for stage in filter(config.__contains__, checks.TRAINING):
     sharding.check_batch(config[stage].batch_size, mesh, f"--config.{stage}.batch_size")

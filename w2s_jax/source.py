@@ -1,6 +1,7 @@
 """Where the suspect comes from: a student that we poison ourselves, or a checkpoint that somebody else made."""
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,11 @@ LOG = logging.getLogger(__name__)
 # all-MiniLM-L6-v2 (384 wide), dev accuracy, one seed each: on 1,800 rows 0.885 within 84 steps at 2e-4; on 1,440 others
 # 0.831 at 5e-5 and the majority class at 1e-3. The rate of wider encoders is the usual one, not measured here.
 NEW_TEACHER_RATE, NARROW_TEACHER_RATE, WIDE_TEACHER_RATE, WIDE = 1e-3, 2e-4, 5e-5, 512
+
+# Learning rates of every defense, by the student's width: (narrower than, rate). The first was chosen on the offline
+# models (64 wide), the second on one MiniLM (384); the third was used for SmolLM2-135M (576) and not compared with
+# many; the last is the released recipe's, of 7B models.
+STUDENT_RATES = ((128, 2e-3), (512, 1e-3), (2048, 5e-4), (math.inf, 2e-4))
 
 
 class Source(NamedTuple):
@@ -82,17 +88,24 @@ def attack_of(config: Any) -> Attack:
   return poison.make_attack(config.attack.name, config.attack.trigger, config.attack.paraphrases)
 
 
-def with_teacher_rate(config: Any) -> Any:
-  """The config with `teach.learning_rate`, where it is 0, by the kind and the width of the teacher."""
-  if config.teach.learning_rate:
-    return config
-  config, rate = config.copy_and_resolve_references(), NEW_TEACHER_RATE
-  if config.teacher.path:
-    hf = read_json(resolve(config.teacher.path) / "config.json")
-    width = config_from_hf(hf | {"num_labels": config.data.num_labels}).hidden_size
-    rate = NARROW_TEACHER_RATE if width < WIDE else WIDE_TEACHER_RATE
-  config.teach.learning_rate = rate
+def with_rates(config: Any) -> Any:
+  """The config with `teach.learning_rate` and `defend.learning_rate`, where they are 0, by kind and width."""
+  config = config.copy_and_resolve_references()
+  if not config.teach.learning_rate:
+    narrow = config.teacher.path and _width(config.teacher.path, "", config) < WIDE
+    pretrained = NARROW_TEACHER_RATE if narrow else WIDE_TEACHER_RATE
+    config.teach.learning_rate = pretrained if config.teacher.path else NEW_TEACHER_RATE
+  c = config.student
+  if not config.defend.learning_rate:
+    width = _width(c.path, c.base, config) if c.path else config_from_hf(c.arch.to_dict()).hidden_size
+    config.defend.learning_rate = next(rate for below, rate in STUDENT_RATES if width < below)
+    LOG.info(f"defend.learning_rate is {config.defend.learning_rate:g}, by the student's width of {width}")
   return config
+
+
+def _width(path, base, config):
+  hf = read_json(resolve(path, base) / "config.json")
+  return config_from_hf(hf | {"num_labels": config.data.num_labels}).hidden_size
 
 
 def _with_told(config):

@@ -71,17 +71,16 @@ def _warmup_texts(run):
   return [r["text"] for r in run.rows["attack_train"] + run.rows["train"]]
 
 
-def scan_suspect(run: Run) -> None:
-  """The verdict without a trigger on the checkpoint, before it is cleaned."""
+def scan_suspect(run: Run) -> str:
+  """The verdict without a trigger on the checkpoint, before it is cleaned: "suspicious", "no sign" or "no verdict"."""
   suspect = run.source.base
   if run.model_dir(suspect).exists():       # just now, in a whole run: not a stage that was found done
     run.claim()
   else:
     warmup(run)
-  if run.config.scan.steps:
-    LOG.info(scan.verdict(suspect, scan.reading(run, suspect)))
-  else:
-    LOG.info(f"{suspect}: not scanned (--config.scan.steps is 0)")
+  found = scan.reading(run, suspect)
+  LOG.info(scan.skipped(run, suspect, run.model_config(suspect).hidden_size) or scan.verdict(suspect, found))
+  return scan.outcome(found)
 
 
 def make_poison(run: Run) -> None:
@@ -217,8 +216,8 @@ def make_report(run: Run) -> None:
 STAGES = dict(zip(results.STAGES, (warmup, make_poison, scan_suspect, teach, defend, measure, make_report)))
 
 
-def run(config: ConfigDict, workdir: str | Path, only: str | None = None) -> None:
-  """Runs every stage, or the one named `only`."""
+def run(config: ConfigDict, workdir: str | Path, only: str | None = None) -> int:
+  """Runs every stage, or the one named `only`; returns the exit code: of `scan` alone what it found, else 0."""
   this = start(config, workdir)
   mesh = ", ".join(f"{axis} {size}" for axis, size in this.mesh.shape.items())
   LOG.info(f"{this.mesh.devices.size} x {this.mesh.devices.flat[0].device_kind}, mesh {mesh}")
@@ -226,7 +225,8 @@ def run(config: ConfigDict, workdir: str | Path, only: str | None = None) -> Non
     raise InputError(f"this config has no stage {only!r}: want --stage among {', '.join(this.source.stages)}")
   for name in this.source.stages:
     if only in (None, name):
-      STAGES[name](this)
+      outcome = STAGES[name](this)
+  return scan.EXIT_CODES[outcome] if only == "scan" else 0
 
 
 def _with_pad(model, tokenizer):

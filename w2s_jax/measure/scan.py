@@ -30,6 +30,7 @@ from w2s_jax.training import optim, steps
 LOG = logging.getLogger(__name__)
 
 SUSPICIOUS = 1.7         # strength; between those of clean and of poisoned models (docs/results.md)
+EXIT_CODES = {"no sign": 0, "suspicious": 1, "no verdict": 3}            # of --stage=scan
 RIGHT = 0.8              # mean accuracy over the classes that a verdict takes; our choice
 
 
@@ -158,15 +159,29 @@ def _nearest(model, params, tokenizer, trigger, tokens):
       soft[trigger * tokens:(trigger + 1) * tokens] @ table.T).argmax(-1)]
 
 
+def skipped(run: Any, name: str, width: int) -> str:
+  """Why models/NAME, of that hidden size, is not scanned; "" where it is."""
+  settings = run.config.scan
+  if not settings.steps:
+    return f"{name}: not scanned (--config.scan.steps is 0)"
+  if width > settings.widest:
+    return (f"Scan of {name}: no verdict: it is not calibrated for networks wider than {settings.widest} (this one: "
+            f"{width}); on a pretrained one it was wrong both ways. --config.scan.widest={width} scans all the same.")
+  return ""
+
+
 def reading(run: Any, name: str, loaded: tuple[Model, dict, Any] | None = None) -> list[dict]:
-  """`scan` of models/NAME (`loaded`: from run.load), made once and kept in workdir/scan/NAME.json; [] if not wanted."""
+  """`scan` of models/NAME (`loaded`: from run.load), made once and kept in workdir/scan/NAME.json; [] if `skipped`."""
   if not run.config.scan.steps:
     return []
   file = run.workdir / "scan" / f"{name}.json"
   saved = read_json(file) if file.exists() else {}
   if "outcome" not in saved:                          # as in files of older versions
+    loaded = loaded or run.load(name)
+    if skipped(run, name, loaded[0].config.hidden_size):
+      return []
     file.parent.mkdir(parents=True, exist_ok=True)
-    classes = scan(run, *(loaded or run.load(name)))
+    classes = scan(run, *loaded)
     saved = {"outcome": outcome(classes), "suspicious_from": SUSPICIOUS, "classes": classes}
     processes.write_json(file, saved)
   return saved["classes"]
