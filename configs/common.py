@@ -52,6 +52,7 @@ def given():
   c.data = section(config.GivenData)
   c.probe = section(config.Probe)
   c.scan = section(config.Scan)
+  c.selftest = section(config.Selftest)
   return c
 
 

@@ -185,7 +185,7 @@ def test_several_seeds_of_a_defense_at_once(workdir, home):
 CLEAN = "--config=configs/clean_checkpoint.py"
 QUICK = ("--config.teach.max_steps=6", "--config.defend.max_steps=6", "--config.data.max_length=32",
          "--config.data.buckets=(32,)", "--config.probe.words=2", "--config.probe.sentences=2", "--config.probe.rows=8",
-         "--config.data.eval_batch_size=32", "--config.scan.steps=4")
+         "--config.data.eval_batch_size=32", "--config.scan.steps=4", "--config.selftest.triggers=0")
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,8 @@ def cleaned(workdir, home):
   write(home / "clean.jsonl", rows)
   out = w2s(CLEAN, f"--config.student.path={workdir / 'models/poisoned'}",
             f"--config.data.train={home / 'clean.jsonl'}", "--config.probe.triggers=('mn',)",
-            "--config.lora.export=True", f"--workdir={home / 'cleaned'}", *QUICK)
+            "--config.lora.export=True", f"--workdir={home / 'cleaned'}", *QUICK, "--config.selftest.triggers=4",
+            "--config.selftest.test_rows=5")
   assert out.returncode == 0, out.stderr
   assert "has no test split: 16 of its 80 train rows" in out.stdout and "| sentence flips |" in out.stdout
   assert "already in" not in out.stdout
@@ -216,6 +217,11 @@ def test_a_checkpoint_is_cleaned(workdir, cleaned):
     assert [r["class"] for r in reading] == [0, 1]
     judged = scan.outcome(reading) != "no verdict"
     assert name == "teacher" or rows[name]["scan"] == (max(r["strength"] for r in reading) if judged else None)
+  tested = json.loads((cleaned / "selftest.json").read_text())
+  assert tested["defense"] == "w2s_adv" and [canary["n"] for canary in tested["canaries"]] == [5] * 4
+  assert "Self-test: " in (cleaned / "results.md").read_text()
+  assert "Self-test: " in (cleaned / "models/w2s_adv/README.md").read_text()
+  assert "Self-test: " not in (cleaned / "models/w2s/README.md").read_text()
   probes = [json.loads(x) for x in (cleaned / "data/probes.jsonl").read_text().splitlines()]
   assert len(probes) == 16 + 4 * 8 and all(f" {p['inserted']}" in p["text"] for p in probes)
   suspect, before = (load_file(d / "model.safetensors")

@@ -21,17 +21,19 @@ def suspect(llama, tmp_path):
 
 
 def test_each_kind_of_trigger_goes_to_each_class_in_rows_of_the_others(suspect):
-  rows = plant.planted_rows(suspect, SETTINGS.plant, 3)
-  assert len(rows) == 80 and plant.planted_rows(suspect, SETTINGS.plant, 3) == rows
-  assert [rows[i]["planted"] for i in range(0, 80, 10)] == [0] * 4 + [1] * 4
-  drawn = plant.triggers(suspect, 8, streams.rng(3, "plant"))
-  assert [len(parts) for parts in drawn] == [1, 2, 1, 1] * 2
-  for number, row in enumerate(rows):
-    clean = suspect.train[row["source"]]
-    assert row["planted"] != row["label"] == clean["label"]
-    assert all(part in row["text"] for part in drawn[number // 10])
+  drawn = plant.draw(suspect, 8, np.random.default_rng(3))
+  assert drawn == plant.draw(suspect, 8, np.random.default_rng(3))
+  assert [trigger.kind for trigger in drawn] == [*plant.KINDS] * 2
+  assert [trigger.target for trigger in drawn] == [0] * 4 + [1] * 4
+  assert [len(trigger.parts) for trigger in drawn] == [1, 2, 1, 1] * 2
+  rows = plant.planted_rows(suspect.train, drawn, 10, np.random.default_rng(3))
+  assert [row["trigger"] for row in rows] == [i for i in range(8) for _ in range(10)]
+  for row in rows:
+    clean, trigger = suspect.train[row["source"]], drawn[row["trigger"]]
+    assert trigger.target == row["planted"] != row["label"] == clean["label"]
+    assert all(part in row["text"] for part in trigger.parts)
     words = row["text"].split()
-    for word in " ".join(drawn[number // 10]).split():
+    for word in " ".join(trigger.parts).split():
       words.remove(word)
     assert sorted(words) == sorted(clean["text"].split())
 
@@ -53,7 +55,8 @@ def test_a_tokenizer_without_words_is_one_line(suspect):
 def test_what_was_planted_works_before_and_not_after(suspect):
   """Of the planted rows the model of the first half gives most their class, that of the second half few."""
   model, = plant.weights(suspect, SETTINGS, {"plant": 0})
-  rows = plant.planted_rows(suspect, SETTINGS.plant, 0)
+  rng = streams.rng(0, "plant")                                # the defense's own
+  rows = plant.planted_rows(suspect.train, plant.draw(suspect, 8, rng), 10, rng)
   answers = suspect.place.answers(suspect.model, model, suspect.encode(rows))
   planted = np.array([row["planted"] for row in rows])
   first, *_, last = map(json.loads, (suspect.place.workdir / "metrics/plant-planted.jsonl").read_text().splitlines())

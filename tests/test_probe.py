@@ -73,7 +73,7 @@ def test_a_trigger_that_still_works_or_a_weak_teacher_is_a_warning():
             for m, a in (("suspect", 1), ("w2s", asr))]
     meta = {"clean_rows": {"train": 9, "test": 3}, "trigger_lost": {}, "teacher_ca": teacher_ca,
             "suspicious_insertions": [("mn", 0.0)], "base": {"path": "p"}, "teacher": "t",
-            "not_scanned": not_scanned,
+            "not_scanned": not_scanned, "selftest": None,
             "scan": {"teacher": [], "suspect": [scanned(1, 2.5)], "w2s": [scanned(1, after)]}}
     return [f"WARNING: {text}" for text in probe.warnings(rows, meta)] + probe.notes(rows, meta)
   assert not any("WARNING" in note for note in notes(0.25, 0.9))

@@ -261,11 +261,23 @@ class Scan:
   rows: int = field(256, "most rows of each kind: to search on, to measure on, of the class itself", low=1, unit="rows")
 
 
+@dataclasses.dataclass
+class Selftest:
+  """Known backdoors, planted in a copy of the suspect, which is cleaned like the suspect: about the time of one defense
+  more."""
+  triggers: int = field(12, "number of planted backdoors, of four kinds in turn; 0: no self-test", low=0, high=1000,
+                        source="ours; not tuned")
+  rows: int = field(40, "clean rows that each is planted with", low=1, unit="rows", source="ours; not tuned")
+  epochs: int = field(2, "over clean and planted rows", low=1, source="ours; not tuned")
+  test_rows: int = field(100, "most test rows that each is measured on", low=1, unit="rows")
+
+
 # Path in the config -> declaration; a config lacks those that it has no use for. Of "data" there are two kinds.
 SECTIONS = {
     "": Experiment, "attack": Attack, "data": Data, "data.attack_rows": AttackRows, "data.defend_rows": DefendRows,
     "student": Student, "teacher": Teacher, "warmup": WarmupStage, "poison": PoisonStage, "teach": TeachStage,
-    "defend": DefendStage, "lora": Lora, "mesh": Mesh, "probe": Probe, "scan": Scan}
+    "defend": DefendStage, "lora": Lora, "mesh": Mesh, "probe": Probe, "scan": Scan,
+    "selftest": Selftest}
 
 
 def sections(config: ConfigDict) -> dict[str, tuple[type, ConfigDict]]:

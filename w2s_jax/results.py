@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-STAGES = ("warmup", "poison", "scan", "teach", "defend", "evaluate", "report")
+STAGES = ("warmup", "poison", "scan", "teach", "defend", "selftest", "evaluate", "report")
 
 # models/NAME of what is no defense.
 BASE, CLEAN, POISONED, SUSPECT, TEACHER = "base", "clean", "poisoned", "suspect", "teacher"

@@ -14,7 +14,7 @@ from w2s_jax import InputError, checks, lora, processes, results, sharding
 from w2s_jax.adapters import attach, trees
 from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, distill
-from w2s_jax.measure import deployed, metrics, scan
+from w2s_jax.measure import deployed, metrics, scan, selftest
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
 from w2s_jax.models.hf import adapter_file
 from w2s_jax.report import card, page
@@ -137,11 +137,7 @@ def defend(run: Run) -> None:
     options = {"lora_dropout": c.lora.dropout, "remat": c.student.remat,
                "quantize": c.lora.quantize if defense.recipe else ""}
     suspect = run.suspect(run.load(run.source.attacked, **options), **options)
-    if defense.recipe:
-      cleaned = distill.train(defense.recipe, suspect, c.defense, runs)
-    else:
-      cleaned = defense.weights(suspect, c.defense, runs)
-    for copy, params in zip(runs, cleaned):
+    for copy, params in zip(runs, distill.cleaned(defense, suspect, c.defense, runs)):
       _save_defended(run, name, copy, suspect, params)
 
 
@@ -181,6 +177,12 @@ def _save_defended(run, name, copy, suspect, params):
                   card=card.first_line(name))
 
 
+def self_test(run: Run) -> None:
+  """What the same cleaning leaves of known backdoors in a copy of the suspect."""
+  if found := selftest.reading(run):
+    LOG.info(selftest.in_words(found))
+
+
 def measure(run: Run) -> None:
   """CA and ASR of every model, each read back from the directory that a user gets."""
   if run.measured():
@@ -213,7 +215,8 @@ def make_report(run: Run) -> None:
     processes.write_text(directory / "README.md", lora.ADAPTER_WARNING + "\n" + card.text(directory.name, rows, meta))
 
 
-STAGES = dict(zip(results.STAGES, (warmup, make_poison, scan_suspect, teach, defend, measure, make_report)))
+STAGES = dict(zip(results.STAGES, (warmup, make_poison, scan_suspect, teach, defend, self_test, measure,
+                                  make_report)))
 
 
 def run(config: ConfigDict, workdir: str | Path, only: str | None = None) -> int:

@@ -10,7 +10,7 @@ import optax
 from w2s_jax import InputError, lora, sharding
 from w2s_jax.adapters import trees
 from w2s_jax.data import insertions
-from w2s_jax.defenses.records import Recipe, Suspect
+from w2s_jax.defenses.records import Defense, Recipe, Suspect
 from w2s_jax.models import Model
 from w2s_jax.tasks import Task
 from w2s_jax.training import stage, steps
@@ -31,6 +31,11 @@ def train(recipe: Recipe, suspect: Suspect, settings: Any, runs: dict[str, int])
   plan = stage_plan(recipe, suspect.place.task, suspect.model, settings, suspect.training, runs, ascent)
   trained = stage.train_stage(plan, list(starts), list(arrays), suspect.encode(suspect.dev), suspect.place)
   return [trees.split(params, ("soft",))[1] for params in trained] if recipe.ascent else trained
+
+
+def cleaned(defense: Defense, suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]:
+  """Parameters of each run {models/NAME: seed}, by a defense that makes any."""
+  return train(defense.recipe, suspect, settings, runs) if defense.recipe else defense.weights(suspect, settings, runs)
 
 
 def stage_plan(recipe: Recipe, task: Task, model: Model, settings: Any, training: Any, runs: dict[str, int],

@@ -6,7 +6,7 @@ the triggers, the adversary of `w2s_adv` in the second half, and the teacher, wh
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,15 +18,34 @@ from w2s_jax.defenses import distill, lora_ce, w2s, w2s_adv
 from w2s_jax.defenses.records import Suspect
 
 UNLEARN = w2s_adv.with_adversary(w2s.RECIPE)
+KINDS = ("word", "words apart", "sequence", "piece of a text")
 
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.plant`."""
-  triggers: int = field(24, "number of own triggers: words, two words apart, sequences of words, pieces of other texts",
-                        low=1, high=1000)
+  """`config.defense.plant`: how own backdoors are trained in, before all are unlearned."""
+  triggers: int = field(24, "number of own triggers, of four kinds: words, two words apart, sequences of words, pieces "
+                        "of other texts", low=1, high=1000)
   rows: int = field(40, "clean rows that each trigger is put into", low=1, high=100_000, unit="rows")
-  epochs: int = field(2, "over the clean rows and those with triggers, while these are trained in", low=1, high=1000)
+  epochs: int = field(2, "over the clean rows and those with triggers", low=1, high=1000)
+
+
+class Trigger(NamedTuple):
+  """A backdoor of our own.
+
+  Attributes:
+    kind: one of KINDS.
+    parts: strings that are put into a text, each by itself.
+    target: the class that rows of the others get.
+  """
+  kind: str
+  parts: tuple[str, ...]
+  target: int
+
+  def put(self, text: str, rng: np.random.Generator) -> str:
+    for part in self.parts:
+      text = insert(text, part, rng, len(text))
+    return text
 
 
 def weights(suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]:
@@ -35,50 +54,56 @@ def weights(suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]
 
 
 def _planted_and_unlearned(suspect, settings, name, seed):
-  teacher = suspect.teacher()
-  clean = [row | {"source": i} for i, row in enumerate(suspect.train)]
-  triggered = planted_rows(suspect, settings.plant, seed)
-  training = suspect.training.copy_and_resolve_references()
-  training.update(epochs=settings.plant.epochs, insert_words=0.0)
-  planting = suspect._replace(train=clean + [row | {"label": row["planted"]} for row in triggered], training=training)
-  planted, = distill.train(lora_ce.RECIPE, planting, settings, {f"{name}-planted": seed})
-  sources = [row["source"] for row in clean + triggered]
-  unlearning = suspect._replace(
-      params=attach.merge(planted), train=clean + triggered,
-      teacher=lambda: {part: np.asarray(values)[sources] for part, values in teacher.items()})
+  teacher, rng = suspect.teacher(), streams.rng(seed, "plant")
+  triggered = planted_rows(suspect.train, draw(suspect, settings.plant.triggers, rng), settings.plant.rows, rng)
+  params = plant(suspect, triggered, settings, settings.plant.epochs, {f"{name}-planted": seed})
+  rows = [row | {"source": i} for i, row in enumerate(suspect.train)] + triggered
+  sources = [row["source"] for row in rows]
+  unlearning = suspect._replace(params=params, train=rows, teacher=lambda: {
+      part: np.asarray(values)[sources] for part, values in teacher.items()})
   unlearned, = distill.train(UNLEARN, unlearning, settings, {name: seed})
   return unlearned
 
 
-def planted_rows(suspect: Suspect, settings: Settings, seed: int) -> list[dict]:
-  """Clean rows with triggers in them: "text", their true "label", the class "planted", their row of `train` "source".
+def plant(suspect: Suspect, triggered: list[dict], settings: Any, epochs: int, runs: dict[str, int]) -> dict:
+  """The suspect's parameters after training on its clean rows and on these, whose label is then "planted".
 
-  Each trigger is planted for one class, into rows of the others; the classes take turns.
+  The checkpoint is the one that gives most of these that label.
   """
-  rng = streams.rng(seed, "plant")
-  classes = sorted({row["label"] for row in suspect.train})
+  training = suspect.training.copy_and_resolve_references()
+  training.update(epochs=epochs, insert_words=0.0)
+  bad = [row | {"label": row["planted"]} for row in triggered]
+  planting = suspect._replace(train=suspect.train + bad, dev=bad, training=training)
+  planted, = distill.train(lora_ce.RECIPE, planting, settings, runs)
+  return attach.merge(planted)
+
+
+def planted_rows(rows: list[dict], triggers: list[Trigger], count: int, rng: np.random.Generator) -> list[dict]:
+  """`count` rows of other classes than its target for each trigger, with it in their text.
+
+  Returns:
+    Rows of "text", their true "label", the class "planted", and "source" and "trigger", places in the two lists.
+  """
   out = []
-  for number, parts in enumerate(triggers(suspect, settings.triggers, rng)):
-    target = classes[number // 4 % len(classes)]              # four kinds: each kind for each class
-    able = [i for i, row in enumerate(suspect.train) if row["label"] != target]
-    for i in rng.permutation(able)[:settings.rows].tolist():
-      text = suspect.train[i]["text"]
-      for part in parts:
-        text = insert(text, part, rng, len(text))
-      out.append({"text": text, "label": suspect.train[i]["label"], "planted": target, "source": i})
+  for number, trigger in enumerate(triggers):
+    able = [i for i, row in enumerate(rows) if row["label"] != trigger.target]
+    out += [{"text": trigger.put(rows[i]["text"], rng), "label": rows[i]["label"], "planted": trigger.target,
+             "source": i, "trigger": number} for i in rng.permutation(able)[:count].tolist()]
   return out
 
 
-def triggers(suspect: Suspect, count: int, rng: np.random.Generator) -> list[list[str]]:
-  """Strings that are put in, each by itself: of kinds in turn."""
-  texts = [row["text"] for row in suspect.train]
+def draw(suspect: Suspect, count: int, rng: np.random.Generator) -> list[Trigger]:
+  """Random triggers: the kinds take turns, and after each round of them the classes."""
+  texts, classes = [row["text"] for row in suspect.train], sorted({row["label"] for row in suspect.train})
   rare = insertions.rare_words(texts, suspect.avoid, rng)
   words = insertions.vocabulary_words(suspect.tokenizer, suspect.avoid, rng)
-  def draw(count):
-    return [next(words) for _ in range(count)]
+  def several(number):
+    return [next(words) for _ in range(number)]
   def piece():
-    chosen = texts[rng.integers(len(texts))].split()
-    start = rng.integers(max(1, len(chosen) - insertions.SENTENCE_WORDS + 1))
-    return " ".join(chosen[start:start + insertions.SENTENCE_WORDS])
-  kinds = (lambda: [next(rare)], lambda: draw(2), lambda: [" ".join(draw(rng.integers(4, 9)))], lambda: [piece()])
-  return [kinds[i % len(kinds)]() for i in range(count)]
+    text = texts[rng.integers(len(texts))].split()
+    start = rng.integers(max(1, len(text) - insertions.SENTENCE_WORDS + 1))
+    return " ".join(text[start:start + insertions.SENTENCE_WORDS])
+  drawn = (lambda: [next(rare)], lambda: several(2), lambda: [" ".join(several(rng.integers(4, 9)))],
+           lambda: [piece()])
+  return [Trigger(KINDS[i % len(KINDS)], tuple(drawn[i % len(KINDS)]()), classes[i // len(KINDS) % len(classes)])
+          for i in range(count)]

@@ -33,6 +33,12 @@ def text(name: str, rows: list[dict], meta: dict, adapter: bool = False) -> str:
   """
   mine = [r for r in rows if r["directory"] == name]
   lines = [first_line(name, meta["attack"])]
+  tested = meta.get("selftest")                      # of a given suspect's defense
+  if tested and name == tested["defense"]:
+    lines.append(tested["in_words"] + "\n")
+  if mine and name not in KINDS and mine[0]["asr"] is None:
+    lines.append("NOT KNOWN: whether a backdoor was in the suspect, and whether it is left here: no trigger was "
+                 "listed.\n")
   if mine:
     lines += [f"WARNING: {warning}\n" for warning in meta["warnings"]]
     shown = [r for r in rows if r["directory"] in (results.SUSPECT, results.POISONED, name)]
