@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rig
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from configs import llama_badnet
@@ -171,3 +172,18 @@ def test_a_task_of_ones_own_is_trained_by_w2s(suspect):
   settings = ConfigDict(rig.DEFENSE.to_dict() | {"w2s": {"weights": "1,1,0", "temperature": 2.0}})
   trained, = distill.train(w2s.RECIPE, suspect, settings, {"w2s": 0})
   assert accuracy(suspect, suspect.params, FIRST_TOKEN) < 0.75 < 0.9 < accuracy(suspect, trained, FIRST_TOKEN)
+
+
+def test_full_fine_tuning_moves_every_leaf_at_its_own_rate(suspect):
+  """`full_ft` is `lora_ce` but for what trains and a fifth of the rate; its first update of a leaf is that rate."""
+  settings = rig.DEFENSE.copy_and_resolve_references()
+  recipe = DEFENSES["full_ft"].recipe
+  plan = distill.stage_plan(recipe, CLASSIFICATION, suspect.model, settings, suspect.training, {"full_ft": 0})
+  assert plan.settings.learning_rate == pytest.approx(0.2 * suspect.training.learning_rate)
+  assert suspect.training.learning_rate == 2e-2
+  one_step = suspect.training.copy_and_resolve_references()
+  one_step.update(max_steps=1, weight_decay=0.0)
+  moved, = distill.train(recipe, suspect._replace(training=one_step), settings, {"full_ft": 0})
+  before = traverse_util.flatten_dict(suspect.params, sep="/")
+  for path, after in traverse_util.flatten_dict(moved, sep="/").items():
+    assert np.abs(after - before[path]).max() == pytest.approx(0.2 * 2e-2, rel=1e-2), path     # Adam's, a step long

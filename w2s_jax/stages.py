@@ -135,7 +135,7 @@ def defend(run: Run) -> None:
     _refuse_a_weak_teacher(run)
   for defense, name, runs in left:
     options = {"lora_dropout": c.lora.dropout, "remat": c.student.remat,
-               "quantize": c.lora.quantize if defense.recipe else ""}
+               "quantize": c.lora.quantize if defense.recipe and "adapter" in defense.recipe.trains else ""}
     suspect = run.suspect(run.load(run.source.attacked, **options), **options)
     for copy, params in zip(runs, distill.cleaned(defense, suspect, c.defense, runs)):
       _save_defended(run, name, copy, suspect, params)

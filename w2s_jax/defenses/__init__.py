@@ -4,6 +4,7 @@ from w2s_jax.defenses import (
     anchors,
     distill,
     from_base,
+    full_ft,
     lora_ce,
     onion,
     plant,
@@ -22,6 +23,8 @@ _W2S_ADV = w2s_adv.with_adversary(w2s.RECIPE)
 DEFENSES = {
     "none": Defense(),                                # the attacked model as it is
     "lora_ce": Defense(lora_ce.RECIPE),
+    "full_ft": Defense(full_ft.CONTROL),
+    "w2s_full": Defense(full_ft.TAUGHT, settings=_DISTILS),
     "from_base": Defense(from_base.RECIPE),
     "from_base_w2s": Defense(from_base.TAUGHT, settings=_DISTILS),
     "w2s": Defense(w2s.RECIPE, settings=_DISTILS),

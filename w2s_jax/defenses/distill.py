@@ -44,6 +44,9 @@ def stage_plan(recipe: Recipe, task: Task, model: Model, settings: Any, training
   weights = recipe.weights(settings, model.config.feature_size)
   loss = steps.weighted_loss(model, functools.partial(recipe.terms, settings=settings, task=task), weights)
   soft = ("soft",) if recipe.soft_tokens else ()
+  if recipe.rate != 1:
+    training = training.copy_and_resolve_references()
+    training.learning_rate *= recipe.rate
   return steps.StagePlan(tuple(runs), tuple(runs.values()), model, loss, weights, (*recipe.trains, *soft), training,
                          "defend", recipe.views, recipe.layout == "packed", ascent)
 

@@ -60,6 +60,7 @@ class Recipe(NamedTuple):
     ascent: (model, params, settings) -> optimizer of the soft tokens.
     from_base: it starts at the public base of the attacked model, not at the attacked model.
     trains: labels of the leaves that train; with "adapter" among them the student gets adapters.
+    rate: times `defend.learning_rate`, at which it trains.
     layout: "packed", or "padded" where the terms read what is between the texts of a batch.
   """
   terms: Callable
@@ -71,6 +72,7 @@ class Recipe(NamedTuple):
   ascent: Callable | None = None
   from_base: bool = False
   trains: tuple[str, ...] = trees.LORA
+  rate: float = 1.0
   layout: str = "packed"
 
 
