@@ -74,3 +74,9 @@ def test_the_hash_is_of_the_weights(tmp_path):
   (tmp_path / "model.safetensors").write_bytes(b"weights")
   (tmp_path / "config.json").write_text("{}")
   assert sha256(tmp_path, "*.safetensors") == {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}
+
+
+def test_a_card_says_that_nothing_was_measured_until_something_was():
+  assert card.unmeasured("w2s").endswith(
+      "w2s of w2s_jax.\n\nNot measured yet: the stages `evaluate` and `report` write the figures here.\n")
+  assert card.unmeasured("poisoned", "badnet").startswith("WARNING: this model is POISONED on purpose, for research")

@@ -45,7 +45,7 @@ def warmup(run: Run) -> None:
       plan = steps.StagePlan(("warmup",), (c.seed,), model, steps.language_model_loss(model), {"lm": 1.0}, trees.FULL,
                              c.warmup, "warmup", packed=False)
       params, = stage.train_stage(plan, [params], [arrays], None, run.place)
-  save_pretrained(run.model_dir(base), model, params, tokenizer, card=card.first_line(base))
+  save_pretrained(run.model_dir(base), model, params, tokenizer, card=card.unmeasured(base))
 
 
 def _given_student(run):
@@ -102,7 +102,7 @@ def make_poison(run: Run) -> None:
                            stream="poison")
     params, = stage.train_stage(plan, [params], [arrays], dev, run.place)
     save_pretrained(run.model_dir(name), model, attach.merge(params), tokenizer,
-                    card=card.first_line(name, run.attack_in_words()))
+                    card=card.unmeasured(name, run.attack_in_words()))
 
 
 def teach(run: Run) -> None:
@@ -123,7 +123,7 @@ def teach(run: Run) -> None:
     arrays, dev = (run.encode(tokenizer, run.rows[s], c.data.max_length) for s in ("train", "dev"))
     plan = stage.task_plan(run.task, name, c.seed, model, trees.FULL, c.teach)
     params, = stage.train_stage(plan, [params], [arrays], dev, run.place)
-  save_pretrained(run.model_dir(name), model, params, tokenizer, card=card.first_line(name))
+  save_pretrained(run.model_dir(name), model, params, tokenizer, card=card.unmeasured(name))
 
 
 def defend(run: Run) -> None:
@@ -174,7 +174,7 @@ def _save_defended(run, name, copy, suspect, params):
     base = run.base_path() if recipe and recipe.from_base else run.model_dir(run.source.attacked)
     lora.export_adapter(run.workdir / "adapters" / copy, suspect.model, params, base=base.absolute())
   save_pretrained(run.model_dir(copy), suspect.model, attach.merge(params), suspect.tokenizer,
-                  card=card.first_line(name))
+                  card=card.unmeasured(name))
 
 
 def self_test(run: Run) -> None:

@@ -23,6 +23,11 @@ def first_line(name: str, attack: str | None = None) -> str:
   return KINDS.get(name, DEFENDED).format(name=name, attack=attack)
 
 
+def unmeasured(name: str, attack: str | None = None) -> str:
+  """The card until the report is made."""
+  return f"{first_line(name, attack)}\nNot measured yet: the stages `evaluate` and `report` write the figures here.\n"
+
+
 def text(name: str, rows: list[dict], meta: dict, adapter: bool = False) -> str:
   """The whole card, in Markdown.
 
