@@ -11,7 +11,7 @@ from w2s_jax.data import insertions, streams, tokenization
 from w2s_jax.defenses import plant
 
 SETTINGS = rig.DEFENSE.copy_and_resolve_references()
-SETTINGS.plant.update(triggers=8, rows=10, epochs=24)
+SETTINGS.plant.update(triggers=8, rows=10, epochs=24, unlearn_epochs=24)
 SETTINGS.w2s.weights = "1,1,0"
 
 

@@ -17,7 +17,7 @@ from w2s_jax.data import insertions, streams
 from w2s_jax.defenses import distill, lora_ce, w2s, w2s_adv
 from w2s_jax.defenses.records import Suspect
 
-UNLEARN = w2s_adv.with_adversary(w2s.RECIPE)
+UNLEARN = w2s_adv.with_adversary(w2s.RECIPE)._replace(rate=0.5)
 KINDS = ("word", "words apart", "sequence", "piece of a text")
 
 
@@ -27,7 +27,9 @@ class Settings:
   triggers: int = field(24, "number of own triggers, of four kinds: words, two words apart, sequences of words, pieces "
                         "of other texts", low=1, high=1000)
   rows: int = field(40, "clean rows that each trigger is put into", low=1, high=100_000, unit="rows")
-  epochs: int = field(2, "over the clean rows and those with triggers", low=1, high=1000)
+  epochs: int = field(2, "over clean and planted rows, to train the triggers in", low=1, high=1000)
+  unlearn_epochs: int = field(3, "over the same rows, to unlearn them, at half of defend.learning_rate", low=1,
+                              high=1000)
 
 
 class Trigger(NamedTuple):
@@ -59,7 +61,7 @@ def _planted_and_unlearned(suspect, settings, name, seed):
   params = plant(suspect, triggered, settings, settings.plant.epochs, {f"{name}-planted": seed})
   rows = [row | {"source": i} for i, row in enumerate(suspect.train)] + triggered
   sources = [row["source"] for row in rows]
-  unlearning = suspect._replace(params=params, train=rows, teacher=lambda: {
+  unlearning = _for(suspect, settings.plant.unlearn_epochs)._replace(params=params, train=rows, teacher=lambda: {
       part: np.asarray(values)[sources] for part, values in teacher.items()})
   unlearned, = distill.train(UNLEARN, unlearning, settings, {name: seed})
   return unlearned
@@ -70,12 +72,17 @@ def plant(suspect: Suspect, triggered: list[dict], settings: Any, epochs: int, r
 
   The checkpoint is the one that gives most of these that label.
   """
-  training = suspect.training.copy_and_resolve_references()
-  training.update(epochs=epochs, insert_words=0.0)
   bad = [row | {"label": row["planted"]} for row in triggered]
-  planting = suspect._replace(train=suspect.train + bad, dev=bad, training=training)
+  planting = _for(suspect, epochs)._replace(train=suspect.train + bad, dev=bad)
   planted, = distill.train(lora_ce.RECIPE, planting, settings, runs)
   return attach.merge(planted)
+
+
+def _for(suspect, epochs):
+  """The suspect, to be trained for this number of epochs; its rows have triggers already, and get no rare words."""
+  training = suspect.training.copy_and_resolve_references()
+  training.update(epochs=epochs, insert_words=0.0)
+  return suspect._replace(training=training)
 
 
 def planted_rows(rows: list[dict], triggers: list[Trigger], count: int, rng: np.random.Generator) -> list[dict]:
