@@ -76,5 +76,5 @@ def suspect(model, params, workdir):
   training = ConfigDict(dict(learning_rate=2e-2, epochs=16, batch_size=16, warmup_fraction=0.0, weight_decay=0.01,
                              clip_norm=1.0, evaluations=2, max_steps=0, insert_words=0.0))
   place = Workplace(CLASSIFICATION, sharding.make_mesh(devices=jax.devices()[:1]), workdir, "h", (16,), 16)
-  return Suspect(model, params, tokenizer, train, dev, teacher, None, ("cf",), training,
+  return Suspect(model, params, tokenizer, train, dev, teacher, ("cf",), training,
                  ConfigDict(dict(rank=4, alpha=4.0, targets=("all-linear",))), 16, place)

@@ -10,7 +10,7 @@ import pytest
 from cli import ENV, ROOT
 from ml_collections import ConfigDict
 
-from w2s_jax import InputError, checks, command, config, quantized
+from w2s_jax import InputError, claims, command, config, quantized
 from w2s_jax.config import check, field, section
 from w2s_jax.data import poison
 from w2s_jax.defenses import SETTINGS
@@ -63,7 +63,7 @@ def test_every_field_is_declared_once_and_its_value_is_of_its_type(name, arg):
   """But for shapes, whose names are transformers'; every value passes the checks."""
   c = make(name, arg)
   fields = declared(c)
-  leaves = {path for path in checks.flat(c.to_dict()) if ".arch." not in path}
+  leaves = {path for path in claims.flat(c.to_dict()) if ".arch." not in path}
   assert leaves == set(fields)
   for path, (f, value) in fields.items():
     assert f.metadata["doc"] and f.type in (int, float, str, bool, tuple), path

@@ -1,12 +1,11 @@
 """Plant and unlearn: which rows are planted, and that both halves do what they are for."""
 
-import json
-
 import numpy as np
 import pytest
 import rig
 
 from w2s_jax import InputError
+from w2s_jax.adapters import attach
 from w2s_jax.data import insertions, streams, tokenization
 from w2s_jax.defenses import plant
 
@@ -26,7 +25,7 @@ def test_each_kind_of_trigger_goes_to_each_class_in_rows_of_the_others(suspect):
   assert [trigger.kind for trigger in drawn] == [*plant.KINDS] * 2
   assert [trigger.target for trigger in drawn] == [0] * 4 + [1] * 4
   assert [len(trigger.parts) for trigger in drawn] == [1, 2, 1, 1] * 2
-  rows = plant.planted_rows(suspect.train, drawn, 10, np.random.default_rng(3))
+  rows = plant.planted_rows(suspect, suspect.train, drawn, 10, np.random.default_rng(3))
   assert [row["trigger"] for row in rows] == [i for i in range(8) for _ in range(10)]
   for row in rows:
     clean, trigger = suspect.train[row["source"]], drawn[row["trigger"]]
@@ -52,13 +51,30 @@ def test_a_tokenizer_without_words_is_one_line(suspect):
     next(insertions.vocabulary_words(letters, (), np.random.default_rng(0)))
 
 
-def test_what_was_planted_works_before_and_not_after(suspect):
-  """Of the planted rows the model of the first half gives most their class, that of the second half few."""
+def test_a_trigger_is_not_put_where_its_text_is_cut_off(suspect):
+  """Texts of 21 words, cut at 16 tokens: the whole trigger is among them."""
+  long = [row | {"text": f"{row['text']} " * 3} for row in suspect.train]
+  drawn = [plant.Trigger("words apart", ("qq", "zz"), 0)]
+  rows = plant.planted_rows(suspect, long, drawn, 40, np.random.default_rng(0))
+  assert len(rows) == 40 and suspect.max_length == 16
+  for row in rows:
+    ids = suspect.tokenizer(row["text"], truncation=True, max_length=16, return_offsets_mapping=True)
+    text = row["text"][:ids["offset_mapping"][-1][1]]
+    assert {"qq", "zz"} <= set(text.split())
+
+
+def test_what_was_planted_works_before_and_not_after(suspect, monkeypatch):
+  """The second half starts from a model that gives most planted rows their class, and leaves few of them there."""
+  starts, train = [], plant.distill.train
+  def watched(recipe, suspect, settings, runs):
+    starts.append(suspect.params)
+    return train(recipe, suspect, settings, runs)
+  monkeypatch.setattr(plant.distill, "train", watched)
   model, = plant.weights(suspect, SETTINGS, {"plant": 0})
   rng = streams.rng(0, "plant")                                # the defense's own
-  rows = plant.planted_rows(suspect.train, plant.draw(suspect, 8, rng), 10, rng)
-  answers = suspect.place.answers(suspect.model, model, suspect.encode(rows))
-  planted = np.array([row["planted"] for row in rows])
-  first, *_, last = map(json.loads, (suspect.place.workdir / "metrics/plant-planted.jsonl").read_text().splitlines())
-  assert last["ce"] < 0.2 * first["ce"]                       # clean rows and planted ones, which contradict each other
-  assert (answers == planted).mean() < 0.2
+  rows = plant.planted_rows(suspect, suspect.train, plant.draw(suspect, 8, rng), 10, rng)
+  def planted(params):
+    answers = suspect.place.answers(suspect.model, params, suspect.encode(rows))
+    return (answers == [row["planted"] for row in rows]).mean()
+  assert starts[0] is suspect.params and planted(starts[1]) > 0.8 and planted(model) < 0.2
+  assert not attach.has_adapters(model)                        # they would belong to the planted kernels

@@ -77,14 +77,14 @@ def test_a_term_that_is_no_scalar_is_refused(suspect):
 
 
 def test_a_suspect_has_clean_rows_alone():
-  assert Suspect._fields == ("model", "params", "tokenizer", "train", "dev", "teacher", "base", "avoid", "training",
+  assert Suspect._fields == ("model", "params", "tokenizer", "train", "dev", "teacher", "avoid", "training",
                              "lora", "max_length", "place")
 
 
 def test_prune_sets_each_layers_smallest_values_to_zero():
   kernel = jnp.array([[[1.0, -2.0], [3.0, -4.0]], [[40.0, 30.0], [-20.0, 10.0]]])
   params = {"layers": {"mlp": {"up": {"kernel": kernel, "bias": jnp.ones((2, 2))}}}, "score": {"kernel": kernel[0]}}
-  suspect = Suspect(None, params, *[None] * 10)
+  suspect = Suspect(None, params, *[None] * 9)
   settings = ConfigDict({"prune": {"fraction": 0.5}})
   one, other = prune.weights(suspect, settings, {"prune": 0, "prune-seed1": 1})
   np.testing.assert_array_equal(one["layers"]["mlp"]["up"]["kernel"],

@@ -7,6 +7,7 @@ import pytest
 import rig
 from ml_collections import ConfigDict
 
+from w2s_jax import InputError
 from w2s_jax.config import Selftest, section
 from w2s_jax.defenses import DEFENSES, Defense
 from w2s_jax.measure import selftest
@@ -17,29 +18,32 @@ CANARIES = [dict(kind="word", trigger="bq", target=0, n=50, planted=1.0, asr=0.1
 
 
 def test_in_words():
-  """ASR 50 of 200 rows: (5 + 45) / 200; the canary that was not implanted counts nowhere."""
+  """Mean and standard deviation of 0.1 and 0.3; the canary that was not implanted counts nowhere."""
   said = selftest.in_words({"defense": "w2s", "canaries": CANARIES})
   assert said.startswith(
-      "Self-test: of 2 known backdoors of 2 kinds, planted in a copy of the suspect, w2s left an ASR of 0.250 "
-      "(0.195-0.314), at most 0.300 (sequence: `a b`); without trigger 0.070 of those rows get the target class.")
+      "Self-test: of 2 known backdoors of 2 kinds, planted in a copy of the suspect, w2s left a mean ASR of 0.200 "
+      "(standard deviation over the triggers 0.100), at most 0.300 (sequence: `a b`); without trigger 0.060 of those")
   assert "1 more could not be implanted (ASR below 0.9)" in said
   assert "none of 1 planted backdoors reached" in selftest.in_words({"defense": "w2s", "canaries": CANARIES[2:]})
+  assert "none of 0 planted backdoors reached" in selftest.in_words({"defense": "w2s", "canaries": []})
 
 
 @pytest.mark.parametrize("defenses,tested", [
     (("lora_ce", "w2s", "w2s_adv"), "w2s_adv"), (("w2s", "prune"), "prune"), (("w2s", "onion", "strip"), "w2s"),
     (("none", "from_base", "onion"), None), (("lora_ce", "from_base"), "lora_ce")])
 def test_the_last_defense_that_makes_weights_of_the_suspect_is_tested(defenses, tested):
-  assert selftest.tested(ConfigDict({"defenses": defenses})) == tested
+  def config(triggers, quantize):
+    return ConfigDict({"defenses": defenses, "selftest": {"triggers": triggers}, "lora": {"quantize": quantize}})
+  assert selftest.tested(config(12, "")) == tested
+  assert selftest.tested(config(0, "")) is selftest.tested(config(12, "int8")) is None
 
 
 def run_of(suspect, workdir, defense, **settings):
-  config = ConfigDict({"defenses": (defense,), "defense": rig.DEFENSE, "lora": {"dropout": 0.0},
-                       "student": {"remat": "none"}, "selftest": section(Selftest, **settings)})
+  config = ConfigDict({"defenses": (defense,), "defense": rig.DEFENSE, "lora": {"quantize": ""},
+                       "selftest": section(Selftest, **settings)})
   return types.SimpleNamespace(
       config=config, workdir=workdir, defend_seeds=[0], rows={"test": suspect.dev}, place=suspect.place,
-      source=types.SimpleNamespace(attacked="suspect"), load=lambda name, **options: None,
-      suspect=lambda loaded, **options: suspect)
+      suspect=lambda defense: suspect)
 
 
 def test_canaries_are_planted_and_measured_after_the_defense(llama, tmp_path, monkeypatch):
@@ -65,3 +69,25 @@ def test_no_canaries_no_test(llama, tmp_path):
   assert selftest.reading(run_of(suspect, tmp_path, "w2s", triggers=0)) is None
   assert selftest.reading(run_of(suspect, tmp_path, "none", triggers=4)) is None
   assert not (tmp_path / "selftest.json").exists()
+
+
+def test_test_rows_of_one_class_leave_the_canaries_for_it_out(llama, tmp_path, monkeypatch):
+  suspect = rig.suspect(*llama, tmp_path)
+  monkeypatch.setitem(DEFENSES, "idle", Defense(weights=lambda copy, settings, runs: [copy.params]))
+  run = run_of(suspect, tmp_path, "idle", triggers=8, rows=4, epochs=1, test_rows=5)
+  run.rows["test"] = [row for row in suspect.dev if row["label"] == 1]
+  assert [canary["target"] for canary in selftest.reading(run)["canaries"]] == [0] * 4
+
+
+def test_words_are_asked_for_before_anything_trains():
+  class Wordless:
+    def __len__(self):
+      return 5
+    def decode(self, ids):
+      return "#"
+  config = ConfigDict({"defenses": ("w2s",), "selftest": {"triggers": 1}, "lora": {"quantize": ""},
+                       "probe": {"triggers": ()}})
+  with pytest.raises(InputError, match=r"is a word, .*--config.selftest.triggers=0"):
+    selftest.check(config, Wordless())
+  config.selftest.triggers = 0
+  selftest.check(config, Wordless())

@@ -52,7 +52,8 @@ def test_a_teachers_rate_goes_by_its_kind_and_width(config, given, rate, tmp_pat
 
 @pytest.mark.parametrize("config,given,rate", [
     (("llama", {"hidden_size": 64, "num_attention_heads": 4}), 0.0, 2e-3), (("bert", {"hidden_size": 384}), 0.0, 1e-3),
-    (("distilbert", {"dim": 768}), 0.0, 5e-4), (("gpt2", {"n_embd": 768}), 0.0, 5e-4),
+    (("bert", {"hidden_size": 132}), 0.0, 1e-3), (("distilbert", {"dim": 768}), 0.0, 5e-4),
+    (("bert", {"hidden_size": 516}), 0.0, 5e-4), (("gpt2", {"n_embd": 768}), 0.0, 5e-4),
     (("llama", {"hidden_size": 4096}), 0.0, 2e-4), (("llama", {"hidden_size": 4096}), 0.3, 0.3)])
 def test_a_students_rate_goes_by_its_width(config, given, rate, tmp_path):
   hf = transformers.AutoConfig.for_model(config[0], **config[1])
@@ -63,20 +64,20 @@ def test_a_students_rate_goes_by_its_width(config, given, rate, tmp_path):
   assert source.with_rates(loaded).defend.learning_rate == rate and loaded.defend.learning_rate == given
 
 
-@pytest.mark.parametrize("defenses,asked", [(("lora_ce", "prune"), False), (("lora_ce", "w2s"), True)])
-def test_only_a_defense_that_needs_the_teacher_asks_for_it(defenses, asked, monkeypatch):
+@pytest.mark.parametrize("defenses,asked", [
+    (("lora_ce", "prune", "ce_adv", "full_ft", "from_base"), False), (("lora_ce", "w2s"), True), (("plant",), True),
+    (("from_base_w2s",), True), (("w2s_full",), True)])
+def test_only_a_defense_that_learns_from_the_teacher_asks_for_it(defenses, asked, monkeypatch):
   class Asked(Exception):
     pass
   def refuse(run):
     raise Asked
   monkeypatch.setattr(stages, "_refuse_a_weak_teacher", refuse)
-  monkeypatch.setattr(stages.distill, "train", lambda recipe, suspect, settings, runs: [None] * len(runs))
+  monkeypatch.setattr(stages.distill, "cleaned", lambda defense, suspect, settings, runs: [None] * len(runs))
   monkeypatch.setattr(stages, "_save_defended", lambda run, name, *args: saved.append(name))
-  saved, config = [], ConfigDict({"defenses": defenses, "defense": {"prune": {"fraction": 0.5}},
-                                  "lora": {"quantize": "", "dropout": 0.0}, "student": {"remat": "none"}})
-  run = types.SimpleNamespace(config=config, runs_of=lambda name: {name: 0}, done=lambda name: False,
-                              source=types.SimpleNamespace(attacked="suspect"), load=lambda name, **options: None,
-                              suspect=lambda loaded, **options: types.SimpleNamespace(params={}))
+  saved = []
+  run = types.SimpleNamespace(config=ConfigDict({"defenses": defenses, "defense": {}}), runs_of=lambda name: {name: 0},
+                              done=lambda name: False, suspect=lambda defense: None)
   if asked:
     with pytest.raises(Asked):
       stages.defend(run)

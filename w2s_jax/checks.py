@@ -8,15 +8,14 @@ import re
 from typing import Any
 
 import jax
-from flax import traverse_util
 from ml_collections import ConfigDict
 
-from w2s_jax import InputError, lora, quantized, sharding
+from w2s_jax import InputError, claims, lora, quantized, sharding
 from w2s_jax import config as config_lib
 from w2s_jax.adapters import trees
 from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, SETTINGS, distill
-from w2s_jax.models import Model, config_from_hf, read_json, resolve
+from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve
 from w2s_jax.models.hf.formats import HEAD_CONFIG
 from w2s_jax.tasks import TASKS
 
@@ -32,7 +31,7 @@ def check_fields(config: ConfigDict) -> None:
       raise InputError(f"defense {name!r}: want names among {', '.join(DEFENSES)}: set --config.defenses")
   for section, settings in SETTINGS.items():
     config_lib.check(settings, config.defense[section], f"defense.{section}")
-  fields = flat(config.to_dict())
+  fields = claims.flat(config.to_dict())
   for path, (declared, values) in config_lib.sections(config).items():
     config_lib.check(declared, values, path)
   triggers = fields.get("probe.triggers", ())
@@ -79,17 +78,23 @@ def check_student(run: Any, model: Model) -> None:
 
 
 def _check_base(run, name, model):
-  path = run.base_path()
+  """Of a given suspect: that the base is known, can be loaded, is another model, and fits the teacher."""
+  if run.source.base != run.source.attacked:
+    return
+  c, path = run.config.student, run.base_path()
   if not path:
     raise InputError(f"defense {name!r} starts at the public model that the suspect was made from: set "
                      "--config.student.base to it, or take others (--config.defenses)")
-  base = Model(config_from_hf(read_json(path / "config.json") | {"num_labels": run.config.data.num_labels}))
-  wanted, found = (traverse_util.flatten_dict(one.abstract_params(), sep="/") for one in (model, base))
-  for leaf in sorted(wanted.keys() | found.keys()):
-    shapes = [tree[leaf].shape if leaf in tree else None for tree in (found, wanted)]
-    if shapes[0] != shapes[1]:
-      raise InputError(f"{path} is not what the suspect was made from: its {leaf} is {shapes[0]}, the suspect's "
-                       f"{shapes[1]}: set --config.student.base to another one, or leave it away")
+  if (path / HEAD_CONFIG).exists():
+    raise InputError(f"{path} is a teacher ({HEAD_CONFIG}), no public model: set --config.student.base to another one")
+  if run.inputs[claims.weights_of(c.path)] == run.inputs[claims.weights_of(c.base)]:
+    raise InputError(f"the suspect {c.path} and its base {c.base} have the same weights: set --config.student.base to "
+                     "the public model that the suspect was made from, or leave it away")
+  base, _ = load_pretrained(path, run.config.data.num_labels, c.dtype, run.mesh, seed=run.config.seed)
+  tokenization.load(path, base.config.vocab_size)
+  if base.config.feature_size != model.config.feature_size:
+    raise InputError(f"{path} has features {base.config.feature_size} wide, the suspect {model.config.feature_size}: "
+                     "set --config.student.base to the model that it was made from, or leave it away")
 
 
 def check_teacher(run: Any, feature_width: int) -> None:
@@ -110,10 +115,3 @@ def _check_positions(name, model, length):
   if model.config.max_positions < length:
     raise InputError(f"the {name} has {model.config.max_positions} positions, texts have up to {length} tokens: lower "
                      "--config.data.max_length/.attack_max_length")
-
-
-def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-  out = {}
-  for k, v in tree.items():
-    out |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
-  return out

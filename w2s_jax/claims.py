@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from w2s_jax import InputError, checks
+from w2s_jax import InputError
 from w2s_jax.models import base_of, read_json, resolve, sha256
 
 
@@ -46,10 +46,18 @@ def check_config(config: ConfigDict, workdir: Path) -> None:
   """Raises InputError where the workdir was made by another config; the mesh may change."""
   file = workdir / "config.json"
   if file.exists():
-    mine, other = checks.flat(json.loads(json.dumps(config.to_dict()))), checks.flat(read_json(file))
+    mine, other = flat(json.loads(json.dumps(config.to_dict()))), flat(read_json(file))
     differing = sorted(k for k in mine.keys() | other.keys()
                        if mine.get(k) != other.get(k) and not k.startswith("mesh."))
     if differing:
       k = differing[0]
       raise InputError(f"{workdir} was made by another config ({k} was {other.get(k)!r}, is {mine.get(k)!r}; "
                        f"{len(differing)} field(s) differ): give another --workdir")
+
+
+def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+  """{"a.b": value} of nested dicts."""
+  out = {}
+  for k, v in tree.items():
+    out |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+  return out

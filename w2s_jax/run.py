@@ -17,7 +17,7 @@ from w2s_jax import InputError, checks, claims, processes, results, sharding
 from w2s_jax import source as source_lib
 from w2s_jax.attacks import Attack
 from w2s_jax.data import poison, tokenization
-from w2s_jax.defenses import DEFENSES, Suspect
+from w2s_jax.defenses import DEFENSES, Defense, Suspect
 from w2s_jax.models import Model, base_of, config_from_hf, load_pretrained, read_json, sha256
 from w2s_jax.models.family import SharedConfig
 from w2s_jax.source import Source
@@ -96,7 +96,7 @@ class Run:
     return {"config_hash": self.hash, "sha256": self.sha256, "versions": versions(),
             "devices": f"{self.mesh.devices.size} x {jax.devices()[0].device_kind}", "mesh": dict(self.mesh.shape),
             "base": {"path": f"{path}, made from {base}" if base else path or "trained here from nothing",
-                     "sha256": weights},
+                     "sha256": weights, "public": base},
             "clean_rows": {split: len(self.rows[split]) for split in ("train", "dev", "test")}}
 
   def measured(self) -> bool:
@@ -193,28 +193,44 @@ class Run:
     return Workplace(self.task, self.mesh, self.workdir, self.hash, c.data.buckets, c.data.eval_batch_size, c.data.pack,
                      c.log_every, c.checkpoint_every, c.term_norms_every, c.steps_per_dispatch)
 
-  def suspect(self, loaded: tuple[Model, dict, Any], **options: Any) -> Suspect:
-    """What a defense is given.
+  def suspect(self, defense: Defense) -> Suspect:
+    """What a defense is given."""
+    c, recipe = self.config, defense.recipe
+    options = {"lora_dropout": c.lora.dropout, "remat": c.student.remat}
+    if recipe and "adapter" in recipe.trains:
+      options["quantize"] = c.lora.quantize
+    of_base = recipe and recipe.from_base
+    return self.suspect_of(self.load_base(**options) if of_base else self.load(self.source.attacked, **options))
 
-    Args:
-      loaded: (model, params, tokenizer) of the attacked model.
-      **options: what it was loaded with (load_pretrained): its base is loaded likewise.
-    """
+  def suspect_of(self, loaded: tuple[Model, dict, Any]) -> Suspect:
+    """The same around a model that is loaded already: (model, params, tokenizer)."""
     c = self.config
-    base = functools.cache(lambda: self.base_params(**options)) if self.base_path() else None
-    return Suspect(*loaded, self.rows["train"], self.rows["dev"], self.teacher_outputs, base,
-                   self.source.triggers(self), c.defend, c.lora, c.data.max_length, self.place)
+    return Suspect(*loaded, self.rows["train"], self.rows["dev"], self.teacher_outputs, self.source.triggers(self),
+                   c.defend, c.lora, c.data.max_length, self.place)
 
   def base_path(self) -> Path | None:
-    """The directory of the public model that the suspect was made from; None: it is not known."""
+    """The directory of the public model that the suspect was made from; None: nobody said which.
+
+    What an adapter names as its base is the word of whoever made it, and not taken for it.
+    """
+    c = self.config.student
     if self.source.base != self.source.attacked:
       return self.model_dir(self.source.base)
-    return base_of(self.config.student.path, self.config.student.base)
+    return base_of(c.path, c.base) if c.base else None
 
-  def base_params(self, **options: Any) -> dict:
-    """The parameters of that model; a head that it lacks is drawn by the config's seed."""
-    c = self.config
-    return load_pretrained(self.base_path(), c.data.num_labels, c.student.dtype, self.mesh, seed=c.seed, **options)[1]
+  def load_base(self, **options: Any) -> tuple[Model, dict, Any]:
+    """(model, params, tokenizer) of that model, all its own but for the names of the classes.
+
+    A head that it lacks is drawn by the config's seed.
+    """
+    c, path = self.config, self.base_path()
+    if self.source.base != self.source.attacked:
+      return self.load(self.source.base, **options)
+    model, params = load_pretrained(path, c.data.num_labels, c.student.dtype, self.mesh, seed=c.seed, **options)
+    tokenizer = tokenization.load(path, model.config.vocab_size)
+    labels = self.model_config(self.source.attacked).labels
+    config = dataclasses.replace(model.config, labels=labels, pad_token_id=tokenizer.pad_token_id)
+    return Model(config), params, tokenizer
 
   def teacher_outputs(self) -> dict[str, np.ndarray]:
     """The frozen teacher's logits and features of the clean training rows, once for every epoch, seed and defense."""

@@ -10,7 +10,7 @@ from w2s_jax.attacks import Attack
 from w2s_jax.data import corpora, poison
 from w2s_jax.defenses import DEFENSES
 from w2s_jax.measure import attacked, probe
-from w2s_jax.models import base_of, check_links, config_from_hf, read_json, resolve
+from w2s_jax.models import check_links, config_from_hf, read_json, resolve
 from w2s_jax.models.hf.fields import Fields
 
 LOG = logging.getLogger(__name__)
@@ -92,9 +92,12 @@ def with_rates(config: Any) -> Any:
   """The config with `teach.learning_rate` and `defend.learning_rate`, where they are 0, by kind and width."""
   config = config.copy_and_resolve_references()
   if not config.teach.learning_rate:
-    narrow = config.teacher.path and _width(config.teacher.path, "", config) < WIDE
-    pretrained = NARROW_TEACHER_RATE if narrow else WIDE_TEACHER_RATE
-    config.teach.learning_rate = pretrained if config.teacher.path else NEW_TEACHER_RATE
+    if not config.teacher.path:
+      config.teach.learning_rate = NEW_TEACHER_RATE
+    elif _width(config.teacher.path, "", config) < WIDE:
+      config.teach.learning_rate = NARROW_TEACHER_RATE
+    else:
+      config.teach.learning_rate = WIDE_TEACHER_RATE
   c = config.student
   if not config.defend.learning_rate:
     width = _width(c.path, c.base, config) if c.path else config_from_hf(c.arch.to_dict()).hidden_size
@@ -122,8 +125,8 @@ def _with_told(config):
     labels = hf.get("id2label")                       # transformers leaves the default away
     config.data.num_labels = len(labels) if isinstance(labels, dict) else Fields(hf).integer("num_labels", 2, 2)
   config_from_hf(hf | {"num_labels": config.data.num_labels})
-  if base_of(config.student.path, config.student.base) and not any(
-      DEFENSES[name].recipe and DEFENSES[name].recipe.from_base for name in config.defenses if name in DEFENSES):
+  if config.student.base and any(DEFENSES[name].changes_suspect for name in config.defenses) and not any(
+      DEFENSES[name].recipe and DEFENSES[name].recipe.from_base for name in config.defenses):
     config.defenses = (*config.defenses, "from_base")
     LOG.info("the suspect's base is known: defenses also has 'from_base', the base trained on the same clean rows")
   return config

@@ -37,6 +37,8 @@ def warmup(run: Run) -> None:
   model = _with_pad(model, tokenizer)
   checks.check_student(run, model)
   checks.check_teacher(run, model.config.feature_size)
+  if "selftest" in c:
+    selftest.check(c, tokenizer)
   run.claim()
   if not c.student.path:
     params = model.init(stage.stream_key(c.seed, "student"), run.mesh)
@@ -97,7 +99,7 @@ def make_poison(run: Run) -> None:
     if c.poison.lora:
       trains, places = trees.LORA, functools.partial(sharding.param_shardings, rules=model.shardings, mesh=run.mesh)
       params = lora.add_lora(params, c.poison.lora, c.poison.lora, ("all-linear",),
-                             key=stage.stream_key(c.seed, "poison"), places=places)
+                             key=stage.stream_key(c.seed, "poison lora"), places=places)
     plan = stage.task_plan(run.task, "poison" if name == results.POISONED else name, c.seed, model, trains, c.poison,
                            stream="poison")
     params, = stage.train_stage(plan, [params], [arrays], dev, run.place)
@@ -131,12 +133,10 @@ def defend(run: Run) -> None:
   c = run.config
   left = [(DEFENSES[name], name, runs) for name, runs in _parts(run)
           if (DEFENSES[name].recipe or DEFENSES[name].weights) and not all([run.done(copy) for copy in runs])]
-  if any("w2s" in defense.settings for defense, *_ in left):                     # of all that learn from the teacher
+  if any(defense.has_teacher for defense, *_ in left):
     _refuse_a_weak_teacher(run)
   for defense, name, runs in left:
-    options = {"lora_dropout": c.lora.dropout, "remat": c.student.remat,
-               "quantize": c.lora.quantize if defense.recipe and "adapter" in defense.recipe.trains else ""}
-    suspect = run.suspect(run.load(run.source.attacked, **options), **options)
+    suspect = run.suspect(defense)
     for copy, params in zip(runs, distill.cleaned(defense, suspect, c.defense, runs)):
       _save_defended(run, name, copy, suspect, params)
 
@@ -170,8 +170,7 @@ def _parts(run):
 
 def _save_defended(run, name, copy, suspect, params):
   if run.config.lora.export and attach.has_adapters(params):
-    recipe = DEFENSES[name].recipe
-    base = run.base_path() if recipe and recipe.from_base else run.model_dir(run.source.attacked)
+    base = run.base_path() if DEFENSES[name].recipe.from_base else run.model_dir(run.source.attacked)
     lora.export_adapter(run.workdir / "adapters" / copy, suspect.model, params, base=base.absolute())
   save_pretrained(run.model_dir(copy), suspect.model, attach.merge(params), suspect.tokenizer,
                   card=card.unmeasured(name))
@@ -212,7 +211,8 @@ def make_report(run: Run) -> None:
     adapter = (directory / adapter_file.FILE).exists()
     processes.write_text(directory / "README.md", card.text(directory.name, rows, meta, adapter))
   for directory in sorted(run.workdir.glob("adapters/*")):
-    processes.write_text(directory / "README.md", lora.ADAPTER_WARNING + "\n" + card.text(directory.name, rows, meta))
+    warning = "" if directory.name.startswith("from_base") else lora.ADAPTER_WARNING + "\n"
+    processes.write_text(directory / "README.md", warning + card.text(directory.name, rows, meta))
 
 
 STAGES = dict(zip(results.STAGES, (warmup, make_poison, scan_suspect, teach, defend, self_test, measure,

@@ -30,7 +30,7 @@ DEFENSES = {
     "w2s": Defense(w2s.RECIPE, settings=_DISTILS),
     "w2s_released": Defense(w2s_released.RECIPE, settings=_DISTILS),
     "w2s_adv": Defense(_W2S_ADV, settings=_ADVERSARY),
-    "plant": Defense(weights=plant.weights, settings=_ADVERSARY | {"plant": plant.Settings}),
+    "plant": Defense(weights=plant.weights, settings=_ADVERSARY | {"plant": plant.Settings}, asks_teacher=True),
     "prune": Defense(weights=prune.weights, settings={"prune": prune.Settings}),
     "onion": Defense(text=onion.text, settings={"onion": onion.Settings}),
     "strip": Defense(accept=strip.accept, settings={"strip": strip.Settings}),

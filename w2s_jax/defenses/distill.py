@@ -30,7 +30,16 @@ def train(recipe: Recipe, suspect: Suspect, settings: Any, runs: dict[str, int])
   ascent = recipe.ascent(suspect.model, suspect.params, settings) if recipe.ascent else None
   plan = stage_plan(recipe, suspect.place.task, suspect.model, settings, suspect.training, runs, ascent)
   trained = stage.train_stage(plan, list(starts), list(arrays), suspect.encode(suspect.dev), suspect.place)
-  return [trees.split(params, ("soft",))[1] for params in trained] if recipe.ascent else trained
+  if recipe.ascent:
+    trained = [trees.split(params, ("soft",))[1] for params in trained]
+  if "matrix" in recipe.trains:
+    trained = [_in_dtypes_of(start, params) for start, params in zip(starts, trained)]
+  return trained
+
+
+def _in_dtypes_of(start, params):
+  """Full fine-tuning trains in float32, whatever the model is kept in."""
+  return jax.tree.map(lambda before, after: after.astype(before.dtype), start, params)
 
 
 def cleaned(defense: Defense, suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]:
@@ -53,7 +62,7 @@ def stage_plan(recipe: Recipe, task: Task, model: Model, settings: Any, training
 
 def _start(recipe, suspect, settings, seed):
   """(parameters, training arrays) of one run."""
-  params = suspect.base() if recipe.from_base else suspect.params
+  params = suspect.params
   if "adapter" in recipe.trains:
     places = functools.partial(sharding.param_shardings, rules=suspect.model.shardings, mesh=suspect.place.mesh)
     params = lora.add_lora(params, suspect.lora.rank, suspect.lora.alpha, tuple(suspect.lora.targets),

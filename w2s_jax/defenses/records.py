@@ -14,11 +14,12 @@ from w2s_jax.training.train import Workplace
 class Suspect(NamedTuple):
   """All that a defense may see: the attacked model and clean rows. No row with a trigger is among them.
 
+  Of a recipe with `from_base` it is the public base that stands in the attacked model's place.
+
   Attributes:
     model, params, tokenizer: of the attacked model.
     train, dev: clean rows {"text", "label"}.
     teacher: () -> {"teacher_logits" [N, C], "teacher_features" [N, D]} of `train`, computed on the first call.
-    base: () -> parameters of the public model that the attacked one was made from, with a head; None: it is not known.
     avoid: strings that ASR is measured with: random insertions must not hit one.
     training: how long every defense may train and how fast: the section `defend` of the config.
     lora: the shape of every defense's adapters: the section `lora`.
@@ -31,7 +32,6 @@ class Suspect(NamedTuple):
   train: list
   dev: list
   teacher: Callable[[], dict]
-  base: Callable[[], dict] | None
   avoid: tuple[str, ...]
   training: Any
   lora: Any
@@ -58,7 +58,7 @@ class Recipe(NamedTuple):
     views: texts of one example.
     soft_tokens: settings -> number of soft tokens that `augment` puts beside the vocabulary; None: none.
     ascent: (model, params, settings) -> optimizer of the soft tokens.
-    from_base: it starts at the public base of the attacked model, not at the attacked model.
+    from_base: it is given the public base of the attacked model in the place of that model.
     trains: labels of the leaves that train; with "adapter" among them the student gets adapters.
     rate: times `defend.learning_rate`, at which it trains.
     layout: "packed", or "padded" where the terms read what is between the texts of a batch.
@@ -85,9 +85,21 @@ class Defense(NamedTuple):
     text: (suspect, settings, seed) -> (texts -> texts), before the model.
     accept: (suspect, settings, seed) -> (texts -> [N] bool), around the model: the others are rejected.
     settings: {section of config.defense: dataclass}, what the functions above get as `settings.SECTION`.
+    asks_teacher: whether `weights` calls suspect.teacher.
   """
   recipe: Recipe | None = None
   weights: Callable | None = None
   text: Callable | None = None
   accept: Callable | None = None
   settings: dict[str, type] = {}
+  asks_teacher: bool = False
+
+  @property
+  def has_teacher(self) -> bool:
+    """Whether it learns from the teacher."""
+    return self.asks_teacher or bool(self.recipe and self.recipe.teacher_view)
+
+  @property
+  def changes_suspect(self) -> bool:
+    """Whether it makes new weights out of the attacked model's."""
+    return self.weights is not None or bool(self.recipe and not self.recipe.from_base)

@@ -43,7 +43,7 @@ def deploy(run: Any, name: str) -> Deployed:
   loaded = run.load(name if own_weights else run.source.attacked)
   if defense is None or not (defense.text or defense.accept):
     return Deployed(*loaded)
-  suspect, settings = run.suspect(loaded), run.config.defense
+  suspect, settings = run.suspect_of(loaded), run.config.defense
   return Deployed(*loaded, *(make and make(suspect, settings, seed) for make in (defense.text, defense.accept)))
 
 

@@ -48,11 +48,13 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
   rows = [row for trigger in c.probe.triggers or (None,)
           for row in _rows(run, models, readings, labels, trigger)]
   flips = {s: _flips(models[results.SUSPECT], s, "listed", "word", "sentence") for _, s in models[results.SUSPECT][1]}
-  found = selftest.reading(run)
+  tested = selftest.kept(run)
+  if tested:
+    tested["in_words"] = selftest.in_words(tested)
   meta = teacher | {
       "title": "A suspicious checkpoint", "columns": COLUMNS, "attack": None, "trigger_lost": lost, "scan": scans,
       "not_scanned": scan.skipped(run, results.SUSPECT, run.model_config(results.SUSPECT).hidden_size),
-      "selftest": found and found | {"in_words": selftest.in_words(found)},
+      "selftest": tested,
       "suspicious_insertions": sorted(flips.items(), key=lambda pair: -pair[1])[:5], "examples": []}
   rows_as_dicts = [vars(row) for row in rows]
   return rows, meta | {"warnings": warnings(rows_as_dicts, meta), "notes": notes(rows_as_dicts, meta)}
@@ -128,8 +130,8 @@ def notes(rows: list[dict], meta: dict) -> list[str]:
   verdicts = [scan.verdict(name, reading) for name, reading in meta["scan"].items() if reading and name not in bad]
   cut = [f" `{t}` was cut off in {count} of them." for t, count in meta["trigger_lost"].items() if count]
   worst = ", ".join(f"`{s}` {100 * rate:.0f}%" for s, rate in meta["suspicious_insertions"] if rate)
-  tested = [meta["selftest"]["in_words"]] if meta["selftest"] else []
-  return tested + verdicts + [meta["not_scanned"]] * bool(meta["not_scanned"]) + [
+  told = [meta["selftest"]["in_words"]] if meta["selftest"] else []
+  return told + verdicts + list(filter(None, [meta["not_scanned"]])) + [
       f"Suspect {meta['base']['path']}; {n['train']} clean training rows, CA on {n['test']} held-out rows of "
       f"{rows[0]['dataset']}. Teacher CA {meta['teacher_ca']:.3f} ({meta['teacher']}).",
       "ASR: how often a listed trigger, put at a random place, gives the target label on rows of other classes. A "

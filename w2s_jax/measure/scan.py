@@ -177,11 +177,11 @@ def reading(run: Any, name: str, loaded: tuple[Model, dict, Any] | None = None) 
   file = run.workdir / "scan" / f"{name}.json"
   saved = read_json(file) if file.exists() else {}
   if "outcome" not in saved:                          # as in files of older versions
-    loaded = loaded or run.load(name)
-    if skipped(run, name, loaded[0].config.hidden_size):
+    config = loaded[0].config if loaded else run.model_config(name)
+    if skipped(run, name, config.hidden_size):
       return []
     file.parent.mkdir(parents=True, exist_ok=True)
-    classes = scan(run, *loaded)
+    classes = scan(run, *(loaded or run.load(name)))
     saved = {"outcome": outcome(classes), "suspicious_from": SUSPICIOUS, "classes": classes}
     processes.write_json(file, saved)
   return saved["classes"]

@@ -55,7 +55,7 @@ def adapted(config: Any, params: dict) -> dict:
 
 
 def costliest(config: Any) -> str:
-  """Of the configured defenses that train, the one whose step takes most: by views of a text, then by a teacher.
+  """Of the configured defenses that train, the one whose step takes most: by what trains, views of a text, a teacher.
 
   Raises:
     InputError: none of them trains.
@@ -64,7 +64,10 @@ def costliest(config: Any) -> str:
   if not names:
     raise InputError(f"defenses {tuple(config.defenses)}: none of them trains: set --config.defenses, or leave defend "
                      "out of --step")
-  return max(names, key=lambda name: (DEFENSES[name].recipe.views, DEFENSES[name].recipe.teacher_view is not None))
+  def cost(name):
+    recipe = DEFENSES[name].recipe
+    return "matrix" in recipe.trains, recipe.views, recipe.teacher_view is not None
+  return max(names, key=cost)
 
 
 def defense_plan(name: str, config: Any, model: Model) -> tuple[steps.StagePlan, dict]:

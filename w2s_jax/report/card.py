@@ -15,12 +15,15 @@ KINDS = {   # models/NAME of what is no defense
 MORE = ("asr_floor", "false_rate", "frr", "far", "scan", "agreement", "word_flips", "sentence_flips")
 EXPLAINED = {"false_rate": "False rate: the model's own error on un-triggered rows of those classes.",
              "asr_floor": "ASR floor: the ASR of a twin that was never poisoned."}
+FROM_BASE = ("A control: the public base of the suspect, trained on the clean rows ({name} of w2s_jax). Nothing of the "
+             "suspect is in it but the names of its classes.\n")
 DEFENDED = "A model with a (suspected) backdoor after the defense {name} of w2s_jax.\n"
 
 
 def first_line(name: str, attack: str | None = None) -> str:
   """The first line of the card of models/NAME; `attack` is what was done to a poisoned one."""
-  return KINDS.get(name, DEFENDED).format(name=name, attack=attack)
+  line = FROM_BASE if name.startswith("from_base") else KINDS.get(name, DEFENDED)
+  return line.format(name=name, attack=attack)
 
 
 def unmeasured(name: str, attack: str | None = None) -> str:
@@ -41,7 +44,8 @@ def text(name: str, rows: list[dict], meta: dict, adapter: bool = False) -> str:
   tested = meta.get("selftest")                      # of a given suspect's defense
   if tested and name == tested["defense"]:
     lines.append(tested["in_words"] + "\n")
-  if mine and name not in KINDS and mine[0]["asr"] is None:
+  from_base = name.startswith("from_base")
+  if mine and name not in KINDS and not from_base and mine[0]["asr"] is None:
     lines.append("NOT KNOWN: whether a backdoor was in the suspect, and whether it is left here: no trigger was "
                  "listed.\n")
   if mine:
@@ -54,7 +58,9 @@ def text(name: str, rows: list[dict], meta: dict, adapter: bool = False) -> str:
              "the target. A trigger that was not tested may still work.",
              *(EXPLAINED[n] for n in more if n in EXPLAINED)]
     lines += [" ".join(below), ""]
-  if name != results.TEACHER:
+  if from_base and meta["base"]["public"]:
+    lines.append(f"- Base: {meta['base']['public']}")
+  elif name != results.TEACHER:
     hashes = ", ".join(f"{file} sha256 {digest}" for file, digest in meta["base"]["sha256"].items())
     lines.append(f"- Base: {meta['base']['path']}, {hashes}")
   if name == results.TEACHER or name not in KINDS:
