@@ -5,7 +5,7 @@
 
 A small offline suspect costs, on a core each: 53 to 68 s of training for `w2s_adv`, 22 to 28 s for `w2s`; a scan
 takes 50 to 160 s on a contended core. Expected there, mean ± standard deviation over ten suspects of five kinds of
-trigger ("Cleaning a checkpoint of unknown trigger" of docs/results.md):
+trigger, made before the rate had a warm-up ("Cleaning a checkpoint of unknown trigger" of docs/results.md):
 
   model      CA              ASR
   suspect    0.816 ± 0.039   0.951 ± 0.150

@@ -1,8 +1,8 @@
 """What the experiments share: sections, shapes, and what an argument after the colon changes.
 
 Arguments, comma-separated: data=DIR (real files: the attacked domain in DIR/imdb, the defended one in DIR/sst2),
-attack=NAME and defend=NAME (other directories in DIR), labels=C (number of classes), scale=8b (the released recipe, hub
-weights), scale=1b and scale=70b (the same at other shapes).
+attack=NAME and defend=NAME (other directories in DIR), labels=C (number of classes), device=cpu (smollm_*: two cores),
+scale=8b (the released recipe, hub weights), scale=1b and scale=70b (the same at other shapes).
 
 w2s_jax/config.py declares every field: what it is, its default, its range, its unit and where the default comes from.
 """

@@ -192,8 +192,9 @@ class TeachStage(OptionalStage):
   """Training of the teacher on the clean rows of the defended domain."""
   learning_rate: float = field(0.0, "peak; 0: 1e-3 for a new teacher, 2e-4 (wide: 5e-5) for a pretrained one",
                                low=0.0, high=10.0)
-  most_below: float = field(0.1, "the run stops before a defense that needs the teacher where its dev accuracy (the "
-                            "upper end of the 95% interval) is further than this below the attacked model's; 1: never",
+  most_below: float = field(0.1, "the run stops before the defenses, if one learns from the teacher, where its dev "
+                            "accuracy (the upper end of the 95% interval) is further than this below the attacked "
+                            "model's; 1: never",
                             low=0.0, high=1.0, source="ours; not tuned")
 
 
@@ -263,8 +264,8 @@ class Scan:
 
 @dataclasses.dataclass
 class Selftest:
-  """Known backdoors, planted in a copy of the suspect, which is cleaned like the suspect: about the time of one defense
-  more."""
+  """Known backdoors, planted in a copy of the suspect, which is cleaned like it: the time of that defense once more and
+  that of planting."""
   triggers: int = field(12, "number of planted backdoors, of four kinds in turn; 0: no self-test", low=0, high=1000,
                         source="ours; not tuned")
   rows: int = field(40, "clean rows that each is planted with", low=1, unit="rows", source="ours; not tuned")

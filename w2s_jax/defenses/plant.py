@@ -27,11 +27,12 @@ KINDS = ("word", "words apart", "sequence", "piece of a text")
 class Settings:
   """`config.defense.plant`: how own backdoors are trained in, before all are unlearned."""
   triggers: int = field(24, "number of own triggers, of four kinds: words, two words apart, sequences of words, pieces "
-                        "of other texts", low=1, high=1000)
-  rows: int = field(40, "clean rows that each trigger is put into", low=1, high=100_000, unit="rows")
-  epochs: int = field(2, "over clean and planted rows, to train the triggers in", low=1, high=1000)
+                        "of other texts", low=1, high=1000, source="tried on one MiniLM suspect (docs/results.md)")
+  rows: int = field(40, "clean rows that each trigger is put into", low=1, high=100_000, unit="rows",
+                    source="likewise")
+  epochs: int = field(2, "over clean and planted rows, to train the triggers in", low=1, high=1000, source="likewise")
   unlearn_epochs: int = field(3, "over the same rows, to unlearn them, at half of defend.learning_rate", low=1,
-                              high=1000)
+                              high=1000, source="likewise")
 
 
 class Trigger(NamedTuple):
