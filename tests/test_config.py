@@ -10,7 +10,7 @@ import pytest
 from cli import ENV, ROOT
 from ml_collections import ConfigDict
 
-from w2s_jax import InputError, claims, command, config, quantized
+from w2s_jax import InputError, checks, claims, command, config, quantized
 from w2s_jax.config import check, field, section
 from w2s_jax.data import poison
 from w2s_jax.defenses import SETTINGS
