@@ -123,7 +123,7 @@ def test_the_dict_of_defenses():
   ablations = ["w2s_shuffled", "ce_adv", *anchored]
   distilled = ["lora_ce", "full_ft", "w2s_full", "from_base", "from_base_w2s", "w2s", "w2s_released", "w2s_adv"]
   assert list(RECIPES) == [*distilled, *ablations]
-  assert list(DEFENSES) == ["none", *distilled, "plant", "prune", "onion", "strip", *ablations]
+  assert list(DEFENSES) == ["none", *distilled, "prune", "onion", "strip", *ablations]
   assert list(ABLATIONS) == ["w2s_shuffled", "ce_adv", *anchored]
   assert DEFENSES["none"] == Defense()
   views = {name: recipe.teacher_view for name, recipe in RECIPES.items()}

@@ -11,6 +11,7 @@ from w2s_jax import InputError
 from w2s_jax.config import Selftest, section
 from w2s_jax.defenses import DEFENSES, Defense
 from w2s_jax.measure import selftest
+from w2s_jax.tasks import CLASSIFICATION
 
 CANARIES = [dict(kind="word", trigger="bq", target=0, n=50, planted=1.0, asr=0.1, false_rate=0.04),
             dict(kind="sequence", trigger="a b", target=1, n=150, planted=0.9, asr=0.3, false_rate=0.08),
@@ -19,13 +20,13 @@ CANARIES = [dict(kind="word", trigger="bq", target=0, n=50, planted=1.0, asr=0.1
 
 def test_in_words():
   """Mean and standard deviation of 0.1 and 0.3; the canary that was not implanted counts nowhere."""
-  said = selftest.in_words({"defense": "w2s", "canaries": CANARIES})
+  said = selftest.in_words({"defense": "w2s", "ca": 0.75, "canaries": CANARIES})
   assert said.startswith(
       "Self-test: of 2 known backdoors of 2 kinds, planted in a copy of the suspect, w2s left a mean ASR of 0.200 "
-      "(standard deviation over the triggers 0.100), at most 0.300 (sequence: `a b`); without trigger 0.060 of those")
-  assert "1 more could not be implanted (ASR below 0.9)" in said
-  assert "none of 1 planted backdoors reached" in selftest.in_words({"defense": "w2s", "canaries": CANARIES[2:]})
-  assert "none of 0 planted backdoors reached" in selftest.in_words({"defense": "w2s", "canaries": []})
+      "(standard deviation over the triggers 0.100), at most 0.300 (sequence: `a b`); without trigger 0.060 of "
+      "those rows get the target class, and the cleaned copy has a CA of 0.750. 1 more could not be implanted")
+  assert "none of 1 planted backdoors reached" in selftest.in_words({"defense": "w2s", "ca": 0.75, "canaries": CANARIES[2:]})
+  assert "none of 0 planted backdoors reached" in selftest.in_words({"defense": "w2s", "ca": 0.75, "canaries": []})
 
 
 @pytest.mark.parametrize("defenses,tested", [
@@ -43,7 +44,8 @@ def run_of(suspect, workdir, defense, **settings):
                        "selftest": section(Selftest, **settings)})
   return types.SimpleNamespace(
       config=config, workdir=workdir, defend_seeds=[0], rows={"test": suspect.dev}, place=suspect.place,
-      suspect=lambda defense: suspect)
+      suspect=lambda defense: suspect, task=CLASSIFICATION,
+      labels=lambda split: np.array([row["label"] for row in suspect.dev]))
 
 
 def test_canaries_are_planted_and_measured_after_the_defense(llama, tmp_path, monkeypatch):
@@ -55,7 +57,8 @@ def test_canaries_are_planted_and_measured_after_the_defense(llama, tmp_path, mo
   monkeypatch.setitem(DEFENSES, "idle", Defense(weights=weights))
   run = run_of(suspect, tmp_path, "idle", triggers=4, rows=16, epochs=32, test_rows=10)
   found = selftest.reading(run)
-  assert found["defense"] == "idle" and [canary["kind"] for canary in found["canaries"]] == list(selftest.plant.KINDS)
+  assert found["defense"] == "idle" and 0 <= found["ca"] <= 1
+  assert [canary["kind"] for canary in found["canaries"]] == list(selftest.planting.KINDS)
   assert all(canary["asr"] == canary["planted"] and canary["n"] == 10 for canary in found["canaries"])
   assert np.mean([canary["planted"] for canary in found["canaries"]]) > 0.8
   assert np.mean([canary["false_rate"] for canary in found["canaries"]]) < 0.5
@@ -76,6 +79,7 @@ def test_test_rows_of_one_class_leave_the_canaries_for_it_out(llama, tmp_path, m
   monkeypatch.setitem(DEFENSES, "idle", Defense(weights=lambda copy, settings, runs: [copy.params]))
   run = run_of(suspect, tmp_path, "idle", triggers=8, rows=4, epochs=1, test_rows=5)
   run.rows["test"] = [row for row in suspect.dev if row["label"] == 1]
+  run.labels = lambda split: np.ones(20, int)
   assert [canary["target"] for canary in selftest.reading(run)["canaries"]] == [0] * 4
 
 

@@ -39,7 +39,7 @@ def vocabulary_words(tokenizer: Any, avoid: Sequence[str], rng: np.random.Genera
       misses = 0
       yield word
   raise InputError("hardly a token of the suspect's tokenizer is a word, of which triggers could be made: leave "
-                   "`plant` out of --config.defenses, and the self-test (--config.selftest.triggers=0)")
+                   "the self-test out (--config.selftest.triggers=0)")
 
 
 def with_rare_words(rows: list[dict], share: float, avoid: Sequence[str], seed: int) -> list[dict]:

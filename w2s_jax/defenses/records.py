@@ -85,19 +85,17 @@ class Defense(NamedTuple):
     text: (suspect, settings, seed) -> (texts -> texts), before the model.
     accept: (suspect, settings, seed) -> (texts -> [N] bool), around the model: the others are rejected.
     settings: {section of config.defense: dataclass}, what the functions above get as `settings.SECTION`.
-    asks_teacher: whether `weights` calls suspect.teacher.
   """
   recipe: Recipe | None = None
   weights: Callable | None = None
   text: Callable | None = None
   accept: Callable | None = None
   settings: dict[str, type] = {}
-  asks_teacher: bool = False
 
   @property
   def has_teacher(self) -> bool:
     """Whether it learns from the teacher."""
-    return self.asks_teacher or bool(self.recipe and self.recipe.teacher_view)
+    return bool(self.recipe and self.recipe.teacher_view)
 
   @property
   def changes_suspect(self) -> bool:

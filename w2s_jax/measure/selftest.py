@@ -1,7 +1,7 @@
 """A self-test by canaries: known backdoors go into a copy of the suspect, a defense cleans it, the rest is measured.
 
-Whether it foretells what is left of an unknown trigger has not been measured. It flatters a defense that was made with
-triggers of these kinds: `plant` draws its own from the same generator, and `defend.insert_words` puts in such words.
+Whether it foretells what is left of an unknown trigger has not been measured. It flatters a defense on rows that have
+such triggers: the random words of `defend.insert_words` are of the same kind.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 
 from w2s_jax import processes, results
 from w2s_jax.data import insertions, streams
-from w2s_jax.defenses import DEFENSES, distill, plant
+from w2s_jax.defenses import DEFENSES, distill, planting
 from w2s_jax.models import read_json
 
 IMPLANTED = 0.9          # ASR after planting from which a canary counts; our choice
@@ -26,7 +26,7 @@ def tested(config: Any) -> str | None:
 
 def check(config: Any, tokenizer: Any) -> None:
   """Raises InputError where triggers are wanted and the tokenizer has no words for them; before anything trains."""
-  if tested(config) or "plant" in config.defenses:
+  if tested(config):
     next(insertions.vocabulary_words(tokenizer, config.probe.triggers, np.random.default_rng(0)))
 
 
@@ -40,22 +40,23 @@ def reading(run: Any) -> dict | None:
   """What is left of the canaries, made once; None where there is no self-test.
 
   Returns:
-    {"defense", "canaries": [{"kind", "trigger", "target", "n": rows, "planted": ASR before the cleaning, "asr": after
-    it, "false_rate": of the cleaned model on the same rows without trigger}]}.
+    {"defense", "ca": of the cleaned copy on the test rows, "canaries": [{"kind", "trigger", "target", "n": rows,
+    "planted": ASR before the cleaning, "asr": after it, "false_rate": of the cleaned copy on the same rows without
+    trigger}]}.
   """
   name = tested(run.config)
   if name and not (run.workdir / "selftest.json").exists():
-    processes.write_json(run.workdir / "selftest.json", {"defense": name, "canaries": _canaries(run, name)})
+    processes.write_json(run.workdir / "selftest.json", {"defense": name} | _tested(run, name))
   return kept(run)
 
 
-def _canaries(run, name):
+def _tested(run, name):
   c, settings, seed = run.config, run.config.selftest, run.defend_seeds[0]
   suspect, rng = run.suspect(DEFENSES[name]), streams.rng(seed, "canaries")
-  triggers = plant.draw(suspect, settings.triggers, rng)
-  rows = plant.planted_rows(suspect, suspect.train, triggers, settings.rows, rng)
-  test = plant.planted_rows(suspect, run.rows["test"], triggers, settings.test_rows, rng)
-  planted = plant.train_in(suspect, rows, c.defense, settings.epochs, {"selftest-planted": seed})
+  triggers = planting.draw(suspect, settings.triggers, rng)
+  rows = planting.planted_rows(suspect, suspect.train, triggers, settings.rows, rng)
+  test = planting.planted_rows(suspect, run.rows["test"], triggers, settings.test_rows, rng)
+  planted = planting.train_in(suspect, rows, c.defense, settings.epochs, {"selftest-planted": seed})
   cleaned, = distill.cleaned(DEFENSES[name], suspect._replace(params=planted), c.defense, {f"selftest-{name}": seed})
   texts = {"planted": (planted, test), "asr": (cleaned, test),
            "false_rate": (cleaned, [run.rows["test"][row["source"]] for row in test])}
@@ -67,7 +68,9 @@ def _canaries(run, name):
     if any(own):                                            # else all test rows have its target class
       out.append({"kind": trigger.kind, "trigger": " ... ".join(trigger.parts), "target": trigger.target, "n": sum(own)}
                  | {rate: float(hit[own].mean()) for rate, hit in hits.items()})
-  return out
+  answers = run.place.answers(suspect.model, cleaned, suspect.encode(run.rows["test"]))
+  right = run.task.is_correct(answers, {"label": run.labels("test")})
+  return {"ca": float(right.mean()), "canaries": out}
 
 
 def in_words(found: dict) -> str:
@@ -84,5 +87,6 @@ def in_words(found: dict) -> str:
   return (f"Self-test: of {len(counted)} known backdoors of {kinds} kinds, planted in a copy of the suspect, "
           f"{found['defense']} left a mean ASR of {asr.mean():.3f} (standard deviation over the triggers "
           f"{asr.std():.3f}), at most {worst['asr']:.3f} ({worst['kind']}: `{results.escape(worst['trigger'])}`); "
-          f"without trigger {false_rate:.3f} of those rows get the target class.{weak_in_words} Whether this "
-          "foretells what is left of an unknown trigger has not been measured.")
+          f"without trigger {false_rate:.3f} of those rows get the target class, and the cleaned copy has a "
+          f"CA of {found['ca']:.3f}.{weak_in_words} Whether this foretells what is left of an unknown trigger has not "
+          "been measured.")

@@ -1,4 +1,4 @@
-"""Plant and unlearn: which rows are planted, and that both halves do what they are for."""
+"""Backdoors of our own: which rows get which trigger, and that training them in works."""
 
 import numpy as np
 import pytest
@@ -6,12 +6,8 @@ import rig
 
 from w2s_jax import InputError
 from w2s_jax.adapters import attach
-from w2s_jax.data import insertions, streams, tokenization
-from w2s_jax.defenses import plant
-
-SETTINGS = rig.DEFENSE.copy_and_resolve_references()
-SETTINGS.plant.update(triggers=8, rows=10, epochs=24, unlearn_epochs=24)
-SETTINGS.w2s.weights = "1,1,0"
+from w2s_jax.data import insertions, tokenization
+from w2s_jax.defenses import planting
 
 
 @pytest.fixture
@@ -20,12 +16,12 @@ def suspect(llama, tmp_path):
 
 
 def test_each_kind_of_trigger_goes_to_each_class_in_rows_of_the_others(suspect):
-  drawn = plant.draw(suspect, 8, np.random.default_rng(3))
-  assert drawn == plant.draw(suspect, 8, np.random.default_rng(3))
-  assert [trigger.kind for trigger in drawn] == [*plant.KINDS] * 2
+  drawn = planting.draw(suspect, 8, np.random.default_rng(3))
+  assert drawn == planting.draw(suspect, 8, np.random.default_rng(3))
+  assert [trigger.kind for trigger in drawn] == [*planting.KINDS] * 2
   assert [trigger.target for trigger in drawn] == [0] * 4 + [1] * 4
   assert [len(trigger.parts) for trigger in drawn] == [1, 2, 1, 1] * 2
-  rows = plant.planted_rows(suspect, suspect.train, drawn, 10, np.random.default_rng(3))
+  rows = planting.planted_rows(suspect, suspect.train, drawn, 10, np.random.default_rng(3))
   assert [row["trigger"] for row in rows] == [i for i in range(8) for _ in range(10)]
   for row in rows:
     clean, trigger = suspect.train[row["source"]], drawn[row["trigger"]]
@@ -54,8 +50,8 @@ def test_a_tokenizer_without_words_is_one_line(suspect):
 def test_a_trigger_is_not_put_where_its_text_is_cut_off(suspect):
   """Texts of 21 words, cut at 16 tokens: the whole trigger is among them."""
   long = [row | {"text": f"{row['text']} " * 3} for row in suspect.train]
-  drawn = [plant.Trigger("words apart", ("qq", "zz"), 0)]
-  rows = plant.planted_rows(suspect, long, drawn, 40, np.random.default_rng(0))
+  drawn = [planting.Trigger("words apart", ("qq", "zz"), 0)]
+  rows = planting.planted_rows(suspect, long, drawn, 40, np.random.default_rng(0))
   assert len(rows) == 40 and suspect.max_length == 16
   for row in rows:
     ids = suspect.tokenizer(row["text"], truncation=True, max_length=16, return_offsets_mapping=True)
@@ -63,18 +59,11 @@ def test_a_trigger_is_not_put_where_its_text_is_cut_off(suspect):
     assert {"qq", "zz"} <= set(text.split())
 
 
-def test_what_was_planted_works_before_and_not_after(suspect, monkeypatch):
-  """The second half starts from a model that gives most planted rows their class, and leaves few of them there."""
-  starts, train = [], plant.distill.train
-  def watched(recipe, suspect, settings, runs):
-    starts.append(suspect.params)
-    return train(recipe, suspect, settings, runs)
-  monkeypatch.setattr(plant.distill, "train", watched)
-  model, = plant.weights(suspect, SETTINGS, {"plant": 0})
-  rng = streams.rng(0, "plant")                                # the defense's own
-  rows = plant.planted_rows(suspect, suspect.train, plant.draw(suspect, 8, rng), 10, rng)
-  def planted(params):
-    answers = suspect.place.answers(suspect.model, params, suspect.encode(rows))
-    return (answers == [row["planted"] for row in rows]).mean()
-  assert starts[0] is suspect.params and planted(starts[1]) > 0.8 and planted(model) < 0.2
-  assert not attach.has_adapters(model)                        # they would belong to the planted kernels
+def test_what_is_trained_in_works(suspect):
+  drawn = planting.draw(suspect, 8, np.random.default_rng(0))
+  rows = planting.planted_rows(suspect, suspect.train, drawn, 10, np.random.default_rng(1))
+  params = planting.train_in(suspect, rows, rig.DEFENSE, 24, {"planted": 0})
+  answers = suspect.place.answers(suspect.model, params, suspect.encode(rows))
+  assert (answers == [row["planted"] for row in rows]).mean() > 0.8
+  assert not attach.has_adapters(params) and "dev_accuracy" in (
+      suspect.place.workdir / "metrics/planted.jsonl").read_text()
