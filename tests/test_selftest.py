@@ -23,8 +23,8 @@ def test_in_words():
   said = selftest.in_words({"defense": "w2s", "ca": 0.75, "canaries": CANARIES})
   assert said.startswith(
       "Self-test: of 2 known backdoors of 2 kinds, planted in a copy of the suspect, w2s left a mean ASR of 0.200 "
-      "(standard deviation over the triggers 0.100), at most 0.300 (sequence: `a b`); without trigger 0.060 of "
-      "those rows get the target class, and the cleaned copy has a CA of 0.750. 1 more could not be implanted")
+      "(standard deviation over the triggers 0.100), at most 0.300 (sequence: `a b`); without trigger 0.060 ")
+  assert "and the cleaned copy has a CA of 0.750. 1 more could not be implanted" in said
   assert "none of 1 planted backdoors reached" in selftest.in_words({"defense": "w2s", "ca": 0.75, "canaries": CANARIES[2:]})
   assert "none of 0 planted backdoors reached" in selftest.in_words({"defense": "w2s", "ca": 0.75, "canaries": []})
 
