@@ -25,8 +25,9 @@ def test_in_words():
       "Self-test: of 2 known backdoors of 2 kinds, planted in a copy of the suspect, w2s left a mean ASR of 0.200 "
       "(standard deviation over the triggers 0.100), at most 0.300 (sequence: `a b`); without trigger 0.060 ")
   assert "and the cleaned copy has a CA of 0.750. 1 more could not be implanted" in said
-  assert "none of 1 planted backdoors reached" in selftest.in_words({"defense": "w2s", "ca": 0.75, "canaries": CANARIES[2:]})
-  assert "none of 0 planted backdoors reached" in selftest.in_words({"defense": "w2s", "ca": 0.75, "canaries": []})
+  for canaries, number in ((CANARIES[2:], 1), ([], 0)):
+    said = selftest.in_words({"defense": "w2s", "ca": 0.75, "canaries": canaries})
+    assert f"none of {number} planted backdoors reached" in said
 
 
 @pytest.mark.parametrize("defenses,tested", [
