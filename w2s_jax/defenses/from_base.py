@@ -1,6 +1,6 @@
 """Controls that start at the public model that the suspect was made from: nothing of the attack is in them.
 
-What such a model answers rightly no defense of the suspect has to be praised for: where it is as good, take it.
+A defense of the suspect is worth its cost only where it keeps more CA than these do.
 """
 
 from w2s_jax.defenses import lora_ce, w2s
