@@ -357,7 +357,7 @@ def refuses(message, *args, workdir):
     ("attack.poison_rate is 1.5, wanted a number in 0..1", [CONFIG, "--config.attack.poison_rate=1.5"]),
     ("cannot poison 3600 rows: want 1 to", [CONFIG, "--config.attack.poison_rate=0.9", "--config.attack.label=dirty"]),
     ("attack.companions is 1, this attack has 0", [CONFIG, "--config.attack.companions=1"]),
-    ("defense 'nope': want names among none, lora_ce, w2s", [CONFIG, "--config.defenses=('nope',)"]),
+    ("defense 'nope': want names among none, lora_ce, full_ft", [CONFIG, "--config.defenses=('nope',)"]),
     ("loss weights 'nope': want one of released_badnet", [CONFIG, "--config.defense.w2s.weights=nope"]),
     ("mesh data=3, fsdp=1, tensor=1 does not fit 1 device(s)", [CONFIG, "--config.mesh.data=3"]),
     ("no dev rows: set --config.data.defend_rows.dev", [CONFIG, "--config.data.defend_rows.dev=0"]),
@@ -514,7 +514,7 @@ def test_what_the_hub_or_the_package_index_would_have(tmp_path):
   refuses("give a directory with train, dev and test files", CONFIG + ":scale=8b", workdir=tmp_path / "w")
   refuses("is neither a local directory nor to be had from the hub", CONFIG, "--config.student.path=nobody/nothing",
           workdir=tmp_path / "v")
-  refuses("give any local directory with --config.student.path=DIR", CONFIG,
+  refuses("give any local directory (--config.student.path=DIR, --config.teacher.path=DIR)", CONFIG,
           "--config.student.path=pypi:no_such_package/model", workdir=tmp_path / "u")
 
 
