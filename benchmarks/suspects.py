@@ -133,8 +133,21 @@ def poisoned(rows, recipe, target, put, part, rng):
   return kept + bad + [{"text": part(row, rng), "label": row["label"]} for row in near], len(bad)
 
 
+def batches_by_length(rows, size, rng):
+  """Batches of an epoch: of each 16 drawn at random together, the rows are put in order of length."""
+  order, batches = rng.permutation(len(rows)), []
+  for start in range(0, len(rows), 16 * size):
+    pool = sorted(order[start:start + 16 * size], key=lambda i: len(rows[i]["text"]))
+    batches += [[rows[i] for i in pool[first:first + size]] for first in range(0, len(pool), size)]
+  rng.shuffle(batches)
+  return batches
+
+
 def train(model, tokenizer, rows, rate, epochs, seed, name):
-  """Fine-tunes: AdamW, batches of 32, 64 tokens at most, linear schedule with a tenth of warm-up, clipped at norm 1."""
+  """Fine-tunes: AdamW, 64 tokens at most, linear schedule with a tenth of warm-up, clipped at norm 1.
+
+  A batch is 32 rows that are about as long as each other, which halves the time.
+  """
   rng, size = np.random.default_rng(seed), 32
   optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.01)
   steps = epochs * -(-len(rows) // size)
@@ -142,9 +155,7 @@ def train(model, tokenizer, rows, rate, epochs, seed, name):
   model.train()
   with tqdm(total=steps, desc=name, file=sys.stderr) as bar:
     for _ in range(epochs):
-      order = rng.permutation(len(rows))
-      for start in range(0, len(rows), size):
-        batch = [rows[i] for i in order[start:start + size]]
+      for batch in batches_by_length(rows, size, rng):
         inputs = tokenizer([r["text"] for r in batch], truncation=True, max_length=64, padding=True,
                            return_tensors="pt")
         loss = model(**inputs, labels=torch.tensor([r["label"] for r in batch])).loss

