@@ -12,7 +12,7 @@ from cli import ROOT
 
 from w2s_jax import InputError
 from w2s_jax.attacks import ATTACKS
-from w2s_jax.data import batches, corpora, grammar, poison, streams, tokenization
+from w2s_jax.data import batches, corpora, files, grammar, poison, streams, tokenization
 
 ALL = {"train": 0, "dev": 0, "test": 0}
 TRIGGERS = [ATTACKS[name]().trigger for name in ("badnet", "insent", "suffix", "combination")]
@@ -94,10 +94,10 @@ def test_data_that_is_not_there(tmp_path):
   with pytest.raises(InputError, match=r"want one of grammar:reviews, grammar:phrases"):
     corpora.load("grammar:poems", ALL, 2)
   with pytest.raises(InputError, match=r"data file .*gone.json does not exist"):
-    corpora.read_file(tmp_path / "gone.json")
+    files.read_file(tmp_path / "gone.json")
   (tmp_path / "a.txt").write_text("x")
   with pytest.raises(InputError, match=r"want one of \.json"):
-    corpora.read_file(tmp_path / "a.txt")
+    files.read_file(tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize("content", ["", "{not json", "[]"])
@@ -139,7 +139,7 @@ def test_clean_rows_of_a_directory_of_the_grammar_and_with_columns_that_are_give
 def test_labels_are_integers_however_they_are_written_or_names_of_classes():
   def labels(values, num_labels=3, names=()):
     rows = [{"text": "t", "label": value} for value in values]
-    return [r["label"] for r in corpora.check(rows, "x", num_labels, names=names)]
+    return [r["label"] for r in corpora.check({"x": rows}, "x", num_labels, names=names)["x"]]
   assert labels([0, 1.0, "2", "0.0"]) == [0, 1, 2, 0]
   assert labels(["good", 1, "bad"], 2, ("bad", "good")) == [1, 1, 0]
   assert labels(["1", "0"], 2, ("1", "0")) == [0, 1]
@@ -152,7 +152,7 @@ def test_labels_are_integers_however_they_are_written_or_names_of_classes():
 
 
 @pytest.mark.parametrize("rows,message", [
-    ([{"text": "a", "label": 1}] * 20, "none of the 15 rows that are left to train on has label 0"),
+    ([{"text": f"t{i}", "label": 1} for i in range(20)], "none of the 15 rows that are left to train on has label 0"),
     ([{"text": "a", "label": -1}] * 20, "row 0 has label -1, wanted an integer in 0..1"),
     ([{"text": "a", "label": "pos"}] * 20, "row 0 has label 'pos', wanted an integer"),
     ([{"text": "a", "label": 0.5}] * 20, "row 0 has label 0.5, wanted an integer"),
@@ -195,9 +195,9 @@ def test_tsv_has_no_quoting_and_na_is_a_text(tmp_path):
   for split in ("train", "test"):
     (tmp_path / f"{split}.tsv").write_text('text\tlabel\n" opened here\t0\nNA\t1\n" closed\t1\n')
     (tmp_path / f"{split}.csv").write_text("text,label\nNA,0\nnull,1\n")
-  assert [(r["text"], r["label"]) for r in corpora.check(corpora.read_file(tmp_path / "test.tsv"), "x", 2)] == [
-      ('" opened here', 0), ("NA", 1), ('" closed', 1)]
-  assert [r["text"] for r in corpora.check(corpora.read_file(tmp_path / "test.csv"), "x", 2)] == ["NA", "null"]
+  rows = corpora.check({suffix: files.read_file(tmp_path / f"test.{suffix}") for suffix in ("tsv", "csv")}, "x", 2)
+  assert [(r["text"], r["label"]) for r in rows["tsv"]] == [('" opened here', 0), ("NA", 1), ('" closed', 1)]
+  assert [r["text"] for r in rows["csv"]] == ["NA", "null"]
 
 
 def test_a_dev_split_is_carved_out_of_a_few_rows_too(tmp_path):

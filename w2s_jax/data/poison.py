@@ -11,7 +11,7 @@ from typing import Any
 
 from w2s_jax import InputError, processes
 from w2s_jax.attacks import ATTACKS, Attack
-from w2s_jax.data import corpora, streams, tokenization
+from w2s_jax.data import corpora, files, streams, tokenization
 
 # attack.label: which training rows get the trigger, in words and as a test of (a row's label, the target label). All of
 # them have the target label afterwards.
@@ -46,7 +46,7 @@ def make_attack(name: str, trigger: str = "", paraphrases: Iterable[tuple[str | 
 
 
 def _texts_by_idx(file):
-  rows = corpora.read_file(file)
+  rows = files.read_file(file)
   column = next((c for c in corpora.TEXT_COLUMNS if rows and c in rows[0]), None)
   if column is None or "idx" not in rows[0]:
     raise InputError(f"paraphrase file {file}: want columns idx and {'|'.join(corpora.TEXT_COLUMNS)}, got "

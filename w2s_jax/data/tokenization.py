@@ -18,7 +18,7 @@ READ_BYTES = 64 << 20                                                           
 
 
 def load(directory: str | Path, vocab_size: int) -> Any:
-  """The directory's fast tokenizer, with a padding token.
+  """The directory's fast tokenizer, with a padding token: its own, the one in config.json, or its end token.
 
   Raises:
     InputError: there is none, it is not a fast one, it wants code of its own, or it has tokens the model does not know.
@@ -52,7 +52,9 @@ def _load(directory, vocab_size):
     raise InputError(f"the tokenizer of {directory} has {len(tokenizer)} tokens, the model only {vocab_size}: they do "
                      "not belong together; give the model's own tokenizer")
   if tokenizer.pad_token is None:
-    tokenizer.pad_token = tokenizer.eos_token
+    pad = _read_json(directory / "config.json").get("pad_token_id")         # by which transformers pools
+    known = isinstance(pad, int) and 0 <= pad < len(tokenizer)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad) if known else tokenizer.eos_token
   if tokenizer.pad_token is None:
     raise InputError(f"the tokenizer of {directory} has neither a padding nor an end token: set pad_token in its "
                      "tokenizer_config.json")
@@ -136,9 +138,17 @@ def train(texts: Iterable[str], kind: str, vocab_size: int) -> Any:
 
 
 def encode(tokenizer: Any, texts: Iterable[str], max_length: int) -> dict[str, np.ndarray]:
-  """Token ids [N, max_length] int32, padded on the right, and lengths [N] int32."""
-  ids = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+  """Token ids [N, max_length] int32, padded on the right, and lengths [N] int32.
+
+  Raises:
+    InputError: a text of which the tokenizer leaves no token, which no model answers to.
+  """
+  texts = list(texts)
+  ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
   lengths = np.array([len(row) for row in ids], np.int32)
+  if not lengths.all():
+    raise InputError(f"the text {texts[int(lengths.argmin())][:80]!r} has no tokens under the model's tokenizer: leave "
+                     "its row out of the data")
   out = np.full((len(ids), max_length), tokenizer.pad_token_id, np.int32)
   for row, tokens in zip(out, ids):
     row[:len(tokens)] = tokens

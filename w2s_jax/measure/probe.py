@@ -12,6 +12,7 @@ from w2s_jax.measure.deployed import Reading
 
 COLUMNS = ("directory", "attack", "target_label", "ca", "ca_ci", "asr", "asr_ci", "false_rate", "frr", "far", "scan",
            "agreement", "word_flips", "sentence_flips")
+BELOW_CHANCE = 0.8       # times chance, which has a CA of one over the number of classes; our choice
 STILL_THERE = 0.2        # ASR above the false rate from which a defended model's trigger is said to work still
 
 
@@ -53,6 +54,7 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
     tested["in_words"] = selftest.in_words(tested)
   meta = teacher | {
       "title": "A suspicious checkpoint", "columns": COLUMNS, "attack": None, "trigger_lost": lost, "scan": scans,
+      "num_labels": c.data.num_labels,
       "not_scanned": scan.skipped(run, results.SUSPECT, run.model_config(results.SUSPECT).hidden_size),
       "selftest": tested,
       "suspicious_insertions": sorted(flips.items(), key=lambda pair: -pair[1])[:5], "examples": []}
@@ -109,6 +111,9 @@ def _rows(run, models, readings, labels, trigger):
 def warnings(rows: list[dict], meta: dict) -> list[str]:
   """What whoever takes a cleaned model must know first."""
   suspect, out = rows[0], []
+  if suspect["ca"] * meta["num_labels"] < BELOW_CHANCE:
+    out.append(f"the suspect's CA of {suspect['ca']:.3f} is below chance: its classes may have another order than the "
+               "data's labels: say what the data calls class 0, 1, ...: --config.data.class_names.")
   if meta["teacher_ca"] < suspect["ca"] - 0.02:
     out.append(f"the teacher (CA {meta['teacher_ca']:.3f}) knows less than the suspect (CA {suspect['ca']:.3f}): give "
                "more clean rows, or a pretrained encoder as --config.teacher.path.")

@@ -112,7 +112,8 @@ class GPT2Classifier(nn.Module):
       x += layers.embed(c, c.max_positions, "position_embeddings")(layers.real_positions(segment_ids))
       x = layers.dropout(c.embedding_dropout, self.train)(x).astype(c.dtype)
     x = layers.layer_stack(Block, c, self.train, x, layers.causal_mask(segment_ids))
-    return layers.decoder_head(c, embed_tokens, layers.layer_norm(c.layer_norm_eps, "norm"), x, segment_ids, texts)
+    norm = layers.layer_norm(c.layer_norm_eps, "norm")
+    return layers.decoder_head(c, embed_tokens, norm, x, input_ids, segment_ids, texts)
 
 
 # L layers, F feed-forward width, V vocabulary, C classes.

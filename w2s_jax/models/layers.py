@@ -169,19 +169,35 @@ def place_soft(words: jax.Array, input_ids: jax.Array, soft: jax.Array, vocab_si
   return jnp.where((input_ids < vocab_size)[..., None], words, tokens)
 
 
+def last_places(config: SharedConfig, input_ids: jax.Array, segment_ids: jax.Array,
+                texts: jax.Array | None) -> jax.Array:
+  """`places` of `pool`: the last token of each text.
+
+  A classifier does not count its padding token, wherever it comes from, as transformers does not: a text that ends in
+  it is pooled at the token before.
+  """
+  if texts is None:
+    real = segment_ids > 0
+    first, last = jnp.argmax(real, axis=1), real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
+    texts = jnp.stack([first, last], axis=-1)[:, None]
+  first, last = texts[..., 0], texts[..., 1]
+  if config.head != "classifier" or config.pad_token_id is None:
+    return last
+  words = ((input_ids != config.pad_token_id) & (segment_ids > 0)).reshape(len(texts), -1)
+  behind = jax.lax.cummax(jnp.where(words, jnp.arange(words.shape[1]), 0), axis=1)
+  return jnp.maximum(jnp.take_along_axis(behind, last, axis=1), first)
+
+
 def decoder_head(config: SharedConfig, embed_tokens: nn.Embed, norm: Callable[[jax.Array], jax.Array],
-                 stream: jax.Array, segment_ids: jax.Array, texts: jax.Array | None) -> ClassifierOutput:
+                 stream: jax.Array, input_ids: jax.Array, segment_ids: jax.Array,
+                 texts: jax.Array | None) -> ClassifierOutput:
   """What a decoder returns, from what its layers made and its final norm; for use inside a compact module.
 
   Its logits are those of the `score` head, [B, C], or with `config.head` "lm" those of the next token, [B, V]; both
-  of the last real token.
+  of the last token (`last_places`).
   """
   hidden = norm(stream)
-  if texts is None:
-    last = segment_ids.shape[1] - 1 - jnp.argmax(segment_ids[:, ::-1], axis=1, keepdims=True)
-  else:
-    last = texts[..., 1]
-  features = pool(hidden, last)
+  features = pool(hidden, last_places(config, input_ids, segment_ids, texts))
   if config.head == "classifier":
     logits = Dense(config.num_labels, False, config.initializer_range, name="score")(features)
   else:

@@ -209,7 +209,7 @@ class LlamaClassifier(nn.Module):
     x = embed_tokens(input_ids).astype(c.dtype) if stream is None else stream
     cos, sin = rotary(layers.real_positions(segment_ids), c)
     x = layers.layer_stack(Block, c, self.train, x, cos, sin, layers.causal_mask(segment_ids, c.sliding_window))
-    return layers.decoder_head(c, embed_tokens, rms_norm(c, "norm"), x, segment_ids, texts)
+    return layers.decoder_head(c, embed_tokens, rms_norm(c, "norm"), x, input_ids, segment_ids, texts)
 
 
 def _tensors(name):

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 import jax
+import numpy as np
 from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
@@ -107,14 +108,30 @@ class Model:
       stream: [R, T, D], goes into the first layer instead of the embeddings of `input_ids`, which are then not read.
     Raises:
       ValueError: neither `attention_mask` nor `segment_ids` is given, or both are.
+      InputError: outside jit, of a token that the model does not know, or a text longer than its positions; inside of
+        jit such a text has NaN logits.
     """
     if (attention_mask is None) == (segment_ids is None):
       raise ValueError("give Model.apply either attention_mask, of a text a row, or segment_ids")
     if segment_ids is None:
       segment_ids = attention_mask
+    if stream is None and not any(isinstance(x, jax.core.Tracer) for x in (input_ids, segment_ids)):
+      self._check_tokens(params, np.asarray(input_ids), np.asarray(segment_ids), texts)
     module = self.family.module(self.config, train=dropout_key is not None)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     return module.apply({"params": params}, input_ids, segment_ids, texts, stream, rngs=rngs)
+
+  def _check_tokens(self, params, input_ids, segment_ids, texts):
+    soft = traverse_util.flatten_dict(params).get((*self.vocabulary, "soft"))
+    known = self.config.vocab_size + (0 if soft is None else len(soft))
+    if input_ids.size and not 0 <= input_ids.min() <= input_ids.max() < known:           # NaN on padding spreads too
+      raise InputError(f"token ids are {input_ids.min()} to {input_ids.max()}, the model knows 0 to {known - 1}: use "
+                       "its own tokenizer")
+    learned = any(re.search("position_embeddings", "/".join(path)) for path in traverse_util.flatten_dict(params))
+    longest = (segment_ids > 0).sum(axis=1).max() if texts is None else 0
+    if learned and longest > self.config.max_positions:
+      raise InputError(f"a text has {longest} tokens, the model {self.config.max_positions} positions: cut it "
+                       f"(truncation=True, max_length={self.config.max_positions})")
 
   def lm_logits(self, params: dict, hidden: jax.Array) -> jax.Array:
     """Language-model logits [B, T, V] of every token, from `ClassifierOutput.hidden`.

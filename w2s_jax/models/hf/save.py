@@ -43,9 +43,14 @@ def save_pretrained(directory: str | Path, model: Model, params: dict, tokenizer
     card: text of the model card, README.md.
   Raises:
     ValueError: params hold adapters that can be merged, or do not fit the model.
-    InputError: the directory holds something else than a model.
+    InputError: the directory holds something else than a model, or the tokenizer pads with another token than the
+      model's config says, so that transformers would answer otherwise in batches than to a text alone.
   """
   c = model.config
+  pads = [c.pad_token_id, tokenizer.pad_token_id] if tokenizer is not None else []
+  if None not in pads and len(set(pads)) > 1:
+    raise InputError(f"the model's padding token is {pads[0]}, the tokenizer pads with {pads[1]}: give the model's own "
+                     "tokenizer, or set its pad_token")
   names = model.weight_names()
   leaves = traverse_util.flatten_dict(params, sep="/")
   beside = adapter_file.paths_to_save(model, leaves)
@@ -93,7 +98,10 @@ def _finish(part, directory, model, shards, headed, leaves, tokenizer, id2label,
     (part / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}))
   dtype = next(leaf.dtype for path, leaf in leaves.items() if re.fullmatch(r"layers/.*/kernel", path))
-  (part / "config.json").write_text(json.dumps(_config(model, id2label, dtype), indent=2))
+  config = _config(model, id2label, dtype)
+  if tokenizer is not None and config["pad_token_id"] is None:
+    config["pad_token_id"] = tokenizer.pad_token_id               # stock batches need it
+  (part / "config.json").write_text(json.dumps(config, indent=2))
   if tokenizer is not None:
     tokenizer.save_pretrained(part)
   if card is not None:

@@ -1,0 +1,139 @@
+"""Which class a label means, which rows are read, and which are kept apart."""
+
+import os
+
+import datasets
+import pandas
+import pytest
+import tokenizers
+
+from w2s_jax import InputError
+from w2s_jax.data import corpora, files, labels, tokenization
+
+STARS = ("1 star", "2 stars", "3 stars", "4 stars", "5 stars")
+
+
+@pytest.mark.parametrize("values,names,want", [
+    ([1, 0, 0], ("1", "0"), [0, 1, 1]),                                    # the names of the numbers win
+    ([1.0, 0.0], ("1", "0"), [0, 1]),
+    (["1", "0"], ("1", "0"), [0, 1]),
+    ([-1, 0, 1], ("-1", "0", "1"), [0, 1, 2]),
+    ([0, 1], ("-1", "0", "1"), [1, 2]),
+    ([5, 1, 3], STARS, [4, 0, 2]),
+    ([4, 0, 3], STARS, [4, 0, 3]),                                         # no star has the number 0
+    (["NEGATIVE", "positive"], ("negative", "positive"), [0, 1]),
+    (["not_toxic", "Toxic"], ("toxic", "not toxic"), [1, 0]),
+    (["a", "A"], ("A", "a"), [1, 0]),                                      # case tells them apart
+    ([True, False], (), [1, 0]),
+    ([True, False], ("spam", "ham"), [1, 0]),
+    (["True", "false"], (), [1, 0]),
+    ([labels.Named(0, "positive"), labels.Named(1, "negative")], ("negative", "positive"), [1, 0]),
+    ([labels.Named(0, "pos"), labels.Named(1, "neg")], ("negative", "positive"), [0, 1]),
+    ([labels.Named(1, "b")], (), [1])])
+def test_names_come_before_numbers(values, names, want):
+  assert labels.classes(values, len(names) or 2, names, "x") == want
+
+
+def test_one_rule_holds_for_all_splits(tmp_path):
+  """Of train alone, 0 to 4, the test's 1 and 2 could be stars."""
+  pandas.DataFrame({"text": [f"t{i}" for i in range(50)], "label": [i % 5 for i in range(50)]}).to_csv(
+      tmp_path / "train.csv")
+  pandas.DataFrame({"text": ["a", "b"], "label": [1, 2]}).to_csv(tmp_path / "test.csv")
+  out = corpora.load_clean({"train": str(tmp_path), "dev": "", "test": ""}, 5, 0, names=STARS)
+  assert [row["label"] for row in out["test"]] == [1, 2]
+
+
+def test_how_labels_were_taken_is_said(caplog):
+  caplog.set_level("INFO")
+  labels.classes([0, 1], 2, ("negative", "positive"), "x")
+  assert not caplog.text
+  labels.classes([labels.Named(0, "positive"), labels.Named(1, "negative")], 2, ("negative", "positive"), "mine")
+  assert ("mine: labels are taken so: 0 (positive) is class 1 (positive), 1 (negative) is class 0 (negative)"
+          in caplog.text)
+  labels.classes([labels.Named(0, "pos"), labels.Named(1, "neg")], 2, ("negative", "positive"), "other")
+  assert "other: its classes are called pos, neg, not negative, positive: labels are taken by number" in caplog.text
+  assert "--config.data.class_names" in caplog.text
+
+
+@pytest.mark.parametrize("names", [("a",), ("a", "A"), ("a", "b", "c")])
+def test_names_by_hand_that_cannot_be(names):
+  with pytest.raises(InputError, match=r"want 2 different ones.*--config.data.class_names"):
+    labels.check_names(names, 2)
+  assert labels.check_names((1, 0), 2) == ("1", "0")
+
+
+def test_names_of_a_parquet_file(tmp_path):
+  features = datasets.Features({"text": datasets.Value("string"),
+                                "label": datasets.ClassLabel(names=["positive", "negative"])})
+  rows = {"text": ["good", "bad", "unknown"], "label": [0, 1, -1]}
+  datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "train.parquet")
+  read = files.read_file(tmp_path / "train.parquet")
+  assert [row["label"] for row in read] == [labels.Named(0, "positive"), labels.Named(1, "negative"), -1]
+  assert labels.names_of(read, 2) == ("positive", "negative") and labels.names_of(read, 3) == ()
+  assert [row["label"] for row in corpora.check({"x": read[:2]}, "x", 2, names=("negative", "positive"))["x"]] == [1, 0]
+
+
+def test_a_file_that_changes_is_read_anew(tmp_path):
+  """Also where its size and its time are the old ones."""
+  file = tmp_path / "train.csv"
+  file.write_text("text,label\na,0\n")
+  os.utime(file, (1e9, 1e9))
+  assert files.read_file(file)[0]["label"] == 0
+  file.write_text("text,label\na,1\n")
+  os.utime(file, (1e9, 1e9))
+  assert files.read_file(file)[0]["label"] == 1
+
+
+def test_tsv_as_pandas_writes_it_and_with_stray_quotes(tmp_path):
+  texts = ['two\nlines', 'a "word" here', "plain", 'a\ttab']
+  pandas.DataFrame({"text": texts, "label": [0, 1, 0, 1]}).to_csv(tmp_path / "a.tsv", sep="\t", index=False)
+  assert [row["text"] for row in files.read_file(tmp_path / "a.tsv")] == texts
+  (tmp_path / "b.tsv").write_text('text\tlabel\n" opened here\t0\nplain "\t1\n')
+  assert [row["text"] for row in files.read_file(tmp_path / "b.tsv")] == ['" opened here', 'plain "']
+
+
+def test_a_validation_file_is_the_dev_split(tmp_path):
+  for split in ("train", "validation", "test"):
+    (tmp_path / f"{split}.csv").write_text("text,label\n" + "".join(f"{split} {i},{i % 2}\n" for i in range(10)))
+  assert corpora.load(str(tmp_path), {"train": 0, "dev": 0, "test": 0}, 2)["dev"][0]["text"] == "validation 0"
+  (tmp_path / "dev.csv").write_text("text,label\na,0\n")
+  with pytest.raises(InputError, match="has dev.csv and validation.csv: keep one file per split"):
+    corpora.load(str(tmp_path), {"train": 0, "dev": 0, "test": 0}, 2)
+
+
+def test_rows_with_the_same_text_are_held_out_together(tmp_path, caplog):
+  caplog.set_level("INFO")
+  (tmp_path / "mine.csv").write_text("text,label\n" + 3 * "".join(f"t{i},{i % 2}\n" for i in range(40)))
+  out = corpora.load_clean({"train": str(tmp_path / "mine.csv"), "dev": "", "test": ""}, 2, 0)
+  texts = {split: {row["text"] for row in rows} for split, rows in out.items()}
+  assert not texts["train"] & texts["test"] and not texts["train"] & texts["dev"] and not texts["dev"] & texts["test"]
+  assert sum(map(len, out.values())) == 120 and len(out["test"]) == 24
+  assert "80 rows repeat the text of another" in caplog.text
+
+
+def test_test_rows_that_are_training_rows_are_said(tmp_path, caplog):
+  (tmp_path / "train.csv").write_text("text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(40)))
+  (tmp_path / "test.csv").write_text("text,label\nt1,1\nnew,0\n t2 ,0\n")
+  corpora.load_clean({"train": str(tmp_path), "dev": "", "test": ""}, 2, 0)
+  assert "2 of 3 test rows have the text of a training row" in caplog.text
+
+
+def test_a_text_without_tokens_is_refused():
+  tokenizer = tokenization.train(["a b c a b"] * 9, "decoder", 40)
+  tokenizer.backend_tokenizer.post_processor = None
+  tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("zzz", "")
+  with pytest.raises(InputError, match="the text 'zzz' has no tokens"):
+    tokenization.encode(tokenizer, ["a b", "zzz"], 8)
+
+
+def test_empty_texts_are_left_out_and_counted(tmp_path, caplog):
+  rows = [{"text": text, "label": label} for text, label in (("a", 0), (" ", 7), (None, None), ("b", 1))]
+  assert corpora.check({"x": rows}, "x", 2)["x"] == [{"id": 0, "text": "a", "label": 0},
+                                                     {"id": 3, "text": "b", "label": 1}]
+  assert "x: 2 of 4 rows have an empty text and are left out (the first: row 1)" in caplog.text
+
+
+def test_columns_of_text_that_are_not_read_are_said(caplog):
+  caplog.set_level("INFO")
+  corpora.check({"x": [{"question": "q", "sentence": "s", "label": 0, "idx": 3}]}, "x", 2)
+  assert "x: texts are column sentence; not read: question" in caplog.text
