@@ -57,7 +57,8 @@ class Recipe(NamedTuple):
     augment: (suspect, settings, params, arrays, seed) -> (params, arrays) with `views` texts of each example.
     views: texts of one example.
     soft_tokens: settings -> number of soft tokens that `augment` puts beside the vocabulary; None: none.
-    ascent: (model, params, settings) -> optimizer of the soft tokens.
+    ascent: (model, params with soft tokens, settings) -> their optimizer.
+    depth: settings -> fraction of the layers behind which soft tokens come in; None: among the words.
     from_base: it is given the public base of the attacked model in the place of that model.
     trains: labels of the leaves that train; with "adapter" among them the student gets adapters.
     rate: times `defend.learning_rate`, at which it trains.
@@ -70,6 +71,7 @@ class Recipe(NamedTuple):
   views: int = 1
   soft_tokens: Callable | None = None
   ascent: Callable | None = None
+  depth: Callable | None = None
   from_base: bool = False
   trains: tuple[str, ...] = trees.LORA
   rate: float = 1.0

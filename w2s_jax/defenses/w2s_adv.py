@@ -17,9 +17,10 @@ import numpy as np
 
 from w2s_jax.adapters import soft
 from w2s_jax.config import field
-from w2s_jax.data import streams
+from w2s_jax.data import batches, streams
 from w2s_jax.defenses.records import Recipe
 from w2s_jax.models import ClassifierOutput
+from w2s_jax.models.latent import Latent
 from w2s_jax.tasks import Task
 from w2s_jax.training import optim, stage
 
@@ -35,27 +36,37 @@ class Settings:
                            unit="mean norms of the vocabulary's embeddings")
   norm: float = field(1.5, "bound on each token", low=1e-3, high=100.0,
                       unit="mean norms of the vocabulary's embeddings")
+  depth: float = field(0.5, "`w2s_latent` alone: fraction of the layers behind which they come in", low=0.0, high=1.0)
   weight: float = field(1.0, "of the loss on texts with soft tokens, beside the clean texts' 1", low=0.0, high=1e6)
 
 
-def with_adversary(recipe: Recipe) -> Recipe:
-  """The recipe on each text twice, the second time with soft tokens that move uphill."""
+def with_adversary(recipe: Recipe, latent: bool = False) -> Recipe:
+  """The recipe on each text twice, the second time with soft tokens that move uphill.
+
+  latent: they come in behind the first layers, not among the words.
+  """
   both_terms = functools.partial(terms, recipe.terms)
   def weights(settings, width):
     return loss_weights(recipe.weights(settings, width), settings.adversary.weight)
   return recipe._replace(terms=both_terms, weights=weights, augment=_augment, views=2, ascent=_ascent,
-                         soft_tokens=lambda settings: settings.adversary.triggers * settings.adversary.tokens)
+                         soft_tokens=lambda settings: settings.adversary.triggers * settings.adversary.tokens,
+                         depth=(lambda settings: settings.adversary.depth) if latent else None)
 
 
 def _augment(suspect, settings, params, arrays, seed):
-  own = settings.adversary
-  params = soft.with_soft_tokens(suspect.model, params, own.triggers * own.tokens, stage.stream_key(seed, "adversary"),
-                                 suspect.tokenizer, suspect.avoid)
-  return params, perturbed(arrays, suspect.tokenizer, suspect.model.config.vocab_size, own, seed)
+  own, model, tokenizer, key = settings.adversary, suspect.model, suspect.tokenizer, stage.stream_key(seed, "adversary")
+  if isinstance(model, Latent):
+    size = suspect.training.batch_size
+    batch = batches.make_batch(arrays, np.arange(min(size, len(arrays["length"]))), size, arrays["input_ids"].shape[1:])
+    words = model.words(params, batch, tokenizer.all_special_ids, suspect.place.mesh)
+    params = soft.put(model, params, jax.random.choice(key, words, (own.triggers * own.tokens,)))
+  else:
+    params = soft.with_soft_tokens(model, params, own.triggers * own.tokens, key, tokenizer, suspect.avoid)
+  return params, perturbed(arrays, tokenizer, model.config.vocab_size, own, seed)
 
 
 def _ascent(model, params, settings):
-  unit = soft.mean_norm(model, params)
+  unit = soft.start_norm(model, params) if isinstance(model, Latent) else soft.mean_norm(model, params)
   return optim.ascent(settings.adversary.step_size * unit, settings.adversary.norm * unit)
 
 

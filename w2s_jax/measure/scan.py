@@ -90,7 +90,10 @@ def make_search(run: Any, model: Model | Latent, params: dict, tokenizer: Any,
   c, settings, mesh = run.config, run.config.scan, run.mesh
   key, count = jax.random.key(c.seed), settings.triggers * settings.tokens
   if isinstance(model, Latent):
-    seen = _stream(run, model, params, tokenizer, rows)
+    some = rows[:c.defend.batch_size]
+    batch = batches.make_batch(run.encode(tokenizer, some, c.data.max_length), np.arange(len(some)),
+                               c.defend.batch_size, c.data.buckets)
+    seen = model.words(params, batch, tokenizer.all_special_ids, mesh)
     unit = float(np.linalg.norm(seen, axis=-1).mean())
     start = soft.put(model, params, jax.random.choice(key, seen, (count,)))
   else:
@@ -121,18 +124,6 @@ def make_search(run: Any, model: Model | Latent, params: dict, tokenizer: Any,
     state, _ = program.steps(program.init([moving]), frozen, batch, keys, settings.steps)
     return trees.combine(jax.tree.map(lambda x: x[0], state.params), frozen)
   return search
-
-
-def _stream(run, latent, params, tokenizer, rows):
-  """[words, D] float32 on the host: what the layers below make of the words of a batch of rows."""
-  c, rows = run.config, rows[:run.config.defend.batch_size]
-  arrays = run.encode(tokenizer, rows, c.data.max_length)
-  batch = batches.make_batch(arrays, np.arange(len(rows)), c.defend.batch_size, c.data.buckets)
-  ids, segment_ids = batch["input_ids"], batch["segment_ids"]
-  batch = sharding.global_batch({"input_ids": ids, "segment_ids": segment_ids}, run.mesh)
-  with sharding.on(run.mesh):
-    stream = jax.jit(latent.stream, out_shardings=sharding.replicated(run.mesh))(params, **batch)
-  return np.asarray(stream, np.float32)[(segment_ids > 0) & ~np.isin(ids, tokenizer.all_special_ids)]
 
 
 def _with_triggers(run, model, tokenizer, rows):

@@ -4,24 +4,40 @@ R rows, T tokens, D width, V vocabulary.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
+from w2s_jax import InputError, sharding
 from w2s_jax.models import layers
 from w2s_jax.models.family import SharedConfig
 from w2s_jax.models.model import Model
+
+
+def behind(model: Model, depth: float) -> "Latent":
+  """The model whose soft tokens come in behind that fraction of its layers: behind the first at least, not the last.
+
+  Raises:
+    InputError: the model has one layer.
+  """
+  layers = model.config.num_layers
+  if layers < 2:
+    raise InputError("soft tokens in the middle of a network need a student of two layers or more: leave out the "
+                     "defenses that have them (--config.defenses)")
+  return Latent(model, min(max(1, int(depth * layers)), layers - 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Latent:
   """A Model whose soft tokens (layers.Tokens) come in behind its first `below` layers, 0 < below < all.
 
-  In their places those layers read the padding token, as a word. `apply`, `config`, `shardings` and `vocabulary` are
-  Model's.
+  In their places those layers read the padding token, as a word. `apply`, `config`, `shardings`, `vocabulary`
+  and `abstract_params` are Model's.
   (BEEAR, arXiv 2406.17092, perturbs behind a layer what is there.)
   """
   model: Model
@@ -44,11 +60,26 @@ class Latent:
     words = jnp.where(input_ids < self.config.vocab_size, input_ids, self.config.pad_token_id or 0)
     return self._layers(0, self.below, params, words, *args, **kwargs).stream
 
+  def words(self, params: dict, batch: dict[str, np.ndarray], special: Sequence[int],
+            mesh: jax.sharding.Mesh) -> np.ndarray:
+    """[words, D] float32 on the host: what the first layers make of a batch's tokens, but of the special ones.
+
+    batch: "input_ids", "segment_ids" [R, T].
+    """
+    batch = {name: batch[name] for name in ("input_ids", "segment_ids")}
+    there = sharding.global_batch(batch, mesh)
+    with sharding.on(mesh):
+      stream = jax.jit(self.stream, out_shardings=sharding.replicated(mesh))(params, **there)
+    return np.asarray(stream, np.float32)[(batch["segment_ids"] > 0) & ~np.isin(batch["input_ids"], special)]
+
   def apply(self, params: dict, input_ids: jax.Array, *args: Any, **kwargs: Any) -> layers.ClassifierOutput:
     soft = traverse_util.flatten_dict(params)[(*self.vocabulary, "soft")]
     words = self.stream(params, input_ids, *args, **kwargs)
     stream = layers.place_soft(words, input_ids, soft, self.config.vocab_size)
     return self._layers(self.below, self.config.num_layers, params, input_ids, *args, stream=stream, **kwargs)
+
+  def abstract_params(self) -> dict:
+    return self.model.abstract_params()
 
   def _layers(self, first, end, params, *args, **kwargs):
     """ClassifierOutput of the network with layers first..end-1 alone."""
