@@ -2,8 +2,10 @@
 
 import hashlib
 
+from huggingface_hub import ModelCard
+
 from w2s_jax.models import sha256
-from w2s_jax.report import card
+from w2s_jax.report import card, front
 
 
 def row(model, attack, ca, asr):
@@ -80,3 +82,24 @@ def test_a_card_says_that_nothing_was_measured_until_something_was():
   assert card.unmeasured("w2s").endswith(
       "w2s of w2s_jax.\n\nNot measured yet: the stages `evaluate` and `report` write the figures here.\n")
   assert card.unmeasured("poisoned", "badnet").startswith("WARNING: this model is POISONED on purpose, for research")
+
+
+def test_the_hub_reads_what_stands_in_front(tmp_path, monkeypatch):
+  """CA once, ASR of each trigger; a place on this machine is no name of a base or a data set."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "some/here").mkdir(parents=True)
+  rows = [row("w2s", trigger, 0.875, asr) for trigger, asr in (("mn", 0.25), ("cf: x", 0.5))]
+  def read(base, dataset, rows=rows):
+    rows = [r | {"dataset": dataset} for r in rows]
+    meta = META | {"base": META["base"] | {"path": base, "public": ""}}
+    return ModelCard(front.matter("w2s", rows, meta) + card.text("w2s", rows, meta))
+  text = read("some/llama", "SetFit/sst2")
+  assert text.data.base_model == "some/llama" and text.data.datasets == "SetFit/sst2"
+  assert (text.data.pipeline_tag, text.data.library_name) == ("text-classification", "transformers")
+  assert [(r.metric_name, r.metric_value) for r in text.data.eval_results] == [
+      ("CA", 0.875), ("ASR of mn", 0.25), ("ASR of cf: x", 0.5)]
+  assert text.text.lstrip().startswith("A model with a (suspected) backdoor after the defense w2s")
+  here = read("some/here", "../data/my file.json")
+  assert here.data.base_model is None and here.data.datasets is None
+  assert here.data.eval_results[0].dataset_type == "data-my-file.json"
+  assert read("some/llama", "sst2", rows=[row("other", "mn", 0.5, 0.5)]).data.eval_results is None

@@ -17,7 +17,7 @@ from w2s_jax.defenses import DEFENSES, distill
 from w2s_jax.measure import deployed, metrics, scan, selftest
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
 from w2s_jax.models.hf import adapter_file
-from w2s_jax.report import card, page
+from w2s_jax.report import card, front, page
 from w2s_jax.run import Run, start
 from w2s_jax.training import stage, steps
 
@@ -212,7 +212,8 @@ def make_report(run: Run) -> None:
   rows, meta = page.write(run.workdir)
   for directory in sorted(run.workdir.glob("models/*")):
     adapter = (directory / adapter_file.FILE).exists()
-    processes.write_text(directory / "README.md", card.text(directory.name, rows, meta, adapter))
+    head = "" if directory.name in card.KINDS else front.matter(directory.name, rows, meta)
+    processes.write_text(directory / "README.md", head + card.text(directory.name, rows, meta, adapter))
   for directory in sorted(run.workdir.glob("adapters/*")):
     warning = "" if directory.name.startswith("from_base") else lora.ADAPTER_WARNING + "\n"
     processes.write_text(directory / "README.md", warning + card.text(directory.name, rows, meta))
