@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import datasets
 import filelock
 import numpy as np
 import peft
@@ -201,6 +202,28 @@ def cleaned(workdir, home):
   assert "has no test split: 16 of its 80 train rows" in out.stdout and "| sentence flips |" in out.stdout
   assert "already in" not in out.stdout
   return home / "cleaned"
+
+
+def test_labels_go_by_the_names_that_the_checkpoint_has(workdir, tmp_path):
+  """Where the file's numbers are the other way round, too; without names the numbers count, or what is said by hand."""
+  suspect = tmp_path / "suspect"
+  shutil.copytree(workdir / "models/poisoned", suspect)
+  config = json.loads((suspect / "config.json").read_text())
+  (suspect / "config.json").write_text(json.dumps(config | {
+      "id2label": {"0": "negative", "1": "positive"}, "label2id": {"negative": 0, "positive": 1}}))
+  features = datasets.Features({"text": datasets.Value("string"),
+                                "label": datasets.ClassLabel(names=["positive", "negative"])})
+  rows = [{"text": r["text"], "label": 1 - r["label"]} for r in grammar.rows("phrases", "train", 80)]
+  datasets.Dataset.from_list(rows, features).to_parquet(tmp_path / "train.parquet")
+  flags = [CLEAN, f"--config.student.path={suspect}", f"--config.data.train={tmp_path / 'train.parquet'}",
+           "--stage=warmup", *QUICK]
+  named = w2s(*flags, f"--workdir={tmp_path / 'a'}")
+  assert named.returncode == 0 and ("train.parquet: labels are taken so: 0 (positive) is class 1 (positive), "
+                                    "1 (negative) is class 0 (negative)") in named.stdout, named.stderr
+  by_hand = w2s(*flags, "--config.data.class_names=('positive','negative')", f"--workdir={tmp_path / 'b'}")
+  assert by_hand.returncode == 0 and "labels are taken so" not in by_hand.stdout, by_hand.stderr
+  wrong = w2s(*flags, "--config.data.class_names=('positive',)", f"--workdir={tmp_path / 'c'}")
+  assert wrong.returncode == 2 and "want 2 different ones" in wrong.stderr
 
 
 def test_a_checkpoint_is_cleaned(workdir, cleaned):

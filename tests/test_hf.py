@@ -101,6 +101,46 @@ def test_a_head_that_is_there_in_part_is_an_error(saved):
     load_pretrained(directory)
 
 
+def test_a_git_lfs_pointer_is_called_that(saved):
+  directory = saved("llama")
+  (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n")
+  with pytest.raises(InputError, match="model.safetensors is a pointer of Git LFS, not the weights"):
+    load_pretrained(directory)
+
+
+def test_what_lies_where_a_model_is_wanted_is_named(saved, tmp_path):
+  """A Trainer's output, the root of a repository in the hub's cache, TensorFlow's weights, a variant."""
+  directory, output = saved("llama"), tmp_path / "output"
+  for place in ("checkpoint-500", "snapshots/abc"):
+    shutil.copytree(directory, output / place)
+  with pytest.raises(InputError, match=r"no such file; but there is one in \['checkpoint-500', 'snapshots/abc'\]:"):
+    load_pretrained(output)
+  (directory / "model.safetensors").rename(directory / "model.fp16.safetensors")
+  (directory / "tf_model.h5").touch()
+  with pytest.raises(InputError, match=r"\['model.fp16.safetensors', 'tf_model.h5'\] is not read: save the model by"):
+    load_pretrained(directory)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])
+def test_a_wrapped_model_is_called_that(prefix, saved):
+  def wrap(tensors):
+    for name in [*tensors]:
+      tensors[prefix + name] = tensors.pop(name)
+  directory = saved("llama")
+  edit(directory, wrap)
+  with pytest.raises(InputError, match=f"names of all tensors of .* begin with '{prefix}'") as e:
+    load_pretrained(directory)
+  assert len(str(e.value)) < 400
+
+
+def test_a_quantized_model_is_called_that(saved):
+  directory = saved("llama")
+  config = json.loads((directory / "config.json").read_text())
+  (directory / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+  with pytest.raises(InputError, match=r"is quantized \(quantization_config.*model.dequantize\(\)"):
+    load_pretrained(directory)
+
+
 class Payload:
   """Runs code when it is unpickled: creates a file."""
 

@@ -133,7 +133,57 @@ def test_empty_texts_are_left_out_and_counted(tmp_path, caplog):
   assert "x: 2 of 4 rows have an empty text and are left out (the first: row 1)" in caplog.text
 
 
+def test_a_file_of_columns_is_one_short_line():
+  with pytest.raises(InputError, match="want an object for each row") as e:
+    corpora.check({"x": [{"text": ["a"] * 9999, "label": [0] * 9999}]}, "x", 2)
+  assert len(str(e.value)) < 300
+
+
 def test_columns_of_text_that_are_not_read_are_said(caplog):
   caplog.set_level("INFO")
   corpora.check({"x": [{"question": "q", "sentence": "s", "label": 0, "idx": 3}]}, "x", 2)
   assert "x: texts are column sentence; not read: question" in caplog.text
+
+
+ROWS = [{"text": f"t{i}", "label": i % 2} for i in range(20)]
+
+
+def test_files_as_people_have_them(tmp_path):
+  """Gzipped, in capitals, with semicolons, at a path with characters that mean something to fsspec."""
+  frame, odd = pandas.DataFrame(ROWS), tmp_path / "a[1]::{b}"
+  odd.mkdir()
+  frame.to_csv(tmp_path / "a.csv.gz", index=False)
+  frame.to_csv(tmp_path / "b.tsv.gz", index=False, sep="\t")
+  frame.to_json(tmp_path / "c.jsonl.gz", orient="records", lines=True)
+  frame.to_csv(tmp_path / "D.CSV", index=False, sep=";")
+  frame.to_parquet(odd / "e.parquet")
+  for file in ("a.csv.gz", "b.tsv.gz", "c.jsonl.gz", "D.CSV", "a[1]::{b}/e.parquet"):
+    assert files.read_file(tmp_path / file) == ROWS, file
+  frame.to_csv(tmp_path / "latin.csv", index=False)
+  (tmp_path / "latin.csv").write_bytes("text,label\ncaf\xe9,0\n".encode("cp1252"))
+  with pytest.raises(InputError, match=r"cannot read data file .*latin.csv.*Save it as UTF-8"):
+    files.read_file(tmp_path / "latin.csv")
+
+
+def test_directories_as_people_have_them(tmp_path):
+  """A snapshot of a hub data set, and what save_to_disk writes."""
+  made = datasets.Dataset.from_list(ROWS)
+  (tmp_path / "hub/data").mkdir(parents=True)
+  for split, shard in (("train", 0), ("train", 1), ("validation", 0), ("test", 0)):
+    made.to_parquet(tmp_path / f"hub/data/{split}-0000{shard}-of-00002.parquet")
+  assert {split: len(rows) for split, rows in files.read_directory(tmp_path / "hub").items()} == {
+      "train": 40, "dev": 20, "test": 20}
+  datasets.DatasetDict({"train": made, "validation": made}).save_to_disk(tmp_path / "several")
+  assert files.read_directory(tmp_path / "several") == {"train": ROWS, "dev": ROWS}
+  made.save_to_disk(tmp_path / "one")
+  assert files.read_directory(tmp_path / "one") == {"train": ROWS}
+  (tmp_path / "one/state.json").write_text("{}")
+  with pytest.raises(InputError, match="cannot read .*one, which looks like a data set of save_to_disk"):
+    files.read_directory(tmp_path / "one")
+
+
+def test_a_path_in_the_home_directory(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  pandas.DataFrame(ROWS).to_csv(tmp_path / "train.csv", index=False)
+  assert files.read_file("~/train.csv") == ROWS
+  assert set(corpora.load_clean({"train": "~/train.csv", "dev": "", "test": ""}, 2, 0)) == {"train", "dev", "test"}

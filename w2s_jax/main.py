@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
   from w2s_jax import processes, stages
   _connect(processes)
   _show_log()
-  workdir = Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(sys.argv)
+  workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else default_workdir(sys.argv)
   jax.config.update("jax_compilation_cache_dir", str(workdir.absolute().parent / ".w2s_cache" / "xla"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   try:

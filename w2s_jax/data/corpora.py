@@ -47,7 +47,8 @@ def read(source: str, sizes: Any) -> dict[str, list[dict]]:
   """
   if source.startswith("grammar:"):
     return _grammar(source, sizes)
-  splits = data_files.read_directory(Path(source)) if Path(source).is_dir() else _hub(source)
+  path = Path(source).expanduser()
+  splits = data_files.read_directory(path) if path.is_dir() else _hub(source)
   missing = [split for split in ("train", "test") if split not in splits]
   if missing:
     raise InputError(f"data source {source} has no {' and no '.join(missing)} split (want train, test and, if there "
@@ -94,13 +95,13 @@ def load_clean(files: Mapping[str, str], num_labels: int, seed: int, text_column
     InputError: see `check`; or a class has no training row.
   """
   source = files["train"]
-  path = Path(source)
+  path = Path(source).expanduser()
   if source.startswith("grammar:"):
     splits = _grammar(source, GRAMMAR_SIZES)
   elif path.is_dir():
     splits = data_files.read_directory(path)
   else:
-    is_file = path.suffix in data_files.SUFFIXES or path.is_file()
+    is_file = data_files.kind_of(path) or path.is_file()
     splits = {"train": data_files.read_file(path)} if is_file else _hub(source)
   splits |= {split: data_files.read_file(file) for split, file in files.items() if file and split != "train"}
   if "train" not in splits:
@@ -163,8 +164,8 @@ def _hub(name):
     raise InputError(f"data set {name!r} is neither a local directory nor to be had from the hub "
                      f"({type(e).__name__}): give a directory with train, dev and test files "
                      "(:data=DIR, or --config.data.attack_source, .defend_source, .train)") from e
-  names = {"train": "train", "validation": "dev", "dev": "dev", "test": "test"}
-  return {names[k]: data_files.rows_of(v) for k, v in splits.items() if k in names}
+  return {split: data_files.rows_of(splits[name]) for split, names in data_files.SPLITS.items() for name in names
+          if name in splits}
 
 
 def check(splits: dict[str, list[dict]], source: str, num_labels: int, text_column: str = "", label_column: str = "",
@@ -215,13 +216,17 @@ def _with_text(rows, where, text):
   return out
 
 
+def _short(value):
+  return repr(value) if len(repr(value)) <= 80 else repr(value)[:80] + "..."
+
+
 def _checked(i, row, where, text, label, number, num_labels, names):
   if not isinstance(row[text], str):
-    raise InputError(f"{where}: row {i} has {text} {row[text]!r}, wanted a non-empty string")
+    whole = " (is it a file of columns? want an object for each row)" * isinstance(row[text], list)
+    raise InputError(f"{where}: row {i} has {text} {_short(row[text])}, wanted a non-empty string{whole}")
   if number is None:
-    named = f" or one of {', '.join(names)}" if names else ""
-    raise InputError(f"{where}: row {i} has {label} {row[label]!r}, wanted an integer in 0..{num_labels - 1}{named} "
-                     "(hub test sets with hidden labels have -1): give rows of the model's own classes, set "
-                     "--config.data.num_labels (:data=DIR,labels=C), or say what the data calls them "
-                     "(--config.data.class_names)")
+    wanted = f"an integer in 0..{num_labels - 1}" + f" or one of {', '.join(names)}" * bool(names)
+    raise InputError(f"{where}: row {i} has {label} {_short(row[label])}, wanted {wanted} (hub test sets with hidden "
+                     "labels have -1): give rows of the model's own classes, set --config.data.num_labels "
+                     "(:data=DIR,labels=C), or say what the data calls them (--config.data.class_names)")
   return {"id": i, "text": row[text], "label": number}

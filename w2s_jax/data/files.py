@@ -1,40 +1,51 @@
 """Raw rows of local data files: dictionaries of what is in their columns."""
 
 import csv
+import gzip
 import tempfile
 from pathlib import Path
+from typing import IO
 
 import datasets
 
 from w2s_jax import InputError
 from w2s_jax.data.labels import Named
 
-SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}   # also with .gz
 SPLITS = {"train": ("train",), "dev": ("dev", "validation", "valid"), "test": ("test",)}       # names of their files
 
 
+def kind_of(file: Path) -> str:
+  """Its suffix without .gz and in small letters; "" where that is none of SUFFIXES."""
+  name = file.name.lower().removesuffix(".gz")
+  return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+
+
 def read_file(file: str | Path) -> list[dict]:
-  """Rows of a .json, .jsonl, .csv, .tsv or .parquet file; labels that the file has names for are labels.Named.
+  """Rows of a .json, .jsonl, .csv, .tsv or .parquet file, gzipped or not.
+
+  Labels that the file has names for are labels.Named.
 
   Raises:
     InputError: no such file, another kind of file, or one that does not parse.
   """
-  file = Path(file)
+  file = Path(file).expanduser()
   if not file.is_file():
     raise InputError(f"data file {file} does not exist: give one that does (--config.data.*, --config.attack.*)")
-  if file.suffix not in SUFFIXES:
+  suffix = kind_of(file)
+  if not suffix:
     raise InputError(f"data file {file}: want one of {', '.join(SUFFIXES)}")
-  options = {}
-  if SUFFIXES[file.suffix] == "csv":
-    options = {"keep_default_na": False}             # a text may read "NA" or "null"
   try:
-    if file.suffix == ".tsv":
-      options |= {"delimiter": "\t", "quoting": csv.QUOTE_MINIMAL if _is_quoted(file) else csv.QUOTE_NONE}
+    options = _csv_options(file) if SUFFIXES[suffix] == "csv" else {}
     with tempfile.TemporaryDirectory() as cache:     # of datasets' own, which takes a changed file for the old one
-      return rows_of(datasets.load_dataset(SUFFIXES[file.suffix], data_files=str(file), split="train",
-                                           cache_dir=cache, **options))
-  except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as e:  # the last: an empty file
-    raise InputError(f"cannot read data file {file}: {e.__cause__ or str(e) or 'it is empty'}") from None
+      link = Path(cache) / ("rows" + suffix + ".gz" * (file.suffix.lower() == ".gz"))
+      link.symlink_to(file.absolute())               # to datasets `[` and `::` in a path mean something
+      return rows_of(datasets.load_dataset(SUFFIXES[suffix], data_files=str(link), split="train", cache_dir=cache,
+                                           **options))
+  except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration, EOFError, OSError) as e:
+    cause = e.__cause__ or e                         # StopIteration: an empty file
+    utf8 = " Save it as UTF-8." * isinstance(cause, UnicodeDecodeError)
+    raise InputError(f"cannot read data file {file}: {str(cause)[:300] or 'it is empty'}{utf8}") from None
 
 
 def rows_of(split: datasets.Dataset) -> list[dict]:
@@ -49,26 +60,61 @@ def rows_of(split: datasets.Dataset) -> list[dict]:
 
 
 def read_directory(directory: Path) -> dict[str, list[dict]]:
-  """Rows of each of its train, dev (or validation) and test files.
+  """Rows of each split of a directory.
+
+  That is: train, dev (or validation) and test files; a snapshot of a hub data set, data/train-*.parquet; or what
+  save_to_disk of `datasets` writes.
 
   Raises:
     InputError: two files for one split; see `read_file`.
   """
+  directory = directory.expanduser()
+  if (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file():
+    return _saved_to_disk(directory)
   out = {}
   for split, names in SPLITS.items():
-    found = [file for name in names for suffix in SUFFIXES if (file := directory / (name + suffix)).exists()]
-    if len(found) > 1:
-      raise InputError(f"{directory} has {' and '.join(f.name for f in found)}: keep one file per split")
-    if found:
-      out[split] = read_file(found[0])
+    there = sorted((file for file in directory.iterdir() if file.is_file() and kind_of(file)
+                    and file.name.lower().removesuffix(".gz").removesuffix(kind_of(file)) in names),
+                   key=lambda file: ([*SUFFIXES].index(kind_of(file)), file.name))
+    shards = sorted(file for name in names for file in directory.glob(f"data/{name}-*.parquet"))
+    if len(there) > 1:
+      raise InputError(f"{directory} has {' and '.join(f.name for f in there)}: keep one file per split")
+    if there or shards:
+      out[split] = [row for file in there or shards for row in read_file(file)]
   return out
+
+
+def _saved_to_disk(directory):
+  try:
+    found = datasets.load_from_disk(str(directory), keep_in_memory=True)
+  except (ValueError, OSError, KeyError, TypeError) as e:
+    raise InputError(f"cannot read {directory}, which looks like a data set of save_to_disk: {str(e)[:300]}") from None
+  splits = found if isinstance(found, datasets.DatasetDict) else {"train": found}
+  return {split: rows_of(splits[name]) for split, names in SPLITS.items() for name in names if name in splits}
+
+
+def _csv_options(file):
+  """How a CSV or TSV is read: a text may be NA or null; what stands between columns, and whether quotes count."""
+  options = {"keep_default_na": False}
+  with _opened(file) as f:
+    header = f.readline()
+  if kind_of(file) == ".tsv":
+    return options | {"delimiter": "\t", "quoting": csv.QUOTE_MINIMAL if _is_quoted(file) else csv.QUOTE_NONE}
+  return options | ({"delimiter": ";"} if ";" in header and "," not in header else {})
 
 
 def _is_quoted(file):
   """Whether a TSV has a line break or a tab in quotes, as pandas writes it; else a quote is a character like others."""
-  with file.open(newline="", encoding="utf-8-sig", errors="replace") as f:
-    raw = {line.rstrip("\r\n").count("\t") for line in f if line.strip("\r\n")}
-    if len(raw) < 2:
+  with _opened(file) as f:
+    if len({line.rstrip("\r\n").count("\t") for line in f if line.strip("\r\n")}) < 2:
       return False
-    f.seek(0)
-    return len({len(row) for row in csv.reader(f, delimiter="\t") if row}) == 1
+  with _opened(file) as f:
+    try:
+      return len({len(row) for row in csv.reader(f, delimiter="\t") if row}) == 1
+    except csv.Error:
+      return False
+
+
+def _opened(file) -> IO[str]:
+  options = dict(newline="", encoding="utf-8-sig", errors="replace")
+  return gzip.open(file, "rt", **options) if file.suffix.lower() == ".gz" else file.open(**options)

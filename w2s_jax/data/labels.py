@@ -31,7 +31,7 @@ def classes(values: Sequence[Any], num_labels: int, names: Sequence[str], where:
     names: of the classes, in their order; () where they have none.
     where: the data set, for the line that says how labels were taken, unless each is simply its number.
   """
-  different = {_key(value): value for value in values}
+  different = dict(sorted({_key(value): value for value in values}.items()))
   by_name = {key: _by_name(value, names) for key, value in different.items()}
   by_number = {key: _by_number(value, num_labels) for key, value in different.items()}
   if None not in by_name.values():
@@ -70,7 +70,7 @@ def names_of(rows: Sequence[dict], num_labels: int) -> tuple[str, ...]:
 
 
 def _key(value):
-  return type(value).__name__, repr(value)                 # 1, 1.0 and True are the same key of a dict
+  return type(value).__name__, repr(value)                # 1, 1.0 and True would be one key of a dict
 
 
 def _by_name(value, names):

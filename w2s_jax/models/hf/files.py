@@ -14,7 +14,9 @@ from w2s_jax.models.hf.fields import finite_json, listed, short
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 JSON_BYTES = 64 << 20                                              # no config or index is larger
+OTHERS = (".h5", ".msgpack", ".safetensors", ".gguf", ".onnx")       # models that are not called model.safetensors
 FLOATS = ("F32", "F16", "BF16")                                     # in a safetensors header
+LFS = b"version https://git-lfs"
 TILE = 64                                                          # rows and columns that are transposed at a time
 
 
@@ -26,7 +28,7 @@ def read_json(path: Path) -> dict:
   """
   try:
     if not path.is_file():
-      raise OSError("no such file")
+      raise OSError("no such file" + (what_is_there(path.parent) if path.name == "config.json" else ""))
     if path.stat().st_size > JSON_BYTES:
       raise ValueError(f"it has {path.stat().st_size} bytes, at most {JSON_BYTES} are read")
     value = json.loads(path.read_bytes(), parse_constant=finite_json)
@@ -86,8 +88,19 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     return where
   if not single.exists():
     pickles = sorted(f.name for f in directory.glob("*") if f.suffix in PICKLES)
-    raise InputError(f"no model.safetensors in {directory}" + (f"; {_pickle_hint(pickles[0])}" if pickles else ""))
+    hint = f"; {_pickle_hint(pickles[0])}" if pickles else what_is_there(directory)
+    raise InputError(f"no model.safetensors in {directory}{hint}")
   return dict.fromkeys(tensor_names(single), single)
+
+
+def what_is_there(directory: Path) -> str:
+  """Where no model lies in a directory, the rest of the line that says so: what lies there instead."""
+  below = sorted(str(file.parent.relative_to(directory)) for pattern in ("*/config.json", "snapshots/*/config.json")
+                 for file in directory.glob(pattern))
+  if below:
+    return f"; but there is one in {listed(below)}: give the directory of one"
+  others = sorted(file.name for file in directory.glob("*") if file.suffix in OTHERS)
+  return f"; {listed(others)} is not read: save the model by transformers' save_pretrained(DIR)" if others else ""
 
 
 def _pickle_hint(name):
@@ -104,7 +117,16 @@ def open_tensors(file: Path) -> safetensors.safe_open:
   try:
     return safetensors.safe_open(file, framework="np")
   except (safetensors.SafetensorError, OSError) as e:
+    if _begins_with(file, LFS):
+      raise InputError(f"{file} is a pointer of Git LFS, not the weights: fetch them with git lfs pull") from None
     raise InputError(f"cannot read {file}: {str(e)[:300]!r}") from None  # it quotes the header, line ends and all
+
+
+def _begins_with(file, start):
+  if not file.is_file():
+    return False
+  with file.open("rb") as f:
+    return f.read(len(start)) == start
 
 
 def check_dtype(file: Path, name: str, dtype: str) -> None:

@@ -23,6 +23,7 @@ LOG = logging.getLogger(__name__)
 
 OLD_NORM_NAMES = {"gamma": "weight", "beta": "bias"}               # of checkpoints converted from TensorFlow
 FLOAT32 = r".*(norm|score|pooler|classifier|widen)/.*"             # norms and heads stay float32 whatever the base is
+WRAPPED = ("module.", "_orig_mod.", "base_model.model.", "_fsdp_wrapped_module.")      # DDP, torch.compile, peft, FSDP
 PIECE_BYTES = 4 << 20                                              # read and placed at a time
 
 
@@ -97,6 +98,9 @@ def _fresh_head(directory, model, leaves, names, seed, mesh):
 def _described(directory, num_labels, num_layers, feature_width, runtime):
   """(Model, layers of the checkpoint, {tensor name: _Tensor}), by the config files and the headers of safetensors."""
   hf = files.read_json(directory / "config.json") | {"num_labels": num_labels}
+  if hf.get("quantization_config"):
+    raise InputError(f"{directory} is quantized (quantization_config in its config.json), and is read as floats alone: "
+                     "where you trust it, load it with transformers and save model.dequantize() with save_pretrained")
   own_head = feature_width is None and (directory / formats.HEAD_CONFIG).exists()
   if own_head:
     widened = Fields(files.read_json(directory / formats.HEAD_CONFIG), formats.HEAD_CONFIG)
@@ -170,6 +174,11 @@ def _check_tensors(directory, model, leaves, names, tensors, total_layers):
   wrong = [f"{t} {tensors[t].shape}, wanted {wanted[t]}" for t in sorted(set(wanted) & set(tensors) - fresh)
            if tensors[t].shape != wanted[t]]
   if missing or extra or wrong:
+    first = next((p for p in WRAPPED if tensors and all(one.name.startswith(p) for one in tensors.values())),
+                 None)
+    if first:
+      raise InputError(f"the names of all tensors of {directory} begin with {first!r}, of what the model was wrapped "
+                       "in when it was saved: save the model inside of that with save_pretrained(DIR)")
     raise InputError(f"{directory} does not fit its config.json (num_labels={c.num_labels}): "
                      f"missing {listed(missing)}; unexpected {listed(extra)}; wrong shape {listed(wrong)}")
   return fresh
