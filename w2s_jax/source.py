@@ -62,7 +62,7 @@ def of(config: Any) -> Source:
 def _attacked_rows(config):
   c = config.data
   attacked, defended = corpora.read(c.attack_source, c.attack_rows), corpora.read(c.defend_source, c.defend_rows)
-  names = _names_by_hand(c) or labels.names_of(attacked["train"], c.num_labels)
+  names = _names_by_hand(c) or corpora.class_names(attacked["train"], c.num_labels)
   attack = corpora.of(attacked, c.attack_source, c.attack_rows, c.num_labels, config.seed, names)
   defend = corpora.of(defended, c.defend_source, c.defend_rows, c.num_labels, config.seed, names)
   rows = {"attack_train": attack["train"], "attack_dev": attack["dev"], **defend}

@@ -17,6 +17,7 @@ from w2s_jax.defenses import DEFENSES, distill
 from w2s_jax.measure import deployed, metrics, scan, selftest
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
 from w2s_jax.models.hf import adapter_file
+from w2s_jax.models.padding import with_padding_token
 from w2s_jax.report import card, front, page
 from w2s_jax.run import Run, start
 from w2s_jax.training import stage, steps
@@ -34,7 +35,7 @@ def warmup(run: Run) -> None:
     run.claim()                       # it may have been put there from another workdir
     return
   model, params, tokenizer = _given_student(run) if c.student.path else _fresh_student(run)
-  model = checks.with_padding_token(model, tokenizer)
+  model = with_padding_token(model, tokenizer)
   checks.check_student(run, model)
   checks.check_teacher(run, model.config.feature_size)
   if "selftest" in c:
@@ -116,10 +117,11 @@ def teach(run: Run) -> None:
   if c.teacher.path:
     model, params = run.pretrained_teacher(width)
     tokenizer = tokenization.load(resolve(c.teacher.path), model.config.vocab_size)
+    model = with_padding_token(model, tokenizer)
   else:
     tokenizer = tokenization.train([r["text"] for r in run.rows["train"]], "encoder", c.teacher.arch.vocab_size)
     arch = c.teacher.arch.to_dict() | {"num_labels": c.data.num_labels}
-    model = checks.with_padding_token(Model(config_from_hf(arch, feature_width=width)), tokenizer)
+    model = with_padding_token(Model(config_from_hf(arch, feature_width=width)), tokenizer)
     params = model.init(stage.stream_key(c.seed, name), run.mesh)
   if c.teach.epochs:
     arrays, dev = (run.encode(tokenizer, run.rows[s], c.data.max_length) for s in ("train", "dev"))
@@ -198,7 +200,8 @@ def measure(run: Run) -> None:
   weights = {name: DEFENSES[name].recipe.weights(c.defense, width) for name in c.defenses if DEFENSES[name].recipe}
   teacher_ca = float(run.task.is_correct(readings[results.TEACHER].clean, {"label": run.labels("test")}).mean())
   meta = run.facts() | {"teacher": c.teacher.path or "trained here on the clean rows", "teacher_ca": teacher_ca,
-                        "loss_weights": weights}
+                        "loss_weights": weights, "hub": {"model": front.hub_id(c.student.base or c.student.path),
+                                                         "data": front.hub_id(c.data.get("train", ""))}}
   rows, meta = source.table(run, readings, meta)
   processes.write_json(run.workdir / "results.json", {
       "rows": [dataclasses.asdict(row) for row in rows],

@@ -46,12 +46,6 @@ def mean_norm(model: Embedding, params: dict) -> float:
   return float(jnp.linalg.norm(_vocabulary(model, params).astype(jnp.float32), axis=-1).mean())
 
 
-def start_norm(model: Embedding, params: dict) -> float:
-  """Mean norm of the soft tokens themselves, of those that began as what some layers make of words."""
-  rows = traverse_util.flatten_dict(params)[(*model.vocabulary, LEAF)]
-  return float(jnp.linalg.norm(rows.astype(jnp.float32), axis=-1).mean())
-
-
 def _vocabulary(model, params):
   return traverse_util.flatten_dict(params)[(*model.vocabulary, "embedding")]
 

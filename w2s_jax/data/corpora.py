@@ -39,15 +39,14 @@ def read(source: str, sizes: Any) -> dict[str, list[dict]]:
   """Raw rows of each split of a source.
 
   Args:
-    source: "grammar:reviews", "grammar:phrases"; a directory with train, dev and test as .json (lines or one
-      array), .jsonl, .csv, .tsv or .parquet; or a hub id.
+    source: "grammar:reviews", "grammar:phrases"; a directory as files.read_directory takes it; or a hub id.
     sizes: number of rows of each split of the grammar.
   Raises:
     InputError: there is no such source, or it has no train or no test split.
   """
   if source.startswith("grammar:"):
     return _grammar(source, sizes)
-  path = Path(source).expanduser()
+  path = data_files.in_home(Path(source))
   splits = data_files.read_directory(path) if path.is_dir() else _hub(source)
   missing = [split for split in ("train", "test") if split not in splits]
   if missing:
@@ -95,7 +94,7 @@ def load_clean(files: Mapping[str, str], num_labels: int, seed: int, text_column
     InputError: see `check`; or a class has no training row.
   """
   source = files["train"]
-  path = Path(source).expanduser()
+  path = data_files.in_home(Path(source))
   if source.startswith("grammar:"):
     splits = _grammar(source, GRAMMAR_SIZES)
   elif path.is_dir():
@@ -123,14 +122,19 @@ def load_clean(files: Mapping[str, str], num_labels: int, seed: int, text_column
 
 
 def _hold_out(train, name, size, rng, source):
-  """{name: `size` of the rows or a few more, "train": the others}; rows with the same text stay together."""
+  """{name: `size` of the rows, "train": the others}; rows with the same text stay together.
+
+  Texts that occur more often than there is room for stay in train, so the split may be a few rows smaller.
+  """
   order, together = rng.permutation(len(train)), {}
   for i in order:
     together.setdefault(_text(train[i]), []).append(i)
   held = []
   for same in together.values():
-    if len(held) < size and len(held) + len(same) < len(train):
+    if len(held) + len(same) <= min(size, len(train) - 1):
       held += same
+  if not held and len(together) > 1:
+    held = min(together.values(), key=len)
   repeated = len(train) - len(together)
   LOG.info(f"{source} has no {name} split: {len(held)} of its {len(train)} train rows are held out as one"
            + f" ({repeated} rows repeat the text of another, and stay on its side)" * bool(repeated))
@@ -188,6 +192,12 @@ def check(splits: dict[str, list[dict]], source: str, num_labels: int, text_colu
   numbers = iter(labels.classes(values, num_labels, names, source))
   return {where: [_checked(i, row, where, *found[where], next(numbers), num_labels, names) for i, row in rows.items()]
           for where, rows in kept.items()}
+
+
+def class_names(rows: list[dict], num_labels: int) -> tuple[str, ...]:
+  """What the label column of raw rows calls the classes 0, 1, ...; () where it does not, or not all."""
+  column = next((name for name in LABEL_COLUMNS if rows and name in rows[0]), None)
+  return labels.names_of([row[column] for row in rows], num_labels) if column else ()
 
 
 def _columns(rows, where, wanted):

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import tempfile
+import zlib
 from pathlib import Path
 from typing import IO
 
@@ -29,7 +30,7 @@ def read_file(file: str | Path) -> list[dict]:
   Raises:
     InputError: no such file, another kind of file, or one that does not parse.
   """
-  file = Path(file).expanduser()
+  file = in_home(Path(file))
   if not file.is_file():
     raise InputError(f"data file {file} does not exist: give one that does (--config.data.*, --config.attack.*)")
   suffix = kind_of(file)
@@ -42,10 +43,19 @@ def read_file(file: str | Path) -> list[dict]:
       link.symlink_to(file.absolute())               # to datasets `[` and `::` in a path mean something
       return rows_of(datasets.load_dataset(SUFFIXES[suffix], data_files=str(link), split="train", cache_dir=cache,
                                            **options))
-  except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration, EOFError, OSError) as e:
+  except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration, EOFError, OSError, zlib.error) as e:
     cause = e.__cause__ or e                         # StopIteration: an empty file
+    said = " ".join(str(cause).split())[:300] or "it is empty"
     utf8 = " Save it as UTF-8." * isinstance(cause, UnicodeDecodeError)
-    raise InputError(f"cannot read data file {file}: {str(cause)[:300] or 'it is empty'}{utf8}") from None
+    raise InputError(f"cannot read data file {file}: {said}{utf8}") from None
+
+
+def in_home(path: Path) -> Path:
+  """The path with ~ for the home directory written out; a ~NAME that is nobody's stays."""
+  try:
+    return path.expanduser()
+  except RuntimeError:
+    return path
 
 
 def rows_of(split: datasets.Dataset) -> list[dict]:
@@ -68,7 +78,6 @@ def read_directory(directory: Path) -> dict[str, list[dict]]:
   Raises:
     InputError: two files for one split; see `read_file`.
   """
-  directory = directory.expanduser()
   if (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file():
     return _saved_to_disk(directory)
   out = {}
@@ -77,8 +86,9 @@ def read_directory(directory: Path) -> dict[str, list[dict]]:
                     and file.name.lower().removesuffix(".gz").removesuffix(kind_of(file)) in names),
                    key=lambda file: ([*SUFFIXES].index(kind_of(file)), file.name))
     shards = sorted(file for name in names for file in directory.glob(f"data/{name}-*.parquet"))
-    if len(there) > 1:
-      raise InputError(f"{directory} has {' and '.join(f.name for f in there)}: keep one file per split")
+    names = [f.name for f in there] + sorted({f"data/{f.name.split('-')[0]}-*.parquet" for f in shards})
+    if len(names) > 1:
+      raise InputError(f"{directory} has {' and '.join(names)}: keep one file per split")
     if there or shards:
       out[split] = [row for file in there or shards for row in read_file(file)]
   return out

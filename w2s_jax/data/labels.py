@@ -26,21 +26,31 @@ def classes(values: Sequence[Any], num_labels: int, names: Sequence[str], where:
   Names come first, whatever the numbers say: with the classes' names ("1", "0") the label 1 is class 0, and with
   ("1 star", ..., "5 stars") the labels are 1 to 5. One rule holds for all of these labels.
 
+  Numbers of a file without names mean what they mean in one of the same data set that has them.
+
   Args:
     values: all labels of a data set: numbers, text, booleans, Named.
     names: of the classes, in their order; () where they have none.
     where: the data set, for the line that says how labels were taken, unless each is simply its number.
+  Raises:
+    InputError: the data's names are partly the classes', in another order.
   """
   different = dict(sorted({_key(value): value for value in values}.items()))
-  by_name = {key: _by_name(value, names) for key, value in different.items()}
+  called = {value.number: value.name for value in different.values() if isinstance(value, Named)}
+  by_name = {key: _by_name(called.get(value, value) if type(value) is int else value, names)
+             for key, value in different.items()}
   by_number = {key: _by_number(value, num_labels) for key, value in different.items()}
   if None not in by_name.values():
     found = by_name
   elif None not in by_number.values():
     found = by_number
-    if called := [value.name for value in different.values() if isinstance(value, Named) and names]:
-      LOG.warning(f"{where}: its classes are called {_listed(called)}, not {_listed(names)}: labels are taken "
-                  "by number. If that is wrong, say what the data calls class 0, 1, ...: --config.data.class_names")
+    if called and names:
+      told = f"{where}: its classes are called {_listed(called.values())}, not {_listed(names)}"
+      if any(by_name[key] not in (None, found[key]) for key in different):
+        raise InputError(f"{told}; only some of the names are the same, and those have other numbers: say what the "
+                         "data calls class 0, 1, ...: --config.data.class_names")
+      LOG.warning(f"{told}: labels are taken by number. If that is wrong, say what the data calls class 0, 1, ...: "
+                  "--config.data.class_names")
   else:                                                   # text that is a name, beside numbers
     found = by_number | {key: by_name[key] for key, value in different.items()
                          if isinstance(value, str) and by_name[key] is not None}
@@ -63,9 +73,9 @@ def check_names(names: Sequence[str], num_labels: int) -> tuple[str, ...]:
   return tuple(map(str, names))
 
 
-def names_of(rows: Sequence[dict], num_labels: int) -> tuple[str, ...]:
-  """What a file's own label column calls the classes 0, 1, ...; () where it does not, or not all."""
-  names = {value.number: value.name for row in rows for value in row.values() if isinstance(value, Named)}
+def names_of(values: Sequence[Any], num_labels: int) -> tuple[str, ...]:
+  """What labels that have names call the classes 0, 1, ...; () where they do not, or not all."""
+  names = {value.number: value.name for value in values if isinstance(value, Named)}
   return tuple(names[i] for i in range(num_labels)) if set(names) == set(range(num_labels)) else ()
 
 
@@ -75,14 +85,14 @@ def _key(value):
 
 def _by_name(value, names):
   name = value.name if isinstance(value, Named) else value
-  if isinstance(name, bool) or not names:
+  if name is None or not names:
     return None
-  if isinstance(name, float) and name.is_integer():
-    name = int(name)
-  for key in (str, _folded, _integer):                     # the first by which the names differ and one is the label's
-    keys = [key(one) for one in names]
-    if len(set(keys)) == len(keys) and key(str(name)) is not None and key(str(name)) in keys:
-      return keys.index(key(str(name)))
+  number = _number(name)
+  written = None if number is None else str(number)
+  for key, own in ((str, str(name)), (_folded, _folded(str(name))), (str, written), (_integer, number)):
+    keys = [key(one) for one in names]                     # the first by which the names differ and one is the label's
+    if own is not None and len(set(keys)) == len(keys) and own in keys:
+      return keys.index(own)
   return None
 
 
@@ -109,8 +119,13 @@ def _plain(value):
     return value.number
   if isinstance(value, str):
     value = {"true": 1, "false": 0}.get(value.strip().casefold(), value.removeprefix("LABEL_"))
+  return int(value) if isinstance(value, bool) else _number(value)
+
+
+def _number(value):
+  """The integer that a number, or a text that is nothing else, stands for; None for others."""
   try:
-    return int(float(value)) if float(value).is_integer() else None
+    return int(float(value)) if not isinstance(value, bool) and float(value).is_integer() else None
   except (TypeError, ValueError):
     return None
 

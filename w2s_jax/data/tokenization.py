@@ -53,8 +53,8 @@ def _load(directory, vocab_size):
                      "not belong together; give the model's own tokenizer")
   if tokenizer.pad_token is None:
     pad = _read_json(directory / "config.json").get("pad_token_id")         # by which transformers pools
-    known = isinstance(pad, int) and 0 <= pad < len(tokenizer)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad) if known else tokenizer.eos_token
+    added = tokenizer.added_tokens_decoder.get(pad if isinstance(pad, int) else None)        # a word must stay one
+    tokenizer.pad_token = added.content if added else tokenizer.eos_token
   if tokenizer.pad_token is None:
     raise InputError(f"the tokenizer of {directory} has neither a padding nor an end token: set pad_token in its "
                      "tokenizer_config.json")

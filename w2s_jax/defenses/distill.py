@@ -29,7 +29,7 @@ def train(recipe: Recipe, suspect: Suspect, settings: Any, runs: dict[str, int])
   check(next(iter(runs)), recipe, suspect.place.task, suspect.model, settings)
   suspect = suspect._replace(model=trained_model(recipe, suspect.model, settings))
   starts, arrays = zip(*(_start(recipe, suspect, settings, seed) for seed in runs.values()))
-  ascent = recipe.ascent(suspect.model, starts[0], settings) if recipe.ascent else None
+  ascent = recipe.ascent(suspect, settings) if recipe.ascent else None
   plan = stage_plan(recipe, suspect.place.task, suspect.model, settings, suspect.training, runs, ascent)
   trained = stage.train_stage(plan, list(starts), list(arrays), suspect.encode(suspect.dev), suspect.place)
   if recipe.ascent:

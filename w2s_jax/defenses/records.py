@@ -57,7 +57,7 @@ class Recipe(NamedTuple):
     augment: (suspect, settings, params, arrays, seed) -> (params, arrays) with `views` texts of each example.
     views: texts of one example.
     soft_tokens: settings -> number of soft tokens that `augment` puts beside the vocabulary; None: none.
-    ascent: (model, params with soft tokens, settings) -> their optimizer.
+    ascent: (suspect, settings) -> optimizer of the soft tokens.
     depth: settings -> fraction of the layers behind which soft tokens come in; None: among the words.
     from_base: it is given the public base of the attacked model in the place of that model.
     trains: labels of the leaves that train; with "adapter" among them the student gets adapters.

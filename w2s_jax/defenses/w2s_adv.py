@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from w2s_jax import sharding
 from w2s_jax.adapters import soft
 from w2s_jax.config import field
 from w2s_jax.data import batches, streams
@@ -33,9 +34,9 @@ class Settings:
   replace: float = field(0.0, "fraction of texts in which soft tokens replace tokens; in the others they are inserted",
                          low=0.0, high=1.0)
   step_size: float = field(0.5, "uphill, of each token and step", low=0.0, high=100.0,
-                           unit="mean norms of the vocabulary's embeddings")
+                           unit="mean norms of the words there")
   norm: float = field(1.5, "bound on each token", low=1e-3, high=100.0,
-                      unit="mean norms of the vocabulary's embeddings")
+                      unit="mean norms of the words there")
   depth: float = field(0.5, "`w2s_latent` alone: fraction of the layers behind which they come in", low=0.0, high=1.0)
   weight: float = field(1.0, "of the loss on texts with soft tokens, beside the clean texts' 1", low=0.0, high=1e6)
 
@@ -56,17 +57,25 @@ def with_adversary(recipe: Recipe, latent: bool = False) -> Recipe:
 def _augment(suspect, settings, params, arrays, seed):
   own, model, tokenizer, key = settings.adversary, suspect.model, suspect.tokenizer, stage.stream_key(seed, "adversary")
   if isinstance(model, Latent):
-    size = suspect.training.batch_size
-    batch = batches.make_batch(arrays, np.arange(min(size, len(arrays["length"]))), size, arrays["input_ids"].shape[1:])
-    words = model.words(params, batch, tokenizer.all_special_ids, suspect.place.mesh)
-    params = soft.put(model, params, jax.random.choice(key, words, (own.triggers * own.tokens,)))
+    start = np.asarray(jax.random.choice(key, _words(suspect), (own.triggers * own.tokens,)))
+    params = soft.put(model, params, jax.device_put(start, sharding.replicated(suspect.place.mesh)))
   else:
     params = soft.with_soft_tokens(model, params, own.triggers * own.tokens, key, tokenizer, suspect.avoid)
   return params, perturbed(arrays, tokenizer, model.config.vocab_size, own, seed)
 
 
-def _ascent(model, params, settings):
-  unit = soft.start_norm(model, params) if isinstance(model, Latent) else soft.mean_norm(model, params)
+def _words(suspect):
+  """[words, D] what the layers below the soft tokens make of a batch of clean texts, the same for every seed."""
+  size, arrays = suspect.training.batch_size, suspect.encode(suspect.train[:suspect.training.batch_size])
+  batch = batches.make_batch(arrays, np.arange(len(arrays["length"])), size, arrays["input_ids"].shape[1:])
+  return suspect.model.words(suspect.params, batch, suspect.tokenizer.all_special_ids, suspect.place.mesh)
+
+
+def _ascent(suspect, settings):
+  if isinstance(suspect.model, Latent):
+    unit = float(np.linalg.norm(_words(suspect), axis=-1).mean())
+  else:
+    unit = soft.mean_norm(suspect.model, suspect.params)
   return optim.ascent(settings.adversary.step_size * unit, settings.adversary.norm * unit)
 
 

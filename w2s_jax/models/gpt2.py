@@ -96,7 +96,7 @@ class Block(nn.Module):
 
 
 class GPT2Classifier(nn.Module):
-  """Decoder with its head on the last real token; left or right padding give the same logits."""
+  """Decoder with its head on the last token that is not padding; left or right padding give the same logits."""
   config: GPT2Config
   train: bool = False
 

@@ -25,11 +25,11 @@ def behind(model: Model, depth: float) -> "Latent":
   Raises:
     InputError: the model has one layer.
   """
-  layers = model.config.num_layers
-  if layers < 2:
+  count = model.config.num_layers
+  if count < 2:
     raise InputError("soft tokens in the middle of a network need a student of two layers or more: leave out the "
                      "defenses that have them (--config.defenses)")
-  return Latent(model, min(max(1, int(depth * layers)), layers - 1))
+  return Latent(model, min(max(1, int(depth * count)), count - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Latent:
   def apply(self, params: dict, input_ids: jax.Array, *args: Any, **kwargs: Any) -> layers.ClassifierOutput:
     soft = traverse_util.flatten_dict(params)[(*self.vocabulary, "soft")]
     words = self.stream(params, input_ids, *args, **kwargs)
+    if (key := kwargs.get("dropout_key")) is not None:
+      kwargs["dropout_key"] = jax.random.fold_in(key, self.below)                    # other masks than the layers below
     stream = layers.place_soft(words, input_ids, soft, self.config.vocab_size)
     return self._layers(self.below, self.config.num_layers, params, input_ids, *args, stream=stream, **kwargs)
 

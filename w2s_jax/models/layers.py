@@ -27,7 +27,7 @@ class ClassifierOutput:
 
   Attributes:
     logits: [B, C] float32.
-    features: [B, D] float32, the pooled vector after the final norm (last real token for decoders, first
+    features: [B, D] float32, the pooled vector after the final norm (last token but padding for decoders, first
       token for encoders; for the W2S teacher the widened vector).
     hidden: [R, T, D], every token's vector after the final norm; only the released feature loss and the
       language-model warm-up read it.

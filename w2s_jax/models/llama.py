@@ -195,7 +195,7 @@ class Block(nn.Module):
 
 
 class LlamaClassifier(nn.Module):
-  """Decoder with its head on the last real token; left or right padding give the same logits."""
+  """Decoder with its head on the last token that is not padding; left or right padding give the same logits."""
   config: LlamaConfig
   train: bool = False
 

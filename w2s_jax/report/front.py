@@ -23,16 +23,20 @@ def matter(name: str, rows: list[dict], meta: dict) -> str:
       if row.get(key) is not None:
         metric = called.format(attack=row["attack"])
         found[metric] = EvalResult(
-            task_type="text-classification", dataset_type=re.sub(r"[^\w.-]+", "-", row["dataset"]).strip("-.").lower(),
+            task_type="text-classification", dataset_type=_slug(row["dataset"]),
             dataset_name=row["dataset"], metric_type=kind, metric_value=round(row[key], 4), metric_name=metric)
-  base, data = meta["base"]["public"] or meta["base"]["path"], mine[0]["dataset"] if mine else ""
+  hub = meta.get("hub", {})                        # not in results of older versions
   card = ModelCardData(
       library_name="transformers", pipeline_tag="text-classification", tags=["backdoor-defense", "w2s_jax"],
-      base_model=_hub_id(base), datasets=_hub_id(data),
+      base_model=hub.get("model"), datasets=hub.get("data"),
       **({"model_name": name, "eval_results": list(found.values())} if found else {}))
   return f"---\n{card.to_yaml()}\n---\n\n"
 
 
-def _hub_id(source):
-  """None where it is a place on this machine, or nothing that the hub could have."""
+def hub_id(source: str) -> str | None:
+  """The source, None where it is a place on this machine or nothing that the hub could have."""
   return source if re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?", source) and not Path(source).exists() else None
+
+
+def _slug(name):
+  return re.sub(r"[^\w.-]+", "-", name).strip("-.").lower() or "unknown"

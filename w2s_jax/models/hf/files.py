@@ -96,10 +96,11 @@ def tensor_files(directory: Path) -> dict[str, Path]:
 def what_is_there(directory: Path) -> str:
   """Where no model lies in a directory, the rest of the line that says so: what lies there instead."""
   below = sorted(str(file.parent.relative_to(directory)) for pattern in ("*/config.json", "snapshots/*/config.json")
-                 for file in directory.glob(pattern))
+                 for file in directory.glob(pattern) if b'"model_type"' in _start(file))
   if below:
     return f"; but there is one in {listed(below)}: give the directory of one"
-  others = sorted(file.name for file in directory.glob("*") if file.suffix in OTHERS)
+  others = sorted(file.name for file in directory.glob("*") if file.suffix in OTHERS
+                  and file.name != "model.safetensors")
   return f"; {listed(others)} is not read: save the model by transformers' save_pretrained(DIR)" if others else ""
 
 
@@ -117,16 +118,17 @@ def open_tensors(file: Path) -> safetensors.safe_open:
   try:
     return safetensors.safe_open(file, framework="np")
   except (safetensors.SafetensorError, OSError) as e:
-    if _begins_with(file, LFS):
+    if _start(file).startswith(LFS):
       raise InputError(f"{file} is a pointer of Git LFS, not the weights: fetch them with git lfs pull") from None
     raise InputError(f"cannot read {file}: {str(e)[:300]!r}") from None  # it quotes the header, line ends and all
 
 
-def _begins_with(file, start):
+def _start(file):
+  """The first bytes of a file, enough for a config.json; none of what is no file."""
   if not file.is_file():
-    return False
+    return b""
   with file.open("rb") as f:
-    return f.read(len(start)) == start
+    return f.read(1 << 16)
 
 
 def check_dtype(file: Path, name: str, dtype: str) -> None:

@@ -98,7 +98,8 @@ def _fresh_head(directory, model, leaves, names, seed, mesh):
 def _described(directory, num_labels, num_layers, feature_width, runtime):
   """(Model, layers of the checkpoint, {tensor name: _Tensor}), by the config files and the headers of safetensors."""
   hf = files.read_json(directory / "config.json") | {"num_labels": num_labels}
-  if hf.get("quantization_config"):
+  quantization = Fields(hf).section("quantization_config")
+  if quantization.values and quantization.values.get("quant_method") != "gguf":       # transformers leaves that behind
     raise InputError(f"{directory} is quantized (quantization_config in its config.json), and is read as floats alone: "
                      "where you trust it, load it with transformers and save model.dequantize() with save_pretrained")
   own_head = feature_width is None and (directory / formats.HEAD_CONFIG).exists()

@@ -17,6 +17,7 @@ from w2s_jax import InputError, processes
 from w2s_jax.models.hf import adapter_file, formats
 from w2s_jax.models.hf.files import copy_transposed, read_json
 from w2s_jax.models.model import Model
+from w2s_jax.models.padding import with_padding_token
 
 MODEL_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md")
 
@@ -38,19 +39,17 @@ def save_pretrained(directory: str | Path, model: Model, params: dict, tokenizer
   Args:
     directory: created; an existing model directory is replaced, any other is refused.
     params: nested dict without adapters that can be merged (`lora.merge_lora` first).
-    tokenizer: a transformers tokenizer to save along.
+    tokenizer: a transformers tokenizer to save along; its padding token goes into the model's config.
     id2label: names of the classes; those that the model was loaded with, or LABEL_0..., where None.
     card: text of the model card, README.md.
   Raises:
     ValueError: params hold adapters that can be merged, or do not fit the model.
-    InputError: the directory holds something else than a model, or the tokenizer pads with another token than the
-      model's config says, so that transformers would answer otherwise in batches than to a text alone.
+    InputError: the directory holds something else than a model, or the tokenizer's padding token is not the model's
+      (`padding.with_padding_token`).
   """
+  if tokenizer is not None:
+    model = with_padding_token(model, tokenizer)
   c = model.config
-  pads = [c.pad_token_id, tokenizer.pad_token_id] if tokenizer is not None else []
-  if None not in pads and len(set(pads)) > 1:
-    raise InputError(f"the model's padding token is {pads[0]}, the tokenizer pads with {pads[1]}: give the model's own "
-                     "tokenizer, or set its pad_token")
   names = model.weight_names()
   leaves = traverse_util.flatten_dict(params, sep="/")
   beside = adapter_file.paths_to_save(model, leaves)
@@ -98,10 +97,7 @@ def _finish(part, directory, model, shards, headed, leaves, tokenizer, id2label,
     (part / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}))
   dtype = next(leaf.dtype for path, leaf in leaves.items() if re.fullmatch(r"layers/.*/kernel", path))
-  config = _config(model, id2label, dtype)
-  if tokenizer is not None and config["pad_token_id"] is None:
-    config["pad_token_id"] = tokenizer.pad_token_id               # stock batches need it
-  (part / "config.json").write_text(json.dumps(config, indent=2))
+  (part / "config.json").write_text(json.dumps(_config(model, id2label, dtype), indent=2))
   if tokenizer is not None:
     tokenizer.save_pretrained(part)
   if card is not None:
