@@ -48,7 +48,7 @@ def test_a_base_adds_the_control_that_starts_there(suspect, tiny_run, tmp_path):
   assert "brings the\nbackdoor back" in (tmp_path / "w/adapters/lora_ce/README.md").read_text()
   assert "backdoor back" not in (tmp_path / "w/adapters/from_base/README.md").read_text()
   card = (tmp_path / "w/models/from_base/README.md").read_text()
-  assert card.startswith("A control: the public base of the suspect") and f"- Base: {base}" in card
+  assert card.split("---\n\n")[1].startswith("A control: the public base of the suspect") and f"- Base: {base}" in card
   rows = json.loads((tmp_path / "w/results.json").read_text())["rows"]
   assert [row["model"] for row in rows] == ["suspect", "lora_ce", "from_base"]
 

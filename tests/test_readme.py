@@ -126,7 +126,8 @@ def test_the_checkpoint_that_is_cleaned(home):
 
 
 @pytest.mark.parametrize("command", [
-    pytest.param(c, marks=pytest.mark.slow) if "data=../shared" in c else c for c in MAIN if c not in (CLEAN, SCAN)])
+    pytest.param(c, marks=pytest.mark.slow) if "data=../shared" in c else c for c in MAIN
+    if c not in (CLEAN, PRETRAINED, SCAN)])
 def test_main_commands(command, home):
   args = shlex.split(command)[3:]
   if "../shared/data" in command and not (SHARED / "data").is_dir():

@@ -15,7 +15,8 @@ def run_of(teacher, student, rows, **teach):
   """A run whose teacher and attacked model answer this number of `rows` dev rows rightly."""
   right = {"teacher": teacher, "suspect": student}
   return types.SimpleNamespace(
-      config=ConfigDict({"teach": {"most_below": 0.1} | teach}), task=CLASSIFICATION, rows={"dev": [None] * rows},
+      config=ConfigDict({"teach": {"most_below": 0.1} | teach, "data": {"num_labels": 2}}), task=CLASSIFICATION,
+      rows={"dev": [None] * rows},
       source=types.SimpleNamespace(attacked="suspect"), labels=lambda split: np.ones(rows, int),
       load=lambda name: (np.arange(rows) < right[name], None, None))
 
