@@ -237,4 +237,3 @@ def run(config: ConfigDict, workdir: str | Path, only: str | None = None) -> int
     if only in (None, name):
       outcome = STAGES[name](this)
   return scan.EXIT_CODES[outcome] if only == "scan" else 0
-

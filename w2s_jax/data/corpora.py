@@ -168,8 +168,7 @@ def _hub(name):
     raise InputError(f"data set {name!r} is neither a local directory nor to be had from the hub "
                      f"({type(e).__name__}): give a directory with train, dev and test files "
                      "(:data=DIR, or --config.data.attack_source, .defend_source, .train)") from e
-  return {split: data_files.rows_of(splits[name]) for split, names in data_files.SPLITS.items() for name in names
-          if name in splits}
+  return data_files.rows_of_splits(splits)
 
 
 def check(splits: dict[str, list[dict]], source: str, num_labels: int, text_column: str = "", label_column: str = "",

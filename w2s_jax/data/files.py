@@ -4,6 +4,7 @@ import csv
 import gzip
 import tempfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -69,6 +70,11 @@ def rows_of(split: datasets.Dataset) -> list[dict]:
   return rows
 
 
+def rows_of_splits(found: Mapping[str, datasets.Dataset]) -> dict[str, list[dict]]:
+  """Rows of a data set's train, dev and test splits, by our names of them."""
+  return {split: rows_of(found[name]) for split, names in SPLITS.items() for name in names if name in found}
+
+
 def read_directory(directory: Path) -> dict[str, list[dict]]:
   """Rows of each split of a directory.
 
@@ -99,17 +105,16 @@ def _saved_to_disk(directory):
     found = datasets.load_from_disk(str(directory), keep_in_memory=True)
   except (ValueError, OSError, KeyError, TypeError) as e:
     raise InputError(f"cannot read {directory}, which looks like a data set of save_to_disk: {str(e)[:300]}") from None
-  splits = found if isinstance(found, datasets.DatasetDict) else {"train": found}
-  return {split: rows_of(splits[name]) for split, names in SPLITS.items() for name in names if name in splits}
+  return rows_of_splits(found if isinstance(found, datasets.DatasetDict) else {"train": found})
 
 
 def _csv_options(file):
   """How a CSV or TSV is read: a text may be NA or null; what stands between columns, and whether quotes count."""
   options = {"keep_default_na": False}
-  with _opened(file) as f:
-    header = f.readline()
   if kind_of(file) == ".tsv":
     return options | {"delimiter": "\t", "quoting": csv.QUOTE_MINIMAL if _is_quoted(file) else csv.QUOTE_NONE}
+  with _opened(file) as f:
+    header = f.readline()
   return options | ({"delimiter": ";"} if ";" in header and "," not in header else {})
 
 

@@ -54,10 +54,10 @@ def classes(values: Sequence[Any], num_labels: int, names: Sequence[str], where:
   else:                                                   # text that is a name, beside numbers
     found = by_number | {key: by_name[key] for key, value in different.items()
                          if isinstance(value, str) and by_name[key] is not None}
-  told = [f"{value!r} is class {found[key]}" + f" ({names[found[key]]})" * bool(names)
-          for key, value in different.items() if found[key] not in (None, _plain(value))]
-  if told:
-    LOG.info(f"{where}: labels are taken so: {_listed(told)}")
+  taken = [f"{value!r} is class {found[key]}" + f" ({names[found[key]]})" * bool(names)
+           for key, value in different.items() if found[key] not in (None, _plain(value))]
+  if taken:
+    LOG.info(f"{where}: labels are taken so: {_listed(taken)}")
   return [found[_key(value)] for value in values]
 
 

@@ -122,12 +122,13 @@ class Model:
     return module.apply({"params": params}, input_ids, segment_ids, texts, stream, rngs=rngs)
 
   def _check_tokens(self, params, input_ids, segment_ids, texts):
-    soft = traverse_util.flatten_dict(params).get((*self.vocabulary, "soft"))
+    leaves = traverse_util.flatten_dict(params)
+    soft = leaves.get((*self.vocabulary, "soft"))
     known = self.config.vocab_size + (0 if soft is None else len(soft))
     if input_ids.size and not 0 <= input_ids.min() <= input_ids.max() < known:           # NaN on padding spreads too
       raise InputError(f"token ids are {input_ids.min()} to {input_ids.max()}, the model knows 0 to {known - 1}: use "
                        "its own tokenizer")
-    learned = any(re.search("position_embeddings", "/".join(path)) for path in traverse_util.flatten_dict(params))
+    learned = any("position_embeddings" in path for path in leaves)
     by_place = isinstance(self.config, encoder.EncoderConfig) and self.config.model_type != "roberta"
     longest = 0 if texts is not None else input_ids.shape[1] if by_place else (segment_ids > 0).sum(axis=1).max()
     if learned and longest > self.config.max_positions:
