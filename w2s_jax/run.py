@@ -47,7 +47,6 @@ class Run:
   sha256: dict        # of the frozen files
   inputs: dict        # sha256 of what was read: rows of each split, weights of the given checkpoints
   held: filelock.BaseFileLock | None = None      # the workdir's lock
-  kept_teacher: dict | None = None
 
   @property
   def cache(self) -> Path:
@@ -233,18 +232,16 @@ class Run:
     model = Model(dataclasses.replace(model.config, labels=labels))
     return with_padding_token(model, tokenizer), params, tokenizer
 
-  def teacher_outputs(self) -> dict[str, np.ndarray]:
-    """The frozen teacher's logits and features of the clean training rows, once for every epoch, seed and defense."""
-    rows, length = self.rows["train"], self.config.data.max_length
+  def teacher_outputs(self, texts: list[str]) -> dict[str, np.ndarray]:
+    """The frozen teacher's logits and features of these texts, once for every epoch, seed, defense and run."""
+    length = self.config.data.max_length
     def compute(empty):
       model, params, tokenizer = self.load(results.TEACHER)
-      inference.outputs(model, params, self.encode(tokenizer, rows, length), self.mesh, **self.place.eval_shapes(),
-                        empty=empty)
-    if self.kept_teacher is None:
-      cached = teacher_cache.outputs(self.cache / "teacher", self.model_dir(results.TEACHER), [r["text"] for r in rows],
-                                     "float32", length, compute)
-      self.kept_teacher = {f"teacher_{name}": values for name, values in cached.items()}
-    return self.kept_teacher
+      inference.outputs(model, params, tokenization.encode(tokenizer, texts, length), self.mesh,
+                        **self.place.eval_shapes(), empty=empty)
+    cached = teacher_cache.outputs(self.cache / "teacher", self.model_dir(results.TEACHER), texts, "float32", length,
+                                   compute)
+    return {f"teacher_{name}": values for name, values in cached.items()}
 
 
 def start(config: ConfigDict, workdir: str | Path) -> Run:

@@ -12,6 +12,7 @@ from w2s_jax.defenses import (
     w2s,
     w2s_adv,
     w2s_released,
+    w2s_words,
 )
 from w2s_jax.defenses.records import Defense, Recipe, Suspect
 
@@ -24,6 +25,7 @@ DEFENSES = {
     "lora_ce": Defense(lora_ce.RECIPE),
     "full_ft": Defense(full_ft.CONTROL),
     "w2s_full": Defense(full_ft.TAUGHT, settings=_DISTILS),
+    "w2s_words": Defense(w2s_words.RECIPE, settings=_DISTILS | {"words": w2s_words.Settings}),
     "w2s_latent": Defense(full_ft.LATENT, settings=_ADVERSARY),
     "from_base": Defense(from_base.RECIPE),
     "from_base_w2s": Defense(from_base.TAUGHT, settings=_DISTILS),

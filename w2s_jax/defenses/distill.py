@@ -30,7 +30,11 @@ def train(recipe: Recipe, suspect: Suspect, settings: Any, runs: dict[str, int])
   suspect = suspect._replace(model=trained_model(recipe, suspect.model, settings))
   starts, arrays = zip(*(_start(recipe, suspect, settings, seed) for seed in runs.values()))
   ascent = recipe.ascent(suspect, settings) if recipe.ascent else None
-  plan = stage_plan(recipe, suspect.place.task, suspect.model, settings, suspect.training, runs, ascent)
+  training = suspect.training
+  if recipe.rows:
+    training = training.copy_and_resolve_references()
+    training.epochs = 1
+  plan = stage_plan(recipe, suspect.place.task, suspect.model, settings, training, runs, ascent)
   trained = stage.train_stage(plan, list(starts), list(arrays), suspect.encode(suspect.dev), suspect.place)
   if recipe.ascent:
     trained = [trees.split(params, ("soft",))[1] for params in trained]
@@ -79,9 +83,11 @@ def _start(recipe, suspect, settings, seed):
     places = functools.partial(sharding.param_shardings, rules=suspect.model.shardings, mesh=suspect.place.mesh)
     params = lora.add_lora(params, suspect.lora.rank, suspect.lora.alpha, tuple(suspect.lora.targets),
                            key=stage.stream_key(seed, "lora"), places=places)
-  arrays = suspect.encode(insertions.with_rare_words(suspect.train, suspect.training.insert_words, suspect.avoid, seed))
+  rows = recipe.rows(suspect, settings, seed) if recipe.rows else suspect.train
+  arrays = suspect.encode(insertions.with_rare_words(rows, suspect.training.insert_words, suspect.avoid, seed))
   if recipe.teacher_view:
-    arrays |= recipe.teacher_view(suspect.teacher(), arrays.get("label"), seed)
+    outputs = suspect.teacher([row["text"] for row in rows])
+    arrays |= recipe.teacher_view(outputs, arrays.get("label"), seed)
   return recipe.augment(suspect, settings, params, arrays, seed) if recipe.augment else (params, arrays)
 
 

@@ -19,7 +19,7 @@ class Suspect(NamedTuple):
   Attributes:
     model, params, tokenizer: of the attacked model.
     train, dev: clean rows {"text", "label"}.
-    teacher: () -> {"teacher_logits" [N, C], "teacher_features" [N, D]} of `train`, computed on the first call.
+    teacher: texts [N] -> {"teacher_logits" [N, C], "teacher_features" [N, D]}, computed once for the same texts.
     avoid: strings that ASR is measured with: random insertions must not hit one.
     training: how long every defense may train and how fast: the section `defend` of the config.
     lora: the shape of every defense's adapters: the section `lora`.
@@ -31,7 +31,7 @@ class Suspect(NamedTuple):
   tokenizer: Any
   train: list
   dev: list
-  teacher: Callable[[], dict]
+  teacher: Callable[[list[str]], dict]
   avoid: tuple[str, ...]
   training: Any
   lora: Any
@@ -53,6 +53,8 @@ class Recipe(NamedTuple):
   Attributes:
     terms: (ClassifierOutput, batch, settings, task) -> {term: scalar}; task.loss_terms gives those of the task itself.
     weights: (settings, feature width) -> {term: weight}, of the very terms; checked before anything trains.
+    rows: (suspect, settings, seed) -> rows of all epochs, each trained on once; the teacher reads the same texts; None:
+      the suspect's `train` in every epoch.
     teacher_view: (teacher's outputs, labels [N], seed) -> what the student is shown of them; None: no teacher.
     augment: (suspect, settings, params, arrays, seed) -> (params, arrays) with `views` texts of each example.
     views: texts of one example.
@@ -66,6 +68,7 @@ class Recipe(NamedTuple):
   """
   terms: Callable
   weights: Callable
+  rows: Callable | None = None
   teacher_view: Callable | None = None
   augment: Callable | None = None
   views: int = 1
