@@ -1,6 +1,5 @@
 """The seams: a defense, a task of one's own in a few lines each; what a defense may see; three shapes of defenses."""
 
-import dataclasses
 import json
 import types
 
@@ -18,8 +17,6 @@ from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, Defense, Recipe, Suspect, distill, lora_ce, onion, prune, strip, w2s
 from w2s_jax.measure import metrics
 from w2s_jax.measure.deployed import Reading
-from w2s_jax.models import Model
-from w2s_jax.models.latent import Latent
 from w2s_jax.tasks import CLASSIFICATION, Task
 from w2s_jax.training import inference, stage
 
@@ -190,37 +187,3 @@ def test_full_fine_tuning_moves_every_leaf_at_its_own_rate(suspect):
   before = traverse_util.flatten_dict(suspect.params, sep="/")
   for path, after in traverse_util.flatten_dict(moved, sep="/").items():
     assert np.abs(after - before[path]).max() == pytest.approx(0.2 * 2e-2, rel=1e-2), path     # Adam's, a step long
-
-
-def test_an_adversary_in_the_middle_of_the_network(suspect):
-  """Its soft tokens begin as what the first layers make of words, move within their bound, and are not handed out."""
-  settings = rig.DEFENSE.copy_and_resolve_references()
-  recipe, model = DEFENSES["w2s_latent"].recipe, suspect.model
-  place = distill.trained_model(recipe, model, settings)
-  assert isinstance(place, Latent) and place.below == model.config.num_layers // 2
-  arrays = suspect.encode(suspect.train)
-  start, both = recipe.augment(suspect._replace(model=place), settings, suspect.params, arrays, 0)
-  soft = np.asarray(start["embed_tokens"]["soft"])
-  segment_ids = (np.arange(16) < arrays["length"][:, None]).astype(np.int32)
-  stream = np.asarray(place.stream(suspect.params, arrays["input_ids"], segment_ids))[segment_ids > 0]
-  assert np.abs(stream[:, None] - soft).max(-1).min(0).max() < 1e-5 and both["soft"].sum() == len(suspect.train)
-  rule = recipe.ascent(suspect._replace(model=place), settings)
-  gradient = jax.tree.map(np.ones_like, {"soft": soft})
-  moved = rule.update(gradient, rule.init(gradient), {"soft": soft})[0]["soft"]
-  first = np.arange(len(arrays["length"])) < suspect.training.batch_size
-  real = (segment_ids > 0) & first[:, None] & ~np.isin(arrays["input_ids"], suspect.tokenizer.all_special_ids)
-  unit = np.linalg.norm(place.stream(suspect.params, arrays["input_ids"], segment_ids), axis=-1)[real].mean()
-  far = settings.adversary.step_size * unit + np.linalg.norm(soft, axis=-1) > settings.adversary.norm * unit
-  np.testing.assert_allclose(np.linalg.norm(moved, axis=-1)[~far], settings.adversary.step_size * unit, rtol=1e-4)
-  assert np.linalg.norm(soft + moved, axis=-1).max() <= settings.adversary.norm * unit * (1 + 1e-5) and (~far).any()
-  suspect.training.update(epochs=8)
-  narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), suspect.params)
-  trained, = distill.train(recipe, suspect._replace(params=narrow), settings, {"w2s_latent": 0})
-  assert jax.tree.map(lambda x: (x.shape, x.dtype), trained) == jax.tree.map(lambda x: (x.shape, x.dtype), narrow)
-  assert accuracy(suspect, suspect.params, CLASSIFICATION) < 0.75 < 0.9 < accuracy(suspect, trained, CLASSIFICATION)
-
-
-def test_a_student_of_one_layer_has_no_middle(suspect):
-  single = Model(dataclasses.replace(suspect.model.config, num_layers=1))
-  with pytest.raises(InputError, match="need a student of two layers or more"):
-    distill.check("w2s_latent", DEFENSES["w2s_latent"].recipe, CLASSIFICATION, single, rig.DEFENSE)

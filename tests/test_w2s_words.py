@@ -1,5 +1,7 @@
 """Words of the whole vocabulary in clean texts: which rows get them, which draw is kept, what is trained on them."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import rig
@@ -75,10 +77,12 @@ def test_the_teacher_reads_the_text_that_the_student_reads(suspect):
     return teacher(texts)
   suspect.training.update(epochs=2, learning_rate=2e-3, evaluations=1)
   recipe = DEFENSES["w2s_words"].recipe
-  distill.train(recipe, suspect._replace(teacher=reading), settings(), {"w2s_words": 0})
+  narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), suspect.params)
+  cleaned, = distill.train(recipe, suspect._replace(teacher=reading, params=narrow), settings(), {"w2s_words": 0})
+  assert {x.dtype for x in jax.tree.leaves(cleaned)} == {jnp.dtype(jnp.bfloat16)}
   drawn, trained = read
   assert len(drawn) == 3 * 80 and len(trained) == 2 * 80
-  assert trained == [row["text"] for row in recipe.rows(suspect, settings(), 0)]
+  assert trained == [row["text"] for row in recipe.rows(suspect._replace(params=narrow), settings(), 0)]
   steps = (suspect.place.workdir / "metrics/w2s_words.jsonl").read_text().splitlines()
   assert f'"step": {2 * 80 // 16}' in steps[-1] or f'"step": {2 * 80 // 16 - 1}' in steps[-1]
   assert suspect.training.epochs == 2

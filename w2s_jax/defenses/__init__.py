@@ -26,7 +26,6 @@ DEFENSES = {
     "full_ft": Defense(full_ft.CONTROL),
     "w2s_full": Defense(full_ft.TAUGHT, settings=_DISTILS),
     "w2s_words": Defense(w2s_words.RECIPE, settings=_DISTILS | {"words": w2s_words.Settings}),
-    "w2s_latent": Defense(full_ft.LATENT, settings=_ADVERSARY),
     "from_base": Defense(from_base.RECIPE),
     "from_base_w2s": Defense(from_base.TAUGHT, settings=_DISTILS),
     "w2s": Defense(w2s.RECIPE, settings=_DISTILS),

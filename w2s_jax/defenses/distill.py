@@ -11,8 +11,7 @@ from w2s_jax import InputError, lora, sharding
 from w2s_jax.adapters import trees
 from w2s_jax.data import insertions
 from w2s_jax.defenses.records import Defense, Recipe, Suspect
-from w2s_jax.models import Model, latent
-from w2s_jax.models.latent import Latent
+from w2s_jax.models import Model
 from w2s_jax.tasks import Task
 from w2s_jax.training import stage, steps
 
@@ -27,7 +26,6 @@ def train(recipe: Recipe, suspect: Suspect, settings: Any, runs: dict[str, int])
     InputError: see `check`; a workdir whose student was put there has not come by it.
   """
   check(next(iter(runs)), recipe, suspect.place.task, suspect.model, settings)
-  suspect = suspect._replace(model=trained_model(recipe, suspect.model, settings))
   starts, arrays = zip(*(_start(recipe, suspect, settings, seed) for seed in runs.values()))
   ascent = recipe.ascent(suspect, settings) if recipe.ascent else None
   training = suspect.training
@@ -45,17 +43,7 @@ def train(recipe: Recipe, suspect: Suspect, settings: Any, runs: dict[str, int])
 
 def _in_dtypes_of(start, params):
   """Full fine-tuning trains in float32, whatever the model is kept in."""
-  start = trees.split(start, ("soft",))[1]
   return jax.tree.map(lambda before, after: after.astype(before.dtype), start, params)
-
-
-def trained_model(recipe: Recipe, model: Model, settings: Any) -> Model | Latent:
-  """The model, or the same with soft tokens that come in behind some of its layers.
-
-  Raises:
-    InputError: it has too few layers.
-  """
-  return model if recipe.depth is None else latent.behind(model, recipe.depth(settings))
 
 
 def cleaned(defense: Defense, suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]:
@@ -63,7 +51,7 @@ def cleaned(defense: Defense, suspect: Suspect, settings: Any, runs: dict[str, i
   return train(defense.recipe, suspect, settings, runs) if defense.recipe else defense.weights(suspect, settings, runs)
 
 
-def stage_plan(recipe: Recipe, task: Task, model: Model | Latent, settings: Any, training: Any, runs: dict[str, int],
+def stage_plan(recipe: Recipe, task: Task, model: Model, settings: Any, training: Any, runs: dict[str, int],
                ascent: optax.GradientTransformation | None = None) -> steps.StagePlan:
   """What of a recipe is compiled, for training and for planning."""
   weights = recipe.weights(settings, model.config.feature_size)
@@ -93,7 +81,6 @@ def _start(recipe, suspect, settings, seed):
 
 def check(name: str, recipe: Recipe, task: Task, model: Model, settings: Any) -> None:
   """Raises InputError unless the recipe's terms and their weights have the same names; nothing is allocated."""
-  trained_model(recipe, model, settings)
   weights = recipe.weights(settings, model.config.feature_size)
   batch = steps.abstract_batch(model, task, 2, 4, recipe.teacher_view is not None, bool(recipe.soft_tokens))
   def terms(params, batch):

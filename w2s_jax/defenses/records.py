@@ -60,7 +60,6 @@ class Recipe(NamedTuple):
     views: texts of one example.
     soft_tokens: settings -> number of soft tokens that `augment` puts beside the vocabulary; None: none.
     ascent: (suspect, settings) -> optimizer of the soft tokens.
-    depth: settings -> fraction of the layers behind which soft tokens come in; None: among the words.
     from_base: it is given the public base of the attacked model in the place of that model.
     trains: labels of the leaves that train; with "adapter" among them the student gets adapters.
     rate: times `defend.learning_rate`, at which it trains.
@@ -74,7 +73,6 @@ class Recipe(NamedTuple):
   views: int = 1
   soft_tokens: Callable | None = None
   ascent: Callable | None = None
-  depth: Callable | None = None
   from_base: bool = False
   trains: tuple[str, ...] = trees.LORA
   rate: float = 1.0

@@ -15,13 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from w2s_jax import sharding
 from w2s_jax.adapters import soft
 from w2s_jax.config import field
-from w2s_jax.data import batches, streams
+from w2s_jax.data import streams
 from w2s_jax.defenses.records import Recipe
 from w2s_jax.models import ClassifierOutput
-from w2s_jax.models.latent import Latent
 from w2s_jax.tasks import Task
 from w2s_jax.training import optim, stage
 
@@ -34,48 +32,30 @@ class Settings:
   replace: float = field(0.0, "fraction of texts in which soft tokens replace tokens; in the others they are inserted",
                          low=0.0, high=1.0)
   step_size: float = field(0.5, "uphill, of each token and step", low=0.0, high=100.0,
-                           unit="mean norms of the words there")
+                           unit="mean norms of the vocabulary's embeddings")
   norm: float = field(1.5, "bound on each token", low=1e-3, high=100.0,
-                      unit="mean norms of the words there")
-  depth: float = field(0.5, "`w2s_latent` alone: fraction of the layers behind which they come in", low=0.0, high=1.0)
+                      unit="mean norms of the vocabulary's embeddings")
   weight: float = field(1.0, "of the loss on texts with soft tokens, beside the clean texts' 1", low=0.0, high=1e6)
 
 
-def with_adversary(recipe: Recipe, latent: bool = False) -> Recipe:
-  """The recipe on each text twice, the second time with soft tokens that move uphill.
-
-  latent: they come in behind the first layers, not among the words.
-  """
+def with_adversary(recipe: Recipe) -> Recipe:
+  """The recipe on each text twice, the second time with soft tokens that move uphill."""
   both_terms = functools.partial(terms, recipe.terms)
   def weights(settings, width):
     return loss_weights(recipe.weights(settings, width), settings.adversary.weight)
   return recipe._replace(terms=both_terms, weights=weights, augment=_augment, views=2, ascent=_ascent,
-                         soft_tokens=lambda settings: settings.adversary.triggers * settings.adversary.tokens,
-                         depth=(lambda settings: settings.adversary.depth) if latent else None)
+                         soft_tokens=lambda settings: settings.adversary.triggers * settings.adversary.tokens)
 
 
 def _augment(suspect, settings, params, arrays, seed):
-  own, model, tokenizer, key = settings.adversary, suspect.model, suspect.tokenizer, stage.stream_key(seed, "adversary")
-  if isinstance(model, Latent):
-    start = np.asarray(jax.random.choice(key, _words(suspect), (own.triggers * own.tokens,)))
-    params = soft.put(model, params, jax.device_put(start, sharding.replicated(suspect.place.mesh)))
-  else:
-    params = soft.with_soft_tokens(model, params, own.triggers * own.tokens, key, tokenizer, suspect.avoid)
+  own, model, tokenizer = settings.adversary, suspect.model, suspect.tokenizer
+  params = soft.with_soft_tokens(model, params, own.triggers * own.tokens, stage.stream_key(seed, "adversary"),
+                                 tokenizer, suspect.avoid)
   return params, perturbed(arrays, tokenizer, model.config.vocab_size, own, seed)
 
 
-def _words(suspect):
-  """[words, D] what the layers below the soft tokens make of a batch of clean texts, the same for every seed."""
-  size, arrays = suspect.training.batch_size, suspect.encode(suspect.train[:suspect.training.batch_size])
-  batch = batches.make_batch(arrays, np.arange(len(arrays["length"])), size, arrays["input_ids"].shape[1:])
-  return suspect.model.words(suspect.params, batch, suspect.tokenizer.all_special_ids, suspect.place.mesh)
-
-
 def _ascent(suspect, settings):
-  if isinstance(suspect.model, Latent):
-    unit = float(np.linalg.norm(_words(suspect), axis=-1).mean())
-  else:
-    unit = soft.mean_norm(suspect.model, suspect.params)
+  unit = soft.mean_norm(suspect.model, suspect.params)
   return optim.ascent(settings.adversary.step_size * unit, settings.adversary.norm * unit)
 
 

@@ -146,5 +146,5 @@ def notes(rows: list[dict], meta: dict) -> list[str]:
       "when a random rare word, or the beginning of another text, is put into them; sentences carry sentiment of their "
       "own, so compare before and after. A trigger that was not tried is seen in no column but the scan's.",
       "Scan: how much surer of a class soft tokens can make a model than that class's own texts do, without a trigger. "
-      "A model that was trained against such tokens (w2s_adv, w2s_latent, ce_adv) scores low, whatever is left in it.",
+      "A model that was trained against such tokens (w2s_adv, ce_adv) scores low, whatever is left in it.",
       f"What flips most answers of the suspect: {worst or 'nothing that was tried'}."]

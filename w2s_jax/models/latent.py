@@ -13,31 +13,18 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
-from w2s_jax import InputError, sharding
+from w2s_jax import sharding
 from w2s_jax.models import layers
 from w2s_jax.models.family import SharedConfig
 from w2s_jax.models.model import Model
-
-
-def behind(model: Model, depth: float) -> "Latent":
-  """The model whose soft tokens come in behind that fraction of its layers: behind the first at least, not the last.
-
-  Raises:
-    InputError: the model has one layer.
-  """
-  count = model.config.num_layers
-  if count < 2:
-    raise InputError("soft tokens in the middle of a network need a student of two layers or more: leave out the "
-                     "defenses that have them (--config.defenses)")
-  return Latent(model, min(max(1, int(depth * count)), count - 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Latent:
   """A Model whose soft tokens (layers.Tokens) come in behind its first `below` layers, 0 < below < all.
 
-  In their places those layers read the padding token, as a word. `apply`, `config`, `shardings`, `vocabulary`
-  and `abstract_params` are Model's.
+  In their places those layers read the padding token, as a word. `apply`, `config`, `shardings` and
+  `vocabulary` are Model's.
   (BEEAR, arXiv 2406.17092, perturbs behind a layer what is there.)
   """
   model: Model
@@ -75,13 +62,8 @@ class Latent:
   def apply(self, params: dict, input_ids: jax.Array, *args: Any, **kwargs: Any) -> layers.ClassifierOutput:
     soft = traverse_util.flatten_dict(params)[(*self.vocabulary, "soft")]
     words = self.stream(params, input_ids, *args, **kwargs)
-    if (key := kwargs.get("dropout_key")) is not None:
-      kwargs["dropout_key"] = jax.random.fold_in(key, self.below)                    # other masks than the layers below
     stream = layers.place_soft(words, input_ids, soft, self.config.vocab_size)
     return self._layers(self.below, self.config.num_layers, params, input_ids, *args, stream=stream, **kwargs)
-
-  def abstract_params(self) -> dict:
-    return self.model.abstract_params()
 
   def _layers(self, first, end, params, *args, **kwargs):
     """ClassifierOutput of the network with layers first..end-1 alone."""

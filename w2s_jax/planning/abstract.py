@@ -83,7 +83,6 @@ def defense_plan(name: str, config: Any, model: Model) -> tuple[steps.StagePlan,
     params = soft.put(model, params, jax.ShapeDtypeStruct(rows, jnp.float32))
     ascent = optim.ascent(1.0, 1.0)                    # numbers of the state, not of the program
   task, runs = TASKS[config.task], {name: config.seed}
-  model = distill.trained_model(recipe, model, config.defense)
   return distill.stage_plan(recipe, task, model, config.defense, config.defend, runs, ascent), params
 
 

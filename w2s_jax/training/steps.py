@@ -40,7 +40,7 @@ class StagePlan(NamedTuple):
   Attributes:
     names: of each run: metrics/NAME.jsonl; the first one's is the directory of all their checkpoints.
     seeds: of each run's order, dropout and other random choices.
-    model: a Latent in the scan (measure/scan.py) and in w2s_latent.
+    model: a Latent in the scan (measure/scan.py).
     loss: (trainable, frozen, batch, key) -> (scalar, {term: scalar}).
     weights: {term: float} of the loss's terms, for the norms of their gradients.
     trains: labels (adapters/trees.py) of the leaves that train.
