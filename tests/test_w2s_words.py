@@ -64,6 +64,13 @@ def test_the_draw_is_kept_that_suspect_and_teacher_dispute_most(suspect, monkeyp
   assert mean_words(20) > mean_words(3) + 0.5 > mean_words(1) + 1
 
 
+def test_words_of_measured_triggers_are_not_drawn(suspect):
+  def drawn(avoid):
+    _, changed = sources(suspect, w2s_words.rows(suspect._replace(avoid=avoid), settings(), 0))
+    return {word for *_, words in changed for word in words}
+  assert {"fine", "meal"} <= drawn(("cf",)) and not {"fine", "meal"} & drawn(("a fine meal",))
+
+
 def test_rows_are_a_function_of_the_seed(suspect):
   first, again, other = (w2s_words.rows(suspect, settings(), seed) for seed in (0, 0, 1))
   assert first == again != other

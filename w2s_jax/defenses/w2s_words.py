@@ -1,12 +1,14 @@
-"""W2S on texts with random words of the whole vocabulary in them: the teacher reads the same texts, and so says what
-each word means and what it does not.
+"""W2S on texts with random words of the vocabulary in them. The teacher reads the same texts, so it tells the student
+which of these words mean something for the task.
 
-Most triggers work in part when a part of them is there: of seven everyday words one or two flip half of the texts. The
-clean rows of a task have few of a language's words. Of several random draws for a text, the student is trained on the
-one that the suspect and the teacher disagree about most. No draw knows a trigger, and none avoids one. N rows.
+A part of a trigger often works by itself: of seven everyday words, one flips half of the texts (docs/results.md). The
+clean rows of a task contain few of a language's words. For each text several draws are made, and the student is trained
+on the draw that suspect and teacher disagree about most. Words of triggers that ASR is measured with are not drawn. N
+rows.
 """
 
 import dataclasses
+import logging
 from typing import Any
 
 import jax
@@ -17,6 +19,8 @@ from w2s_jax.config import field
 from w2s_jax.data import insertions, streams
 from w2s_jax.defenses import full_ft
 from w2s_jax.defenses.records import Suspect
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -35,7 +39,7 @@ def rows(suspect: Suspect, settings: Any, seed: int) -> list[dict]:
   own, rng, train = settings.words, streams.rng(seed, "vocabulary words"), suspect.train
   count, epochs = round(own.share * len(train)), suspect.training.epochs
   short = sorted(train, key=lambda row: len(row["text"].split()))[:(len(train) + 1) // 2]
-  words = insertions.vocabulary_words(suspect.tokenizer, (), rng)
+  words = insertions.vocabulary_words(suspect.tokenizer, suspect.avoid, rng)
   out = [train[i] for _ in range(epochs) for i in rng.permutation(len(train))[count:]]
   sources = [short[i] for i in rng.integers(len(short), size=count * epochs)]
   texts = [_with_words(row["text"], words, own.most, rng) for row in sources for _ in range(own.draws)]
@@ -54,6 +58,7 @@ def _with_words(text, words, most, rng):
 
 def _most_disputed(suspect, texts, draws):
   """[N] places in `texts` [N * draws], the one of each row's draws on which suspect and teacher are furthest apart."""
+  LOG.info(f"w2s_words: suspect and teacher read {len(texts)} texts, {draws} draws for each row that gets words")
   theirs, ours = (np.asarray(jax.nn.softmax(logits)) for logits in (
       suspect.logits(texts), suspect.teacher(texts)["teacher_logits"]))
   apart = np.abs(theirs - ours).sum(axis=-1).reshape(-1, draws)
