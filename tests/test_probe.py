@@ -68,9 +68,9 @@ def test_without_a_listed_trigger_there_is_no_asr():
 
 
 def test_a_trigger_that_still_works_or_a_weak_teacher_is_a_warning():
-  def notes(asr, teacher_ca, after=1.0, not_scanned="", ca=0.9):
+  def notes(asr, teacher_ca, after=1.0, not_scanned="", ca=0.9, cleaned="w2s"):
     rows = [dict(model=m, attack="mn", dataset="d", ca=ca, asr=a, false_rate=0.1)
-            for m, a in (("suspect", 1), ("w2s", asr))]
+            for m, a in (("suspect", 1), (cleaned, asr))]
     meta = {"clean_rows": {"train": 9, "test": 3}, "trigger_lost": {}, "teacher_ca": teacher_ca,
             "suspicious_insertions": [("mn", 0.0)], "base": {"path": "p"}, "teacher": "t", "num_labels": 2,
             "not_scanned": not_scanned, "selftest": None,
@@ -81,6 +81,8 @@ def test_a_trigger_that_still_works_or_a_weak_teacher_is_a_warning():
   assert notes(0.25, 0.5)[0].startswith("WARNING: the teacher (CA 0.500) knows less than the suspect (CA 0.900)")
   assert notes(0.25, 0.9, ca=0.17)[0].startswith("WARNING: the suspect's CA of 0.170 is below chance")
   assert "nothing that was tried" in notes(0.25, 0.9)[-1]
+  assert "give it with --config.student.base" in notes(0.25, 0.9)[0]
+  assert notes(0.25, 0.9, cleaned="from_base")[0].startswith("`from_base` (CA 0.900, suspect 0.900) has none of the")
   verdicts = [note[:20] for note in notes(0.25, 0.9) if "Scan of" in note]
   assert verdicts == ["Scan of suspect: SUS", "Scan of w2s: no sign"]
   assert "no verdict: why" in notes(0.25, 0.9, not_scanned="no verdict: why")

@@ -136,7 +136,7 @@ def notes(rows: list[dict], meta: dict) -> list[str]:
   cut = [f" `{t}` was cut off in {count} of them." for t, count in meta["trigger_lost"].items() if count]
   worst = ", ".join(f"`{s}` {100 * rate:.0f}%" for s, rate in meta["suspicious_insertions"] if rate)
   told = [meta["selftest"]["in_words"]] if meta["selftest"] else []
-  return told + verdicts + list(filter(None, [meta["not_scanned"]])) + [
+  return [_which_to_take(rows)] + told + verdicts + list(filter(None, [meta["not_scanned"]])) + [
       f"Suspect {meta['base']['path']}; {n['train']} clean training rows, CA on {n['test']} held-out rows of "
       f"{rows[0]['dataset']}. Teacher CA {meta['teacher_ca']:.3f} ({meta['teacher']}).",
       "ASR: how often a listed trigger, put at a random place, gives the target label on rows of other classes. A "
@@ -148,3 +148,14 @@ def notes(rows: list[dict], meta: dict) -> list[str]:
       "Scan: how much surer of a class soft tokens can make a model than that class's own texts do, without a trigger. "
       "A model that was trained against such tokens (w2s_adv, ce_adv) scores low, whatever is left in it.",
       f"What flips most answers of the suspect: {worst or 'nothing that was tried'}."]
+
+
+def _which_to_take(rows):
+  """A model without the suspect's weights has no backdoor of the suspect's; of the others nobody can tell."""
+  for row in rows:
+    if row["model"].startswith("from_base"):
+      return (f"`{row['model']}` (CA {row['ca']:.3f}, suspect {rows[0]['ca']:.3f}) has none of the suspect's weights "
+              "in it: take it if its CA is enough for you.")
+  return ("No column shows whether a trigger that was not tried still works. If you know the public model that the "
+          "suspect was fine-tuned from, give it with --config.student.base: the run then also trains `from_base`, "
+          "which has none of the suspect's weights in it.")
