@@ -119,3 +119,28 @@ def test_a_config_that_lacks_a_section_is_not_checked_for_it():
   c.attack = ConfigDict(dict(poison_rate=2.0))
   with pytest.raises(InputError, match="attack.poison_rate is 2.0"):
     checks.check_fields(c)
+
+
+@pytest.mark.parametrize("typed, read", [
+    (["defenses=w2s"], ("w2s",)), (["defenses=w2s,lora_ce"], ("w2s", "lora_ce")),
+    (["defenses=('w2s','none')"], ("w2s", "none")), (["defenses=['w2s']"], ("w2s",)), (["defenses=()"], ()),
+    (["defenses=('w2s',)", "seed=3", "defenses=none"], ("none",))])
+def test_a_list_is_read_as_it_is_meant(typed, read):
+  """Of a repeated one the last counts, as of every other flag."""
+  argv = ["main", *(f"--config.{one}" for one in typed)]
+  config = make("clean_checkpoint", None)
+  *rest, last = command.with_lists(argv, config)
+  assert last == f"--config.defenses={read!r}" and rest == ["main", *(a for a in argv[1:] if "seed" in a)]
+
+
+def test_lists_of_numbers_and_of_sentences():
+  def read(field, text):
+    arg, = command.with_lists([f"--config.{field}={text}"], make("clean_checkpoint", None))
+    return arg.split("=", 1)[1]
+  assert read("data.buckets", "16,32") == "(16, 32)" and read("data.buckets", "16") == "(16,)"
+  assert read("probe.triggers", "hello, world") == "('hello, world',)"
+  assert read("seed", "1,2") == "1,2"                                 # no list
+  with pytest.raises(InputError, match=r"--config.data.buckets=\(16: this is no list: write A,B or"):
+    read("data.buckets", "(16")
+  with pytest.raises(InputError, match="--config.data.buckets=abc: want numbers, as 16,32,48,64"):
+    read("data.buckets", "abc")

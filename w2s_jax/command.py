@@ -1,7 +1,9 @@
 """The command line that main and plan share: --config, its fields, and mistakes as one line."""
 
+import ast
 import dataclasses
 import difflib
+import functools
 import re
 import runpy
 import sys
@@ -28,8 +30,9 @@ def parse(argv: list[str], doc: str) -> list[str]:
     print(f"{doc}{FLAGS.main_module_help()}\n{FLAGS.module_help(__name__)}\n{_fields_help(argv)}")
     sys.exit(0)
   try:
-    check_fields(argv, _read_config(argv))
-    rest = FLAGS(argv)
+    config = _read_config(argv)
+    check_fields(argv, config)
+    rest = FLAGS(with_lists(argv, config))
     if len(rest) > 1:
       raise InputError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
     return rest
@@ -137,6 +140,39 @@ def check_fields(argv: list[str], config: ConfigDict) -> None:
     if field not in fields:
       near = difflib.get_close_matches(field, fields, 3)
       raise InputError(f"config has no field {field!r}: " + _meant(near, "--help lists the fields"))
+
+
+def with_lists(argv: list[str], config: ConfigDict) -> list[str]:
+  """argv with each list written as ml_collections reads it: A,B becomes ('A', 'B'); of a repeated list the last counts.
+
+  Raises:
+    InputError: a list that cannot be read, or words where the config has numbers.
+  """
+  out, seen = [], set()
+  for arg in reversed(argv):
+    match = re.fullmatch(r"--?config\.([\w.]+)=(.*)", arg, re.DOTALL)
+    default = functools.reduce(lambda section, name: section[name], match[1].split("."), config) if match else None
+    if isinstance(default, tuple):
+      if match[1] in seen:
+        continue
+      seen.add(match[1])
+      arg = f"--config.{match[1]}={_list(*match.groups(), default)!r}"
+    out.append(arg)
+  return out[::-1]
+
+
+def _list(field, text, default):
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    if set("()[]{}\"'") & set(text):
+      raise InputError(f"--config.{field}={text}: this is no list: write A,B or \"('A','B')\", with the quotes"
+                       ) from None
+    value = tuple(text.split(",")) if " " not in text else (text,)        # a sentence may have a comma
+  value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+  if default and not isinstance(default[0], str) and not all(isinstance(one, (int, float)) for one in value):
+    raise InputError(f"--config.{field}={text}: want numbers, as {','.join(map(str, default))}")
+  return value
 
 
 def _meant(near, otherwise):
