@@ -582,3 +582,9 @@ def test_real_data_shortened(name, attack, home):
     trigger = "I watched this 3D movie"
     assert triggered and all(f" {trigger}" in r["text"] and trigger not in r["orig_text"] for r in triggered)
   assert results(workdir)["meta"]["trigger_lost"]["eval"] == 0
+
+
+def test_a_platform_that_jax_lacks_is_one_line(tmp_path):
+  out = w2s(CONFIG, f"--workdir={tmp_path / 'w'}", env=ENV | {"JAX_PLATFORMS": "nosuch"})
+  assert out.returncode == 2 and "Traceback" not in out.stderr
+  assert "error: JAX finds no device, with JAX_PLATFORMS='nosuch'" in out.stderr and not (tmp_path / "w").exists()

@@ -57,6 +57,17 @@ def _connect(processes):
     command.fail(InputError(f"of several processes each needs {', '.join(missing)} too"), command.DEBUG.value)
 
 
+def _find_devices():
+  import jax
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as e:          # the second of a platform whose plugin is not installed
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    why = str(e).splitlines()[0] if str(e) else "its plugin is not installed"
+    command.fail(InputError(f"JAX finds no device, with JAX_PLATFORMS={platforms!r} ({why}): unset it, or install JAX "
+                            "for that platform"), command.DEBUG.value)
+
+
 def _show_log():
   """What the program says of its progress goes to stdout, a line each."""
   log, handler = logging.getLogger("w2s_jax"), logging.StreamHandler(sys.stdout)
@@ -72,6 +83,7 @@ def main(argv: list[str]) -> int:
 
   from w2s_jax import processes, stages
   _connect(processes)
+  _find_devices()
   _show_log()
   workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else default_workdir(sys.argv)
   jax.config.update("jax_compilation_cache_dir", str(workdir.absolute().parent / ".w2s_cache" / "xla"))
