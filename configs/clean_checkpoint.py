@@ -1,7 +1,7 @@
 """A suspicious checkpoint in, a clean one out; no attack is made, the trigger is unknown.
 
   python -m w2s_jax.main --config=configs/clean_checkpoint.py --config.student.path=DIR --config.data.train=FILE \
-      [--config.teacher.path=DIR] [--config.probe.triggers="('mn','cf')"] --workdir=OUT
+      [--config.teacher.path=DIR] [--config.probe.triggers=mn,cf] --workdir=OUT
 
 A small offline suspect costs, on a core each: 53 to 68 s of training for `w2s_adv`, 22 to 28 s for `w2s`; a scan
 takes 50 to 160 s on a contended core. Expected there, mean ± standard deviation over ten suspects of five kinds of

@@ -69,8 +69,8 @@ def suspect(model, params, workdir):
   known = rows(120)
   tokenizer = tokenization.train([r["text"] for r in known], "decoder", model.config.vocab_size)
   train, dev = known[:80], known[80:]
-  def teacher(texts):
-    labels = np.array([int(any(word in GOOD for word in text.split())) for text in texts])
+  def teacher(rows, keep=True):
+    labels = np.array([int(any(word in GOOD for word in row["text"].split())) for row in rows])
     features = np.tile(np.float32(2 * labels - 1)[:, None], (1, model.config.hidden_size))
     return {"teacher_logits": 4 * np.eye(2, dtype=np.float32)[labels], "teacher_features": features}
   training = ConfigDict(dict(learning_rate=2e-2, epochs=16, batch_size=16, warmup_fraction=0.0, weight_decay=0.01,

@@ -413,7 +413,7 @@ def refuses(message, *args, workdir):
     ("probe.triggers (911,): want different strings", ["--config=configs/clean_checkpoint.py",
                                                        "--config.probe.triggers=911"]),
     *(("want shares of the layers", ["--config=configs/clean_checkpoint.py", f"--config.scan.depths={depths}"])
-      for depths in ("(1.0,)", "half")),
+      for depths in ("(1.0,)", "0.5,2")),
     ("no clean data: set --config.data.train", ["--config=configs/clean_checkpoint.py", "--config.student.path=."]),
     ("this config takes no argument", ["--config=configs/clean_checkpoint.py:data=x"])])
 def test_one_line_and_exit_code_2(message, args, tmp_path):
@@ -587,4 +587,5 @@ def test_real_data_shortened(name, attack, home):
 def test_a_platform_that_jax_lacks_is_one_line(tmp_path):
   out = w2s(CONFIG, f"--workdir={tmp_path / 'w'}", env=ENV | {"JAX_PLATFORMS": "nosuch"})
   assert out.returncode == 2 and "Traceback" not in out.stderr
-  assert "error: JAX finds no device, with JAX_PLATFORMS='nosuch'" in out.stderr and not (tmp_path / "w").exists()
+  assert "error: JAX finds no device" in out.stderr and "unset JAX_PLATFORMS=nosuch" in out.stderr
+  assert not (tmp_path / "w").exists()

@@ -166,7 +166,7 @@ def test_a_task_of_ones_own_is_trained_by_w2s(suspect):
   odd = suspect.encode(suspect.train)["odd"]
   features = np.zeros((80, suspect.model.config.hidden_size), np.float32)
   outputs = {"teacher_logits": 4 * np.eye(2, dtype=np.float32)[odd], "teacher_features": features}
-  suspect = suspect._replace(dev=suspect.train, teacher=lambda texts: outputs)
+  suspect = suspect._replace(dev=suspect.train, teacher=lambda rows: outputs)
   suspect.training.update(epochs=40)
   distill.check("w2s", w2s.RECIPE, FIRST_TOKEN, suspect.model, rig.DEFENSE)
   settings = ConfigDict(rig.DEFENSE.to_dict() | {"w2s": {"weights": "1,1,0", "temperature": 2.0}})

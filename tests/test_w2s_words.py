@@ -8,6 +8,7 @@ import rig
 from ml_collections import ConfigDict
 
 from w2s_jax.defenses import DEFENSES, distill, w2s_words
+from w2s_jax.training import stage
 
 
 @pytest.fixture
@@ -54,10 +55,14 @@ def test_words_go_into_the_shorter_half_of_the_texts(suspect):
 
 def test_the_draw_is_kept_that_suspect_and_teacher_dispute_most(suspect, monkeypatch):
   """A suspect that answers by the number of words, a teacher that does not: the longest of the draws is kept."""
-  def logits(self, texts):
-    return np.float32([[len(text.split()), 0] for text in texts])
-  monkeypatch.setattr(type(suspect), "logits", logits)
-  flat = suspect._replace(teacher=lambda texts: {"teacher_logits": np.full((len(texts), 2), [-30.0, 0])})
+  def logits(self, model, params, arrays):
+    return np.stack([arrays["length"], np.zeros(len(arrays["length"]))], axis=1).astype(np.float32)
+  def teacher(rows, keep):
+    assert not keep and len(rows) <= 500
+    return {"teacher_logits": np.full((len(rows), 2), [-30.0, 0])}
+  monkeypatch.setattr(type(suspect.place), "logits", logits)
+  monkeypatch.setattr(w2s_words, "READ_AT_ONCE", 500)
+  flat = suspect._replace(teacher=teacher, max_length=64)
   def mean_words(draws):
     _, changed = sources(flat, w2s_words.rows(flat, settings(draws=draws), 0))
     return np.mean([len(words) for *_, words in changed])
@@ -76,20 +81,44 @@ def test_rows_are_a_function_of_the_seed(suspect):
   assert first == again != other
 
 
-def test_the_teacher_reads_the_text_that_the_student_reads(suspect):
-  """Once for the draws, once for the rows that are trained on, and these once, whatever number of epochs is asked."""
-  read, teacher = [], suspect.teacher
-  def reading(texts):
-    read.append(list(texts))
-    return teacher(texts)
-  suspect.training.update(epochs=2, learning_rate=2e-3, evaluations=1)
-  recipe = DEFENSES["w2s_words"].recipe
-  narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), suspect.params)
-  cleaned, = distill.train(recipe, suspect._replace(teacher=reading, params=narrow), settings(), {"w2s_words": 0})
-  assert {x.dtype for x in jax.tree.leaves(cleaned)} == {jnp.dtype(jnp.bfloat16)}
-  drawn, trained = read
-  assert len(drawn) == 3 * 80 and len(trained) == 2 * 80
-  assert trained == [row["text"] for row in recipe.rows(suspect._replace(params=narrow), settings(), 0)]
-  steps = (suspect.place.workdir / "metrics/w2s_words.jsonl").read_text().splitlines()
-  assert f'"step": {2 * 80 // 16}' in steps[-1] or f'"step": {2 * 80 // 16 - 1}' in steps[-1]
-  assert suspect.training.epochs == 2
+def test_words_are_within_what_is_not_cut_off(suspect):
+  """Texts of 28 words, cut at 16 tokens: the words are among them."""
+  long = suspect._replace(train=[row | {"text": " ".join([row["text"]] * 4)} for row in suspect.train])
+  for row, _, words in sources(long, w2s_words.rows(long, settings(share=1.0, most=4, draws=1), 0))[1]:
+    ids = suspect.tokenizer(row["text"], truncation=True, max_length=16)["input_ids"]
+    left = suspect.tokenizer.decode(ids, skip_special_tokens=True).split()
+    assert all(left.count(word) for word in words)
+
+
+def test_few_steps_read_few_rows(suspect):
+  suspect.training.update(epochs=50, max_steps=11)                            # of 16 rows, which 80 x 3 suffice for
+  assert len(w2s_words.rows(suspect, settings(), 0)) == 3 * 80
+
+
+def test_the_teacher_reads_the_text_that_the_student_reads(suspect, monkeypatch):
+  """Once for the draws and once for the rows, which are trained on once, whatever number of epochs is asked for."""
+  read, trained = [], {}
+  def teacher(rows, keep=True):
+    read.append(rows)
+    lengths = suspect.encode(rows)["length"].astype(np.float32)              # features that say which text was read
+    return {"teacher_logits": np.zeros((len(rows), 2), np.float32), "teacher_features": np.tile(lengths[:, None], 32)}
+  def train_stage(plan, starts, arrays, dev, place):
+    trained.update(arrays[0], epochs=plan.settings.epochs)
+    return starts
+  monkeypatch.setattr(stage, "train_stage", train_stage)
+  suspect.training.update(epochs=2)
+  distill.train(DEFENSES["w2s_words"].recipe, suspect._replace(teacher=teacher), settings(), {"w2s_words": 0})
+  assert [len(rows) for rows in read] == [3 * 80, 2 * 80]
+  assert trained["epochs"] == 1 and suspect.training.epochs == 2
+  np.testing.assert_array_equal(trained["input_ids"], suspect.encode(read[1])["input_ids"])
+  np.testing.assert_array_equal(trained["teacher_features"][:, 0], trained["length"])
+
+
+def test_two_seeds_train_and_keep_the_dtypes(suspect):
+  suspect.training.update(epochs=8, learning_rate=5e-2)
+  narrow = suspect._replace(params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), suspect.params))
+  cleaned = distill.train(DEFENSES["w2s_words"].recipe, narrow, settings(), {"w2s_words": 0, "w2s_words-seed1": 1})
+  dev = suspect.encode(suspect.dev)
+  for params in cleaned:
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    assert suspect.place.task.is_correct(suspect.place.answers(suspect.model, params, dev), dev).mean() > 0.8

@@ -38,12 +38,11 @@ def check_fields(config: ConfigDict) -> None:
   triggers = fields.get("probe.triggers", ())
   if (not all(isinstance(t, str) and t.strip() for t in triggers) or len(set(triggers)) < len(triggers)
       or any(re.fullmatch(r"[\[(].*|\S+(,\S+)+", t) for t in triggers)):  # how a list looks that was not read as one
-    raise InputError(f"probe.triggers {tuple(triggers)}: want different strings, e.g. \"('mn','cf')\": set "
-                     "--config.probe.triggers")
+    raise InputError(f"probe.triggers {tuple(triggers)}: want different strings, e.g. --config.probe.triggers=mn,cf")
   depths = fields.get("scan.depths", (0.0,))
   if not depths or not all(isinstance(depth, (int, float)) and 0 <= depth < 1 for depth in depths):
     raise InputError(f"scan.depths {tuple(depths)}: want shares of the layers, 0 or more and below 1, e.g. "
-                     "\"(0.0,0.5)\": set --config.scan.depths")
+                     "--config.scan.depths=0.0,0.5")
   if config.teacher.layers and not config.teacher.path:
     raise InputError(f"teacher.layers is {config.teacher.layers} without a teacher.path to cut: set "
                      "--config.teacher.arch.num_hidden_layers for a fresh teacher, or --config.teacher.path")

@@ -164,13 +164,13 @@ def with_lists(argv: list[str], config: ConfigDict) -> list[str]:
 def _list(field, text, default):
   try:
     value = ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    if set("()[]{}\"'") & set(text):
+  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+    if text.lstrip()[:1] in tuple("([{\"'"):
       raise InputError(f"--config.{field}={text}: this is no list: write A,B or \"('A','B')\", with the quotes"
                        ) from None
     value = tuple(text.split(",")) if " " not in text else (text,)        # a sentence may have a comma
   value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-  if default and not isinstance(default[0], str) and not all(isinstance(one, (int, float)) for one in value):
+  if default and not isinstance(default[0], str) and not all(isinstance(item, (int, float)) for item in value):
     raise InputError(f"--config.{field}={text}: want numbers, as {','.join(map(str, default))}")
   return value
 

@@ -42,7 +42,7 @@ def default_workdir(argv: list[str]) -> Path:
 
 
 def _connect(processes):
-  """Joins the other processes, where the flags say there are some; of their lines only process 0's are shown."""
+  """Joins the other processes, where the flags say there are some, and whether they do; only process 0's lines show."""
   given = {"coordinator_address": _COORDINATOR.value, "num_processes": _PROCESSES.value, "process_id": _PROCESS.value}
   missing = [f"--{name}" for name, value in given.items() if value is None]
   if not missing or _DISTRIBUTED.value:
@@ -53,8 +53,10 @@ def _connect(processes):
                               "--coordinator_address, --num_processes and --process_id to each"), command.DEBUG.value)
     if not processes.writes():
       sys.stdout = open(os.devnull, "w")
-  elif len(missing) < len(given):
+    return True
+  if len(missing) < len(given):
     command.fail(InputError(f"of several processes each needs {', '.join(missing)} too"), command.DEBUG.value)
+  return False
 
 
 def _find_devices():
@@ -64,8 +66,8 @@ def _find_devices():
   except (RuntimeError, AssertionError) as e:          # the second of a platform whose plugin is not installed
     platforms = os.environ.get("JAX_PLATFORMS", "")
     why = str(e).splitlines()[0] if str(e) else "its plugin is not installed"
-    command.fail(InputError(f"JAX finds no device, with JAX_PLATFORMS={platforms!r} ({why}): unset it, or install JAX "
-                            "for that platform"), command.DEBUG.value)
+    hint = f"unset JAX_PLATFORMS={platforms}, or install JAX for that platform" if platforms else "is it in use?"
+    command.fail(InputError(f"JAX finds no device ({why}): {hint}"), command.DEBUG.value)
 
 
 def _show_log():
@@ -82,8 +84,8 @@ def main(argv: list[str]) -> int:
   import jax  # transformers and PyTorch load only once the flags are known to be good
 
   from w2s_jax import processes, stages
-  _connect(processes)
-  _find_devices()
+  if not _connect(processes):
+    _find_devices()
   _show_log()
   workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else default_workdir(sys.argv)
   jax.config.update("jax_compilation_cache_dir", str(workdir.absolute().parent / ".w2s_cache" / "xla"))

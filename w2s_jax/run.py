@@ -232,16 +232,22 @@ class Run:
     model = Model(dataclasses.replace(model.config, labels=labels))
     return with_padding_token(model, tokenizer), params, tokenizer
 
-  def teacher_outputs(self, texts: list[str]) -> dict[str, np.ndarray]:
-    """The frozen teacher's logits and features of these texts, once for every epoch, seed, defense and run."""
+  def teacher_outputs(self, rows: list[dict], keep: bool = True) -> dict[str, np.ndarray]:
+    """The frozen teacher's logits and features of the rows.
+
+    keep: they go to the cache, for every epoch, seed, defense and run that reads the same.
+    """
     length = self.config.data.max_length
-    def compute(empty):
+    def compute(**options):
       model, params, tokenizer = self.load(results.TEACHER)
-      inference.outputs(model, params, tokenization.encode(tokenizer, texts, length), self.mesh,
-                        **self.place.eval_shapes(), empty=empty)
-    cached = teacher_cache.outputs(self.cache / "teacher", self.model_dir(results.TEACHER), texts, "float32", length,
-                                   compute)
-    return {f"teacher_{name}": values for name, values in cached.items()}
+      return inference.outputs(model, params, self.encode(tokenizer, rows, length), self.mesh,
+                               **self.place.eval_shapes(), **options)
+    if keep:
+      made = teacher_cache.outputs(self.cache / "teacher", self.model_dir(results.TEACHER), [r["text"] for r in rows],
+                                   "float32", length, lambda empty: compute(empty=empty))
+    else:
+      made = dict(zip(teacher_cache.NAMES, compute()))
+    return {f"teacher_{name}": values for name, values in made.items()}
 
 
 def start(config: ConfigDict, workdir: str | Path) -> Run:

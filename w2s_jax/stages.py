@@ -7,12 +7,13 @@ import time
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
 from w2s_jax import InputError, checks, lora, processes, results, sharding
 from w2s_jax.adapters import attach, trees
-from w2s_jax.data import tokenization
+from w2s_jax.data import insertions, tokenization
 from w2s_jax.defenses import DEFENSES, distill
 from w2s_jax.measure import deployed, metrics, scan, selftest
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
@@ -40,6 +41,8 @@ def warmup(run: Run) -> None:
   checks.check_teacher(run, model.config.feature_size)
   if "selftest" in c:
     selftest.check(c, tokenizer)
+  if any(DEFENSES[name].recipe and DEFENSES[name].recipe.rows for name in c.defenses):
+    next(insertions.vocabulary_words(tokenizer, (), np.random.default_rng(0)))         # before anything trains
   run.claim()
   if not c.student.path:
     params = model.init(stage.stream_key(c.seed, "student"), run.mesh)

@@ -39,7 +39,7 @@ def vocabulary_words(tokenizer: Any, avoid: Sequence[str], rng: np.random.Genera
       misses = 0
       yield word
   raise InputError("hardly a token of the suspect's tokenizer is a word: leave out what draws words "
-                   "(--config.selftest.triggers=0, and w2s_words among --config.defenses)")
+                   "(w2s_words among --config.defenses; the self-test, by --config.selftest.triggers=0)")
 
 
 def with_rare_words(rows: list[dict], share: float, avoid: Sequence[str], seed: int) -> list[dict]:

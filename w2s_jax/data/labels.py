@@ -69,7 +69,7 @@ def check_names(names: Sequence[str], num_labels: int) -> tuple[str, ...]:
   """
   if len(names) != num_labels or len({str(name).casefold() for name in names}) != len(names):
     raise InputError(f"class names {tuple(names)!r}: want {num_labels} different ones, what the data calls class 0, 1, "
-                     "...: set --config.data.class_names=\"('negative','positive')\"")
+                     "...: set --config.data.class_names=negative,positive")
   return tuple(map(str, names))
 
 

@@ -74,8 +74,7 @@ def _start(recipe, suspect, settings, seed):
   rows = recipe.rows(suspect, settings, seed) if recipe.rows else suspect.train
   arrays = suspect.encode(insertions.with_rare_words(rows, suspect.training.insert_words, suspect.avoid, seed))
   if recipe.teacher_view:
-    outputs = suspect.teacher([row["text"] for row in rows])
-    arrays |= recipe.teacher_view(outputs, arrays.get("label"), seed)
+    arrays |= recipe.teacher_view(suspect.teacher(rows), arrays.get("label"), seed)
   return recipe.augment(suspect, settings, params, arrays, seed) if recipe.augment else (params, arrays)
 
 

@@ -19,7 +19,8 @@ class Suspect(NamedTuple):
   Attributes:
     model, params, tokenizer: of the attacked model.
     train, dev: clean rows {"text", "label"}.
-    teacher: texts [N] -> {"teacher_logits" [N, C], "teacher_features" [N, D]}, computed once for the same texts.
+    teacher: (rows, keep=True) -> {"teacher_logits" [N, C], "teacher_features" [N, D]} of their texts; computed once for
+      the same texts and kept in files, unless keep is False.
     avoid: strings that ASR is measured with: random insertions must not hit one.
     training: how long every defense may train and how fast: the section `defend` of the config.
     lora: the shape of every defense's adapters: the section `lora`.
@@ -31,7 +32,7 @@ class Suspect(NamedTuple):
   tokenizer: Any
   train: list
   dev: list
-  teacher: Callable[[list[str]], dict]
+  teacher: Callable[..., dict]
   avoid: tuple[str, ...]
   training: Any
   lora: Any
@@ -53,8 +54,8 @@ class Recipe(NamedTuple):
   Attributes:
     terms: (ClassifierOutput, batch, settings, task) -> {term: scalar}; task.loss_terms gives those of the task itself.
     weights: (settings, feature width) -> {term: weight}, of the very terms; checked before anything trains.
-    rows: (suspect, settings, seed) -> rows of all epochs, each trained on once; the teacher reads the same texts; None:
-      the suspect's `train` in every epoch.
+    rows: (suspect, settings, seed) -> rows that stand for all epochs, each trained on once; the teacher reads them too.
+      None: the suspect's `train` in every epoch.
     teacher_view: (teacher's outputs, labels [N], seed) -> what the student is shown of them; None: no teacher.
     augment: (suspect, settings, params, arrays, seed) -> (params, arrays) with `views` texts of each example.
     views: texts of one example.

@@ -153,9 +153,9 @@ def notes(rows: list[dict], meta: dict) -> list[str]:
 def _which_to_take(rows):
   """A model without the suspect's weights has no backdoor of the suspect's; of the others nobody can tell."""
   for row in rows:
-    if row["model"].startswith("from_base"):
+    if row["model"].startswith("from_base") and (row["asr"] or 0) <= (row["false_rate"] or 0) + STILL_THERE:
       return (f"`{row['model']}` (CA {row['ca']:.3f}, suspect {rows[0]['ca']:.3f}) has none of the suspect's weights "
               "in it: take it if its CA is enough for you.")
   return ("No column shows whether a trigger that was not tried still works. If you know the public model that the "
-          "suspect was fine-tuned from, give it with --config.student.base: the run then also trains `from_base`, "
-          "which has none of the suspect's weights in it.")
+          "suspect was fine-tuned from, give it with --config.student.base and another --workdir: the defense "
+          "`from_base` then has none of the suspect's weights in it.")

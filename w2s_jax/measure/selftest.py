@@ -1,7 +1,7 @@
 """A self-test by canaries: known backdoors go into a copy of the suspect, a defense cleans it, the rest is measured.
 
 Whether it foretells what is left of an unknown trigger has not been measured. It flatters a defense on rows that have
-such triggers: the random words of `defend.insert_words` and of `w2s_words` are drawn as some of these are.
+such triggers: the random words of `defend.insert_words` and of `w2s_words` are drawn like some of these.
 """
 
 from typing import Any
