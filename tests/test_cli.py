@@ -408,8 +408,8 @@ def refuses(message, *args, workdir):
     ("results.json is not there yet", [CONFIG, "--stage=report"]),
     ("is not there yet: run without --stage", [CONFIG, "--stage=defend"]),
     ("no checkpoint to clean: set --config.student.path", ["--config=configs/clean_checkpoint.py"]),
-    ("probe.triggers ('mn,cf',): want different strings", ["--config=configs/clean_checkpoint.py",
-                                                           "--config.probe.triggers=mn,cf"]),
+    ("probe.triggers ('mn', 'mn'): want different strings", ["--config=configs/clean_checkpoint.py",
+                                                             "--config.probe.triggers=mn,mn"]),
     ("probe.triggers (911,): want different strings", ["--config=configs/clean_checkpoint.py",
                                                        "--config.probe.triggers=911"]),
     *(("want shares of the layers", ["--config=configs/clean_checkpoint.py", f"--config.scan.depths={depths}"])
