@@ -136,7 +136,8 @@ def test_main_commands(command, home):
     if name in command and not find_spec(package):            # importing the second wants its dependencies
       pytest.skip(SMOLLM2)
   workdir = home / f"runs/{MAIN.index(command)}"
-  out = w2s("--config.defenses=w2s", *(a for a in args if not a.startswith("--workdir")), f"--workdir={workdir}", *FEW)
+  config, *rest = (a for a in args if not a.startswith("--workdir"))
+  out = w2s(config, "--config.defenses=w2s", *rest, f"--workdir={workdir}", *FEW)      # but where README names some
   if "scale=" in command:                                       # needs a network: ends in the line that says so
     assert out.returncode == 2 and "to be had from the hub" in out.stderr
   else:

@@ -92,7 +92,7 @@ def test_words_are_asked_for_before_anything_trains():
       return "#"
   config = ConfigDict({"defenses": ("w2s",), "selftest": {"triggers": 1}, "lora": {"quantize": ""},
                        "probe": {"triggers": ()}})
-  with pytest.raises(InputError, match=r"is a word, .*--config.selftest.triggers=0"):
+  with pytest.raises(InputError, match=r"is a word: .*--config.selftest.triggers=0"):
     selftest.check(config, Wordless())
   config.selftest.triggers = 0
   selftest.check(config, Wordless())
