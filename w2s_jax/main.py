@@ -42,7 +42,7 @@ def default_workdir(argv: list[str]) -> Path:
 
 
 def _connect(processes):
-  """Joins the other processes, where the flags say there are some, and whether they do; only process 0's lines show."""
+  """Joins the other processes where the flags say there are some. Returns whether there are; only process 0 prints."""
   given = {"coordinator_address": _COORDINATOR.value, "num_processes": _PROCESSES.value, "process_id": _PROCESS.value}
   missing = [f"--{name}" for name, value in given.items() if value is None]
   if not missing or _DISTRIBUTED.value:

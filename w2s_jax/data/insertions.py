@@ -38,8 +38,8 @@ def vocabulary_words(tokenizer: Any, avoid: Sequence[str], rng: np.random.Genera
         f" {word}", add_special_tokens=False)["input_ids"]) == 1:
       misses = 0
       yield word
-  raise InputError("hardly a token of the suspect's tokenizer is a word: leave out what draws words "
-                   "(w2s_words among --config.defenses; the self-test, by --config.selftest.triggers=0)")
+  raise InputError("hardly a token of the suspect's tokenizer is a word: leave out what draws words, "
+                   "w2s_words (--config.defenses) and the self-test (--config.selftest.triggers=0)")
 
 
 def with_rare_words(rows: list[dict], share: float, avoid: Sequence[str], seed: int) -> list[dict]:

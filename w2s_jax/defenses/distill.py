@@ -28,11 +28,7 @@ def train(recipe: Recipe, suspect: Suspect, settings: Any, runs: dict[str, int])
   check(next(iter(runs)), recipe, suspect.place.task, suspect.model, settings)
   starts, arrays = zip(*(_start(recipe, suspect, settings, seed) for seed in runs.values()))
   ascent = recipe.ascent(suspect, settings) if recipe.ascent else None
-  training = suspect.training
-  if recipe.rows:
-    training = training.copy_and_resolve_references()
-    training.epochs = 1
-  plan = stage_plan(recipe, suspect.place.task, suspect.model, settings, training, runs, ascent)
+  plan = stage_plan(recipe, suspect.place.task, suspect.model, settings, suspect.training, runs, ascent)
   trained = stage.train_stage(plan, list(starts), list(arrays), suspect.encode(suspect.dev), suspect.place)
   if recipe.ascent:
     trained = [trees.split(params, ("soft",))[1] for params in trained]
@@ -57,9 +53,10 @@ def stage_plan(recipe: Recipe, task: Task, model: Model, settings: Any, training
   weights = recipe.weights(settings, model.config.feature_size)
   loss = steps.weighted_loss(model, functools.partial(recipe.terms, settings=settings, task=task), weights)
   soft = ("soft",) if recipe.soft_tokens else ()
-  if recipe.rate != 1:
-    training = training.copy_and_resolve_references()
-    training.learning_rate *= recipe.rate
+  training = training.copy_and_resolve_references()
+  training.learning_rate *= recipe.rate
+  if recipe.rows:
+    training.epochs = 1                                # they stand for all epochs
   return steps.StagePlan(tuple(runs), tuple(runs.values()), model, loss, weights, (*recipe.trains, *soft), training,
                          "defend", recipe.views, recipe.layout == "packed", ascent)
 

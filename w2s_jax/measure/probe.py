@@ -119,8 +119,12 @@ def warnings(rows: list[dict], meta: dict) -> list[str]:
                "more clean rows, or a pretrained encoder as --config.teacher.path.")
   out += [f"`{r['attack']}` still gives {r['model']} the target label in {r['asr']:.3f} of the rows, against "
           f"{r['false_rate']:.3f} without it: {r['model']} is not clean." for r in rows
-          if r["model"] != suspect["model"] and r["asr"] is not None and r["asr"] > r["false_rate"] + STILL_THERE]
+          if r["model"] != suspect["model"] and _still_works(r)]
   return out + [scan.verdict(name, meta["scan"][name]) for name in _suspicious(meta)]
+
+
+def _still_works(row):
+  return row["asr"] is not None and row["asr"] > row["false_rate"] + STILL_THERE
 
 
 def _suspicious(meta):
@@ -153,7 +157,7 @@ def notes(rows: list[dict], meta: dict) -> list[str]:
 def _which_to_take(rows):
   """A model without the suspect's weights has no backdoor of the suspect's; of the others nobody can tell."""
   for row in rows:
-    if row["model"].startswith("from_base") and (row["asr"] or 0) <= (row["false_rate"] or 0) + STILL_THERE:
+    if row["model"].startswith("from_base") and not _still_works(row):
       return (f"`{row['model']}` (CA {row['ca']:.3f}, suspect {rows[0]['ca']:.3f}) has none of the suspect's weights "
               "in it: take it if its CA is enough for you.")
   return ("No column shows whether a trigger that was not tried still works. If you know the public model that the "
