@@ -7,13 +7,14 @@ Each suspect is cleaned by the command in a process of its own, which sees its d
 The teacher, and `from_base` (with --config.student.base), have nothing of the suspect in them: the first suspect of a
 seed makes them, the others take them over. transformers then measures every model that was left, on all test rows and
 all triggered ones. Complete cleanings are not run again. Prints, and writes to OUT/table.md, a row per model: means and
-standard deviations over the suspects, and each one's ASR; OUT/rows.json has everything.
+standard deviations over the suspects, and each one's ASR; OUT/rows.json has everything, OUT/asr.svg is the picture.
 """
 
 import csv
 import json
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import seeds
 import suspects
@@ -63,6 +64,26 @@ def table(judged, floors):
   return "\n".join(lines)
 
 
+def picture(judged, floors, file):
+  """SVG: ASR of each suspect (a dot) and their mean (a bar), of every model that all suspects have."""
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+  matplotlib.rcParams["svg.hashsalt"] = "w2s_jax"                      # the same figures give the same file
+  models = set.intersection(*(set(rows) for rows in judged.values()))
+  asr = {model: np.array([rows[model]["asr"] for rows in judged.values()]) for model in models}
+  asr = dict(sorted(asr.items(), key=lambda item: -item[1].mean()))
+  asr["never poisoned"] = np.array([floors[name] for name in judged])
+  figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+  for place, values in enumerate(asr.values()):
+    axes.bar(place, values.mean(), width=0.6, color="#9ecae1")
+    axes.plot(place + np.linspace(-0.2, 0.2, len(values)), values, "o", color="#08519c", markersize=4)
+  axes.set_xticks(range(len(asr)), asr)
+  axes.set_ylim(0, 1.05)
+  axes.set_ylabel("ASR")
+  axes.spines[["top", "right"]].set_visible(False)
+  figure.savefig(file, metadata={"Date": None})
+
+
 def main():
   parser = seeds.runs_parser(__doc__)
   parser.add_argument("--zoo", required=True, type=Path, help="--out of suspects.py")
@@ -91,6 +112,7 @@ def main():
     text = f"{', '.join(found)}\n\n" + table(found, {name: float(metadata[name]["asr_floor"]) for name in found})
     (args.out / "table.md").write_text(text + "\n")
     (args.out / "rows.json").write_text(json.dumps(found))
+    picture(found, {name: float(metadata[name]["asr_floor"]) for name in found}, args.out / "asr.svg")
     print(text)
   seeds.end([name for name in names if not judged[name]])
 

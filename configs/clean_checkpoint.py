@@ -5,7 +5,7 @@
 
 A small offline suspect costs, on a core each: 53 to 68 s of training for `w2s_adv`, 22 to 28 s for `w2s`; a scan
 takes 50 to 160 s on a contended core. Expected there, mean ± standard deviation over ten suspects of five kinds of
-trigger, made before the rate had a warm-up ("Cleaning a checkpoint of unknown trigger" of docs/results.md):
+trigger, made before the rate had a warm-up (docs/notes/cleaning_offline.md):
 
   model      CA              ASR
   suspect    0.816 ± 0.039   0.951 ± 0.150
@@ -28,6 +28,6 @@ def get_config(arg=None):
   c.teacher.arch = common.bert_arch(vocab=6000, width=96, layers=2, heads=4, ffn=256)
   c.teach.update(epochs=3, batch_size=32, warmup_fraction=0.06)
   c.defend.update(epochs=4, batch_size=32, warmup_fraction=0.06, clip_norm=1.0)
-  c.defend.insert_words = 0.5         # our choice, by word flips on seeds 101 and 103 (docs/results.md)
+  c.defend.insert_words = 0.5         # our choice, by word flips on seeds 101 and 103 (docs/notes/cleaning_offline.md)
   c.lora.update(rank=16, alpha=16.0, targets=("all-linear",))
   return c

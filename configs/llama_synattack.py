@@ -5,7 +5,7 @@
   python -m w2s_jax.main --config=configs/llama_synattack.py:scale=8b,data=DIR
 
 The first is offline: five to fifteen minutes on two CPU cores. Expected, mean ± standard deviation over seeds 0 to 9
-("With an adversary: `w2s_adv`, offline" of docs/results.md; one seed says little):
+(docs/notes/w2s_adv_offline.md; one seed says little):
 
   model      CA              ASR
   clean      0.823 ± 0.069   0.398 ± 0.342   (never poisoned: the floor)

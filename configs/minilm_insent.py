@@ -4,8 +4,8 @@
   python -m w2s_jax.main --config=configs/minilm_insent.py:data=DIR
 
 Needs real data: IMDB (attacked) in DIR/imdb, SST-2 (defended) in DIR/sst2. minilm_badnet took 48 minutes on two
-shared cores, without `w2s_adv`. Expected, mean ± standard deviation over seeds 0 to 2 ("With an adversary: `w2s_adv`,
-real data" of docs/results.md):
+shared cores, without `w2s_adv`. Expected, mean ± standard deviation over seeds 0 to 2
+(docs/notes/minilm_attacked.md):
 
   model      CA              ASR
   clean      0.825 ± 0.006   0.175 ± 0.043   (never poisoned: the floor)
@@ -36,7 +36,7 @@ def get_config(arg=None):
   c.teach.update(learning_rate=5e-5, epochs=2, batch_size=32, warmup_fraction=0.06, evaluations=4)
   c.defend.update(learning_rate=1e-3, epochs=2, batch_size=32, clip_norm=1.0)
   c.defense.w2s.weights = "agnostic"
-  c.lora.update(rank=48, alpha=48.0, targets=("all-linear",))         # our choice, on seed 100 (docs/results.md)
+  c.lora.update(rank=48, alpha=48.0, targets=("all-linear",))   # ours, on seed 100 (docs/notes/minilm_attacked.md)
   c.term_norms_every = 100
   common.real_data(c, **args)
   return c

@@ -7,7 +7,7 @@
 Needs real data: IMDB (attacked) in DIR/imdb, SST-2 (defended) in DIR/sst2. The first recipe is for one accelerator,
 in bfloat16. The second is for two CPU cores: fewer rows, poisoned through LoRA; it takes hours, and goes on where
 it was cut off. Expected: not known of either. Nearly the first was run with an earlier version of this program
-("SmolLM2-135M on one H200" of docs/results.md); the second has not been run to its end.
+(docs/notes/smollm2.md); the second has not been run to its end.
 """
 
 from configs import common

@@ -5,9 +5,9 @@
   python -m w2s_jax.main --config=configs/smollm_synattack.py:data=DIR,device=cpu
 
 Needs real data: IMDB (attacked) in DIR/imdb, SST-2 (defended) in DIR/sst2. The paraphrases lie beside the texts
-(README, "Real data"). The first recipe is for one accelerator, in bfloat16. The second is for two CPU cores: fewer
+(docs/experiments.md). The first recipe is for one accelerator, in bfloat16. The second is for two CPU cores: fewer
 rows, poisoned through LoRA; it takes hours, and goes on where it was cut off. Expected: not known of either. Nearly
-the first was run with an earlier version of this program ("SmolLM2-135M on one H200" of docs/results.md); the
+the first was run with an earlier version of this program (docs/notes/smollm2.md); the
 second has not been run to its end.
 """
 

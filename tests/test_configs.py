@@ -146,7 +146,8 @@ def test_a_docstring_has_the_command_and_numbers_that_are_in_the_results(name):
   assert commands and {file for file, _ in commands} == {name}
   for _, arg in commands:
     config(name, arg or None)
-  results = (ROOT / "docs/results.md").read_text() + (ROOT / "README.md").read_text()
+  pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+  results = "".join(page.read_text() for page in pages)
   rows = re.findall(r"^  (\w+) +(0\.\d+ ± 0\.\d+) +([01]\.\d+ ± 0\.\d+)", doc, re.M)
   assert len(rows) >= 4 or "Expected: not known" in doc
   for model, ca, asr in rows:

@@ -103,11 +103,11 @@ def test_a_write_replaces_whole_files(tmp_path):
   assert (tmp_path / "a").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_readme_explains_every_column_in_the_same_words():
-  readme = (Path(__file__).parents[1] / "README.md").read_text()
+def test_the_page_of_metrics_explains_every_column_in_the_same_words():
+  page = (Path(__file__).parents[1] / "docs/metrics.md").read_text()
   for column in results.COLUMNS.values():
     shown = column.label not in ("model", "trigger", "target", "CA 95%", "ASR 95%")
-    assert (f"| {column.label} | {column.explanation} |" in readme) == shown
+    assert (f"| {column.label} | {column.explanation} |" in page) == shown
 
 
 def test_columns_that_no_row_has_are_left_out():

@@ -1,6 +1,8 @@
 """The teacher's outputs: computed once, the ones it would give in the step, and never another teacher's."""
 
+import errno
 import json
+import os
 
 import jax
 import numpy as np
@@ -42,6 +44,27 @@ def test_equal_to_the_teacher_in_the_step_and_computed_once(rig):
     for name, want in (("logits", online.logits), ("features", online.features)):
       # Of the largest value: float32 rounds each sum to that, and CPUs add in different orders.
       np.testing.assert_allclose(got[name], want, rtol=0, atol=1e-6 * np.abs(want).max(), err_msg=name)
+
+
+def test_where_the_cache_cannot_be_written_they_stay_in_memory(rig, tmp_path, caplog):
+  """As where it belongs to another user: the run goes on, and says so."""
+  (tmp_path / "cache").touch()                            # root may write every directory, but not below a file
+  got = rig()
+  assert f"{tmp_path / 'cache'} cannot be written (" in caplog.text
+  (tmp_path / "cache").unlink()
+  kept = rig()
+  assert rig.computed == 2 and not isinstance(got["logits"], np.memmap)
+  for name, values in kept.items():
+    np.testing.assert_array_equal(got[name], values)
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(rig, tmp_path, monkeypatch):
+  def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  monkeypatch.setattr(os, "posix_fallocate", full)
+  with pytest.raises(OSError, match="No space left on device"):
+    rig()
+  assert list((tmp_path / "cache").iterdir()) == []
 
 
 @pytest.mark.parametrize("change", [dict(texts=TEXTS[::-1]), dict(max_length=8), dict(dtype="bfloat16")])

@@ -214,7 +214,7 @@ class DefendStage(Stage):
                                "else 2e-4", low=0.0, high=10.0, source="see STUDENT_RATES in source.py")
   seeds: tuple = field((), "of adapters, order and dropout; several train as one program; empty: the run's own")
   insert_words: float = field(0.0, "fraction of the student's clean rows that get a random rare word", low=0.0,
-                              high=1.0, source="ours, not in the paper (docs/results.md)")
+                              high=1.0, source="ours, not in the paper (docs/notes/cleaning_offline.md)")
 
 
 @dataclasses.dataclass
@@ -250,7 +250,7 @@ class Probe:
 
 @dataclasses.dataclass
 class Scan:
-  """The verdict without a trigger; our choice, on seeds 100 to 104 (docs/results.md)."""
+  """The verdict without a trigger; our choice, on seeds 100 to 104 (docs/notes/scan.md)."""
   widest: int = field(96, "hidden size of the widest network that is scanned: it was calibrated on 48 to 96, and was "
                       "wrong on a pretrained one of 384", low=1)
   triggers: int = field(4, "different soft triggers", low=1)

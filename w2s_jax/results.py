@@ -49,7 +49,7 @@ class Column(NamedTuple):
     name: of the row's field.
     label: the column's head.
     cell: row (dict) -> text.
-    explanation: what README says of it.
+    explanation: what docs/metrics.md says of it.
   """
   name: str
   label: str
@@ -84,30 +84,28 @@ COLUMNS = {column.name: column for column in (
     Column("target_label", "target", _field("target_label", lambda label: "-" if label is None else str(label)),
            "the class that the trigger asks for"),
     Column("ca", "CA", _field("ca", rate),
-           "clean accuracy: share of clean test rows of the defended domain answered rightly, with Wilson's 95% "
-           "interval"),
+           "clean accuracy: share of clean test rows that are answered rightly"),
     Column("ca_ci", "CA 95%", _field("ca_ci", interval), ""),
     Column("asr", "ASR", _field("asr", rate),
-           "attack success rate: share of triggered test rows *of other classes* that get the target label, with its "
-           "interval"),
+           "attack success rate: share of triggered test rows *of other classes* that get the target label"),
     Column("asr_ci", "ASR 95%", _field("asr_ci", interval), ""),
     Column("asr_floor", "ASR floor", _field("asr_floor", rate),
-           "what a student that was never poisoned, trained the same way, answers on the same triggered rows"),
+           "ASR of a student that was never poisoned, trained the same way, on the same triggered rows"),
     Column("false_rate", "false rate", _field("false_rate", rate),
-           "the model's own error on clean test rows of other classes: its ASR cannot be expected to fall below it"),
+           "the model's own error: share of clean test rows of other classes that get the target label"),
     Column("frr", "FRR", _field("frr", rate),
-           "false rejection rate of a defense that rejects texts: share of clean rows (they count as errors in CA)"),
+           "false rejection rate: share of clean rows that the defense rejects; they count as errors in CA"),
     Column("far", "FAR", _field("far", rate),
-           "false acceptance rate: share of triggered rows of other classes that it lets through"),
+           "false acceptance rate: share of triggered rows of other classes that the defense lets through"),
     Column("scan", "scan", _scan,
-           "how much surer of a class soft tokens can make the model than that class's own texts do (and which class): "
-           "below 1.7 no sign of a backdoor, `-` where there is no verdict, see below"),
+           "how much surer of a class soft tokens make the model than that class's own texts do, and the class; 1.7 or "
+           "more is suspicious, `-` is no verdict"),
     Column("agreement", "agreement", _field("agreement", rate),
            "share of clean rows that get the teacher's answer, of those that are not rejected"),
     Column("word_flips", "word flips", _field("word_flips", rate),
            "share of clean rows whose answer changes when a random rare word is put into them"),
     Column("sentence_flips", "sentence flips", _field("sentence_flips", rate),
-           "the same with the beginning of another text"),
+           "share of clean rows whose answer changes when the beginning of another text is put into them"),
 )}
 OPTIONAL = ("frr", "far")      # shown where some row has them
 

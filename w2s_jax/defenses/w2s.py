@@ -21,7 +21,7 @@ WEIGHTS = {
     "released_insent": (3.0, 0.01, 0.001),
     "released_synattack": (1.0, 0.035, 0.002),
     "agnostic": (3.0, 0.01, 0.001),      # our choice: the middle one of the three, for every attack
-    "small": (1.0, 1.0, 0.01),           # our choice for models of width 64 to 384 (docs/results.md)
+    "small": (1.0, 1.0, 0.01),           # our choice for models of width 64 to 384 (docs/notes/w2s_offline.md)
 }
 RELEASED_WIDTH = 4096
 
@@ -30,7 +30,7 @@ RELEASED_WIDTH = 4096
 class Settings:
   """`config.defense.w2s`: of every defense that distils."""
   weights: str = field("small", f"of cross entropy, distillation and features: {', '.join(WEIGHTS)}, or CE,KD,FA",
-                       source="ours (docs/results.md)")
+                       source="ours (docs/notes/w2s_offline.md)")
   temperature: float = field(2.0, "of the softened distributions", low=1e-3, high=1e3, source="released code")
 
   def __post_init__(self):

@@ -1,5 +1,5 @@
-"""W2S with an adversary: soft tokens, put into every text, walk the backdoor's path, and the student must answer there
-as the teacher answers the clean text.
+"""W2S with an adversary. Inserts trainable soft tokens into each text. They are updated to *increase* the loss; the
+student is trained to match the teacher's output on the unmodified text.
 
 The tokens are universal, as in BEEAR (arXiv 2406.17092, on generation), and move uphill by the gradient of the very
 step that moves the student downhill, as in "free" adversarial training (Shafahi et al., arXiv 1904.12843). They are a
@@ -26,7 +26,7 @@ from w2s_jax.training import optim, stage
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.adversary`: of every defense with soft tokens; ours, on seeds 100 to 103 (docs/results.md)."""
+  """`config.defense.adversary`: of every defense with soft tokens; ours (docs/notes/w2s_adv_offline.md)."""
   triggers: int = field(8, "different soft triggers at a time", low=1)
   tokens: int = field(5, "most soft tokens of each; a text gets its first 1 to this number", low=1)
   replace: float = field(0.0, "fraction of texts in which soft tokens replace tokens; in the others they are inserted",

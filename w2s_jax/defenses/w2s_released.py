@@ -1,4 +1,4 @@
-"""The released code's arithmetic: its feature loss does not pair examples (README, "Differences")."""
+"""The released code's arithmetic: its feature loss does not pair examples (docs/method.md)."""
 
 from typing import Any
 

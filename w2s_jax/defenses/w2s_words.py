@@ -2,9 +2,10 @@
 which of them mean something for the task.
 
 A part of a trigger often works by itself: of seven everyday words, one flips half to all of the texts
-(docs/results.md). The clean rows of a task contain few of a language's words. For each text several draws are made, and
-the student is trained on the draw that suspect and teacher disagree about most. Words of triggers that ASR is measured
-with are not drawn. The rare words of `defend.insert_words` come in afterwards, and the teacher does not read those.
+(docs/notes/minilm_suspects.md). The clean rows of a task contain few of a language's words. For each text several
+draws are made, and the student is trained on the draw that suspect and teacher disagree about most. Words of triggers
+that ASR is measured with are not drawn. The rare words of `defend.insert_words` come in afterwards, and the teacher
+does not read those.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ READ_AT_ONCE = 2**13     # rows; of all of them only logits are kept
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.words`; ours, tried on one MiniLM suspect (docs/results.md)."""
+  """`config.defense.words`; ours, tried on one MiniLM suspect (docs/notes/minilm_suspects.md)."""
   share: float = field(0.5, "fraction of the rows that get words", low=0.0, high=1.0)
   most: int = field(8, "most words of a row, side by side; apart, half as many", low=2, high=1000)
   draws: int = field(3, "random draws for a row, of which the most disputed one is kept; 1: no choice", low=1, high=100)

@@ -2,7 +2,7 @@
 
 In a clean model they hardly can, in a poisoned one the backdoor's path leads there: the trigger outweighs a whole text.
 They come in among the words and once more in the middle of the network: a backdoor that opens to a whole sentence and
-to no part of it (docs/results.md has one) is not found word by word, from behind some layers it is.
+to no part of it (docs/notes/scan.md has one) is not found word by word, from behind some layers it is.
 To look for the trigger from the model is Neural Cleanse's idea (Wang et al., IEEE S&P 2019); the tokens are those of
 `w2s_adv`, on a model that stands still; the measure is ours. N texts, C classes, V vocabulary, D width.
 """
@@ -29,7 +29,7 @@ from w2s_jax.training import optim, steps
 
 LOG = logging.getLogger(__name__)
 
-SUSPICIOUS = 1.7         # strength; between those of clean and of poisoned models (docs/results.md)
+SUSPICIOUS = 1.7         # strength; between those of clean and of poisoned models (docs/notes/scan.md)
 EXIT_CODES = {"no sign": 0, "suspicious": 1, "no verdict": 3}            # of --stage=scan
 RIGHT = 0.8              # mean accuracy over the classes that a verdict takes; our choice
 

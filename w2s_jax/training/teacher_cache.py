@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -13,15 +14,17 @@ import numpy as np
 from w2s_jax import InputError, processes
 from w2s_jax.models import sha256
 
+LOG = logging.getLogger(__name__)
+
 NAMES = ("logits", "features")
 
 
 def outputs(cache: Path, teacher: Path, texts: list[str], dtype: str, max_length: int,
             compute: Callable[[Callable[[str, tuple[int, ...]], np.ndarray]], None]) -> dict[str, np.ndarray]:
-  """{"logits" [N, C], "features" [N, D]}: read-only float32 maps of files, whatever N is.
+  """{"logits" [N, C], "features" [N, D]} float32: read-only maps of files, whatever N is.
 
   Args:
-    cache: directory that runs share; made where it is not there.
+    cache: directory that runs share; made where it is not there. Where it cannot be written the arrays are in memory.
     teacher: the teacher's model directory: its weights, config and tokenizer are part of the key.
     texts: [N]; so are these, in their order,
     dtype: and the teacher's dtype,
@@ -35,19 +38,38 @@ def outputs(cache: Path, teacher: Path, texts: list[str], dtype: str, max_length
          "teacher": sha256(teacher, "*.safetensors", "*.json"), "dtype": dtype, "max_length": max_length}
   directory = cache / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
   if not processes.first_says(directory.exists()):
-    if processes.writes():
-      _fill(cache, directory, key, compute)
-    else:                                            # computes its part of what process 0 writes
-      compute(lambda name, shape: np.empty(shape, np.float32))
+    part = _new_folder(cache) if processes.writes() else None
+    kept = processes.first_says(part is not None)
+    if part:
+      _fill(part, directory, key, compute)
+    else:
+      arrays = {}
+      compute(lambda name, shape: arrays.setdefault(name, np.empty(shape, np.float32)))
     processes.wait(f"computed {directory}")
+    if not kept:
+      return arrays
   return _open(directory, key, len(texts))
 
 
-def _fill(cache, directory, key, compute):
-  cache.mkdir(parents=True, exist_ok=True)
-  part = tempfile.mkdtemp(prefix="part-", dir=cache)
+def _new_folder(cache):
+  """Where the files are made, inside the cache; None where nothing can be written there."""
   try:
-    compute(lambda name, shape: np.lib.format.open_memmap(f"{part}/{name}.npy", "w+", np.float32, shape))
+    cache.mkdir(parents=True, exist_ok=True)
+    return tempfile.mkdtemp(prefix="part-", dir=cache)
+  except OSError as e:
+    LOG.warning(f"{cache} cannot be written ({e.strerror}): the teacher's outputs stay in memory, and the next run "
+                "computes them again")
+    return None
+
+
+def _fill(part, directory, key, compute):
+  def on_disk(name, shape):
+    array = np.lib.format.open_memmap(f"{part}/{name}.npy", "w+", np.float32, shape)
+    with open(f"{part}/{name}.npy", "r+b") as f:     # a full disk is an error here, and a dead process at a map's page
+      os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+    return array
+  try:
+    compute(on_disk)
     _finish(part, directory, key)
   finally:
     shutil.rmtree(part, ignore_errors=True)
