@@ -9,11 +9,11 @@ import runpy
 import sys
 import textwrap
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from absl import flags
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from w2s_jax import InputError
@@ -24,32 +24,55 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, as FILE or
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of a user error.")
 
 
+def run(main: Callable[[list[str]], int | None], doc: str, spell: Callable[[str], str] = str) -> NoReturn:
+  """Exits with what `main` returns for sys.argv; a mistake of the user is one line, `error: ...`, and exit code 2.
+
+  Args:
+    main: takes what the flags leave of sys.argv.
+    doc: what --help begins with.
+    spell: the line that is printed, of one in which flags are called as here.
+  """
+  try:
+    app.run(main, flags_parser=functools.partial(parse, doc=doc))
+  except (InputError, flags.Error, FloatingPointError) as e:
+    _fail(e, DEBUG.value if FLAGS.is_parsed() else "--debug" in sys.argv, spell)
+
+
 def parse(argv: list[str], doc: str) -> list[str]:
-  """absl's flags; a mistake in them or in the config file is one line and exit code 2."""
+  """What absl's flags leave of argv; with --help `doc`, flags and fields are printed, and the program ends.
+
+  Raises:
+    InputError, flags.Error: a mistake in the flags or in the config file.
+  """
   if {"--help", "-help", "-h"} & set(argv):
-    print(f"{doc}{FLAGS.main_module_help()}\n{FLAGS.module_help(__name__)}\n{_fields_help(argv)}")
+    print(f"{doc}{FLAGS.main_module_help()}\n{FLAGS.module_help(__name__)}\n{_help_of_fields(argv)}")
     sys.exit(0)
-  try:
-    config = _read_config(argv)
-    check_fields(argv, config)
-    rest = FLAGS(with_lists(argv, config))
-    if len(rest) > 1:
-      raise InputError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
-    return rest
-  except (InputError, flags.Error) as e:
-    fail(e, "--debug" in argv)
+  config = _read_config(argv)
+  check_fields(argv, config)
+  rest = FLAGS(with_lists(argv, config))
+  if len(rest) > 1:
+    raise InputError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
+  return rest
 
 
-def _fields_help(argv):
+def _help_of_fields(argv):
   """Every field of the config that --config names; of configs/llama_badnet.py where it names none."""
-  from w2s_jax.defenses import SETTINGS  # loads JAX: a second, which only --help and a config file take
   named = any(re.match(r"--?config(=|$)", arg) for arg in argv)
-  file = [] if named else ["--config=configs/llama_badnet.py"]
   try:
-    config = _read_config([*argv, *file])
+    return fields(argv if named else [*argv, "--config=configs/llama_badnet.py"])
   except InputError as e:
     return f"Give --config=FILE to see the fields of a config ({e})."
-  return "\n".join([f"Fields of {typed_config([*argv, *file])}, with their values there:", *describe(config, SETTINGS)])
+
+
+def fields(argv: list[str]) -> str:
+  """Every field of the config that --config names, in lines (`describe`).
+
+  Raises:
+    InputError: it names none, or a file that makes none.
+  """
+  from w2s_jax.defenses import SETTINGS  # loads JAX: a second, which only --help and a config file take
+  config = _read_config(argv)
+  return "\n".join([f"Fields of {typed_config(argv)}, with their values there:", *describe(config, SETTINGS)])
 
 
 def describe(config: ConfigDict, settings: Mapping[str, type], width: int = 100) -> Iterator[str]:
@@ -179,11 +202,11 @@ def _meant(near, otherwise):
   return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
-def fail(error: BaseException, debug: bool) -> NoReturn:
+def _fail(error, debug, spell):
   cause = error
   while cause is not None:  # ml_collections wraps what the config file itself raised, traceback and all
     error, cause = cause if isinstance(cause, InputError) else error, cause.__context__
   if debug:
     traceback.print_exc()
-  print("error: " + re.sub(r"\s*\n\s*", " ", str(error)).strip(), file=sys.stderr)
+  print("error: " + spell(re.sub(r"\s*\n\s*", " ", str(error)).strip()), file=sys.stderr)
   sys.exit(2)

@@ -10,7 +10,6 @@
 A stage whose output is in the workdir is not run again; one that was cut off resumes.
 """
 
-import functools
 import logging
 import os
 import re
@@ -22,7 +21,7 @@ for _name, _value in {  # what the libraries have to say of a mistake reaches th
     "HF_HUB_VERBOSITY": "error", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}.items():
   os.environ.setdefault(_name, _value)
 
-from absl import app, flags  # noqa: E402
+from absl import flags  # noqa: E402
 from absl import logging as absl_logging  # noqa: E402
 
 from w2s_jax import InputError, command, results  # noqa: E402
@@ -49,13 +48,13 @@ def _connect(processes):
     try:
       processes.connect(*given.values())
     except (RuntimeError, ValueError) as e:
-      command.fail(InputError(f"the other processes were not found ({str(e).splitlines()[0]}): give "
-                              "--coordinator_address, --num_processes and --process_id to each"), command.DEBUG.value)
+      raise InputError(f"the other processes were not found ({str(e).splitlines()[0]}): give --coordinator_address, "
+                       "--num_processes and --process_id to each") from e
     if not processes.writes():
       sys.stdout = open(os.devnull, "w")
     return True
   if len(missing) < len(given):
-    command.fail(InputError(f"of several processes each needs {', '.join(missing)} too"), command.DEBUG.value)
+    raise InputError(f"of several processes each needs {', '.join(missing)} too")
   return False
 
 
@@ -67,7 +66,7 @@ def _find_devices():
     platforms = os.environ.get("JAX_PLATFORMS", "")
     why = str(e).splitlines()[0] if str(e) else "its plugin is not installed"
     hint = f"unset JAX_PLATFORMS={platforms}, or install JAX for that platform" if platforms else "is it in use?"
-    command.fail(InputError(f"JAX finds no device ({why}): {hint}"), command.DEBUG.value)
+    raise InputError(f"JAX finds no device ({why}): {hint}") from e
 
 
 def _show_log():
@@ -92,8 +91,6 @@ def main(argv: list[str]) -> int:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   try:
     return stages.run(command.CONFIG.value, workdir, _STAGE.value)
-  except (InputError, FloatingPointError) as e:
-    command.fail(e, command.DEBUG.value)
   except (MemoryError, jax.errors.JaxRuntimeError) as e:
     if not isinstance(e, MemoryError) and "RESOURCE_EXHAUSTED" not in str(e):
       if jax.process_count() == 1 or command.DEBUG.value:
@@ -102,8 +99,8 @@ def main(argv: list[str]) -> int:
             f"({str(e).splitlines()[0][:200]}): start all of them again, they go on from the last checkpoint",
             file=sys.stderr, flush=True)
       os._exit(processes.LOST_CODE)                # on the usual way out JAX would wait for the lost one, and abort
-    command.fail(InputError(f"out of memory ({str(e).splitlines()[0]}): lower --config.*.batch_size, .eval_batch_size "
-                            "or .max_length, or set --config.student.remat=full"), command.DEBUG.value)
+    raise InputError(f"out of memory ({str(e).splitlines()[0]}): lower --config.*.batch_size, .eval_batch_size or "
+                     ".max_length, or set --config.student.remat=full") from e
   except processes.Stopped as e:
     print(f"\n{e}: the same command goes on from there", file=sys.stderr)
     sys.exit(processes.STOPPED_CODE)
@@ -113,4 +110,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=functools.partial(command.parse, doc=__doc__))
+  command.run(main, __doc__)

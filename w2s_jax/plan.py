@@ -14,7 +14,6 @@ peak figures.
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import itertools
 import json
@@ -25,7 +24,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from w2s_jax import InputError, command
 
@@ -258,43 +257,40 @@ def main(argv: list[str]) -> None:
 
   from w2s_jax import sharding
   from w2s_jax.defenses import DEFENSES
-  try:
-    config = command.CONFIG.value
-    if _REMAT.value:
-      config.student.remat = _REMAT.value
-    trained = [name for name, defense in DEFENSES.items() if defense.recipe]
-    if unknown := set(_STEP.value) - {"defend", "poison", "evaluate", *trained}:
-      raise InputError(f"--step={','.join(sorted(unknown))}: want defend, poison and evaluate, or some of them, or a "
-                       f"defense: {', '.join(trained)}")
-    if _SEARCH.value and (_MESH.value or _REMAT.value):
-      raise InputError("--search tries meshes and remat policies itself: leave --mesh and --remat away")
-    if len(config.defend.seeds) > 1:
-      raise InputError(f"defend.seeds {tuple(config.defend.seeds)}: a plan is of one seed: leave it empty")
-    devices, tpu = devices_of(_TOPOLOGY.value)
-    if _SEARCH.value:
-      plans = search(_STEP.value[0], config, devices, *_shape(config, _STEP.value[0]), _TOPOLOGY.value, tpu)[:1]
-      if not plans or not plans[0]["fits"]:
-        raise InputError(f"nothing that was tried fits {_TOPOLOGY.value}: a larger --topology, a smaller --batch or "
-                         "--length, or --config.lora.quantize=int8")
-    else:
-      sizes = _MESH.value.split(",") if _MESH.value else [config.mesh[axis] for axis in sharding.AXES]
-      if len(sizes) != 3 or not all(re.fullmatch(r"-?\d+", str(size)) for size in sizes):
-        raise InputError(f"--mesh={_MESH.value}: want three numbers, DATA,FSDP,TENSOR")
-      mesh = sharding.make_mesh(*map(int, sizes), devices=devices)
-      names, plans = [name for name in _STEP.value if name != "poison" or "poison" in config], []
-      for name in names:
-        print(f"compiling {name}, {len(plans) + 1} of {len(names)} (minutes, for a large model)", file=sys.stderr)
-        plans.append(plan_step(name, config, mesh, *_shape(config, name), _TOPOLOGY.value, tpu))
-        if not _JSON.value:
-          print(text(plans[-1]), flush=True)
-    if _JSON.value:
-      print(json.dumps(plans[0] | {"steps": plans}))
-    else:
-      print((text(plans[0]) + "\n" if _SEARCH.value else "") + "train on this mesh with " + " ".join(
-          f"--config.mesh.{axis}={size}" for axis, size in plans[0]["mesh"].items()))
-  except InputError as e:
-    command.fail(e, command.DEBUG.value)
+  config = command.CONFIG.value
+  if _REMAT.value:
+    config.student.remat = _REMAT.value
+  trained = [name for name, defense in DEFENSES.items() if defense.recipe]
+  if unknown := set(_STEP.value) - {"defend", "poison", "evaluate", *trained}:
+    raise InputError(f"--step={','.join(sorted(unknown))}: want defend, poison and evaluate, or some of them, or a "
+                     f"defense: {', '.join(trained)}")
+  if _SEARCH.value and (_MESH.value or _REMAT.value):
+    raise InputError("--search tries meshes and remat policies itself: leave --mesh and --remat away")
+  if len(config.defend.seeds) > 1:
+    raise InputError(f"defend.seeds {tuple(config.defend.seeds)}: a plan is of one seed: leave it empty")
+  devices, tpu = devices_of(_TOPOLOGY.value)
+  if _SEARCH.value:
+    plans = search(_STEP.value[0], config, devices, *_shape(config, _STEP.value[0]), _TOPOLOGY.value, tpu)[:1]
+    if not plans or not plans[0]["fits"]:
+      raise InputError(f"nothing that was tried fits {_TOPOLOGY.value}: a larger --topology, a smaller --batch or "
+                       "--length, or --config.lora.quantize=int8")
+  else:
+    sizes = _MESH.value.split(",") if _MESH.value else [config.mesh[axis] for axis in sharding.AXES]
+    if len(sizes) != 3 or not all(re.fullmatch(r"-?\d+", str(size)) for size in sizes):
+      raise InputError(f"--mesh={_MESH.value}: want three numbers, DATA,FSDP,TENSOR")
+    mesh = sharding.make_mesh(*map(int, sizes), devices=devices)
+    names, plans = [name for name in _STEP.value if name != "poison" or "poison" in config], []
+    for name in names:
+      print(f"compiling {name}, {len(plans) + 1} of {len(names)} (minutes, for a large model)", file=sys.stderr)
+      plans.append(plan_step(name, config, mesh, *_shape(config, name), _TOPOLOGY.value, tpu))
+      if not _JSON.value:
+        print(text(plans[-1]), flush=True)
+  if _JSON.value:
+    print(json.dumps(plans[0] | {"steps": plans}))
+  else:
+    print((text(plans[0]) + "\n" if _SEARCH.value else "") + "train on this mesh with " + " ".join(
+        f"--config.mesh.{axis}={size}" for axis, size in plans[0]["mesh"].items()))
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=functools.partial(command.parse, doc=__doc__))
+  command.run(main, __doc__)
