@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of training and saving: what is then resumed is what was never killed.
+"""SIGKILL at random moments, a full disk, Ctrl-C: what is then resumed is what was never stopped.
 
 W2S_KILLS=100 pytest -m slow tests/test_kills.py does it a hundred times, two at a time.
 """
@@ -6,6 +6,7 @@ W2S_KILLS=100 pytest -m slow tests/test_kills.py does it a hundred times, two at
 import hashlib
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -62,3 +63,30 @@ def test_killed_and_resumed_is_never_killed(tiny_run, tmp_path):
     steps = list(pool.map(kill, range(KILLS)))
   print(f"killed after so many steps of 60 (None: had ended): {steps}")
   assert any(steps) and sum(done is None for done in steps) <= KILLS // 4
+
+
+@pytest.mark.slow
+def test_no_room_is_one_line_and_the_same_command_finishes_later(tiny_run, tmp_path):
+  """No file may be larger than the limit, as on a disk that is full; with room the run ends as one that had it."""
+  whole, small = (before_the_defenses(tiny_run, tmp_path / name) for name in ("whole", "small"))
+  command = [sys.executable, "-m", "w2s_jax.main", *DEFEND, f"--workdir={small}"]
+  weights = (small / "models/poisoned/model.safetensors").stat().st_size
+  for share in (0.01, 0.9):                          # a checkpoint's first file; the model that is saved at the end
+    limit = int(share * weights)
+    out = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=600,
+                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert out.returncode == 2, out.stderr
+    assert out.stderr.splitlines()[-1].startswith("error: nothing more can be written (File too large): make room")
+    assert "Traceback" not in out.stderr and not (small / "models/w2s_adv").exists()
+  assert w2s(*DEFEND, f"--workdir={small}").returncode == w2s(*DEFEND, f"--workdir={whole}").returncode == 0
+  assert outcome(small) == outcome(whole)
+
+
+def test_ctrl_c_while_jax_is_imported_is_one_line(tmp_path):
+  """The module that takes seconds to load is one that interrupts here."""
+  (tmp_path / "jax").mkdir()
+  (tmp_path / "jax/__init__.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)")
+  out = subprocess.run([sys.executable, "-m", "w2s_jax.main", CONFIG, f"--workdir={tmp_path / 'w'}"], cwd=ROOT,
+                       env=ENV | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+  assert (out.returncode, out.stderr.strip().count("\n")) == (130, 0), out.stderr
+  assert "interrupted: the same command goes on from the last checkpoint" in out.stderr

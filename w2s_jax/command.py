@@ -3,7 +3,9 @@
 import ast
 import dataclasses
 import difflib
+import errno
 import functools
+import os
 import re
 import runpy
 import sys
@@ -35,7 +37,27 @@ def run(main: Callable[[list[str]], int | None], doc: str, spell: Callable[[str]
   try:
     app.run(main, flags_parser=functools.partial(parse, doc=doc))
   except (InputError, flags.Error, FloatingPointError) as e:
-    _fail(e, DEBUG.value if FLAGS.is_parsed() else "--debug" in sys.argv, spell)
+    _show(e, spell)
+    sys.exit(2)
+  except KeyboardInterrupt:                         # also while JAX is being imported, which takes seconds
+    print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+    sys.exit(130)
+  except Exception as e:
+    if not (why := _no_room(e)):
+      raise
+    _show(InputError(f"nothing more can be written ({why}): make room, then the same command goes on from the last "
+                     "checkpoint"), spell)
+    os._exit(2)                    # a checkpoint's threads, which cannot write either, would tell of it in tracebacks
+
+
+def _no_room(error):
+  """The name of a full disk, a quota or a read-only file system, if one is why: in safetensors and Orbax it is text."""
+  texts = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)]
+  while error is not None:
+    if why := next((text for text in texts if text in str(error)), None):
+      return why
+    error = error.__cause__ or error.__context__
+  return None
 
 
 def parse(argv: list[str], doc: str) -> list[str]:
@@ -202,11 +224,10 @@ def _meant(near, otherwise):
   return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
-def _fail(error, debug, spell):
-  cause = error
+def _show(error, spell):
+  cause, debug = error, DEBUG.value if FLAGS.is_parsed() else "--debug" in sys.argv
   while cause is not None:  # ml_collections wraps what the config file itself raised, traceback and all
     error, cause = cause if isinstance(cause, InputError) else error, cause.__context__
   if debug:
     traceback.print_exc()
-  print("error: " + spell(re.sub(r"\s*\n\s*", " ", str(error)).strip()), file=sys.stderr)
-  sys.exit(2)
+  print("error: " + spell(re.sub(r"\s*\n\s*", " ", str(error)).strip()), file=sys.stderr, flush=True)

@@ -104,9 +104,6 @@ def main(argv: list[str]) -> int:
   except processes.Stopped as e:
     print(f"\n{e}: the same command goes on from there", file=sys.stderr)
     sys.exit(processes.STOPPED_CODE)
-  except KeyboardInterrupt:
-    print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-    sys.exit(130)
 
 
 if __name__ == "__main__":
