@@ -1,4 +1,7 @@
-"""Encoder classifier (BERT, RoBERTa, DistilBERT), and the W2S teacher's widening head. B batch, T tokens, D width."""
+"""Encoder classifier (BERT, RoBERTa and its kin, DistilBERT), and the W2S teacher's widening head.
+
+B batch, T tokens, D width.
+"""
 
 import dataclasses
 from typing import Any, Self
@@ -13,6 +16,7 @@ from w2s_jax.models import family, layers
 from w2s_jax.models.hf.fields import MOST_LAYERS, Fields
 from w2s_jax.models.hf.formats import Checkpoint, modules
 
+ROBERTAS = ("roberta", "xlm-roberta", "camembert")          # one network, other texts and vocabularies
 # What DistilBERT calls the fields that BERT and RoBERTa have.
 DISTILBERT = {"hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidden_layers": "n_layers",
               "num_attention_heads": "n_heads", "hidden_dropout_prob": "dropout",
@@ -23,7 +27,7 @@ DISTILBERT = {"hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidd
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig(family.SharedConfig):
   """Shape of the network (transformers' config.json), then our head."""
-  model_type: str = "bert"            # roberta: positions count from padding + 1; distilbert: no token types
+  model_type: str = "bert"            # ROBERTAS: positions count from padding + 1; distilbert: no token types
   vocab_size: int = 30522
   hidden_size: int = 768
   intermediate_size: int = 3072
@@ -45,7 +49,7 @@ class EncoderConfig(family.SharedConfig):
   @property
   def position_offset(self) -> int:
     """Rows of the position table that no text uses."""
-    return self.pad_token_id + 1 if self.model_type == "roberta" else 0
+    return self.pad_token_id + 1 if self.model_type in ROBERTAS else 0
 
   @classmethod
   def from_hf(cls, fields: Fields, **runtime: Any) -> Self:
@@ -60,7 +64,7 @@ class EncoderConfig(family.SharedConfig):
     if runtime.get("head") == "lm":
       fields.only(tie_word_embeddings=True)
     shared, offset = family.shared_from_hf(fields), 0
-    if model_type == "roberta":
+    if model_type in ROBERTAS:
       shared["pad_token_id"] = fields.integer("pad_token_id", 1, 0)
       offset = shared["pad_token_id"] + 1
     hidden_dropout = fields.rate(name("hidden_dropout_prob"), 0.1)
@@ -138,7 +142,7 @@ class Embeddings(nn.Module):
     positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
     if packed:  # else padding on the left is counted, as in transformers
       positions -= layers.text_starts(segment_ids)
-    if c.model_type == "roberta":  # padding sits on the padding id, real tokens count up from the one behind it
+    if c.model_type in ROBERTAS:  # padding sits on the padding id, real tokens count up from the one behind it
       real = input_ids != c.pad_token_id
       positions = layers.count_in_text(real, segment_ids) * real + c.pad_token_id
     x = layers.embed(c, c.vocab_size, "word_embeddings", layers.Tokens)(input_ids)
@@ -199,7 +203,7 @@ class EncoderClassifier(nn.Module):
     elif c.model_type == "distilbert":
       pooled = nn.relu(head(c.hidden_size, "pooler")(features))
     else:
-      pooled = dropout(c.head_dropout, features) if c.model_type == "roberta" else features
+      pooled = dropout(c.head_dropout, features) if c.model_type in ROBERTAS else features
       pooled = jnp.tanh(head(c.hidden_size, "pooler")(pooled))
     logits = head(c.num_labels, "classifier")(dropout(c.head_dropout, pooled))
     return layers.ClassifierOutput(logits, features, hidden, x)
@@ -233,11 +237,12 @@ FAMILY = family.Family(
             (("pooler", "bert.pooler.dense"), ("classifier", "classifier")),
             ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions"),
             r"bert\.embeddings\.position_ids|bert\.pooler\.dense\..*|classifier\.(weight|bias)|cls\..*"),
-        "roberta": _tensors(
-            "Roberta", "roberta.", ("word", "position", "token_type"), "encoder.layer", _BERT,
+        **{model_type: _tensors(
+            name, "roberta.", ("word", "position", "token_type"), "encoder.layer", _BERT,
             (("pooler", "classifier.dense"), ("classifier", "classifier.out_proj")),
             ("lm_head.dense", "lm_head.layer_norm", "lm_head"),
-            r"roberta\.embeddings\.position_ids|(roberta\.pooler|lm_head|classifier)\..*"),
+            r"roberta\.embeddings\.position_ids|(roberta\.pooler|lm_head|classifier)\..*")
+           for model_type, name in zip(ROBERTAS, ("Roberta", "XLMRoberta", "Camembert"))},
         "distilbert": _tensors(
             "DistilBert", "distilbert.", ("word", "position"), "transformer.layer", _DISTILBERT,
             (("pooler", "pre_classifier"), ("classifier", "classifier")),
