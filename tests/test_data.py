@@ -259,9 +259,20 @@ def unigram():
                     unk_token="<unk>", mask_token="<mask>")
 
 
+def word_piece():
+  """As ELECTRA has it."""
+  words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "me", "##al", "z"]
+  core = hf.Tokenizer(hf.models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+  core.normalizer, core.pre_tokenizer = hf.normalizers.BertNormalizer(), hf.pre_tokenizers.BertPreTokenizer()
+  core.post_processor = hf.processors.TemplateProcessing(single="[CLS] $A [SEP]",
+                                                         special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+  return core, dict(cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]")
+
+
 @pytest.mark.parametrize("model_type,made,tokenizer_class,want", [
     ("xlm-roberta", unigram, "XLMRobertaTokenizer", [0, 5, 6, 7, 4, 3, 2]),
-    ("camembert", unigram, "CamembertTokenizer", [0, 5, 6, 7, 4, 3, 2])])
+    ("camembert", unigram, "CamembertTokenizer", [0, 5, 6, 7, 4, 3, 2]),
+    ("electra", word_piece, "ElectraTokenizer", [2, 5, 6, 7, 1, 3])])
 def test_tokenizers_of_other_families_are_read(model_type, made, tokenizer_class, want, tmp_path):
   """From tokenizer.json, whichever class its config names, in transformers 4's spelling (...Fast) too."""
   core, special = made()
@@ -271,7 +282,7 @@ def test_tokenizers_of_other_families_are_read(model_type, made, tokenizer_class
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name} | special))
     tokenizer = tokenization.load(tmp_path, 20)
     assert tokenizer.pad_token == special["pad_token"] and len(tokenizer) <= 20
-    assert tokenization.encode(tokenizer, ["the meal zz"], 8)["input_ids"][0, :len(want)].tolist() == want
+    assert tokenization.encode(tokenizer, ["the meal zz"], 12)["input_ids"][0, :len(want)].tolist() == want
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])

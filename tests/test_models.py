@@ -83,6 +83,12 @@ CAMEMBERT_SHAPES = {
     "one-layer": dict(vocab_size=67, num_attention_heads=1, num_hidden_layers=1, hidden_size=12),
     "padding-5": dict(vocab_size=50, num_attention_heads=8, pad_token_id=5, max_position_embeddings=17),
 }
+ELECTRA_SHAPES = {
+    "odd": dict(vocab_size=101, num_attention_heads=2, embedding_size=18),
+    "wide-embeddings": dict(vocab_size=64, num_attention_heads=3, num_hidden_layers=1, hidden_size=24,
+                            embedding_size=40, type_vocab_size=1, max_position_embeddings=11),
+    "one-width": dict(vocab_size=50, num_attention_heads=8, embedding_size=32, layer_norm_eps=1e-3, pad_token_id=3),
+}
 DISTILBERT_SHAPES = {
     "odd": dict(vocab_size=101, dim=32, hidden_dim=44, n_layers=3, n_heads=2),
     "one-layer": dict(vocab_size=64, dim=24, hidden_dim=96, n_layers=1, n_heads=3, max_position_embeddings=11),
@@ -90,8 +96,8 @@ DISTILBERT_SHAPES = {
 }
 SHAPES = {"llama": LLAMA_SHAPES, "mistral": MISTRAL_SHAPES, "qwen2": QWEN2_SHAPES, "qwen3": QWEN3_SHAPES,
           "gpt2": GPT2_SHAPES, "bert": BERT_SHAPES, "roberta": ROBERTA_SHAPES, "xlm-roberta": XLM_ROBERTA_SHAPES,
-          "camembert": CAMEMBERT_SHAPES, "distilbert": DISTILBERT_SHAPES}
-ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
+          "camembert": CAMEMBERT_SHAPES, "distilbert": DISTILBERT_SHAPES, "electra": ELECTRA_SHAPES}
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra")
 CASES = [(family, name) for family, shapes in SHAPES.items() for name in shapes]
 
 
