@@ -36,6 +36,8 @@ LLAMA = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_lay
 BERT = EncoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, max_positions=64,
                   hidden_dropout=0.0, attention_dropout=0.0, head_dropout=0.0, initializer_range=0.2)
 
+ELECTRA = dataclasses.replace(BERT, model_type="electra", embedding_size=16)
+
 GPT2 = GPT2Config(vocab_size=64, hidden_size=32, num_layers=3, num_heads=4, max_positions=64, initializer_range=0.2)
 
 
@@ -72,6 +74,12 @@ def llama():
 def bert():
   """(Model, params): an encoder of width 32, three layers, transformers' pooler and classifier."""
   return _with_params(BERT, 2)
+
+
+@pytest.fixture(scope="session")
+def electra():
+  """(Model, params): an encoder of width 32 whose embeddings are 16 wide, three layers."""
+  return _with_params(ELECTRA, 5)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers as hf
 from cli import ROOT
 
 from w2s_jax import InputError
@@ -245,6 +246,43 @@ def test_trained_tokenizers_reload_and_frame_the_text(kind, tokenizers, tmp_path
     assert all(t in ("<pad>", "[PAD]") for t in tokens[n:]) and tokens[n - 1] not in ("<pad>", "[PAD]")
   long = tokenization.encode(tokenizer, ["good " * 50], 8)
   assert long["length"].tolist() == [8] and long["input_ids"].shape == (1, 8)
+
+
+def unigram():
+  """As XLM-RoBERTa and CamemBERT have it; the scores say which pieces win."""
+  pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0), ("▁the", -1.0), ("▁me", -2.0),
+            ("al", -2.5), ("▁meal", -9.0), ("a", -6.0), ("<mask>", 0.0)]
+  core = hf.Tokenizer(hf.models.Unigram(pieces, unk_id=3))
+  core.pre_tokenizer = hf.pre_tokenizers.Sequence([hf.pre_tokenizers.WhitespaceSplit(), hf.pre_tokenizers.Metaspace()])
+  core.post_processor = hf.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+  return core, dict(bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>", pad_token="<pad>",
+                    unk_token="<unk>", mask_token="<mask>")
+
+
+def word_piece():
+  """As ELECTRA has it."""
+  words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "me", "##al", "z"]
+  core = hf.Tokenizer(hf.models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+  core.normalizer, core.pre_tokenizer = hf.normalizers.BertNormalizer(), hf.pre_tokenizers.BertPreTokenizer()
+  core.post_processor = hf.processors.TemplateProcessing(single="[CLS] $A [SEP]",
+                                                         special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+  return core, dict(cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]")
+
+
+@pytest.mark.parametrize("model_type,made,tokenizer_class,want", [
+    ("xlm-roberta", unigram, "XLMRobertaTokenizer", [0, 5, 6, 7, 4, 3, 2]),
+    ("camembert", unigram, "CamembertTokenizer", [0, 5, 6, 7, 4, 3, 2]),
+    ("electra", word_piece, "ElectraTokenizer", [2, 5, 6, 7, 1, 3])])
+def test_tokenizers_of_other_families_are_read(model_type, made, tokenizer_class, want, tmp_path):
+  """From tokenizer.json, whichever class its config names, in transformers 4's spelling (...Fast) too."""
+  core, special = made()
+  core.save(str(tmp_path / "tokenizer.json"))
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+  for name in (tokenizer_class, f"{tokenizer_class}Fast"):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name} | special))
+    tokenizer = tokenization.load(tmp_path, 20)
+    assert tokenizer.pad_token == special["pad_token"] and len(tokenizer) <= 20
+    assert tokenization.encode(tokenizer, ["the meal zz"], 12)["input_ids"][0, :len(want)].tolist() == want
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])

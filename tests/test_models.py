@@ -72,14 +72,32 @@ ROBERTA_SHAPES = {
     "padding-0": dict(vocab_size=64, num_attention_heads=4, num_hidden_layers=2, max_position_embeddings=13),
     "padding-5": dict(vocab_size=50, num_attention_heads=8, layer_norm_eps=1e-3, pad_token_id=5),
 }
+XLM_ROBERTA_SHAPES = {
+    "odd": dict(vocab_size=101, num_attention_heads=2, type_vocab_size=1, pad_token_id=1),
+    "one-layer": dict(vocab_size=64, num_attention_heads=4, num_hidden_layers=1, hidden_size=20, intermediate_size=33),
+    "padding-7": dict(vocab_size=50, num_attention_heads=8, layer_norm_eps=1e-3, pad_token_id=7,
+                      max_position_embeddings=19),
+}
+CAMEMBERT_SHAPES = {
+    "odd": dict(vocab_size=97, num_attention_heads=4, type_vocab_size=1, pad_token_id=1, layer_norm_eps=1e-5),
+    "one-layer": dict(vocab_size=67, num_attention_heads=1, num_hidden_layers=1, hidden_size=12),
+    "padding-5": dict(vocab_size=50, num_attention_heads=8, pad_token_id=5, max_position_embeddings=17),
+}
+ELECTRA_SHAPES = {
+    "odd": dict(vocab_size=101, num_attention_heads=2, embedding_size=18),
+    "wide-embeddings": dict(vocab_size=64, num_attention_heads=3, num_hidden_layers=1, hidden_size=24,
+                            embedding_size=40, type_vocab_size=1, max_position_embeddings=11),
+    "one-width": dict(vocab_size=50, num_attention_heads=8, embedding_size=32, layer_norm_eps=1e-3, pad_token_id=3),
+}
 DISTILBERT_SHAPES = {
     "odd": dict(vocab_size=101, dim=32, hidden_dim=44, n_layers=3, n_heads=2),
     "one-layer": dict(vocab_size=64, dim=24, hidden_dim=96, n_layers=1, n_heads=3, max_position_embeddings=11),
     "sinusoidal": dict(vocab_size=50, dim=16, hidden_dim=20, n_layers=2, n_heads=4, sinusoidal_pos_embds=True),
 }
 SHAPES = {"llama": LLAMA_SHAPES, "mistral": MISTRAL_SHAPES, "qwen2": QWEN2_SHAPES, "qwen3": QWEN3_SHAPES,
-          "gpt2": GPT2_SHAPES, "bert": BERT_SHAPES, "roberta": ROBERTA_SHAPES, "distilbert": DISTILBERT_SHAPES}
-ENCODERS = ("bert", "roberta", "distilbert")
+          "gpt2": GPT2_SHAPES, "bert": BERT_SHAPES, "roberta": ROBERTA_SHAPES, "xlm-roberta": XLM_ROBERTA_SHAPES,
+          "camembert": CAMEMBERT_SHAPES, "distilbert": DISTILBERT_SHAPES, "electra": ELECTRA_SHAPES}
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra")
 CASES = [(family, name) for family, shapes in SHAPES.items() for name in shapes]
 
 
@@ -494,7 +512,7 @@ def test_the_attention_kernel_goes_by_device_and_shape(monkeypatch):
   assert seen == ["xla", "cudnn"]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "roberta"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "roberta", "xlm-roberta"])
 def test_tokens_that_the_model_does_not_know_are_an_error(family, saved):
   """And texts that are longer than learned positions; rotary ones have no end."""
   _, _, model, params = saved(family, next(iter(SHAPES[family])))

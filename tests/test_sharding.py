@@ -75,7 +75,8 @@ def paths(family):
   untied = dict(head="lm", tie_embeddings=False)
   configs = {"llama": replaced(LLAMA, {}, dict(model_type="qwen2"), dict(model_type="qwen3"), untied),
              "gpt2": replaced(GPT2Config(vocab_size=64, hidden_size=32, num_heads=4), {}, untied),
-             "encoder": replaced(BERT, {}, dict(feature_width=40), dict(model_type="distilbert"), dict(head="lm"))}
+             "encoder": replaced(BERT, {}, dict(feature_width=40), dict(model_type="distilbert"), dict(head="lm"),
+                                 dict(model_type="electra", embedding_size=16))}
   out = set()
   for model in map(Model, configs[family]):
     params = jax.eval_shape(lambda p: lora.add_lora(p, 8, 8.0, ("all-linear",), key=jax.random.key(0)),

@@ -13,8 +13,8 @@ MODEL_RULES = (
     (r"(score|pooler|widen|classifier)/(kernel|bias)", "head"),
     (r"(.*/)?(embed_tokens|lm_head|[a-z_]+_embeddings)/embedding", "embedding"),
     (r"(.*/)?([a-z]*_)?norm/(scale|bias)", "vector"),
-    (r"(layers/.*|lm_head|lm_head/dense)/bias", "vector"),
-    (r"(layers/.*|lm_head/dense)/kernel", "matrix"),
+    (r"(layers/.*|lm_head|lm_head/dense|embeddings_project)/bias", "vector"),
+    (r"(layers/.*|lm_head/dense|embeddings_project)/kernel", "matrix"),
 )
 LORA = ("adapter", "head")                                    # what trains in every LoRA defense
 FULL = ("embedding", "vector", "matrix", "head")              # what trains in full fine-tuning

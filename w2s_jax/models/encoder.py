@@ -1,4 +1,7 @@
-"""Encoder classifier (BERT, RoBERTa, DistilBERT), and the W2S teacher's widening head. B batch, T tokens, D width."""
+"""Encoder classifier (BERT, RoBERTa and its kin, DistilBERT, ELECTRA), and the W2S teacher's widening head.
+
+B batch, T tokens, D width, E embeddings' width, which is D but for ELECTRA.
+"""
 
 import dataclasses
 from typing import Any, Self
@@ -8,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from w2s_jax import InputError, sharding
-from w2s_jax.models import family, layers
+from w2s_jax import sharding
+from w2s_jax.models import family, heads, layers
 from w2s_jax.models.hf.fields import MOST_LAYERS, Fields
 from w2s_jax.models.hf.formats import Checkpoint, modules
 
+ROBERTAS = ("roberta", "xlm-roberta", "camembert")          # one network, other texts and vocabularies
 # What DistilBERT calls the fields that BERT and RoBERTa have.
 DISTILBERT = {"hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidden_layers": "n_layers",
               "num_attention_heads": "n_heads", "hidden_dropout_prob": "dropout",
@@ -23,8 +27,9 @@ DISTILBERT = {"hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidd
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig(family.SharedConfig):
   """Shape of the network (transformers' config.json), then our head."""
-  model_type: str = "bert"            # roberta: positions count from padding + 1; distilbert: no token types
+  model_type: str = "bert"            # ROBERTAS: positions count from padding + 1; distilbert: no token types
   vocab_size: int = 30522
+  embedding_size: int = 0             # electra: E, where it is not hidden_size; 0: hidden_size
   hidden_size: int = 768
   intermediate_size: int = 3072
   num_layers: int = 12
@@ -34,7 +39,7 @@ class EncoderConfig(family.SharedConfig):
   layer_norm_eps: float = 1e-12
   hidden_dropout: float = 0.1         # after the embeddings, attention and feed-forward, while training
   attention_dropout: float = 0.1      # of the attention probabilities, while training
-  head_dropout: float = 0.1           # before the classifier (RoBERTa: and before its dense layer), while training
+  head_dropout: float = 0.1           # before the classifier (ROBERTAS, electra: and its dense layer), while training
   pad_token_id: int | None = 0
   feature_width: int = 0              # > 0: the W2S head, Linear(D -> feature_width) -> ReLU = features -> classifier
 
@@ -45,7 +50,7 @@ class EncoderConfig(family.SharedConfig):
   @property
   def position_offset(self) -> int:
     """Rows of the position table that no text uses."""
-    return self.pad_token_id + 1 if self.model_type == "roberta" else 0
+    return self.pad_token_id + 1 if self.model_type in ROBERTAS else 0
 
   @classmethod
   def from_hf(cls, fields: Fields, **runtime: Any) -> Self:
@@ -60,12 +65,13 @@ class EncoderConfig(family.SharedConfig):
     if runtime.get("head") == "lm":
       fields.only(tie_word_embeddings=True)
     shared, offset = family.shared_from_hf(fields), 0
-    if model_type == "roberta":
+    if model_type in ROBERTAS:
       shared["pad_token_id"] = fields.integer("pad_token_id", 1, 0)
       offset = shared["pad_token_id"] + 1
-    hidden_dropout = fields.rate(name("hidden_dropout_prob"), 0.1)
+    hidden_dropout, width = fields.rate(name("hidden_dropout_prob"), 0.1), fields.integer(name("hidden_size"))
+    narrow = fields.integer("embedding_size", 128) if model_type == "electra" else width
     return cls(
-        model_type=model_type, hidden_size=fields.integer(name("hidden_size")),
+        model_type=model_type, hidden_size=width, embedding_size=0 if narrow == width else narrow,
         intermediate_size=fields.integer(name("intermediate_size")),
         num_layers=fields.integer(name("num_hidden_layers"), high=MOST_LAYERS),
         num_heads=fields.integer(name("num_attention_heads")),
@@ -87,6 +93,8 @@ class EncoderConfig(family.SharedConfig):
       fields = {DISTILBERT[name]: value for name, value in fields.items()}
     else:
       fields |= {"type_vocab_size": self.type_vocab_size, "layer_norm_eps": self.layer_norm_eps}
+    if self.model_type == "electra":
+      fields["embedding_size"] = self.embedding_size or self.hidden_size
     return fields | family.shared_to_hf(self) | {"max_position_embeddings": self.max_positions + self.position_offset}
 
 
@@ -112,7 +120,7 @@ class MLP(nn.Module):
   def __call__(self, x):
     c = self.config
     up = layers.linear(c, self.train, c.intermediate_size, "up_proj")(x)
-    return layers.linear(c, self.train, c.hidden_size, "down_proj")(nn.gelu(up, approximate=False))
+    return layers.linear(c, self.train, c.hidden_size, "down_proj")(heads.gelu(up))
 
 
 class Block(nn.Module):
@@ -138,26 +146,16 @@ class Embeddings(nn.Module):
     positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
     if packed:  # else padding on the left is counted, as in transformers
       positions -= layers.text_starts(segment_ids)
-    if c.model_type == "roberta":  # padding sits on the padding id, real tokens count up from the one behind it
+    if c.model_type in ROBERTAS:  # padding sits on the padding id, real tokens count up from the one behind it
       real = input_ids != c.pad_token_id
       positions = layers.count_in_text(real, segment_ids) * real + c.pad_token_id
-    x = layers.embed(c, c.vocab_size, "word_embeddings", layers.Tokens)(input_ids)
-    x += layers.embed(c, c.max_positions + c.position_offset, "position_embeddings")(positions)
+    def embed(size, name, kind=nn.Embed):
+      return layers.embed(c, size, name, kind, c.embedding_size)
+    x = embed(c.vocab_size, "word_embeddings", layers.Tokens)(input_ids)
+    x += embed(c.max_positions + c.position_offset, "position_embeddings")(positions)
     if c.type_vocab_size:
-      x += layers.embed(c, c.type_vocab_size, "token_type_embeddings")(jnp.zeros_like(input_ids))
+      x += embed(c.type_vocab_size, "token_type_embeddings")(jnp.zeros_like(input_ids))
     return layers.layer_norm(c.layer_norm_eps, "norm")(x)
-
-
-class MaskedLMHead(nn.Module):
-  config: EncoderConfig
-
-  @nn.compact
-  def __call__(self, hidden, table):
-    """hidden: [..., D]; table: [V, D], the word embeddings -> logits [..., V]."""
-    c = self.config
-    x = nn.gelu(layers.Dense(c.hidden_size, True, c.initializer_range, name="dense")(hidden), approximate=False)
-    x = layers.layer_norm(c.layer_norm_eps, "norm")(x)
-    return x @ table.T.astype(x.dtype) + self.param("bias", nn.initializers.zeros, (c.vocab_size,))
 
 
 class EncoderClassifier(nn.Module):
@@ -167,15 +165,8 @@ class EncoderClassifier(nn.Module):
 
   @staticmethod
   def lm_logits(config: EncoderConfig, params: dict, hidden: jax.Array) -> jax.Array:
-    """Logits [..., V] of the token in each place, from hidden [..., D].
-
-    Raises:
-      InputError: the model has a classifier for its head.
-    """
-    if config.head != "lm":
-      raise InputError(layers.NO_LANGUAGE_MODEL)
-    table = params["embeddings"]["word_embeddings"]["embedding"]
-    return MaskedLMHead(config).apply({"params": params["lm_head"]}, hidden, table)
+    """As `heads.lm_logits`."""
+    return heads.lm_logits(heads.PredictionHead(config), params, hidden)
 
   @nn.compact
   def __call__(self, input_ids, segment_ids, texts=None, stream=None):
@@ -186,22 +177,20 @@ class EncoderClassifier(nn.Module):
     embeddings = Embeddings(c, name="embeddings")
     if stream is None:
       x = dropout(c.hidden_dropout, embeddings(input_ids, segment_ids, texts is not None)).astype(c.dtype)
+      if c.embedding_size:
+        x = layers.Dense(c.hidden_size, True, c.initializer_range, name="embeddings_project")(x)
     x = layers.layer_stack(Block, c, self.train, x, layers.text_mask(segment_ids))
     hidden = x.astype(jnp.float32)
     features = layers.pool(hidden, jnp.zeros((len(hidden), 1), int) if texts is None else texts[..., 0])
     if c.head == "lm":
       table = embeddings.variables["params"]["word_embeddings"]["embedding"]
-      return layers.ClassifierOutput(MaskedLMHead(c, name="lm_head")(features, table), features, hidden, x)
-    def head(width, name):
-      return layers.Dense(width, True, c.initializer_range, name=name)
-    if c.feature_width:
-      pooled = features = nn.relu(head(c.feature_width, "widen")(features))
-    elif c.model_type == "distilbert":
-      pooled = nn.relu(head(c.hidden_size, "pooler")(features))
-    else:
-      pooled = dropout(c.head_dropout, features) if c.model_type == "roberta" else features
-      pooled = jnp.tanh(head(c.hidden_size, "pooler")(pooled))
-    logits = head(c.num_labels, "classifier")(dropout(c.head_dropout, pooled))
+      return layers.ClassifierOutput(heads.PredictionHead(c, name="lm_head")(features, table), features, hidden, x)
+    def pooler(pooled):
+      if c.model_type in (*ROBERTAS, "electra"):
+        pooled = dropout(c.head_dropout, pooled)
+      pooled = layers.Dense(c.hidden_size, True, c.initializer_range, name="pooler")(pooled)
+      return {"distilbert": nn.relu, "electra": heads.gelu}.get(c.model_type, jnp.tanh)(pooled)
+    logits, features = heads.classify(c, self.train, features, pooler)
     return layers.ClassifierOutput(logits, features, hidden, x)
 
 
@@ -233,29 +222,38 @@ FAMILY = family.Family(
             (("pooler", "bert.pooler.dense"), ("classifier", "classifier")),
             ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions"),
             r"bert\.embeddings\.position_ids|bert\.pooler\.dense\..*|classifier\.(weight|bias)|cls\..*"),
-        "roberta": _tensors(
-            "Roberta", "roberta.", ("word", "position", "token_type"), "encoder.layer", _BERT,
+        **{model_type: _tensors(
+            name, "roberta.", ("word", "position", "token_type"), "encoder.layer", _BERT,
             (("pooler", "classifier.dense"), ("classifier", "classifier.out_proj")),
             ("lm_head.dense", "lm_head.layer_norm", "lm_head"),
-            r"roberta\.embeddings\.position_ids|(roberta\.pooler|lm_head|classifier)\..*"),
+            r"roberta\.embeddings\.position_ids|(roberta\.pooler|lm_head|classifier)\..*")
+           for model_type, name in zip(ROBERTAS, ("Roberta", "XLMRoberta", "Camembert"))},
         "distilbert": _tensors(
             "DistilBert", "distilbert.", ("word", "position"), "transformer.layer", _DISTILBERT,
             (("pooler", "pre_classifier"), ("classifier", "classifier")),
             ("vocab_transform", "vocab_layer_norm", "vocab_projector"),
             r"distilbert\.embeddings\.position_ids"
-            r"|(vocab_(transform|layer_norm|projector)|(pre_)?classifier)\..*")},
+            r"|(vocab_(transform|layer_norm|projector)|(pre_)?classifier)\..*"),
+        "electra": _tensors(
+            "Electra", "electra.", ("word", "position", "token_type"), "encoder.layer", _BERT,
+            (("embeddings_project", "electra.embeddings_project"), ("pooler", "classifier.dense"),
+             ("classifier", "classifier.out_proj")),
+            ("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head"),
+            r"electra\.embeddings\.position_ids"
+            r"|(generator_(predictions|lm_head)|discriminator_predictions|classifier)\..*")},
     shardings=(
-        (r"embeddings/word_embeddings/embedding", P("tensor", "fsdp")),  # [V, D]
-        (r"embeddings/(position|token_type)_embeddings/embedding", P(None, "fsdp")),  # [positions, D]
+        (r"embeddings/word_embeddings/embedding", P("tensor", "fsdp")),  # [V, E]
+        (r"embeddings/(position|token_type)_embeddings/embedding", P(None, "fsdp")),  # [positions, E]
+        (r"embeddings_project/kernel", P(None, "fsdp")),                 # [E, D]
         (r"layers/attn/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, D]
         (r"layers/attn/o_proj/kernel", P(None, "tensor", "fsdp")),       # [L, D, D]
         (r"layers/mlp/up_proj/kernel", P(None, "fsdp", "tensor")),       # [L, D, F]
         (r"layers/mlp/down_proj/kernel", P(None, "tensor", "fsdp")),     # [L, F, D]
         (r"layers/(attn|mlp)/.*/bias", P()),
         (r"(embeddings/norm|layers/(attn|mlp)_norm|lm_head/norm)/(scale|bias)", P()),
-        (r"(pooler|widen|lm_head/dense)/kernel", P("fsdp", None)),       # [D, D], [D, W] and [D, D]
+        (r"(pooler|widen|lm_head/dense)/kernel", P("fsdp", None)),       # [D, D], [D, W] and [D, E]
         (r"classifier/kernel", P("fsdp", None)),                         # [D or W, C]
-        (r"(pooler|widen|classifier|lm_head/dense)/bias", P()),
+        (r"(embeddings_project|pooler|widen|classifier|lm_head/dense)/bias", P()),
         (r"lm_head/bias", P("tensor")),                                  # [V]
     ),
     vocabulary=("embeddings", "word_embeddings"))

@@ -68,4 +68,7 @@ class Latent:
   def _layers(self, first, end, params, *args, **kwargs):
     """ClassifierOutput of the network with layers first..end-1 alone."""
     part = Model(dataclasses.replace(self.config, layers=(first, end)))
+    flat = traverse_util.flatten_dict(params)
+    flat.pop((*self.vocabulary, "soft"), None)       # as wide as the stream, which ELECTRA's embeddings are not
+    params = traverse_util.unflatten_dict(flat)
     return part.apply(params | {"layers": jax.tree.map(lambda x: x[first:end], params["layers"])}, *args, **kwargs)

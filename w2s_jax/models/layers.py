@@ -149,8 +149,10 @@ def pool(hidden: jax.Array, places: jax.Array) -> jax.Array:
   return jnp.take_along_axis(groups, places[..., None], axis=1).reshape(-1, hidden.shape[-1])
 
 
-def embed(config: SharedConfig, size: int, name: str, kind: type[nn.Embed] = nn.Embed) -> nn.Embed:
-  return kind(size, config.hidden_size, embedding_init=nn.initializers.normal(config.initializer_range), name=name)
+def embed(config: SharedConfig, size: int, name: str, kind: type[nn.Embed] = nn.Embed, width: int = 0) -> nn.Embed:
+  """A table of `size` rows, as wide as the network where `width` is 0."""
+  return kind(size, width or config.hidden_size, embedding_init=nn.initializers.normal(config.initializer_range),
+              name=name)
 
 
 class Tokens(nn.Embed):
@@ -227,8 +229,8 @@ def dropout(rate: float, train: bool) -> nn.Dropout:
   return nn.Dropout(rate, deterministic=not train)
 
 
-def layer_norm(eps: float, name: str) -> nn.LayerNorm:
-  return nn.LayerNorm(eps, dtype=jnp.float32, use_fast_variance=False, name=name)
+def layer_norm(eps: float, name: str, use_bias: bool = True) -> nn.LayerNorm:
+  return nn.LayerNorm(eps, dtype=jnp.float32, use_bias=use_bias, use_fast_variance=False, name=name)
 
 
 def layer_stack(block: type[nn.Module], config: SharedConfig, train: bool, x: jax.Array, *args: jax.Array,

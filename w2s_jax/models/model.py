@@ -129,7 +129,7 @@ class Model:
       raise InputError(f"token ids are {input_ids.min()} to {input_ids.max()}, the model knows 0 to {known - 1}: use "
                        "its own tokenizer")
     learned = any("position_embeddings" in path for path in leaves)
-    by_place = isinstance(self.config, encoder.EncoderConfig) and self.config.model_type != "roberta"
+    by_place = isinstance(self.config, encoder.EncoderConfig) and self.config.model_type not in encoder.ROBERTAS
     longest = 0 if texts is not None else input_ids.shape[1] if by_place else (segment_ids > 0).sum(axis=1).max()
     if learned and longest > self.config.max_positions:
       raise InputError(f"a text has {longest} tokens, the model {self.config.max_positions} positions: cut it "

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from w2s_jax import InputError
-from w2s_jax.models.encoder import EncoderConfig
+from w2s_jax.models.encoder import ROBERTAS, EncoderConfig
 from w2s_jax.models.model import Model
 
 
@@ -18,9 +18,9 @@ def with_padding_token(model: Model, tokenizer: Any) -> Model:
   """
   c, pad = model.config, tokenizer.pad_token_id
   is_decoder = not isinstance(c, EncoderConfig)
-  if c.model_type == "roberta" and c.pad_token_id != pad:
-    raise InputError(f"the roberta's positions start behind padding token {c.pad_token_id}, its tokenizer pads with "
-                     f"{pad}: give the model its own tokenizer")
+  if c.model_type in ROBERTAS and c.pad_token_id != pad:
+    raise InputError(f"the {c.model_type}'s positions start behind padding token {c.pad_token_id}, its tokenizer pads "
+                     f"with {pad}: give the model its own tokenizer")
   if is_decoder and c.pad_token_id not in (None, pad):
     raise InputError(f"the model's config.json has pad_token_id {c.pad_token_id}, its tokenizer pads with {pad}: "
                      "transformers would answer otherwise in batches than to a text alone. Set pad_token_id in "

@@ -79,8 +79,9 @@ def defense_plan(name: str, config: Any, model: Model) -> tuple[steps.StagePlan,
   if "adapter" in recipe.trains:
     params = adapted(config, params)
   if recipe.soft_tokens:
-    rows = (recipe.soft_tokens(config.defense), model.config.hidden_size)
-    params = soft.put(model, params, jax.ShapeDtypeStruct(rows, jnp.float32))
+    width = traverse_util.flatten_dict(params)[(*model.vocabulary, "embedding")].shape[-1]
+    rows = jax.ShapeDtypeStruct((recipe.soft_tokens(config.defense), width), jnp.float32)
+    params = soft.put(model, params, rows)
     ascent = optim.ascent(1.0, 1.0)                    # numbers of the state, not of the program
   task, runs = TASKS[config.task], {name: config.seed}
   return distill.stage_plan(recipe, task, model, config.defense, config.defend, runs, ascent), params
