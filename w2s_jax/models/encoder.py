@@ -1,7 +1,8 @@
 """Encoder classifier (BERT, RoBERTa, DistilBERT), and the W2S teacher's widening head. B batch, T tokens, D width."""
 
 import dataclasses
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
 import flax.linen as nn
 import jax
@@ -23,6 +24,7 @@ DISTILBERT = {"hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidd
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig(family.SharedConfig):
   """Shape of the network (transformers' config.json), then our head."""
+  is_decoder: ClassVar[bool] = False
   model_type: str = "bert"            # roberta: positions count from padding + 1; distilbert: no token types
   vocab_size: int = 30522
   hidden_size: int = 768
@@ -105,7 +107,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-  config: EncoderConfig
+  config: family.SharedConfig
   train: bool
 
   @nn.compact
@@ -149,7 +151,7 @@ class Embeddings(nn.Module):
 
 
 class MaskedLMHead(nn.Module):
-  config: EncoderConfig
+  config: family.SharedConfig
 
   @nn.compact
   def __call__(self, hidden, table):
@@ -160,13 +162,42 @@ class MaskedLMHead(nn.Module):
     return x @ table.T.astype(x.dtype) + self.param("bias", nn.initializers.zeros, (c.vocab_size,))
 
 
+def encoder_head(config: family.SharedConfig, train: bool, embeddings: nn.Module, stream: jax.Array,
+                 texts: jax.Array | None, pooler_dropout: float,
+                 pooler_activation: Callable[[jax.Array], jax.Array]) -> layers.ClassifierOutput:
+  """What an encoder returns, from what its layers made; for use inside a compact module.
+
+  Its logits are those of the classifier behind a pooler or the W2S head, [B, C], or with `config.head` "lm" those of
+  the token in the first place, [B, V].
+
+  Args:
+    embeddings: has the vocabulary's under "word_embeddings".
+    stream: [R, T, D], what the last layer made.
+    pooler_dropout: before the pooler, while training.
+  """
+  hidden = stream.astype(jnp.float32)
+  features = layers.pool(hidden, jnp.zeros((len(hidden), 1), int) if texts is None else texts[..., 0])
+  if config.head == "lm":
+    table = embeddings.variables["params"]["word_embeddings"]["embedding"]
+    return layers.ClassifierOutput(MaskedLMHead(config, name="lm_head")(features, table), features, hidden, stream)
+  def head(width, name):
+    return layers.Dense(width, True, config.initializer_range, name=name)
+  if config.feature_width:
+    pooled = features = nn.relu(head(config.feature_width, "widen")(features))
+  else:
+    pooled = layers.dropout(pooler_dropout, train)(features) if pooler_dropout else features
+    pooled = pooler_activation(head(config.hidden_size, "pooler")(pooled))
+  logits = head(config.num_labels, "classifier")(layers.dropout(config.head_dropout, train)(pooled))
+  return layers.ClassifierOutput(logits, features, hidden, stream)
+
+
 class EncoderClassifier(nn.Module):
   """Encoder with transformers' pooler and classifier, or with the W2S widening head (`config.feature_width`)."""
   config: EncoderConfig
   train: bool = False
 
   @staticmethod
-  def lm_logits(config: EncoderConfig, params: dict, hidden: jax.Array) -> jax.Array:
+  def lm_logits(config: family.SharedConfig, params: dict, hidden: jax.Array) -> jax.Array:
     """Logits [..., V] of the token in each place, from hidden [..., D].
 
     Raises:
@@ -181,28 +212,13 @@ class EncoderClassifier(nn.Module):
   def __call__(self, input_ids, segment_ids, texts=None, stream=None):
     """As Model.apply has them, padded on the right -> ClassifierOutput."""
     c, x = self.config, stream
-    def dropout(rate, x):
-      return layers.dropout(rate, self.train)(x)
     embeddings = Embeddings(c, name="embeddings")
     if stream is None:
-      x = dropout(c.hidden_dropout, embeddings(input_ids, segment_ids, texts is not None)).astype(c.dtype)
+      x = embeddings(input_ids, segment_ids, texts is not None)
+      x = layers.dropout(c.hidden_dropout, self.train)(x).astype(c.dtype)
     x = layers.layer_stack(Block, c, self.train, x, layers.text_mask(segment_ids))
-    hidden = x.astype(jnp.float32)
-    features = layers.pool(hidden, jnp.zeros((len(hidden), 1), int) if texts is None else texts[..., 0])
-    if c.head == "lm":
-      table = embeddings.variables["params"]["word_embeddings"]["embedding"]
-      return layers.ClassifierOutput(MaskedLMHead(c, name="lm_head")(features, table), features, hidden, x)
-    def head(width, name):
-      return layers.Dense(width, True, c.initializer_range, name=name)
-    if c.feature_width:
-      pooled = features = nn.relu(head(c.feature_width, "widen")(features))
-    elif c.model_type == "distilbert":
-      pooled = nn.relu(head(c.hidden_size, "pooler")(features))
-    else:
-      pooled = dropout(c.head_dropout, features) if c.model_type == "roberta" else features
-      pooled = jnp.tanh(head(c.hidden_size, "pooler")(pooled))
-    logits = head(c.num_labels, "classifier")(dropout(c.head_dropout, pooled))
-    return layers.ClassifierOutput(logits, features, hidden, x)
+    return encoder_head(c, self.train, embeddings, x, texts, c.head_dropout if c.model_type == "roberta" else 0.0,
+                        nn.relu if c.model_type == "distilbert" else jnp.tanh)
 
 
 def _tensors(name, prefix, embeddings, layer, parts, head, lm_head, unused):
@@ -224,7 +240,20 @@ _BERT = ("attention.self.query", "attention.self.key", "attention.self.value", "
          "attention.output.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm")
 _DISTILBERT = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "sa_layer_norm",
                "ffn.lin1", "ffn.lin2", "output_layer_norm")
-# L layers, F feed-forward width, V vocabulary, W feature width, C classes.
+# Of all that encoders have alike. L layers, F feed-forward width, V vocabulary, W feature width, C classes.
+SHARDINGS = (
+    (r"embeddings/word_embeddings/embedding", P("tensor", "fsdp")),      # [V, D]
+    (r"layers/attn/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor")),     # [L, D, D]
+    (r"layers/attn/o_proj/kernel", P(None, "tensor", "fsdp")),           # [L, D, D]
+    (r"layers/mlp/up_proj/kernel", P(None, "fsdp", "tensor")),           # [L, D, F]
+    (r"layers/mlp/down_proj/kernel", P(None, "tensor", "fsdp")),         # [L, F, D]
+    (r"layers/(attn|mlp)/.*/bias", P()),
+    (r"(embeddings/norm|layers/(attn|mlp)_norm|lm_head/norm)/(scale|bias)", P()),
+    (r"(pooler|widen|lm_head/dense)/kernel", P("fsdp", None)),           # [D, D], [D, W] and [D, D]
+    (r"classifier/kernel", P("fsdp", None)),                             # [D or W, C]
+    (r"(pooler|widen|classifier|lm_head/dense)/bias", P()),
+    (r"lm_head/bias", P("tensor")),                                      # [V]
+)
 FAMILY = family.Family(
     config=EncoderConfig, module=EncoderClassifier,
     tensors={
@@ -245,17 +274,7 @@ FAMILY = family.Family(
             r"distilbert\.embeddings\.position_ids"
             r"|(vocab_(transform|layer_norm|projector)|(pre_)?classifier)\..*")},
     shardings=(
-        (r"embeddings/word_embeddings/embedding", P("tensor", "fsdp")),  # [V, D]
         (r"embeddings/(position|token_type)_embeddings/embedding", P(None, "fsdp")),  # [positions, D]
-        (r"layers/attn/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, D]
-        (r"layers/attn/o_proj/kernel", P(None, "tensor", "fsdp")),       # [L, D, D]
-        (r"layers/mlp/up_proj/kernel", P(None, "fsdp", "tensor")),       # [L, D, F]
-        (r"layers/mlp/down_proj/kernel", P(None, "tensor", "fsdp")),     # [L, F, D]
-        (r"layers/(attn|mlp)/.*/bias", P()),
-        (r"(embeddings/norm|layers/(attn|mlp)_norm|lm_head/norm)/(scale|bias)", P()),
-        (r"(pooler|widen|lm_head/dense)/kernel", P("fsdp", None)),       # [D, D], [D, W] and [D, D]
-        (r"classifier/kernel", P("fsdp", None)),                         # [D or W, C]
-        (r"(pooler|widen|classifier|lm_head/dense)/bias", P()),
-        (r"lm_head/bias", P("tensor")),                                  # [V]
+        *SHARDINGS,
     ),
     vocabulary=("embeddings", "word_embeddings"))
