@@ -39,7 +39,10 @@ VALUES = {                               # beside what `values` makes of each fi
     "text_config": ({"num_hidden_layers": 1},),
     "task_specific_params": ({"text-classification": {"is_causal": False}},),
     "attn_implementation": ("eager",), "output_hidden_states": (True,), "use_cache": (False,),
-    "max_position_embeddings": (5, 12), "attribute_map": ({"hidden_size": "x"},)}
+    "max_position_embeddings": (5, 12), "attribute_map": ({"hidden_size": "x"},), "position_buckets": (1, 2, 9, -1),
+    "max_relative_positions": (0, 4, 30), "pos_att_type": ("c2p", "p2c|c2p", ["p2c"], "p2p"), "share_att_key": (False,),
+    "norm_rel_ebd": ("none", "layer_norm"), "conv_kernel_size": (3,), "attention_head_size": (8,), "legacy": (False,),
+    "pooler_hidden_size": (16,), "pooler_hidden_act": ACTIVATIONS, "cls_dropout": (0.5,)}
 
 
 def values(value):

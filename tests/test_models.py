@@ -3,6 +3,7 @@
 B batch, T tokens, D width.
 """
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -94,10 +95,23 @@ DISTILBERT_SHAPES = {
     "one-layer": dict(vocab_size=64, dim=24, hidden_dim=96, n_layers=1, n_heads=3, max_position_embeddings=11),
     "sinusoidal": dict(vocab_size=50, dim=16, hidden_dim=20, n_layers=2, n_heads=4, sinusoidal_pos_embds=True),
 }
+DEBERTA = dict(relative_attention=True, position_biased_input=False, pos_att_type=["p2c", "c2p"])
+DEBERTA_SHAPES = {  # padded_ids has up to 11 tokens: distances that share a bucket, and larger ones than any bucket's
+    "odd": DEBERTA | dict(vocab_size=101, num_attention_heads=2, max_position_embeddings=9, position_buckets=6,
+                          share_att_key=True, norm_rel_ebd="layer_norm"),
+    "own-keys": DEBERTA | dict(vocab_size=64, num_attention_heads=4, num_hidden_layers=2, max_relative_positions=7),
+    "one-layer-buckets": DEBERTA | dict(vocab_size=83, num_attention_heads=8, num_hidden_layers=1, position_buckets=4,
+                                        norm_rel_ebd="layer_norm", layer_norm_eps=1e-3, pad_token_id=3),
+    "c2p": DEBERTA | dict(vocab_size=50, num_attention_heads=1, pos_att_type=["c2p"], max_relative_positions=3,
+                          cls_dropout=0.3),
+    "p2c-shared": DEBERTA | dict(vocab_size=97, num_attention_heads=4, pos_att_type="p2c", share_att_key=True,
+                                 position_buckets=2, pooler_dropout=0.2),
+}
 SHAPES = {"llama": LLAMA_SHAPES, "mistral": MISTRAL_SHAPES, "qwen2": QWEN2_SHAPES, "qwen3": QWEN3_SHAPES,
           "gpt2": GPT2_SHAPES, "bert": BERT_SHAPES, "roberta": ROBERTA_SHAPES, "xlm-roberta": XLM_ROBERTA_SHAPES,
-          "camembert": CAMEMBERT_SHAPES, "distilbert": DISTILBERT_SHAPES, "electra": ELECTRA_SHAPES}
-ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra")
+          "camembert": CAMEMBERT_SHAPES, "distilbert": DISTILBERT_SHAPES, "electra": ELECTRA_SHAPES,
+          "deberta-v2": DEBERTA_SHAPES}
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "deberta-v2")
 CASES = [(family, name) for family, shapes in SHAPES.items() for name in shapes]
 
 
@@ -238,6 +252,7 @@ def test_transformers_loads_what_we_save_bit_for_bit(family, name, saved, tmp_pa
   for key in want:
     assert torch.equal(got[key], want[key]), key
   ids, mask = padded_ids(theirs.config.vocab_size, pad=theirs.config.pad_token_id)  # the config says the same network
+  again = copy.deepcopy(again)         # out of the mapped file, in which torch rounds by where a tensor lies
   np.testing.assert_array_equal(torch_outputs(again, ids, mask)[0], torch_outputs(theirs, ids, mask)[0])
 
 
@@ -407,17 +422,19 @@ class _Attention(nn.Module):
   rate: float
 
   @nn.compact
-  def __call__(self, q, k, v, mask):
-    return layers.attention(q, k, v, mask, self.rate)
+  def __call__(self, q, k, v, mask, *bias_and_scale):
+    return layers.attention(q, k, v, mask, self.rate, *bias_and_scale)
 
 
-def test_attention_dropout_drops_probabilities_and_nothing_else():
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_attention_dropout_drops_probabilities_and_nothing_else(scale):
   """At a vanishing rate the library's attention; at 0.5 an unbiased, key-determined estimate of it."""
   rng = np.random.default_rng(0)
   q, k, v = (jnp.asarray(rng.normal(size=(2, 5, heads, 8)), jnp.float32) for heads in (4, 2, 2))
   mask = jnp.tril(jnp.ones((5, 5), bool))[None, None]
+  more = () if scale is None else (jnp.asarray(rng.normal(size=(2, 4, 5, 5)), jnp.float32), scale)
   def attend(rate, key):
-    return _Attention(rate).apply({}, q, k, v, mask, rngs={"dropout": key})
+    return _Attention(rate).apply({}, q, k, v, mask, *more, rngs={"dropout": key})
   want = attend(0.0, jax.random.key(0))
   np.testing.assert_allclose(attend(1e-7, jax.random.key(0)), want, atol=1e-5)
   drawn = jax.vmap(lambda key: attend(0.5, key))(jax.random.split(jax.random.key(1), 4000))
@@ -428,6 +445,7 @@ def test_attention_dropout_drops_probabilities_and_nothing_else():
 
 DROPOUT = {"llama": ("attention_dropout",), "gpt2": ("embedding_dropout", "hidden_dropout", "attention_dropout"),
            **dict.fromkeys(ENCODERS, ("hidden_dropout", "attention_dropout", "head_dropout"))}
+DROPOUT["deberta-v2"] += ("pooler_dropout",)
 
 
 @pytest.mark.parametrize("family", [f if f in ("llama", "bert") else pytest.param(f, marks=pytest.mark.slow)
@@ -512,9 +530,9 @@ def test_the_attention_kernel_goes_by_device_and_shape(monkeypatch):
   assert seen == ["xla", "cudnn"]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "roberta", "xlm-roberta"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "roberta", "xlm-roberta", "deberta-v2"])
 def test_tokens_that_the_model_does_not_know_are_an_error(family, saved):
-  """And texts that are longer than learned positions; rotary ones have no end."""
+  """And texts that are longer than learned positions; rotary ones and distances have no end."""
   _, _, model, params = saved(family, next(iter(SHAPES[family])))
   most, ids = model.config.max_positions, np.full((2, model.config.max_positions), 7)
   assert np.isfinite(model.apply(params, ids, np.ones_like(ids)).logits).all()
@@ -523,7 +541,7 @@ def test_tokens_that_the_model_does_not_know_are_an_error(family, saved):
   with pytest.raises(InputError, match=f"to {model.config.vocab_size}, the model knows 0 to {wrong[1, 3] - 1}"):
     model.apply(params, wrong, np.ones_like(wrong))
   long = np.full((1, most + 1), 7)
-  if family == "llama":
+  if family in ("llama", "deberta-v2"):
     assert np.isfinite(model.apply(params, long, np.ones_like(long)).logits).all()
   else:
     with pytest.raises(InputError, match=f"a text has {most + 1} tokens, the model {most} positions"):

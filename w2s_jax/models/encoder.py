@@ -4,7 +4,7 @@ B batch, T tokens, D width, E embeddings' width, which is D but for ELECTRA.
 """
 
 import dataclasses
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import flax.linen as nn
 import jax
@@ -27,6 +27,7 @@ DISTILBERT = {"hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidd
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig(family.SharedConfig):
   """Shape of the network (transformers' config.json), then our head."""
+  is_decoder: ClassVar[bool] = False
   model_type: str = "bert"            # ROBERTAS: positions count from padding + 1; distilbert: no token types
   vocab_size: int = 30522
   embedding_size: int = 0             # electra: E, where it is not hidden_size; 0: hidden_size
@@ -113,7 +114,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-  config: EncoderConfig
+  config: family.SharedConfig
   train: bool
 
   @nn.compact
@@ -172,8 +173,6 @@ class EncoderClassifier(nn.Module):
   def __call__(self, input_ids, segment_ids, texts=None, stream=None):
     """As Model.apply has them, padded on the right -> ClassifierOutput."""
     c, x = self.config, stream
-    def dropout(rate, x):
-      return layers.dropout(rate, self.train)(x)
     embeddings = Embeddings(c, name="embeddings")
     if stream is None:
       x = dropout(c.hidden_dropout, embeddings(input_ids, segment_ids, texts is not None)).astype(c.dtype)
@@ -187,7 +186,7 @@ class EncoderClassifier(nn.Module):
       return layers.ClassifierOutput(heads.PredictionHead(c, name="lm_head")(features, table), features, hidden, x)
     def pooler(pooled):
       if c.model_type in (*ROBERTAS, "electra"):
-        pooled = dropout(c.head_dropout, pooled)
+        pooled = layers.dropout(c.head_dropout, self.train)(pooled)
       pooled = layers.Dense(c.hidden_size, True, c.initializer_range, name="pooler")(pooled)
       return {"distilbert": nn.relu, "electra": heads.gelu}.get(c.model_type, jnp.tanh)(pooled)
     logits, features = heads.classify(c, self.train, features, pooler)
@@ -213,7 +212,20 @@ _BERT = ("attention.self.query", "attention.self.key", "attention.self.value", "
          "attention.output.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm")
 _DISTILBERT = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "sa_layer_norm",
                "ffn.lin1", "ffn.lin2", "output_layer_norm")
-# L layers, F feed-forward width, V vocabulary, W feature width, C classes.
+# Of all that encoders have alike. L layers, F feed-forward width, V vocabulary, W feature width, C classes.
+SHARDINGS = (
+    (r"embeddings/word_embeddings/embedding", P("tensor", "fsdp")),      # [V, E]
+    (r"layers/attn/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor")),     # [L, D, D]
+    (r"layers/attn/o_proj/kernel", P(None, "tensor", "fsdp")),           # [L, D, D]
+    (r"layers/mlp/up_proj/kernel", P(None, "fsdp", "tensor")),           # [L, D, F]
+    (r"layers/mlp/down_proj/kernel", P(None, "tensor", "fsdp")),         # [L, F, D]
+    (r"layers/(attn|mlp)/.*/bias", P()),
+    (r"(embeddings/norm|layers/(attn|mlp)_norm|lm_head/norm)/(scale|bias)", P()),
+    (r"(pooler|widen|lm_head/dense)/kernel", P("fsdp", None)),           # [D, D], [D, W] and [D, E]
+    (r"classifier/kernel", P("fsdp", None)),                             # [D or W, C]
+    (r"(pooler|widen|classifier|lm_head/dense)/bias", P()),
+    (r"lm_head/bias", P("tensor")),                                      # [V]
+)
 FAMILY = family.Family(
     config=EncoderConfig, module=EncoderClassifier,
     tensors={
@@ -242,18 +254,9 @@ FAMILY = family.Family(
             r"electra\.embeddings\.position_ids"
             r"|(generator_(predictions|lm_head)|discriminator_predictions|classifier)\..*")},
     shardings=(
-        (r"embeddings/word_embeddings/embedding", P("tensor", "fsdp")),  # [V, E]
         (r"embeddings/(position|token_type)_embeddings/embedding", P(None, "fsdp")),  # [positions, E]
         (r"embeddings_project/kernel", P(None, "fsdp")),                 # [E, D]
-        (r"layers/attn/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, D]
-        (r"layers/attn/o_proj/kernel", P(None, "tensor", "fsdp")),       # [L, D, D]
-        (r"layers/mlp/up_proj/kernel", P(None, "fsdp", "tensor")),       # [L, D, F]
-        (r"layers/mlp/down_proj/kernel", P(None, "tensor", "fsdp")),     # [L, F, D]
-        (r"layers/(attn|mlp)/.*/bias", P()),
-        (r"(embeddings/norm|layers/(attn|mlp)_norm|lm_head/norm)/(scale|bias)", P()),
-        (r"(pooler|widen|lm_head/dense)/kernel", P("fsdp", None)),       # [D, D], [D, W] and [D, E]
-        (r"classifier/kernel", P("fsdp", None)),                         # [D or W, C]
-        (r"(embeddings_project|pooler|widen|classifier|lm_head/dense)/bias", P()),
-        (r"lm_head/bias", P("tensor")),                                  # [V]
+        (r"embeddings_project/bias", P()),
+        *SHARDINGS,
     ),
     vocabulary=("embeddings", "word_embeddings"))

@@ -91,20 +91,26 @@ def _under_vmap_of_runs():
   return True
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, dropout_rate: float) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, dropout_rate: float,
+              bias: jax.Array | None = None, scale: float | None = None) -> jax.Array:
   """Scaled dot-product attention; for use inside a compact module.
 
   Args:
     q: [B, T, H, d]; k, v: [B, T, K, d], each of the K heads serving H / K query heads.
     mask: broadcastable to [B, H, T, T] bool, True where a query may look.
     dropout_rate: of the attention probabilities; 0 where nothing is dropped (evaluation).
+    bias: broadcastable to [B, H, T, T], added to the scaled scores; None: nothing. cuDNN's kernel does not get one.
+    scale: of the scores; None: 1 / sqrt(d).
   Returns:
-    [B, T, H, d].
+    [B, T, H, d]; for a query that may look nowhere the mean of all v.
   """
   if not dropout_rate:
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=attention_kernel(q))
+    kernel = attention_kernel(q) if bias is None else "xla"
+    return jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale, implementation=kernel)
   k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-  scores = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) / q.shape[-1]**0.5
+  scores = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) * (q.shape[-1]**-0.5 if scale is None else scale)
+  if bias is not None:
+    scores += bias
   probabilities = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min))
   probabilities = nn.Dropout(dropout_rate, deterministic=False)(probabilities)
   return jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(v.dtype), v)

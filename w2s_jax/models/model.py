@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from w2s_jax import InputError, sharding
 from w2s_jax.adapters import trees
-from w2s_jax.models import encoder, gpt2, layers, llama
+from w2s_jax.models import deberta, encoder, gpt2, layers, llama
 from w2s_jax.models.family import Family, SharedConfig
 from w2s_jax.models.hf import formats
 from w2s_jax.models.hf.fields import Fields, short
@@ -21,6 +21,7 @@ FAMILIES = {
     "llama": llama.FAMILY,
     "gpt2": gpt2.FAMILY,
     "encoder": encoder.FAMILY,
+    "deberta": deberta.FAMILY,
 }
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -129,7 +130,7 @@ class Model:
       raise InputError(f"token ids are {input_ids.min()} to {input_ids.max()}, the model knows 0 to {known - 1}: use "
                        "its own tokenizer")
     learned = any("position_embeddings" in path for path in leaves)
-    by_place = isinstance(self.config, encoder.EncoderConfig) and self.config.model_type not in encoder.ROBERTAS
+    by_place = not self.config.is_decoder and self.config.model_type not in encoder.ROBERTAS
     longest = 0 if texts is not None else input_ids.shape[1] if by_place else (segment_ids > 0).sum(axis=1).max()
     if learned and longest > self.config.max_positions:
       raise InputError(f"a text has {longest} tokens, the model {self.config.max_positions} positions: cut it "

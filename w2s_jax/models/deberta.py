@@ -1,0 +1,252 @@
+"""DeBERTa-v2 and -v3 encoder: attention to words and to the distances between them (He et al., arXiv 2006.03654).
+
+R rows, T tokens of a row, D width, S = 2 T - 1 distances within a row, M rows of the distance table.
+"""
+
+import dataclasses
+import functools
+from typing import Any, ClassVar, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from w2s_jax import InputError, sharding
+from w2s_jax.models import encoder, family, heads, layers
+from w2s_jax.models.hf.fields import MOST_LAYERS, Fields, short
+from w2s_jax.models.hf.formats import Checkpoint, modules
+
+TERMS = ("c2p", "p2c")     # a score's terms beside word to word: word to distance, and distance to word
+
+
+@dataclasses.dataclass(frozen=True)
+class DebertaConfig(family.SharedConfig):
+  """Shape of the network (transformers' config.json), then our head."""
+  is_decoder: ClassVar[bool] = False
+  model_type: str = "deberta-v2"
+  vocab_size: int = 128100
+  hidden_size: int = 768
+  intermediate_size: int = 3072
+  num_layers: int = 12
+  num_heads: int = 12
+  max_positions: int = 512            # tokens of the longest text that it was made for; longer ones have logits too
+  max_distance: int = 512             # tokens: larger distances count as this one
+  distance_buckets: int = 256         # rows on each side: the nearer half a distance each, then by logarithm; 0: all so
+  terms: tuple[str, ...] = TERMS
+  share_keys: bool = True             # distances go through the words' own q_proj and k_proj
+  norm_distances: bool = True         # a layer norm of the distance table
+  layer_norm_eps: float = 1e-7
+  hidden_dropout: float = 0.1         # after embeddings, attention and feed-forward, of distances, while training
+  attention_dropout: float = 0.1      # of the attention probabilities, while training
+  pooler_dropout: float = 0.0         # before the pooler, while training
+  head_dropout: float = 0.1           # before the classifier, while training
+  pad_token_id: int | None = 0
+  feature_width: int = 0              # > 0: the W2S head, Linear(D -> feature_width) -> ReLU = features -> classifier
+
+  @property
+  def feature_size(self) -> int:
+    return self.feature_width or self.hidden_size
+
+  @property
+  def span(self) -> int:
+    """M / 2: rows of the distance table for keys to the left, and as many for those to the right."""
+    return self.distance_buckets or self.max_distance
+
+  @classmethod
+  def from_hf(cls, fields: Fields, **runtime: Any) -> Self:
+    """From transformers' config.json (v4 or v5)."""
+    width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    for name, wanted in (("relative_attention", True), ("position_biased_input", False)):
+      if fields.flag(name, not wanted) != wanted:          # what transformers takes where the field is absent
+        raise InputError(f"the model's config.json: {name} {str(not wanted).lower()}, or none, is not supported (want "
+                         f"{str(wanted).lower()})")
+    fields.only(hidden_act="gelu", pooler_hidden_act="gelu", type_vocab_size=0, conv_kernel_size=0,
+                embedding_size=width, pooler_hidden_size=width, attention_head_size=width // heads)
+    if runtime.get("head") == "lm":
+      fields.only(tie_word_embeddings=True, legacy=True)
+    positions = fields.integer("max_position_embeddings", 512)
+    distance = fields.integer("max_relative_positions", -1, -1)
+    distance = distance if distance > 0 else positions
+    buckets = max(fields.integer("position_buckets", -1, -1), 0)
+    if buckets:                                            # else a logarithm of 0, or division by one
+      fields.integer("position_buckets", low=2, high=2 * distance - 3)
+    hidden_dropout = fields.rate("hidden_dropout_prob", 0.1)
+    return cls(
+        hidden_size=width, intermediate_size=fields.integer("intermediate_size"), num_heads=heads,
+        num_layers=fields.integer("num_hidden_layers", high=MOST_LAYERS), max_positions=positions,
+        max_distance=distance, distance_buckets=buckets, terms=_terms(fields),
+        share_keys=fields.flag("share_att_key", False),
+        norm_distances=fields.string("norm_rel_ebd", "none", ("none", "layer_norm")) == "layer_norm",
+        layer_norm_eps=fields.positive("layer_norm_eps", 1e-7), hidden_dropout=hidden_dropout,
+        attention_dropout=fields.rate("attention_probs_dropout_prob", 0.1),
+        pooler_dropout=fields.rate("pooler_dropout", 0.0), head_dropout=fields.rate("cls_dropout", hidden_dropout),
+        **family.shared_from_hf(fields), **runtime)
+
+  def to_hf(self) -> dict:
+    """transformers' config.json of this shape; with the W2S head only the backbone is theirs."""
+    return family.shared_to_hf(self) | {
+        "hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
+        "num_hidden_layers": self.num_layers, "num_attention_heads": self.num_heads, "hidden_act": "gelu",
+        "max_position_embeddings": self.max_positions, "type_vocab_size": 0, "position_biased_input": False,
+        "relative_attention": True, "max_relative_positions": self.max_distance,
+        "position_buckets": self.distance_buckets or -1, "pos_att_type": list(self.terms),
+        "share_att_key": self.share_keys, "norm_rel_ebd": "layer_norm" if self.norm_distances else "none",
+        "layer_norm_eps": self.layer_norm_eps, "hidden_dropout_prob": self.hidden_dropout,
+        "attention_probs_dropout_prob": self.attention_dropout, "pooler_dropout": self.pooler_dropout,
+        "pooler_hidden_act": "gelu", "pooler_hidden_size": self.hidden_size, "cls_dropout": self.head_dropout}
+
+
+def _terms(fields):
+  """`pos_att_type`, a list, or one string with | between its parts, as TERMS has them."""
+  value = fields.values.get("pos_att_type")
+  names = [part.strip() for part in value.lower().split("|")] if isinstance(value, str) else value
+  if not (isinstance(names, list) and names and all(name in TERMS for name in names)):
+    raise InputError(f"the model's config.json: pos_att_type is {short(value)}, wanted c2p, p2c or c2p|p2c")
+  return tuple(term for term in TERMS if term in names)
+
+
+def distance_rows(config: DebertaConfig, tokens: int) -> np.ndarray:
+  """[S] int: the row of the distance table for each distance, a query's place less a key's, from 1 - T to T - 1.
+
+  In float32, as transformers' make_log_bucket_position: a logarithm near an integer is rounded up as there.
+  """
+  distance, span = np.arange(1 - tokens, tokens), config.span
+  if config.distance_buckets:
+    middle = config.distance_buckets // 2
+    far = np.maximum(np.abs(distance), middle).astype(np.float32) / np.float32(middle)
+    share = np.log(far) / np.log(np.float32((config.max_distance - 1) / middle))
+    bucket = np.ceil(share * np.float32(middle - 1)).astype(int) + middle
+    distance = np.where(np.abs(distance) <= middle, distance, np.sign(distance) * bucket)
+  return np.clip(distance + span, 0, 2 * span - 1)
+
+
+def by_key(scores: jax.Array) -> jax.Array:
+  """[..., T, S] scores of a token with places from T - 1 before it to T - 1 behind -> [..., T, T], with each token.
+
+  Of row t those are the T scores from T - 1 - t on. They are shifted into place, not gathered: a gather's gradient adds
+  up one element after the other.
+  """
+  *front, T, S = scores.shape
+  flat = jnp.pad(scores, [(0, 0)] * len(front) + [(0, 0), (0, 1)]).reshape(*front, -1)
+  return flat[..., T - 1:T - 1 + T * S].reshape(*front, T, S)[..., :T]
+
+
+class SelfAttention(nn.Module):
+  config: DebertaConfig
+  train: bool
+
+  @nn.compact
+  def __call__(self, x, mask, distances):
+    """distances: [S, D], by ascending distance."""
+    c = self.config
+    dense = functools.partial(layers.linear, c, self.train, c.hidden_size)
+    def heads(y):
+      return y.reshape(*y.shape[:-1], c.num_heads, -1)
+    query, key = dense("q_proj"), dense("k_proj")
+    q, k, v = heads(query(x)), heads(key(x)), heads(dense("v_proj")(x))
+    distances = layers.dropout(c.hidden_dropout, self.train)(distances)
+    bias = 0.0
+    if "c2p" in c.terms:
+      to = heads((key if c.share_keys else dense("pos_k_proj"))(distances[::-1]))      # keys from left to right
+      bias += by_key(jnp.einsum("rqhd,shd->rhqs", q, to))
+    if "p2c" in c.terms:
+      of = heads((query if c.share_keys else dense("pos_q_proj"))(distances))
+      bias += by_key(jnp.einsum("rkhd,shd->rhks", k, of)).swapaxes(-1, -2)
+    scale = (q.shape[-1] * (1 + len(c.terms)))**-0.5
+    out = layers.attention(q, k, v, mask, c.attention_dropout if self.train else 0.0, bias * scale, scale)
+    return dense("o_proj")(out.reshape(x.shape))
+
+
+class Block(nn.Module):
+  config: DebertaConfig
+  train: bool
+
+  @nn.compact
+  def __call__(self, x, mask, distances):
+    c, x = self.config, sharding.split_rows(x)
+    def add(y, name):
+      y = layers.dropout(c.hidden_dropout, self.train)(y)
+      return layers.layer_norm(c.layer_norm_eps, name)(x + y).astype(x.dtype)
+    x = add(SelfAttention(c, self.train, name="attn")(x, mask, distances), "attn_norm")
+    return add(encoder.MLP(c, self.train, name="mlp")(x), "mlp_norm"), None
+
+
+class Embeddings(nn.Module):
+  config: DebertaConfig
+
+  @nn.compact
+  def __call__(self, input_ids, segment_ids):
+    c = self.config
+    x = layers.embed(c, c.vocab_size, "word_embeddings", layers.Tokens)(input_ids)
+    x = layers.layer_norm(c.layer_norm_eps, "norm")(x)
+    return jnp.where((segment_ids > 0)[..., None], x, 0)
+
+
+class DebertaClassifier(nn.Module):
+  """Encoder with transformers' pooler and classifier, or with the W2S widening head (`config.feature_width`).
+
+  A row that is padded on the left is pooled on padding, as in transformers, where padding is 0 and sees all tokens
+  alike.
+  """
+  config: DebertaConfig
+  train: bool = False
+
+  @staticmethod
+  def lm_logits(config: DebertaConfig, params: dict, hidden: jax.Array) -> jax.Array:
+    """As `heads.lm_logits`."""
+    return heads.lm_logits(heads.PredictionHead(config), params, hidden)
+
+  @nn.compact
+  def __call__(self, input_ids, segment_ids, texts=None, stream=None):
+    """As Model.apply has them, padded on the right -> ClassifierOutput."""
+    c, x = self.config, stream
+    embeddings = Embeddings(c, name="embeddings")
+    if stream is None:
+      x = layers.dropout(c.hidden_dropout, self.train)(embeddings(input_ids, segment_ids)).astype(c.dtype)
+    distances = layers.embed(c, 2 * c.span, "distance_embeddings")(distance_rows(c, segment_ids.shape[1]))
+    if c.norm_distances:
+      distances = layers.layer_norm(c.layer_norm_eps, "distance_norm")(distances)
+    mask = layers.text_mask(segment_ids) & (segment_ids > 0)[:, None, :, None]
+    x = layers.layer_stack(Block, c, self.train, x, mask, distances.astype(c.dtype))
+    hidden = x.astype(jnp.float32)
+    features = layers.pool(hidden, jnp.zeros((len(hidden), 1), int) if texts is None else texts[..., 0])
+    if c.head == "lm":
+      table = embeddings.variables["params"]["word_embeddings"]["embedding"]
+      return layers.ClassifierOutput(heads.PredictionHead(c, name="lm_head")(features, table), features, hidden, x)
+    def pooler(pooled):
+      pooled = layers.dropout(c.pooler_dropout, self.train)(pooled)
+      return heads.gelu(layers.Dense(c.hidden_size, True, c.initializer_range, name="pooler")(pooled))
+    logits, features = heads.classify(c, self.train, features, pooler)
+    return layers.ClassifierOutput(logits, features, hidden, x)
+
+
+_LAYER = "deberta.encoder.layer.{}"
+FAMILY = family.Family(
+    config=DebertaConfig, module=DebertaClassifier,
+    tensors={"deberta-v2": Checkpoint("DebertaV2", "deberta.", {
+        "embeddings/word_embeddings/embedding": "deberta.embeddings.word_embeddings.weight",
+        "distance_embeddings/embedding": "deberta.encoder.rel_embeddings.weight",
+        **modules((f"layers/attn/{ours}_proj", f"{_LAYER}.attention.self.{theirs}_proj") for ours, theirs in (
+            ("q", "query"), ("k", "key"), ("v", "value"), ("pos_q", "pos_query"), ("pos_k", "pos_key"))),
+        **modules((("layers/attn/o_proj", f"{_LAYER}.attention.output.dense"),
+                   ("layers/mlp/up_proj", f"{_LAYER}.intermediate.dense"),
+                   ("layers/mlp/down_proj", f"{_LAYER}.output.dense"),
+                   ("pooler", "pooler.dense"), ("classifier", "classifier"),
+                   ("lm_head/dense", "cls.predictions.transform.dense"))),
+        **modules((("embeddings/norm", "deberta.embeddings.LayerNorm"), ("distance_norm", "deberta.encoder.LayerNorm"),
+                   ("layers/attn_norm", f"{_LAYER}.attention.output.LayerNorm"),
+                   ("layers/mlp_norm", f"{_LAYER}.output.LayerNorm"),
+                   ("lm_head/norm", "cls.predictions.transform.LayerNorm")), "scale"),
+        "lm_head/bias": "cls.predictions.bias",
+    }, unused=r"deberta\.embeddings\.(position_ids|position_embeddings\.weight)"     # which Microsoft's files have
+              r"|(pooler\.dense|classifier)\.(weight|bias)|(cls|(lm|mask)_predictions)\..*",
+        language_model="ForMaskedLM")},
+    shardings=(
+        (r"distance_embeddings/embedding", P(None, "fsdp")),             # [M, D]
+        (r"distance_norm/(scale|bias)", P()),
+        (r"layers/attn/pos_(q|k)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, D]
+        *encoder.SHARDINGS,
+    ),
+    vocabulary=("embeddings", "word_embeddings"))
