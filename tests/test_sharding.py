@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from w2s_jax import InputError, lora, sharding
 from w2s_jax.adapters import trees
 from w2s_jax.models import Model
+from w2s_jax.models.gemma import GemmaConfig
 from w2s_jax.models.gpt2 import GPT2Config
 from w2s_jax.models.model import FAMILIES
 
@@ -74,6 +75,8 @@ def paths(family):
     return [dataclasses.replace(config, **change) for change in changes]
   untied = dict(head="lm", tie_embeddings=False)
   configs = {"llama": replaced(LLAMA, {}, dict(model_type="qwen2"), dict(model_type="qwen3"), untied),
+             "gemma": replaced(GemmaConfig(vocab_size=64, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2),
+                               {}, dict(model_type="gemma3_text"), untied),
              "gpt2": replaced(GPT2Config(vocab_size=64, hidden_size=32, num_heads=4), {}, untied),
              "encoder": replaced(BERT, {}, dict(feature_width=40), dict(model_type="distilbert"), dict(head="lm"))}
   out = set()

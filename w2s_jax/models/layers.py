@@ -91,21 +91,30 @@ def _under_vmap_of_runs():
   return True
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, dropout_rate: float) -> jax.Array:
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+  """x within -cap..cap, nearly as it is where it is small (Gemma 2, arXiv 2408.00118, section 2); 0: x as it is."""
+  return cap * jnp.tanh(x / cap) if cap else x
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, dropout_rate: float,
+              scalar: float | None = None, cap: float = 0.0) -> jax.Array:
   """Scaled dot-product attention; for use inside a compact module.
 
   Args:
     q: [B, T, H, d]; k, v: [B, T, K, d], each of the K heads serving H / K query heads.
     mask: broadcastable to [B, H, T, T] bool, True where a query may look.
     dropout_rate: of the attention probabilities; 0 where nothing is dropped (evaluation).
+    scalar: scores are divided by its square root; None: by that of d.
+    cap: of the scores (softcap), which no kernel of the library knows; 0: none.
   Returns:
     [B, T, H, d].
   """
-  if not dropout_rate:
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=attention_kernel(q))
+  if not dropout_rate and not cap:
+    scale = None if scalar is None else scalar**-0.5
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation=attention_kernel(q))
   k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-  scores = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) / q.shape[-1]**0.5
-  probabilities = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min))
+  scores = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) / (scalar or q.shape[-1])**0.5
+  probabilities = jax.nn.softmax(jnp.where(mask, softcap(scores, cap), jnp.finfo(jnp.float32).min))
   probabilities = nn.Dropout(dropout_rate, deterministic=False)(probabilities)
   return jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(v.dtype), v)
 
