@@ -107,8 +107,44 @@ DEBERTA_SHAPES = {  # padded_ids has up to 11 tokens: distances that share a buc
     "p2c-shared": DEBERTA | dict(vocab_size=97, num_attention_heads=4, pos_att_type="p2c", share_att_key=True,
                                  position_buckets=2, pooler_dropout=0.2),
 }
+GEMMA_SHAPES = {
+    "mqa-wide-heads": dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=1, head_dim=16),
+    "one-layer-untied": dict(vocab_size=64, num_attention_heads=4, num_key_value_heads=4, head_dim=8,
+                             num_hidden_layers=1, tie_word_embeddings=False, hidden_act="gelu"),
+    "odd": dict(vocab_size=131, num_attention_heads=2, num_key_value_heads=2, head_dim=6, rms_norm_eps=1e-2,
+                rope_parameters={"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}),
+}
+GEMMA2_SHAPES = {  # scores are of about 1: the caps bend them
+    "gqa": dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=5,
+                sliding_window=3, attn_logit_softcapping=0.5, final_logit_softcapping=0.7),
+    "one-layer-no-caps": dict(vocab_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=24,
+                              query_pre_attn_scalar=16, num_hidden_layers=1, sliding_window=4,
+                              tie_word_embeddings=False, attn_logit_softcapping=None, final_logit_softcapping=None),
+    "odd": dict(vocab_size=131, num_attention_heads=4, num_key_value_heads=4, head_dim=6, query_pre_attn_scalar=9,
+                sliding_window=2, attn_logit_softcapping=1.0, num_hidden_layers=4, rms_norm_eps=1e-2,
+                layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+                rope_parameters={"rope_type": "default", "rope_theta": 300.0}),
+}
+GEMMA3_SHAPES = {
+    "gqa": dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=5,
+                sliding_window=3, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+                rope_parameters={"full_attention": {"rope_type": "linear", "rope_theta": 1e3, "factor": 8.0},
+                                 "sliding_attention": {"rope_type": "default", "rope_theta": 10.0}}),
+    "one-layer-tied": dict(vocab_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=24,
+                           num_hidden_layers=1, query_pre_attn_scalar=24, sliding_window=4,
+                           final_logit_softcapping=0.7),
+    "odd-seven-layers": dict(vocab_size=131, num_attention_heads=4, num_key_value_heads=4, head_dim=6,
+                             query_pre_attn_scalar=6, sliding_window=2, num_hidden_layers=7, rms_norm_eps=1e-2,
+                             tie_word_embeddings=False),
+    "dynamic": dict(vocab_size=80, num_attention_heads=4, num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8,
+                    sliding_window=5, max_position_embeddings=8, num_hidden_layers=2,
+                    layer_types=["full_attention", "sliding_attention"],
+                    rope_parameters={"full_attention": {"rope_type": "dynamic", "rope_theta": 1e3, "factor": 2.0},
+                                     "sliding_attention": {"rope_type": "linear", "rope_theta": 50.0, "factor": 2.0}}),
+}
 SHAPES = {"llama": LLAMA_SHAPES, "mistral": MISTRAL_SHAPES, "qwen2": QWEN2_SHAPES, "qwen3": QWEN3_SHAPES,
-          "gpt2": GPT2_SHAPES, "bert": BERT_SHAPES, "roberta": ROBERTA_SHAPES, "xlm-roberta": XLM_ROBERTA_SHAPES,
+          "gemma": GEMMA_SHAPES, "gemma2": GEMMA2_SHAPES, "gemma3_text": GEMMA3_SHAPES, "gpt2": GPT2_SHAPES,
+          "bert": BERT_SHAPES, "roberta": ROBERTA_SHAPES, "xlm-roberta": XLM_ROBERTA_SHAPES,
           "camembert": CAMEMBERT_SHAPES, "distilbert": DISTILBERT_SHAPES, "electra": ELECTRA_SHAPES,
           "deberta-v2": DEBERTA_SHAPES}
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "deberta-v2")
@@ -247,6 +283,7 @@ def test_transformers_loads_what_we_save_bit_for_bit(family, name, saved, tmp_pa
                                                                                 output_loading_info=True)
   assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
   assert type(again) is type(theirs)
+  assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == [type(theirs).__name__]
   want, got = theirs.state_dict(), again.state_dict()
   assert got.keys() == want.keys()
   for key in want:
@@ -366,6 +403,7 @@ def test_language_model_head(family, name, tmp_path):
   save_pretrained(tmp_path / "out", model, params)
   again, info = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
   assert type(again) is type(theirs) and not any(info[k] for k in ("missing_keys", "unexpected_keys"))
+  assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == [type(theirs).__name__]
   assert all(torch.equal(value, again.state_dict()[key]) for key, value in theirs.state_dict().items())
 
 
@@ -443,7 +481,8 @@ def test_attention_dropout_drops_probabilities_and_nothing_else(scale):
   np.testing.assert_array_equal(attend(0.5, jax.random.key(2)), attend(0.5, jax.random.key(2)))
 
 
-DROPOUT = {"llama": ("attention_dropout",), "gpt2": ("embedding_dropout", "hidden_dropout", "attention_dropout"),
+DROPOUT = {"llama": ("attention_dropout",), "gemma2": ("attention_dropout",),
+           "gpt2": ("embedding_dropout", "hidden_dropout", "attention_dropout"),
            **dict.fromkeys(ENCODERS, ("hidden_dropout", "attention_dropout", "head_dropout"))}
 DROPOUT["deberta-v2"] += ("pooler_dropout",)
 

@@ -15,6 +15,7 @@ from w2s_jax import InputError, lora, sharding
 from w2s_jax.adapters import trees
 from w2s_jax.models import Model
 from w2s_jax.models.deberta import DebertaConfig
+from w2s_jax.models.gemma import GemmaConfig
 from w2s_jax.models.gpt2 import GPT2Config
 from w2s_jax.models.model import FAMILIES
 
@@ -75,6 +76,8 @@ def paths(family):
     return [dataclasses.replace(config, **change) for change in changes]
   untied = dict(head="lm", tie_embeddings=False)
   configs = {"llama": replaced(LLAMA, {}, dict(model_type="qwen2"), dict(model_type="qwen3"), untied),
+             "gemma": replaced(GemmaConfig(vocab_size=64, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2),
+                               {}, dict(model_type="gemma3_text"), untied),
              "gpt2": replaced(GPT2Config(vocab_size=64, hidden_size=32, num_heads=4), {}, untied),
              "encoder": replaced(BERT, {}, dict(feature_width=40), dict(model_type="distilbert"), dict(head="lm"),
                                  dict(model_type="electra", embedding_size=16)),

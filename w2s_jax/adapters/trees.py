@@ -12,7 +12,7 @@ MODEL_RULES = (
     (r"(embed_tokens|embeddings/word_embeddings)/soft", "soft"),   # an adversary's tokens, or a prompt (soft.py)
     (r"(score|pooler|widen|classifier)/(kernel|bias)", "head"),
     (r"(.*/)?(embed_tokens|lm_head|[a-z_]+_embeddings)/embedding", "embedding"),
-    (r"(.*/)?([a-z]*_)?norm/(scale|bias)", "vector"),
+    (r"(.*/)?([a-z_]*_)?norm/(scale|bias)", "vector"),
     (r"(layers/.*|lm_head|lm_head/dense|embeddings_project)/bias", "vector"),
     (r"(layers/.*|lm_head/dense|embeddings_project)/kernel", "matrix"),
 )

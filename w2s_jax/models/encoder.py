@@ -175,7 +175,8 @@ class EncoderClassifier(nn.Module):
     c, x = self.config, stream
     embeddings = Embeddings(c, name="embeddings")
     if stream is None:
-      x = dropout(c.hidden_dropout, embeddings(input_ids, segment_ids, texts is not None)).astype(c.dtype)
+      x = embeddings(input_ids, segment_ids, texts is not None)
+      x = layers.dropout(c.hidden_dropout, self.train)(x).astype(c.dtype)
       if c.embedding_size:
         x = layers.Dense(c.hidden_size, True, c.initializer_range, name="embeddings_project")(x)
     x = layers.layer_stack(Block, c, self.train, x, layers.text_mask(segment_ids))

@@ -91,8 +91,13 @@ def _under_vmap_of_runs():
   return True
 
 
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+  """x within -cap..cap, nearly as it is where it is small (Gemma 2, arXiv 2408.00118, section 2); 0: x as it is."""
+  return cap * jnp.tanh(x / cap) if cap else x
+
+
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, dropout_rate: float,
-              bias: jax.Array | None = None, scale: float | None = None) -> jax.Array:
+              bias: jax.Array | None = None, scale: float | None = None, cap: float = 0.0) -> jax.Array:
   """Scaled dot-product attention; for use inside a compact module.
 
   Args:
@@ -101,16 +106,16 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, dropout
     dropout_rate: of the attention probabilities; 0 where nothing is dropped (evaluation).
     bias: broadcastable to [B, H, T, T], added to the scaled scores; None: nothing. cuDNN's kernel does not get one.
     scale: of the scores; None: 1 / sqrt(d).
+    cap: of the scaled scores (softcap), which no kernel of the library knows; 0: none.
   Returns:
     [B, T, H, d]; for a query that may look nowhere the mean of all v.
   """
-  if not dropout_rate:
+  if not dropout_rate and not cap:
     kernel = attention_kernel(q) if bias is None else "xla"
     return jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale, implementation=kernel)
   k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
   scores = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) * (q.shape[-1]**-0.5 if scale is None else scale)
-  if bias is not None:
-    scores += bias
+  scores = softcap(scores, cap) if bias is None else softcap(scores, cap) + bias
   probabilities = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min))
   probabilities = nn.Dropout(dropout_rate, deterministic=False)(probabilities)
   return jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(v.dtype), v)

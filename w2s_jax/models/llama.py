@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Self
 
 import flax.linen as nn
@@ -29,7 +30,7 @@ class Rope:
   original_max_position_embeddings: int = 8192
 
   @classmethod
-  def from_hf(cls, fields: Fields) -> Self:
+  def from_hf(cls, fields: Fields, default_theta: float = 10000.0) -> Self:
     """From `rope_parameters` (transformers 5), or `rope_scaling` and a top-level `rope_theta` (transformers 4).
 
     Raises:
@@ -46,7 +47,7 @@ class Rope:
     rope = fields.section("rope_parameters", "rope_scaling")
     rope_type = rope.string("rope_type" if "rope_type" in rope else "type", "default", ROPE_FIELDS)
     rope.only(partial_rotary_factor=1)
-    theta = (rope if "rope_theta" in rope else fields).positive("rope_theta", 10000.0)
+    theta = (rope if "rope_theta" in rope else fields).positive("rope_theta", default_theta)
     numbers = {name: rope.positive(name) for name in ROPE_FIELDS[rope_type]}
     if rope_type == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
       raise InputError(f"the model's {rope.where}: low_freq_factor {numbers['low_freq_factor']} must be less than "
@@ -168,13 +169,14 @@ class Attention(nn.Module):
 class MLP(nn.Module):
   config: LlamaConfig
   train: bool
+  activation: Callable[[jax.Array], jax.Array] = nn.silu
 
   @nn.compact
   def __call__(self, x):
     c = self.config
     def dense(width, name):
       return layers.linear(c, self.train, width, name, use_bias=False)
-    gate = nn.silu(dense(c.intermediate_size, "gate_proj")(x))
+    gate = self.activation(dense(c.intermediate_size, "gate_proj")(x))
     return dense(c.hidden_size, "down_proj")(gate * dense(c.intermediate_size, "up_proj")(x))
 
 

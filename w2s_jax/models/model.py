@@ -12,13 +12,14 @@ from jax.sharding import PartitionSpec as P
 
 from w2s_jax import InputError, sharding
 from w2s_jax.adapters import trees
-from w2s_jax.models import deberta, encoder, gpt2, layers, llama
+from w2s_jax.models import deberta, encoder, gemma, gpt2, layers, llama
 from w2s_jax.models.family import Family, SharedConfig
 from w2s_jax.models.hf import formats
 from w2s_jax.models.hf.fields import Fields, short
 
 FAMILIES = {
     "llama": llama.FAMILY,
+    "gemma": gemma.FAMILY,
     "gpt2": gpt2.FAMILY,
     "encoder": encoder.FAMILY,
     "deberta": deberta.FAMILY,
@@ -39,6 +40,8 @@ def config_from_hf(hf: dict, **runtime: Any) -> SharedConfig:
   """
   fields = Fields(hf)
   families = model_types()
+  if fields.values.get("model_type") == "gemma3":
+    raise InputError(f"the model's config.json is that of a gemma3, which reads images too: {gemma.TEXT_ALONE}")
   model_type = fields.string("model_type", None, families)
   config_class = families[model_type].config
   if "auto_map" in fields:

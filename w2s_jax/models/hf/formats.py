@@ -17,6 +17,7 @@ class Checkpoint(NamedTuple):
     unused: pattern of tensors that nobody reads here (other heads, buffers of transformers 4).
     transposed: layers' kernels are [out, in] in the file (torch.nn.Linear); False for GPT-2's Conv1D.
     language_model: what follows the name of its class with a language-model head.
+    classifier: what follows the name of its class with a classifier's head.
   """
   name: str
   prefix: str
@@ -24,6 +25,7 @@ class Checkpoint(NamedTuple):
   unused: str
   transposed: bool = True
   language_model: str = "ForCausalLM"
+  classifier: str = "ForSequenceClassification"
 
 
 HEAD = r"(score|pooler|widen|classifier)/.*"   # our paths that a checkpoint may lack: initialised afresh, which is said

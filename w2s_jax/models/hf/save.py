@@ -135,7 +135,7 @@ def _config(model, id2label, dtype):
   """transformers' config.json."""
   config, checkpoint = model.config, model.checkpoint
   labels = id2label or dict(enumerate(config.labels or [f"LABEL_{i}" for i in range(config.num_labels)]))
-  kind = "ForSequenceClassification"
+  kind = checkpoint.classifier
   if config.head == "lm":
     kind = checkpoint.language_model
   return config.to_hf() | {
