@@ -60,7 +60,27 @@ ROPE_SHAPES = {  # padded_ids has up to 11 tokens: "dynamic" is stretched, llama
     "dynamic-short": dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
     "llama3": dict(rope_parameters={"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0,
                                     "high_freq_factor": 4.0, "original_max_position_embeddings": 32}, head_dim=16),
+    "yarn": dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0,
+                                  "original_max_position_embeddings": 16}, head_dim=16),
+    "yarn-mscale": dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "mscale": 1.5,
+                                         "mscale_all_dim": 0.7, "beta_fast": 4.0, "beta_slow": 0.25, "truncate": False,
+                                         "original_max_position_embeddings": 32}, head_dim=12),
+    "longrope": dict(rope_parameters={"rope_type": "longrope", "rope_theta": 1e3, "short_factor": [1.0, 1.1, 1.3, 2.0],
+                                      "long_factor": [1.5, 2.0, 4.0, 8.0], "original_max_position_embeddings": 8}),
 }
+STRETCHED = {  # for qwen2, mistral and qwen3
+    "yarn-attention-factor": dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                                                   "beta_fast": 0, "attention_factor": 1.7, "truncate": None,
+                                                   "original_max_position_embeddings": 24}),
+    "yarn-one-pair": dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6, "factor": 0.5, "beta_fast": 1e6,
+                                           "beta_slow": 1e5}, max_position_embeddings=40),
+    "longrope-short": dict(rope_parameters={"rope_type": "longrope", "rope_theta": 1e3, "factor": 3.0,
+                                            "short_factor": [1.0, 1.1, 1.3, 2.0], "long_factor": [9.0] * 4,
+                                            "original_max_position_embeddings": 11}),
+}
+for shapes, name in ((QWEN2_SHAPES, "yarn-attention-factor"), (MISTRAL_SHAPES, "yarn-one-pair"),
+                     (QWEN3_SHAPES, "longrope-short")):
+  shapes[name] = dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, head_dim=8) | STRETCHED[name]
 LLAMA_SHAPES |= {f"rope-{name}": dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2) | shape
                  for name, shape in ROPE_SHAPES.items()}
 GPT2_SHAPES = {
@@ -323,8 +343,9 @@ def test_a_v4_config_is_read(saved, tmp_path):
 
 
 @pytest.mark.parametrize("field,value", [
-    ("rope_parameters", {"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0}),
-    ("hidden_act", "gelu"), ("attention_bias", True), ("model_type", "mamba"), ("is_causal", False),
+    ("rope_parameters", {"rope_type": "proportional", "rope_theta": 5e5, "factor": 8.0}),
+    ("hidden_act", "gelu"), ("attention_bias", True), ("partial_rotary_factor", 0.5), ("model_type", "mamba"),
+    ("is_causal", False),
     ("rope_scaling", {"rope_type": "yarn", "factor": 8.0}), ("rope_scaling", {"rope_theta": 5.0}), ("rope_theta", 5.0),
     ("rope_scaling", {"type": "linear", "factor": 2.0}),
     ("architectures", ["LlamaForTokenClassification"]), ("architectures", "LlamaForQuestionAnswering"),

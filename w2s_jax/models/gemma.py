@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from w2s_jax import InputError, sharding
-from w2s_jax.models import family, layers, llama
+from w2s_jax.models import family, layers, llama, rotary
 from w2s_jax.models.hf.fields import MOST_LAYERS, Fields, short
 from w2s_jax.models.hf.formats import Checkpoint, modules
 
@@ -39,7 +39,7 @@ class GemmaConfig(llama.LlamaConfig):
   """Shape of the network (transformers' config.json): a Llama's, and what Gemma has beside it."""
   model_type: str = "gemma2"          # gemma: no windows, norms after or caps; gemma3_text: norms on q, k
   layer_types: tuple = ()             # FULL or SLIDING of each layer; (): all see all
-  local_rope: llama.Rope = llama.Rope()   # of the layers with a window; the others have `rope`
+  local_rope: rotary.Rope = rotary.Rope()   # of the layers with a window; the others have `rope`
   query_scalar: int = 256             # scores are divided by its square root
   attention_cap: float = 0.0          # of the scores; 0: none
   logit_cap: float = 0.0              # of the language-model logits; 0: none
@@ -112,10 +112,11 @@ def _ropes(fields):
   if "type" in scaling and "rope_type" not in scaling:
     raise InputError(f"the model's {fields.where}: rope_scaling has type, which transformers 5 does not read in a "
                      "gemma3_text: call it rope_type")
-  full = {"rope_theta": fields.values.get("rope_theta"), "rope_scaling": fields.values.get("rope_scaling")}
-  local = {"rope_theta": fields.values.get("rope_local_base_freq")}
+  lengths = {name: fields.values.get(name) for name in ("max_position_embeddings", rotary.ORIGINAL)}
+  full = lengths | {"rope_theta": fields.values.get("rope_theta"), "rope_scaling": fields.values.get("rope_scaling")}
+  local = lengths | {"rope_theta": fields.values.get("rope_local_base_freq")}
   def rope(kind, values, theta):
-    return llama.Rope.from_hf(Fields(values | {"rope_parameters": ropes.values.get(kind)}, fields.where), theta)
+    return rotary.Rope.from_hf(Fields(values | {"rope_parameters": ropes.values.get(kind)}, fields.where), theta)
   return {"rope": rope(FULL, full, 1e6), "local_rope": rope(SLIDING, local, 1e4)}
 
 

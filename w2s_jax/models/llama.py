@@ -1,7 +1,6 @@
 """Llama-architecture decoder classifier (Llama, Vicuna, Mistral, Qwen2, Qwen3). B batch, T tokens, D width, H heads."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -14,68 +13,7 @@ from w2s_jax import InputError, sharding
 from w2s_jax.models import family, layers
 from w2s_jax.models.hf.fields import MOST_LAYERS, Fields
 from w2s_jax.models.hf.formats import Checkpoint, modules
-
-ROPE_FIELDS = {"default": (), "linear": ("factor",), "dynamic": ("factor",),
-               "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-
-
-@dataclasses.dataclass(frozen=True)
-class Rope:
-  """Rotary positions (Su et al., arXiv 2104.09864) and how they are stretched, in transformers' names."""
-  rope_type: str = "default"          # a key of ROPE_FIELDS
-  rope_theta: float = 10000.0
-  factor: float = 1.0
-  low_freq_factor: float = 1.0        # llama3: wavelengths over original / low are divided by factor,
-  high_freq_factor: float = 4.0       # those under original / high are left alone, between them a ramp
-  original_max_position_embeddings: int = 8192
-
-  @classmethod
-  def from_hf(cls, fields: Fields, default_theta: float = 10000.0) -> Self:
-    """From `rope_parameters` (transformers 5), or `rope_scaling` and a top-level `rope_theta` (transformers 4).
-
-    Raises:
-      InputError: another type, or a parameter that the type needs is absent.
-    """
-    sections = [fields.section(name) for name in ("rope_parameters", "rope_scaling")]
-    new, old = ({"rope_type" if name == "type" else name: value for name, value in section.values.items()
-                 if name != "rope_theta"} for section in sections)
-    if old and old != new and "rope_parameters" in fields:
-      raise InputError(f"the model's {fields.where} has rope_parameters and a rope_scaling that differ: keep one")
-    thetas = [section.values["rope_theta"] for section in (fields, *sections) if "rope_theta" in section]
-    if any(theta != thetas[0] for theta in thetas):
-      raise InputError(f"the model's {fields.where} has several values of rope_theta: keep one")
-    rope = fields.section("rope_parameters", "rope_scaling")
-    rope_type = rope.string("rope_type" if "rope_type" in rope else "type", "default", ROPE_FIELDS)
-    rope.only(partial_rotary_factor=1)
-    theta = (rope if "rope_theta" in rope else fields).positive("rope_theta", default_theta)
-    numbers = {name: rope.positive(name) for name in ROPE_FIELDS[rope_type]}
-    if rope_type == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
-      raise InputError(f"the model's {rope.where}: low_freq_factor {numbers['low_freq_factor']} must be less than "
-                       f"high_freq_factor {numbers['high_freq_factor']}")
-    if rope_type == "llama3":
-      numbers["original_max_position_embeddings"] = int(numbers["original_max_position_embeddings"])   # not 8192.0
-    return cls(rope_type, theta, **numbers)
-
-  def to_hf(self) -> dict:
-    """Both forms at once."""
-    fields = {name: getattr(self, name) for name in ("rope_type", *ROPE_FIELDS[self.rope_type])}
-    scaling = {} if self.rope_type == "default" else {"rope_scaling": fields}
-    return {"rope_theta": self.rope_theta, "rope_parameters": fields | {"rope_theta": self.rope_theta}} | scaling
-
-  def inverse_frequencies(self, head_dim: int, max_positions: int, length: int | jax.Array) -> jax.Array:
-    """[d/2] float32, of a text of `length` tokens, on which only "dynamic" depends."""
-    theta: float | jax.Array = self.rope_theta
-    if self.rope_type == "dynamic":
-      stretch = self.factor * jnp.maximum(length, max_positions) / max_positions - (self.factor - 1)
-      theta *= stretch ** (head_dim / (head_dim - 2))
-    inverse = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if self.rope_type == "linear":
-      return inverse / self.factor
-    if self.rope_type == "llama3":
-      turns = self.original_max_position_embeddings * inverse / (2 * math.pi)
-      kept = jnp.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
-      return inverse * (kept + (1 - kept) / self.factor)
-    return inverse
+from w2s_jax.models.rotary import Rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +54,14 @@ class LlamaConfig(family.SharedConfig):
     head_dim = fields.integer("head_dim", 128 if model_type == "qwen3" else max(4, width // heads), 4)
     if head_dim % 2:
       raise InputError(f"head_dim {head_dim} must be even for rotary positions: see the model's config.json")
+    rope = Rope.from_hf(fields)
+    if rope.rope_type == "longrope" and {len(rope.short_factor), len(rope.long_factor)} != {head_dim // 2}:
+      raise InputError(f"the model's config.json: short_factor and long_factor have {len(rope.short_factor)} and "
+                       f"{len(rope.long_factor)} numbers, wanted {head_dim // 2}, half of head_dim")
     return cls(model_type=model_type, hidden_size=width, intermediate_size=fields.integer("intermediate_size"),
                num_layers=num_layers, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
                max_positions=fields.integer("max_position_embeddings", 2048),
-               rms_norm_eps=fields.positive("rms_norm_eps", 1e-6), rope=Rope.from_hf(fields),
+               rms_norm_eps=fields.positive("rms_norm_eps", 1e-6), rope=rope,
                sliding_window=window, attention_dropout=fields.rate("attention_dropout", 0.0),
                **family.decoder_from_hf(fields, tied=False), **runtime)
 
@@ -135,10 +77,11 @@ class LlamaConfig(family.SharedConfig):
 
 
 def rotary(positions: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
-  """cos and sin [B, T, 1, d/2] float32; "dynamic" goes by the longest text of the batch, as in transformers."""
+  """cos and sin [B, T, 1, d/2] float32; "dynamic" and "longrope" go by the batch's longest text, as in transformers."""
   inverse = config.rope.inverse_frequencies(config.head_dim, config.max_positions, positions.max() + 1)
   angles = positions[..., None].astype(jnp.float32) * inverse
-  return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+  gain = config.rope.gain(config.max_positions)
+  return gain * jnp.cos(angles)[:, :, None], gain * jnp.sin(angles)[:, :, None]
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -94,6 +94,13 @@ class Fields:
       return tuple(Fields({name: one}, self.where).integer(name, low=-1) for one in value)
     return self.token(name)
 
+  def entries(self, name: str, low: int = 0, high: int = MOST_LAYERS) -> list["Fields"]:
+    """The entries of a list, each as the one field `name`; low and high are of its length."""
+    value = self._get(name, None)
+    if not isinstance(value, list) or not low <= len(value) <= high:
+      raise self._wrong(name, value, f"a list of {low}..{high} entries")
+    return [Fields({name: one}, self.where) for one in value]
+
   def section(self, *names: str) -> "Fields":
     """The first of these fields that is there; empty where none is."""
     for name in names:

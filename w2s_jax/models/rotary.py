@@ -1,0 +1,164 @@
+"""Rotary positions (Su et al., arXiv 2104.09864) and the ways to stretch them, by config.json. d head width."""
+
+import dataclasses
+import math
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from w2s_jax import InputError
+from w2s_jax.models.hf.fields import Fields, short
+
+ORIGINAL = "original_max_position_embeddings"
+ROPE_FIELDS = {"default": (), "linear": ("factor",), "dynamic": ("factor",),
+               "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL),
+               "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor", ORIGINAL),
+               "longrope": ("short_factor", "long_factor", "attention_factor", ORIGINAL)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """How fast each pair of features turns, in transformers' names."""
+  rope_type: str = "default"          # a key of ROPE_FIELDS
+  rope_theta: float = 10000.0
+  factor: float = 1.0
+  low_freq_factor: float = 1.0        # llama3: wavelengths over original / low are divided by factor,
+  high_freq_factor: float = 4.0       # those under original / high are left alone, between them a ramp
+  beta_fast: float = 32.0             # yarn (arXiv 2309.00071): pairs that turn more often within the original length
+  beta_slow: float = 1.0              # are left alone, those that turn less often are divided by factor
+  truncate: bool = True               # yarn: the ramp between them begins and ends at whole pairs
+  attention_factor: float | None = None   # of cos and sin; None: by the stretch, see `gain`
+  short_factor: tuple[float, ...] = ()    # longrope (arXiv 2402.13753): divides each pair's frequency in texts of at
+  long_factor: tuple[float, ...] = ()     # most the original length, and in longer ones
+  original_max_position_embeddings: int = 8192
+
+  @classmethod
+  def from_hf(cls, fields: Fields, theta: float = 10000.0) -> Self:
+    """From `rope_parameters` (transformers 5), or `rope_scaling` and a top-level `rope_theta` (transformers 4).
+
+    Args:
+      theta: rope_theta where the file has none.
+    Raises:
+      InputError: another type, or a parameter that the type needs is absent.
+    """
+    sections = [fields.section(name) for name in ("rope_parameters", "rope_scaling")]
+    new, old = ({"rope_type" if name == "type" else name: value for name, value in section.values.items()
+                 if name != "rope_theta"} for section in sections)
+    if old and old != new and "rope_parameters" in fields:
+      raise InputError(f"the model's {fields.where} has rope_parameters and a rope_scaling that differ: keep one")
+    thetas = [section.values["rope_theta"] for section in (fields, *sections) if "rope_theta" in section]
+    if any(theta != thetas[0] for theta in thetas):
+      raise InputError(f"the model's {fields.where} has several values of rope_theta: keep one")
+    rope = fields.section("rope_parameters", "rope_scaling")
+    rope_type = rope.string("rope_type" if "rope_type" in rope else "type", "default", ROPE_FIELDS)
+    for place in (fields, rope):
+      place.only(partial_rotary_factor=1)
+    theta = (rope if "rope_theta" in rope else fields).positive("rope_theta", theta)
+    if rope_type == "yarn" and theta <= 1:
+      raise InputError(f"the model's {rope.where}: rope_theta {theta} must be more than 1 for yarn")
+    return cls(rope_type, theta, **_parameters(rope_type, fields, rope))
+
+  def to_hf(self) -> dict:
+    """Both forms at once."""
+    fields = {name: getattr(self, name) for name in ("rope_type", *ROPE_FIELDS[self.rope_type])}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    scaling = {} if self.rope_type == "default" else {"rope_scaling": fields}
+    return {"rope_theta": self.rope_theta, "rope_parameters": fields | {"rope_theta": self.rope_theta}} | scaling
+
+  def inverse_frequencies(self, head_dim: int, max_positions: int, length: int | jax.Array) -> jax.Array:
+    """[d/2] float32, of a text of `length` tokens, on which only "dynamic" and "longrope" depend."""
+    theta: float | jax.Array = self.rope_theta
+    if self.rope_type == "dynamic":
+      stretch = self.factor * jnp.maximum(length, max_positions) / max_positions - (self.factor - 1)
+      theta *= stretch ** (head_dim / (head_dim - 2))
+    inverse = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if self.rope_type == "linear":
+      return inverse / self.factor
+    if self.rope_type == "longrope":
+      return inverse / jnp.where(length > self.original_max_position_embeddings, jnp.asarray(self.long_factor),
+                                 jnp.asarray(self.short_factor))
+    if self.rope_type in ("llama3", "yarn"):
+      kept = self._kept_by_llama3(inverse) if self.rope_type == "llama3" else self._kept_by_yarn(head_dim)
+      return inverse * (kept + (1 - kept) / self.factor)
+    return inverse
+
+  def _kept_by_llama3(self, inverse):
+    """[d/2], how much of each pair's frequency is left alone."""
+    turns = self.original_max_position_embeddings * inverse / (2 * math.pi)
+    return jnp.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+
+  def _kept_by_yarn(self, head_dim):
+    def pair(turns):                  # that turns so often within the original length, counted from the fastest
+      length = self.original_max_position_embeddings / (2 * math.pi * turns)
+      return head_dim * math.log(length) / (2 * math.log(self.rope_theta))
+    first, last = pair(self.beta_fast), pair(self.beta_slow)
+    if self.truncate:
+      first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    width = last - first or 0.001     # as in transformers
+    return 1 - jnp.clip((jnp.arange(head_dim // 2, dtype=jnp.float32) - first) / width, 0, 1)
+
+  def gain(self, max_positions: int) -> float:
+    """What cos and sin are multiplied by, which makes the scores of stretched positions larger."""
+    if self.attention_factor is not None:
+      return self.attention_factor
+    if self.rope_type == "yarn":
+      return _yarn_gain(self.factor)
+    if self.rope_type == "longrope":
+      return _longrope_gain(max_positions / self.original_max_position_embeddings,
+                            self.original_max_position_embeddings)
+    return 1.0
+
+
+def _yarn_gain(factor, scale=1.0):
+  """transformers/modeling_rope_utils.py, `_compute_yarn_parameters`."""
+  return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def _longrope_gain(factor, original):
+  """transformers/modeling_rope_utils.py, `_compute_longrope_parameters`."""
+  return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+def _parameters(rope_type: str, fields: Fields, rope: Fields) -> dict[str, Any]:
+  """What Rope has beside its theta, of one type."""
+  if rope_type == "default":
+    return {}
+  if rope_type == "longrope":
+    numbers = {name: tuple(entry.positive(name) for entry in rope.entries(name))
+               for name in ("short_factor", "long_factor")}
+  else:
+    numbers = {"factor": rope.positive("factor")}
+  if rope_type in ("llama3", "yarn", "longrope"):
+    numbers[ORIGINAL] = _original_positions(fields, rope)
+  if rope_type == "llama3":
+    numbers |= {name: rope.positive(name) for name in ("low_freq_factor", "high_freq_factor")}
+    if numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
+      raise InputError(f"the model's {rope.where}: low_freq_factor {numbers['low_freq_factor']} must be less than "
+                       f"high_freq_factor {numbers['high_freq_factor']}")
+  if rope_type == "yarn":
+    numbers |= {"beta_fast": rope.number("beta_fast", 0.0) or 32.0, "beta_slow": rope.number("beta_slow", 0.0) or 1.0}
+    numbers["truncate"] = rope.flag("truncate", "truncate" not in rope.values)     # null is false to transformers
+  if rope_type in ("yarn", "longrope"):
+    numbers["attention_factor"] = _attention_factor(rope_type, rope, numbers[ORIGINAL])
+  return numbers
+
+
+def _original_positions(fields, rope):
+  """The length that was trained on before it was stretched; transformers prefers the top-level one."""
+  lengths = {place.integer(ORIGINAL, low=2) for place in (fields, rope) if ORIGINAL in place}
+  if len(lengths) > 1:
+    raise InputError(f"the model's {fields.where} has {ORIGINAL} {short(fields.values[ORIGINAL])}, and another in its "
+                     "rotary parameters: keep one")
+  return lengths.pop() if lengths else fields.integer("max_position_embeddings", 2048, low=2)
+
+
+def _attention_factor(rope_type, rope, original):
+  """As the file has it, or what follows from other fields than Rope's; None: `gain` finds it."""
+  if "attention_factor" in rope:
+    return rope.positive("attention_factor")
+  if rope_type == "longrope":
+    return _longrope_gain(rope.positive("factor"), original) if "factor" in rope else None
+  factor, scale, scale_all = rope.positive("factor"), rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
+  return _yarn_gain(factor, scale) / _yarn_gain(factor, scale_all) if scale and scale_all else None
