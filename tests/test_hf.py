@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from w2s_jax import InputError, lora, sharding
 from w2s_jax.models import Model, config_from_hf, load_pretrained, save_pretrained
-from w2s_jax.models.hf import load, save
+from w2s_jax.models.hf import load, pieces, save
 
 
 @pytest.fixture(scope="module")
@@ -228,10 +228,12 @@ def test_our_shards_load_in_transformers(llama, saved, tmp_path, monkeypatch):
   same(load_pretrained(tmp_path / "shards")[1], params)
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)])
-def test_loaded_onto_a_mesh_is_the_same_and_lies_by_the_rules(sizes, originals, monkeypatch):
+@pytest.mark.parametrize("sizes,host", [((2, 2, 2), "cpu"), ((1, 8, 1), "cpu"), ((2, 2, 2), "none")])
+def test_loaded_onto_a_mesh_is_the_same_and_lies_by_the_rules(sizes, host, originals, monkeypatch):
+  """Also as on an accelerator, where an array is put together on the device."""
   mesh = sharding.make_mesh(*sizes)
-  monkeypatch.setattr(load, "PIECE_BYTES", 1000)               # so that every matrix is put together from pieces
+  monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)             # so that every matrix is put together from pieces
+  monkeypatch.setattr(load, "HOST", host)
   for directory in originals.values():
     model, params = load_pretrained(directory, mesh=mesh)
     same(params, load_pretrained(directory)[1])

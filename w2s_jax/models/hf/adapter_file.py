@@ -67,10 +67,10 @@ def find(directory: Path, model: Model, base: Mapping[str, tuple[int, ...]],
           for path, shape in shapes.items()}
 
 
-def read(directory: Path, path: str, index: tuple[slice, ...]) -> np.ndarray:
-  """The part `index` of a leaf."""
+def read(directory: Path, path: str, index: tuple[slice, ...], out: np.ndarray) -> None:
+  """out[...] = the part `index` of a leaf."""
   with files.open_tensors(directory / FILE) as f:
-    return np.ascontiguousarray(f.get_slice(path)[index])
+    out[...] = f.get_slice(path)[index]
 
 
 def _vocabulary(model):

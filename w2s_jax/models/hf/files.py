@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 
@@ -15,9 +16,8 @@ from w2s_jax.models.hf.fields import finite_json, listed, short
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 JSON_BYTES = 64 << 20                                              # no config or index is larger
 OTHERS = (".h5", ".msgpack", ".safetensors", ".gguf", ".onnx")       # models that are not called model.safetensors
-FLOATS = ("F32", "F16", "BF16")                                     # in a safetensors header
+FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}  # by their names in a safetensors header
 LFS = b"version https://git-lfs"
-TILE = 64                                                          # rows and columns that are transposed at a time
 
 
 def read_json(path: Path) -> dict:
@@ -155,10 +155,3 @@ def sha256(directory: str | Path, *patterns: str) -> dict[str, str]:
     with file.open("rb") as f:
       out[file.name] = hashlib.file_digest(f, "sha256").hexdigest()
   return out
-
-
-def copy_transposed(matrix: np.ndarray, out: np.ndarray) -> None:
-  """out[...] = matrix.T, a tile at a time: numpy's own walks through all of the memory once for each column."""
-  for i in range(0, out.shape[0], TILE):
-    for j in range(0, out.shape[1], TILE):
-      out[i:i + TILE, j:j + TILE] = matrix[j:j + TILE, i:i + TILE].T

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 
 from w2s_jax import InputError, quantized, sharding
-from w2s_jax.models.hf import adapter_file, files, formats
+from w2s_jax.models.hf import adapter_file, files, formats, pieces
 from w2s_jax.models.hf.fields import Fields, listed, short
 from w2s_jax.models.hf.places import resolve
 from w2s_jax.models.model import Model, config_from_hf
@@ -24,7 +24,7 @@ LOG = logging.getLogger(__name__)
 OLD_NORM_NAMES = {"gamma": "weight", "beta": "bias"}               # of checkpoints converted from TensorFlow
 FLOAT32 = r".*(norm|score|pooler|classifier|widen)/.*"             # norms and heads stay float32 whatever the base is
 WRAPPED = ("module.", "_orig_mod.", "base_model.model.", "_fsdp_wrapped_module.")      # DDP, torch.compile, peft, FSDP
-PIECE_BYTES = 4 << 20                                              # read and placed at a time
+HOST = "cpu"                                                       # whose devices take over an array of ours as it is
 
 
 def load_pretrained(path: str | Path, num_labels: int = 2, dtype: str = "float32",
@@ -68,19 +68,21 @@ def load_pretrained(path: str | Path, num_labels: int = 2, dtype: str = "float32
   if mesh is not None:
     places = traverse_util.flatten_dict(sharding.param_shardings(abstract, model.shardings, mesh), sep="/")
   params = _fresh_head(directory, model, [leaf for leaf, name in names.items() if name in fresh], fresh, seed, mesh)
-  for leaf, name in names.items():
-    if name not in fresh:
-      leaf_dtype = jnp.float32 if re.fullmatch(FLOAT32, leaf) else jnp.dtype(dtype)
-      transposed = formats.is_transposed(model, leaf)
-      read = functools.partial(_read, tensors, name, transposed, leaf_dtype)
-      params[leaf] = _place(read, leaves[leaf].shape, leaf_dtype, places[leaf], transposed)
-      if quantize and quantized.is_layer_kernel(leaf):
-        params[leaf] = _quantized(params[leaf], leaf, quantize, model.shardings, mesh)
-  for leaf, shape in adapter.items():
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    if mesh is not None:
-      place = sharding.leaf_sharding(leaf, jax.ShapeDtypeStruct(shape, jnp.float32), model.shardings, mesh)
-    params[leaf] = _place(functools.partial(adapter_file.read, directory, leaf), shape, jnp.float32, place, False)
+  with pieces.threads() as run:
+    for leaf, name in names.items():
+      if name not in fresh:
+        leaf_dtype = jnp.float32 if re.fullmatch(FLOAT32, leaf) else jnp.dtype(dtype)
+        transposed = formats.is_transposed(model, leaf)
+        read = functools.partial(_read, tensors, name, transposed)
+        params[leaf] = _place(read, leaves[leaf].shape, leaf_dtype, places[leaf], transposed, run)
+        if quantize and quantized.is_layer_kernel(leaf):
+          params[leaf] = _quantized(params[leaf], leaf, quantize, model.shardings, mesh)
+    for leaf, shape in adapter.items():
+      place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+      if mesh is not None:
+        place = sharding.leaf_sharding(leaf, jax.ShapeDtypeStruct(shape, jnp.float32), model.shardings, mesh)
+      read = functools.partial(adapter_file.read, directory, leaf)
+      params[leaf] = _place(read, shape, jnp.float32, place, False, run)
   return model, traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -96,7 +98,7 @@ def _fresh_head(directory, model, leaves, names, seed, mesh):
 
 
 def _described(directory, num_labels, num_layers, feature_width, runtime):
-  """(Model, layers of the checkpoint, {tensor name: _Tensor}), by the config files and the headers of safetensors."""
+  """(Model, layers of the checkpoint, {tensor name: pieces.Stored}), by the config and safetensors' headers."""
   hf = files.read_json(directory / "config.json") | {"num_labels": num_labels}
   quantization = Fields(hf).section("quantization_config")
   if quantization.values and quantization.values.get("quant_method") != "gguf":       # transformers leaves that behind
@@ -120,14 +122,8 @@ def _described(directory, num_labels, num_layers, feature_width, runtime):
   return model, total_layers, tensors
 
 
-class _Tensor(NamedTuple):
-  file: Path
-  name: str          # in the file
-  shape: tuple
-
-
 def _find_tensors(directory, checkpoint):
-  """{full tensor name: _Tensor} of the checkpoint, under the names of the whole classifier."""
+  """{full tensor name: pieces.Stored} of the checkpoint, under the names of the whole classifier."""
   where = files.tensor_files(directory)
   full = {name: re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{OLD_NORM_NAMES[m[1]]}", whole)
           for name, whole in formats.full_names(checkpoint, where).items()}
@@ -136,14 +132,14 @@ def _find_tensors(directory, checkpoint):
     where, full = where | heads, full | {name: name for name in heads}
   out = {}
   for file in set(where.values()):
-    with files.open_tensors(file) as f:
-      for name in (n for n in where if where[n] == file):
-        if full[name] in out:
-          raise InputError(f"{directory} has the tensor {short(full[name])} twice, under an old and a new name")
-        tensor = f.get_slice(name)
-        if not re.fullmatch(checkpoint.unused, full[name]):
-          files.check_dtype(file, name, tensor.get_dtype())
-        out[full[name]] = _Tensor(file, name, tuple(tensor.get_shape()))
+    for name, tensor in pieces.stored(file).items():
+      if where[name] != file:
+        continue
+      if full[name] in out:
+        raise InputError(f"{directory} has the tensor {short(full[name])} twice, under an old and a new name")
+      if not re.fullmatch(checkpoint.unused, full[name]):
+        files.check_dtype(file, name, tensor.dtype)
+      out[full[name]] = tensor
   return out
 
 
@@ -185,39 +181,42 @@ def _check_tensors(directory, model, leaves, names, tensors, total_layers):
   return fresh
 
 
-def _read(tensors, name, transposed, dtype, index):
-  """The part `index` of a parameter leaf: layers stacked, kernels transposed."""
+def _read(tensors, name, transposed, index, out):
+  """out[...] = the part `index` of a parameter leaf: layers stacked, kernels transposed."""
   stacked = "{}" in name
   inner = index[1:] if stacked else index
-  out = np.empty([s.stop - s.start for s in index], dtype)
   for layer, part in enumerate(out if stacked else [out], index[0].start):
-    tensor = tensors[name.format(layer)]
-    with files.open_tensors(tensor.file) as f:  # and closed at once: pages of a mapped file count as memory until then
-      values = f.get_slice(tensor.name)[inner[::-1] if transposed else inner]
-    if transposed:
-      files.copy_transposed(values, part)
-    else:
-      part[...] = values
-  return out
+    rows, *others = inner[::-1] if transposed else inner
+    pieces.copy(pieces.mapped(tensors[name.format(layer)], rows)[:, *others], part, transposed)
 
 
-def _place(read, shape, dtype, place, transposed):
-  """The array that read(index) gives the parts of; one piece at a time is held beside the shards."""
+def _place(read, shape, dtype, place, transposed, run):
+  """The array that read(index, out) gives the parts of; a few pieces at a time are held beside the shards."""
   order = (*range(len(shape) - 2), -1, -2) if transposed else range(len(shape))  # of the axes in the file
   shards = []
   for device, index in place.addressable_devices_indices_map(shape).items():
     index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape))
-    pieces = _pieces([index[axis] for axis in order], PIECE_BYTES // jnp.dtype(dtype).itemsize)
-    if len(pieces) == 1:
-      shards.append(jax.block_until_ready(jax.device_put(read(index), device)))
+    cut = _cut([index[axis] for axis in order], pieces.PIECE_BYTES // jnp.dtype(dtype).itemsize)
+    cut = [tuple(piece[axis] for axis in order) for piece in cut]
+    sizes = [s.stop - s.start for s in index]
+    if device.platform == HOST or len(cut) == 1:
+      whole = pieces.empty(sizes, dtype)
+      run(lambda piece: read(piece, whole[_within(piece, index)]), cut)
+      shards.append(jax.block_until_ready(jax.device_put(whole, device)))
       continue
-    shard = jnp.zeros([s.stop - s.start for s in index], dtype, device=device)
-    for piece in pieces:
-      piece = tuple(piece[axis] for axis in order)
-      start = [p.start - s.start for p, s in zip(piece, index)]
-      shard = jax.block_until_ready(_write(shard, jax.device_put(read(piece), device), start))
+    shard = jnp.zeros(sizes, dtype, device=device)
+    for piece in cut:
+      part = np.empty([s.stop - s.start for s in piece], dtype)
+      read(piece, part)
+      start = [s.start for s in _within(piece, index)]
+      shard = jax.block_until_ready(_write(shard, jax.device_put(part, device), start))
     shards.append(shard)
   return jax.make_array_from_single_device_arrays(shape, place, shards)
+
+
+def _within(piece, index):
+  """Where a piece lies in the array of `index`."""
+  return tuple(slice(p.start - s.start, p.stop - s.start) for p, s in zip(piece, index))
 
 
 def _quantized(kernel, path, name, rules, mesh):
@@ -228,13 +227,13 @@ def _quantized(kernel, path, name, rules, mesh):
   return jax.jit(make, out_shardings=places, donate_argnums=0)(kernel)
 
 
-def _pieces(index, most):
+def _cut(index, most):
   """Indices of at most `most` elements each that make up `index`; its first axes are cut first."""
   if not index:
     return [()]
   rows = max(1, most // math.prod(s.stop - s.start for s in index[1:]))
   firsts = [slice(i, min(i + rows, index[0].stop)) for i in range(index[0].start, index[0].stop, rows)]
-  return [(first, *rest) for first in firsts for rest in _pieces(index[1:], most)]
+  return [(first, *rest) for first in firsts for rest in _cut(index[1:], most)]
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -11,11 +11,10 @@ import jax
 import numpy as np
 from flax import traverse_util
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
-from safetensors.numpy import save_file
 
 from w2s_jax import InputError, processes
-from w2s_jax.models.hf import adapter_file, formats
-from w2s_jax.models.hf.files import copy_transposed, read_json
+from w2s_jax.models.hf import adapter_file, formats, pieces
+from w2s_jax.models.hf.files import read_json
 from w2s_jax.models.model import Model
 from w2s_jax.models.padding import with_padding_token
 
@@ -79,10 +78,9 @@ def save_pretrained(directory: str | Path, model: Model, params: dict, tokenizer
   if processes.writes():
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-  for file, parts in files.items():
-    values = {name: one.value() for name, one in parts.items()}           # from all processes
-    if processes.writes():
-      save_file(values, part / file, metadata={"format": "pt"})
+  with pieces.threads() as run:
+    for file, parts in files.items():
+      _write(part / file, parts, run)
   if processes.writes():
     _finish(part, directory, model, shards, bool(head), leaves, tokenizer, id2label, card)
   processes.wait(f"saved {directory}")
@@ -119,16 +117,31 @@ class _Part(NamedTuple):
   transposed: bool
 
   @property
+  def described(self) -> jax.ShapeDtypeStruct:
+    shape = self.leaf.shape if self.layer is None else self.leaf.shape[1:]
+    return jax.ShapeDtypeStruct(shape[::-1] if self.transposed else shape, self.leaf.dtype)
+
+  @property
   def nbytes(self) -> int:
     return self.leaf.nbytes // (1 if self.layer is None else self.leaf.shape[0])
 
-  def value(self) -> np.ndarray:
-    one = processes.fetch(self.leaf if self.layer is None else self.leaf[self.layer])
-    if not self.transposed:
-      return np.ascontiguousarray(one)
-    out = np.empty(one.shape[::-1], one.dtype)
-    copy_transposed(one, out)
-    return out
+  def values(self) -> np.ndarray:
+    """As they lie in the leaf; all processes must ask."""
+    if self.layer is None:
+      return processes.fetch(self.leaf)
+    if isinstance(self.leaf, np.ndarray) or [device.platform for device in self.leaf.devices()] == ["cpu"]:
+      return np.asarray(self.leaf)[self.layer]                            # a view; leaf[layer] of JAX is a copy
+    return processes.fetch(self.leaf[self.layer])
+
+
+def _write(file, parts, run):
+  """Writes {tensor name: _Part}, one tensor after the other; every process comes here."""
+  if processes.writes():
+    places = pieces.create(file, {name: one.described for name, one in parts.items()})
+  for name, one in parts.items():
+    values = one.values()
+    if processes.writes():
+      pieces.write(places[name], values, one.transposed, run)
 
 
 def _config(model, id2label, dtype):
