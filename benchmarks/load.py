@@ -4,12 +4,13 @@
   python benchmarks/load.py one DIRECTORY [--who=ours] [--dtype=bfloat16] [--mesh=DATA,FSDP,TENSOR] [--devices=8]
 
 `compare` writes a random bfloat16 Llama of each size and reads and writes it in turns by this program, by safetensors'
-own functions (safetensors.flax) and by transformers: a line for each with medians and ratios, ours over theirs. The
-files are in the page cache: what is compared is the work, not the disk.
+own functions (safetensors.flax) and by transformers: a line for each with medians, the ratio of the medians, ours over
+theirs, and the ratios of the rounds. The files are in the page cache: what is compared is the work, not the disk.
 
 `one` is one of those runs. Keys: checkpoint_bytes (of the safetensors files), array_bytes (of all shards here),
 overhead_bytes (the process's highest resident set, less the one before loading, less array_bytes), device_bytes (of
-each device's shards), seconds, save_seconds.
+each device's shards), seconds, save_seconds, save_overhead_bytes (the highest resident set while saving, less the one
+before).
 """
 
 import argparse
@@ -112,9 +113,10 @@ def one(args):
   if args.save:
     shutil.rmtree(args.save, ignore_errors=True)
     args.save.mkdir(parents=True)
-    start = time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")                        # VmHWM begins again: man 5 proc
+    before, start = resident("VmRSS"), time.perf_counter()
     write(what, args.save)
-    result["save_seconds"] = time.perf_counter() - start
+    result |= {"save_seconds": time.perf_counter() - start, "save_overhead_bytes": resident("VmHWM") - before}
     shutil.rmtree(args.save)
   print(json.dumps(result))
 
@@ -133,11 +135,13 @@ def compare(args):
           sys.exit(f"{who}: {out.stderr}")
         ones.append(json.loads(out.stdout.splitlines()[-1]))
     medians = {who: {key: statistics.median(run[key] for run in ones) for key in (
-        "checkpoint_bytes", "overhead_bytes", "seconds", "save_seconds")} for who, ones in runs.items()}
-    ours = medians["ours"]
-    print(json.dumps({"gib": gib, **medians} | {
-        f"{key}_ratio_{who}": ours[key] / medians[who][key] for who in WHO[1:] for key in ("seconds", "save_seconds")}),
-        flush=True)
+        "checkpoint_bytes", "overhead_bytes", "seconds", "save_seconds", "save_overhead_bytes")}
+               for who, ones in runs.items()}
+    ratios = {f"{key}_ratio_{who}": medians["ours"][key] / medians[who][key]
+              for who in WHO[1:] for key in ("seconds", "save_seconds")}
+    rounds = {f"{key}_ratios_{who}": [our[key] / their[key] for our, their in zip(runs["ours"], runs[who])]
+              for who in WHO[1:] for key in ("seconds", "save_seconds")}
+    print(json.dumps({"gib": gib, **medians, **ratios, **rounds}), flush=True)
     shutil.rmtree(directory)
 
 

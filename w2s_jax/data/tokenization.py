@@ -12,7 +12,8 @@ import tokenizers
 from w2s_jax import InputError
 
 # One of these holds a tokenizer's vocabulary; without any, transformers makes some model types an empty tokenizer.
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model")
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *SENTENCEPIECE_FILES)
 READ = r"(config|vocab|merges|chat_template|.*token.*)\.(json|txt|jinja)|.*\.model"      # what a tokenizer is read from
 READ_BYTES = 64 << 20                                                                   # no real one is larger
 
@@ -36,13 +37,16 @@ def load(directory: str | Path, vocab_size: int) -> Any:
 
 
 def _load(directory, vocab_size):
-  if not any((directory / name).is_file() for name in VOCABULARY_FILES):
+  there = [name for name in VOCABULARY_FILES if (directory / name).is_file()]
+  if not there:
     raise ValueError(f"none of {', '.join(VOCABULARY_FILES)}")
   for file in [*directory.glob("*"), *directory.glob("additional_chat_templates/*")]:
     if not (file.is_file() or file.is_dir()):
       raise ValueError(f"{file.name} is neither a file nor a directory")
     if re.fullmatch(READ, file.name) and file.stat().st_size > READ_BYTES:
       raise ValueError(f"{file.name} has {file.stat().st_size} bytes, at most {READ_BYTES} are read")
+  if set(there) <= set(SENTENCEPIECE_FILES):
+    _check_sentencepiece(directory / there[0])
   import transformers  # here, not above: it loads PyTorch where that is installed, and --help and refusals need neither
   tokenizer = transformers.AutoTokenizer.from_pretrained(directory, config=_config(directory, vocab_size),
                                                          use_fast=True, trust_remote_code=False)
@@ -63,6 +67,25 @@ def _load(directory, vocab_size):
     raise InputError(f"the tokenizer of {directory} gives ids up to {max(ids)}, the model has {vocab_size} tokens: "
                      "they do not belong together; give the model's own tokenizer")
   return tokenizer
+
+
+def _check_sentencepiece(file):
+  """Of a vocabulary that only sentencepiece reads; where it cannot, transformers would take the file for tiktoken's.
+
+  Raises:
+    InputError: sentencepiece is not there.
+    google.protobuf.message.DecodeError: the file is damaged.
+  """
+  content = file.read_bytes()
+  if not content.startswith(b"\n"):                      # the tag of a first piece; tiktoken's files are lines of text
+    return
+  try:
+    from sentencepiece import sentencepiece_model_pb2
+  except Exception as e:  # of protobuf, too, where the two are of different ages
+    raise InputError(f"the tokenizer of {file.parent} is {file.name} alone, which needs sentencepiece "
+                     f"({str(e)[:100]}): pip install 'sentencepiece>=0.2,<0.3', or put the model's tokenizer.json "
+                     "there") from e
+  sentencepiece_model_pb2.ModelProto.FromString(content)
 
 
 def _config(directory, vocab_size):
