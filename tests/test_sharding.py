@@ -16,6 +16,7 @@ from w2s_jax.adapters import trees
 from w2s_jax.models import Model
 from w2s_jax.models.gpt2 import GPT2Config
 from w2s_jax.models.model import FAMILIES
+from w2s_jax.models.modernbert import ModernBertConfig
 
 RULES = Model(LLAMA).shardings
 
@@ -76,7 +77,9 @@ def paths(family):
   configs = {"llama": replaced(LLAMA, {}, dict(model_type="qwen2"), dict(model_type="qwen3"), untied),
              "gpt2": replaced(GPT2Config(vocab_size=64, hidden_size=32, num_heads=4), {}, untied),
              "encoder": replaced(BERT, {}, dict(feature_width=40), dict(model_type="distilbert"), dict(head="lm"),
-                                 dict(model_type="electra", embedding_size=16))}
+                                 dict(model_type="electra", embedding_size=16)),
+             "modernbert": replaced(ModernBertConfig(vocab_size=64, hidden_size=32, num_heads=4, num_layers=2),
+                                    dict(attention_bias=True), dict(feature_width=40), dict(head="lm"))}
   out = set()
   for model in map(Model, configs[family]):
     params = jax.eval_shape(lambda p: lora.add_lora(p, 8, 8.0, ("all-linear",), key=jax.random.key(0)),

@@ -4,7 +4,7 @@ B batch, T tokens, D width, E embeddings' width, which is D but for ELECTRA.
 """
 
 import dataclasses
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import flax.linen as nn
 import jax
@@ -27,6 +27,7 @@ DISTILBERT = {"hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidd
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig(family.SharedConfig):
   """Shape of the network (transformers' config.json), then our head."""
+  pools_last: ClassVar[bool] = False
   model_type: str = "bert"            # ROBERTAS: positions count from padding + 1; distilbert: no token types
   vocab_size: int = 30522
   embedding_size: int = 0             # electra: E, where it is not hidden_size; 0: hidden_size

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 from jax.sharding import PartitionSpec
@@ -35,6 +35,7 @@ class Family(NamedTuple):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharedConfig:
   """What the config of every family has beside the network's shape: its head, and how we run it."""
+  pools_last: ClassVar[bool] = True   # decoders: the classifier reads a text's last token
   initializer_range: float = 0.02
   head: str = "classifier"            # or "lm": logits of the next token (decoders), of the token in a place (encoders)
   num_labels: int = 2

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from w2s_jax import InputError
-from w2s_jax.models.encoder import ROBERTAS, EncoderConfig
+from w2s_jax.models.encoder import ROBERTAS
 from w2s_jax.models.model import Model
 
 
@@ -17,15 +17,14 @@ def with_padding_token(model: Model, tokenizer: Any) -> Model:
       start.
   """
   c, pad = model.config, tokenizer.pad_token_id
-  is_decoder = not isinstance(c, EncoderConfig)
   if c.model_type in ROBERTAS and c.pad_token_id != pad:
     raise InputError(f"the {c.model_type}'s positions start behind padding token {c.pad_token_id}, its tokenizer pads "
                      f"with {pad}: give the model its own tokenizer")
-  if is_decoder and c.pad_token_id not in (None, pad):
+  if c.pools_last and c.pad_token_id not in (None, pad):
     raise InputError(f"the model's config.json has pad_token_id {c.pad_token_id}, its tokenizer pads with {pad}: "
                      "transformers would answer otherwise in batches than to a text alone. Set pad_token_id in "
                      f"config.json to {pad}, or pad_token in tokenizer_config.json")
-  if is_decoder and c.pad_token_id is None and tokenizer("a")["input_ids"][-1] == pad:
+  if c.pools_last and c.pad_token_id is None and tokenizer("a")["input_ids"][-1] == pad:
     raise InputError(f"the model's config.json has no pad_token_id, and texts end in the token {pad} that its "
                      "tokenizer pads with: nothing says which token of a text it classifies by. Set pad_token_id in "
                      "config.json")

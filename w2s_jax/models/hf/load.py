@@ -159,12 +159,13 @@ def _check_tensors(directory, model, leaves, names, tensors, total_layers):
     stacked = "{}" in name
     shape = leaves[leaf].shape[1:] if stacked else leaves[leaf].shape
     shape = shape[::-1] if formats.is_transposed(model, leaf) else shape
-    wanted |= {name.format(i): shape for i in range(c.num_layers if stacked else 1)}
+    wanted |= dict.fromkeys(formats.tensor_names(model, name).values(), shape)
   heads = {name for table in (checkpoint.weights, names) for leaf, name in table.items()
            if re.fullmatch(formats.HEAD, leaf)}
   replaced = getattr(c, "feature_width", 0) and not any(t.startswith("w2s.") for t in tensors)
   modules = {t.rsplit(".", 1)[0] for t in tensors}
-  fresh = {t for t in set(wanted) & heads if replaced or t.rsplit(".", 1)[0] not in modules}
+  own = {name for leaf, name in names.items() if re.fullmatch(formats.HEAD, leaf)}
+  fresh = {t for t in own if replaced or t.rsplit(".", 1)[0] not in modules}
 
   def unused(name):
     layer = re.search(r"\.(\d+)\.", name)
@@ -191,7 +192,10 @@ def _read(tensors, name, transposed, dtype, index):
   inner = index[1:] if stacked else index
   out = np.empty([s.stop - s.start for s in index], dtype)
   for layer, part in enumerate(out if stacked else [out], index[0].start):
-    tensor = tensors[name.format(layer)]
+    tensor = tensors.get(name.format(layer))
+    if tensor is None:  # Checkpoint.absent
+      part[...] = 1
+      continue
     with files.open_tensors(tensor.file) as f:  # and closed at once: pages of a mapped file count as memory until then
       values = f.get_slice(tensor.name)[inner[::-1] if transposed else inner]
     if transposed:
