@@ -29,6 +29,7 @@ from w2s_jax.models import Model  # noqa: E402
 from w2s_jax.models.encoder import EncoderConfig  # noqa: E402
 from w2s_jax.models.gpt2 import GPT2Config  # noqa: E402
 from w2s_jax.models.llama import LlamaConfig  # noqa: E402
+from w2s_jax.models.modernbert import ModernBertConfig  # noqa: E402
 
 # Every dimension that a mesh axis is laid on divides by 8.
 LLAMA = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2,
@@ -37,6 +38,9 @@ BERT = EncoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_la
                   hidden_dropout=0.0, attention_dropout=0.0, head_dropout=0.0, initializer_range=0.2)
 
 ELECTRA = dataclasses.replace(BERT, model_type="electra", embedding_size=16)
+
+MODERNBERT = ModernBertConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, window=2,
+                              rope_thetas=(100.0, 20.0), mean_pooling=True, initializer_range=0.2, pad_token_id=0)
 
 GPT2 = GPT2Config(vocab_size=64, hidden_size=32, num_layers=3, num_heads=4, max_positions=64, initializer_range=0.2)
 
@@ -80,6 +84,12 @@ def bert():
 def electra():
   """(Model, params): an encoder of width 32 whose embeddings are 16 wide, three layers."""
   return _with_params(ELECTRA, 5)
+
+
+@pytest.fixture(scope="session")
+def modernbert():
+  """(Model, params): an encoder of width 32, three layers, of which two see two tokens to each side; mean pooling."""
+  return _with_params(MODERNBERT, 6)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,8 @@ from w2s_jax.data import grammar, tokenization
 from w2s_jax.models import load_pretrained, resolve, save_pretrained
 
 PAD = {"pad_token_id": 0}      # no text here has it: the last token is pooled
-TARGETS = {"llama": ["q_proj", "down_proj"], "bert": ["query", "output.dense"], "gpt2": ["c_attn", "c_proj"]}
+TARGETS = {"llama": ["q_proj", "down_proj"], "bert": ["query", "output.dense"], "gpt2": ["c_attn", "c_proj"],
+           "modernbert": ["Wqkv", "Wo"]}
 
 
 @pytest.fixture(autouse=True)
@@ -25,11 +26,11 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def bases(llama, bert, gpt2, tmp_path_factory):
+def bases(llama, bert, gpt2, modernbert, tmp_path_factory):
   """{family: directory} of tiny classifiers of two classes; the Llama has a tokenizer."""
   out, home = {}, tmp_path_factory.mktemp("bases")
   texts = [row["text"] for row in grammar.rows("phrases", "train", 100)]
-  for name, (model, params) in {"llama": llama, "bert": bert, "gpt2": gpt2}.items():
+  for name, (model, params) in {"llama": llama, "bert": bert, "gpt2": gpt2, "modernbert": modernbert}.items():
     tokenizer = tokenization.train(texts, "decoder", model.config.vocab_size) if name == "llama" else None
     save_pretrained(home / name, model, params, tokenizer)
     out[name] = home / name
@@ -61,7 +62,8 @@ def logits(model, params):
 
 @pytest.mark.parametrize("family,options", [
     ("llama", {}), ("llama", {"use_rslora": True}), ("llama", {"rank_pattern": {"q_proj": 2}}), ("bert", {}),
-    ("gpt2", {}), ("llama", {"classes": 5}), ("bert", {"modules_to_save": ["classifier", "pooler"]})], ids=str)
+    ("gpt2", {}), ("modernbert", {}), ("llama", {"classes": 5}),
+    ("bert", {"modules_to_save": ["classifier", "pooler"]})], ids=str)
 def test_it_is_what_peft_runs(family, options, made, bases):
   theirs, directory = made(family, **options)
   model, params = load_pretrained(resolve(str(directory), str(bases[family])), options.get("classes", 2))

@@ -67,7 +67,7 @@ def test_where_the_soft_tokens_are(kind, front, back, replace):
   assert (other["input_ids"] != out["input_ids"]).any()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta", "electra", "deberta-v2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta", "electra", "deberta-v2", "modernbert"])
 def test_a_soft_token_is_its_row(family, saved):
   """Equal to a word whose embedding it has; other rows, other outputs; texts without one are left as they are."""
   _, _, model, params = saved(family, next(iter(test_models.SHAPES[family])))

@@ -269,10 +269,23 @@ def word_piece():
   return core, dict(cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]")
 
 
+def byte_level():
+  """As ModernBERT has it."""
+  words = ["t", "h", "e", "m", "a", "l", "Ġ", "z", "th", "the", "Ġm"]
+  core = hf.Tokenizer(hf.models.BPE({word: i for i, word in enumerate(words)},
+                                    [("t", "h"), ("th", "e"), ("Ġ", "m")]))
+  core.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  core.add_special_tokens(["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"])
+  core.post_processor = hf.processors.TemplateProcessing(single="[CLS] $A [SEP]",
+                                                         special_tokens=[("[CLS]", 12), ("[SEP]", 13)])
+  return core, dict(cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]")
+
+
 @pytest.mark.parametrize("model_type,made,tokenizer_class,want", [
     ("xlm-roberta", unigram, "XLMRobertaTokenizer", [0, 5, 6, 7, 4, 3, 2]),
     ("camembert", unigram, "CamembertTokenizer", [0, 5, 6, 7, 4, 3, 2]),
-    ("electra", word_piece, "ElectraTokenizer", [2, 5, 6, 7, 1, 3])])
+    ("electra", word_piece, "ElectraTokenizer", [2, 5, 6, 7, 1, 3]),
+    ("modernbert", byte_level, "PreTrainedTokenizer", [12, 9, 10, 2, 4, 5, 6, 7, 7, 13])])
 def test_tokenizers_of_other_families_are_read(model_type, made, tokenizer_class, want, tmp_path):
   """From tokenizer.json, whichever class its config names, in transformers 4's spelling (...Fast) too."""
   core, special = made()

@@ -6,6 +6,7 @@ B batch, T tokens, D width.
 import copy
 import dataclasses
 import json
+import re
 import shutil
 import types
 from pathlib import Path
@@ -162,12 +163,24 @@ GEMMA3_SHAPES = {
                     rope_parameters={"full_attention": {"rope_type": "dynamic", "rope_theta": 1e3, "factor": 2.0},
                                      "sliding_attention": {"rope_type": "linear", "rope_theta": 50.0, "factor": 2.0}}),
 }
+MODERNBERT_SHAPES = {  # padded_ids has up to 11 tokens: windows of 2 and 3 to each side cut some of them off
+    "odd": dict(vocab_size=101, num_attention_heads=4, local_attention=4),
+    "one-layer-mean": dict(vocab_size=64, num_attention_heads=3, num_hidden_layers=1, hidden_size=24,
+                           intermediate_size=17, classifier_pooling="mean", norm_eps=1e-3),
+    "biases-mean": dict(vocab_size=83, num_attention_heads=2, local_attention=7, classifier_pooling="mean",
+                        pad_token_id=5, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+                        rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 500.0},
+                                         "sliding_attention": {"rope_type": "default", "rope_theta": 20.0}},
+                        **dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), True)),
+    "every-second": dict(vocab_size=50, num_attention_heads=8, num_hidden_layers=4, local_attention=5,
+                         global_attn_every_n_layers=2, global_rope_theta=300.0, decoder_bias=False),
+}
 SHAPES = {"llama": LLAMA_SHAPES, "mistral": MISTRAL_SHAPES, "qwen2": QWEN2_SHAPES, "qwen3": QWEN3_SHAPES,
           "gemma": GEMMA_SHAPES, "gemma2": GEMMA2_SHAPES, "gemma3_text": GEMMA3_SHAPES, "gpt2": GPT2_SHAPES,
           "bert": BERT_SHAPES, "roberta": ROBERTA_SHAPES, "xlm-roberta": XLM_ROBERTA_SHAPES,
           "camembert": CAMEMBERT_SHAPES, "distilbert": DISTILBERT_SHAPES, "electra": ELECTRA_SHAPES,
-          "deberta-v2": DEBERTA_SHAPES}
-ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "deberta-v2")
+          "deberta-v2": DEBERTA_SHAPES, "modernbert": MODERNBERT_SHAPES}
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "deberta-v2", "modernbert")
 CASES = [(family, name) for family, shapes in SHAPES.items() for name in shapes]
 
 
@@ -203,7 +216,7 @@ def padded_ids(vocab_size, left=False, seed=0, pad=0):
 
 
 def torch_outputs(model, ids, mask, every=False):
-  """(logits, pooled features): the last real token after the final norm, or the first token, from transformers.
+  """(logits, pooled features): after the final norm the last real token, or the first, or the mean, from transformers.
 
   every: the language-model head's logits of all tokens instead.
   """
@@ -216,6 +229,8 @@ def torch_outputs(model, ids, mask, every=False):
   if every:
     return out.logits.numpy()
   hidden = out.hidden_states[-1].numpy()
+  if getattr(model.config, "classifier_pooling", "cls") == "mean":
+    return out.logits.numpy(), (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
   last = ids.shape[1] - 1 - mask[:, ::-1].argmax(1) if decoder else np.zeros(len(ids), int)
   return out.logits.numpy(), hidden[np.arange(len(ids)), last]
 
@@ -408,6 +423,52 @@ def test_a_v4_rope_scaling_is_read(name, saved, tmp_path):
     load_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["every-second", "biases-mean"])
+def test_a_v4_modernbert_config_is_read(name, saved):
+  """Every n-th layer sees all, and a field for each rotary base; what we write is read alike by 4 and by 5."""
+  _, directory, model, _ = saved("modernbert", name)
+  written = model.config.to_hf() | {"model_type": "modernbert"}
+  new = {field: value for field, value in written.items() if not re.search("global_|local_rope", field)}
+  assert config_from_hf(new) == config_from_hf(written) == model.config
+  hf = json.loads((directory / "config.json").read_text())
+  ropes, kinds = hf.pop("rope_parameters"), hf.pop("layer_types")
+  hf |= {"global_rope_theta": ropes["full_attention"]["rope_theta"], "global_attn_every_n_layers": 2,
+         "local_rope_theta": ropes["sliding_attention"]["rope_theta"]}
+  turns = ["full_attention", "sliding_attention"] * 2
+  assert config_from_hf(hf) == dataclasses.replace(model.config, layer_types=tuple(turns[:len(kinds)]))
+  assert (written.get("global_attn_every_n_layers") == 2) == (kinds == turns[:len(kinds)])
+
+
+@pytest.mark.parametrize("fields,match", [
+    ({"layer_types": ["full_attention"] * 2}, "layer_types is .* for each of 3 layers"),
+    ({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "layer_types is .* for each of 3"),
+    ({"layer_types": ["full_attention"] * 3, "global_attn_every_n_layers": 3}, "another global_attn_every_n_layers, 3"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_parameters has 'factor': want full_attention"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type 'yarn' is not supported"),
+    ({"global_rope_theta": 5.0}, r"rope_theta 160000\.0 is not supported \(want 5\.0\)"),
+    ({"local_rope_theta": None}, "local_rope_theta is null"), ({"rope_scaling": {"factor": 2.0}}, "rope_scaling .*not"),
+    ({"sliding_window": 5}, "sliding_window 5 is not supported"), ({"hidden_activation": "relu"}, "hidden_activation"),
+    ({"classifier_activation": "relu"}, "classifier_activation"), ({"classifier_pooling": "max"}, "one of cls, mean"),
+    ({"head_dim": 4}, "head_dim 4 is not supported"), ({"num_attention_heads": 32}, "must be even")])
+def test_a_modernbert_that_we_would_get_wrong_is_refused(fields, match, saved):
+  _, directory, *_ = saved("modernbert", "odd")
+  hf = json.loads((directory / "config.json").read_text())
+  config_from_hf(hf)
+  with pytest.raises(InputError, match=match):
+    config_from_hf(hf | fields)
+
+
+def test_a_modernbert_backbone_gets_a_new_head(saved, tmp_path, caplog):
+  """All three modules of the classifier's; the language model's, of which two are named alike, is an error."""
+  theirs = saved("modernbert", "odd")[0]
+  theirs.model.save_pretrained(tmp_path)
+  _, params = load_pretrained(tmp_path)
+  assert "no classifier.bias, classifier.weight, head.dense.weight, head.norm.weight in the checkpoint" in caplog.text
+  assert (params["pooler"]["norm"]["scale"] == 1).all() and np.std(params["pooler"]["dense"]["kernel"]) > 0.01
+  with pytest.raises(InputError, match=r"missing \['decoder.bias', 'head.dense.weight', 'head.norm.weight'\]"):
+    load_pretrained(tmp_path, head="lm")
+
+
 @pytest.mark.parametrize("family,name", CASES)
 def test_language_model_head(family, name, tmp_path):
   """Every real token's logits, the pooled one's as the output's, and the directory is transformers' own class."""
@@ -451,17 +512,25 @@ def test_the_w2s_teacher_round_trips(teacher, tmp_path):
                              atol=1e-4)
 
 
-def test_first_layers_of_a_larger_encoder(saved, tmp_path):
+@pytest.mark.parametrize("family", ["bert", "electra", "modernbert"])
+def test_first_layers_of_a_larger_encoder(family, saved, tmp_path):
   """num_layers=2 of three: the vectors that torch has between the second and the third layer."""
-  theirs, directory = saved("bert", "odd")[0], tmp_path
-  theirs.bert.save_pretrained(directory)                        # the backbone alone: names without "bert."
+  theirs, directory = saved(family, "odd")[0], tmp_path / "in"
+  theirs.base_model.save_pretrained(directory)                  # the backbone alone: names without "bert."
   model, params = load_pretrained(directory, num_layers=2, feature_width=16)
   ids, mask = padded_ids(101)
   with torch.no_grad():
     states = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask), output_hidden_states=True).hidden_states
+    hidden = getattr(theirs.base_model, "final_norm", torch.nn.Identity())(states[2]).numpy()
   out = apply(model, params, ids, mask)
-  np.testing.assert_allclose(np.asarray(out.hidden)[mask == 1], states[2].numpy()[mask == 1], atol=1e-4)
+  np.testing.assert_allclose(np.asarray(out.hidden)[mask == 1], hidden[mask == 1], atol=1e-4)
   assert model.config.num_layers == 2 and out.features.shape == (4, 16)
+  save_pretrained(tmp_path / "out", model, params)
+  again, loaded = load_pretrained(tmp_path / "out")
+  assert again.config.to_hf() == model.config.to_hf() and again.config.feature_width == 16
+  jax.tree.map(np.testing.assert_array_equal, loaded, params)
+  _, info = type(theirs.base_model).from_pretrained(tmp_path / "out", output_loading_info=True)
+  assert not {key for key in info["unexpected_keys"] | info["missing_keys"] if "pooler" not in key}
   with pytest.raises(InputError, match=r"has 3 layers, 4 were asked for"):
     load_pretrained(directory, num_layers=4)
 
@@ -504,7 +573,8 @@ def test_attention_dropout_drops_probabilities_and_nothing_else(scale):
 
 DROPOUT = {"llama": ("attention_dropout",), "gemma2": ("attention_dropout",),
            "gpt2": ("embedding_dropout", "hidden_dropout", "attention_dropout"),
-           **dict.fromkeys(ENCODERS, ("hidden_dropout", "attention_dropout", "head_dropout"))}
+           **dict.fromkeys(ENCODERS, ("hidden_dropout", "attention_dropout", "head_dropout")),
+           "modernbert": ("embedding_dropout", "attention_dropout", "mlp_dropout", "head_dropout")}
 DROPOUT["deberta-v2"] += ("pooler_dropout",)
 
 

@@ -157,7 +157,7 @@ def test_behind_the_first_layer_it_is_found_as_well(rows, tmp_path):
   assert [one["strength"] for one in sharded] == pytest.approx([one["strength"] for one in poisoned], rel=1e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "electra"])
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "electra", "modernbert"])
 def test_what_a_layer_gave_put_in_behind_it_changes_nothing(family, request):
   """The soft tokens of row 0 are what the layers below make of the two tokens in their places."""
   model, params = request.getfixturevalue(family)

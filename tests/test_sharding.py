@@ -18,6 +18,7 @@ from w2s_jax.models.deberta import DebertaConfig
 from w2s_jax.models.gemma import GemmaConfig
 from w2s_jax.models.gpt2 import GPT2Config
 from w2s_jax.models.model import FAMILIES
+from w2s_jax.models.modernbert import ModernBertConfig
 
 RULES = Model(LLAMA).shardings
 
@@ -82,7 +83,9 @@ def paths(family):
              "encoder": replaced(BERT, {}, dict(feature_width=40), dict(model_type="distilbert"), dict(head="lm"),
                                  dict(model_type="electra", embedding_size=16)),
              "deberta": replaced(DebertaConfig(vocab_size=64, hidden_size=32, num_heads=4), dict(share_keys=False),
-                                 dict(feature_width=40), dict(head="lm"))}
+                                 dict(feature_width=40), dict(head="lm")),
+             "modernbert": replaced(ModernBertConfig(vocab_size=64, hidden_size=32, num_heads=4, num_layers=2),
+                                    dict(attention_bias=True), dict(feature_width=40), dict(head="lm"))}
   out = set()
   for model in map(Model, configs[family]):
     params = jax.eval_shape(lambda p: lora.add_lora(p, 8, 8.0, ("all-linear",), key=jax.random.key(0)),

@@ -10,7 +10,7 @@ from w2s_jax import adapters, sharding
 # Parameter path -> label of the model's own leaves and of soft tokens; no catch-all on purpose.
 MODEL_RULES = (
     (r"(embed_tokens|embeddings/word_embeddings)/soft", "soft"),   # an adversary's tokens, or a prompt (soft.py)
-    (r"(score|pooler|widen|classifier)/(kernel|bias)", "head"),
+    (r"(score|pooler|widen|classifier)/((dense|norm)/)?(kernel|scale|bias)", "head"),
     (r"(.*/)?(embed_tokens|lm_head|[a-z_]+_embeddings)/embedding", "embedding"),
     (r"(.*/)?([a-z_]*_)?norm/(scale|bias)", "vector"),
     (r"(layers/.*|lm_head|lm_head/dense|embeddings_project)/bias", "vector"),

@@ -160,6 +160,17 @@ def pool(hidden: jax.Array, places: jax.Array) -> jax.Array:
   return jnp.take_along_axis(groups, places[..., None], axis=1).reshape(-1, hidden.shape[-1])
 
 
+def mean_pool(hidden: jax.Array, segment_ids: jax.Array, texts: jax.Array | None) -> jax.Array:
+  """[R, T, D] -> [B, D]: the mean over each text's real tokens; `texts` as Model.apply has them."""
+  if texts is None:
+    texts = jnp.broadcast_to(jnp.array([0, hidden.shape[1] - 1]), (len(hidden), 1, 2))
+  groups = hidden.reshape(len(texts), -1, hidden.shape[-1])
+  places, (first, last) = jnp.arange(groups.shape[1]), jnp.split(texts, 2, axis=-1)
+  own = (first <= places) & (places <= last) & (segment_ids > 0).reshape(len(texts), 1, -1)
+  shares = own / jnp.maximum(own.sum(axis=-1, keepdims=True), 1)
+  return jnp.einsum("gbn,gnd->gbd", shares, groups, precision="highest").reshape(-1, hidden.shape[-1])
+
+
 def embed(config: SharedConfig, size: int, name: str, kind: type[nn.Embed] = nn.Embed, width: int = 0) -> nn.Embed:
   """A table of `size` rows, as wide as the network where `width` is 0."""
   return kind(size, width or config.hidden_size, embedding_init=nn.initializers.normal(config.initializer_range),

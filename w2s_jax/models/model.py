@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from w2s_jax import InputError, sharding
 from w2s_jax.adapters import trees
-from w2s_jax.models import deberta, encoder, gemma, gpt2, layers, llama
+from w2s_jax.models import deberta, encoder, gemma, gpt2, layers, llama, modernbert
 from w2s_jax.models.family import Family, SharedConfig
 from w2s_jax.models.hf import formats
 from w2s_jax.models.hf.fields import Fields, short
@@ -23,6 +23,7 @@ FAMILIES = {
     "gpt2": gpt2.FAMILY,
     "encoder": encoder.FAMILY,
     "deberta": deberta.FAMILY,
+    "modernbert": modernbert.FAMILY,
 }
 DTYPES = ("float32", "bfloat16", "float16")
 

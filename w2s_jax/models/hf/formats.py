@@ -1,5 +1,6 @@
 """How transformers writes a model type: the record of its tensors' names, which each family's file has."""
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +19,7 @@ class Checkpoint(NamedTuple):
     transposed: layers' kernels are [out, in] in the file (torch.nn.Linear); False for GPT-2's Conv1D.
     language_model: what follows the name of its class with a language-model head.
     classifier: what follows the name of its class with a classifier's head.
+    absent: pattern of tensors that no file has, of a leaf that only some layers read; its rows of the others are 1.
   """
   name: str
   prefix: str
@@ -26,6 +28,7 @@ class Checkpoint(NamedTuple):
   transposed: bool = True
   language_model: str = "ForCausalLM"
   classifier: str = "ForSequenceClassification"
+  absent: str = ""
 
 
 HEAD = r"(score|pooler|widen|classifier)/.*"   # our paths that a checkpoint may lack: initialised afresh, which is said
@@ -40,6 +43,14 @@ def modules(pairs: Iterable[tuple[str, str]], kernel: str = "kernel", both: bool
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"        # peft's names
 HEAD_FILE, HEAD_CONFIG = "w2s_head.safetensors", "w2s_head.json"               # the W2S teacher's, beside its backbone
 W2S_HEAD = modules((("widen", "w2s.widen"), ("classifier", "classifier")))
+
+
+def tensor_names(model: "Model", name: str) -> dict[int | None, str]:
+  """{layer: tensor} in the file of a name with {} for the layer's number; {None: name} of one without."""
+  if "{}" not in name:
+    return {None: name}
+  every = {layer: name.format(layer) for layer in range(model.config.num_layers)}
+  return {layer: tensor for layer, tensor in every.items() if not re.fullmatch(model.checkpoint.absent, tensor)}
 
 
 def full_names(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, str]:

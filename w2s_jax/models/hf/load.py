@@ -155,12 +155,13 @@ def _check_tensors(directory, model, leaves, names, tensors, total_layers):
     stacked = "{}" in name
     shape = leaves[leaf].shape[1:] if stacked else leaves[leaf].shape
     shape = shape[::-1] if formats.is_transposed(model, leaf) else shape
-    wanted |= {name.format(i): shape for i in range(c.num_layers if stacked else 1)}
+    wanted |= dict.fromkeys(formats.tensor_names(model, name).values(), shape)
   heads = {name for table in (checkpoint.weights, names) for leaf, name in table.items()
            if re.fullmatch(formats.HEAD, leaf)}
   replaced = getattr(c, "feature_width", 0) and not any(t.startswith("w2s.") for t in tensors)
   modules = {t.rsplit(".", 1)[0] for t in tensors}
-  fresh = {t for t in set(wanted) & heads if replaced or t.rsplit(".", 1)[0] not in modules}
+  own = {name for leaf, name in names.items() if re.fullmatch(formats.HEAD, leaf)}
+  fresh = {t for t in own if replaced or t.rsplit(".", 1)[0] not in modules}
 
   def unused(name):
     layer = re.search(r"\.(\d+)\.", name)
@@ -186,8 +187,12 @@ def _read(tensors, name, transposed, index, out):
   stacked = "{}" in name
   inner = index[1:] if stacked else index
   for layer, part in enumerate(out if stacked else [out], index[0].start):
+    tensor = tensors.get(name.format(layer))
+    if tensor is None:  # Checkpoint.absent
+      part[...] = 1
+      continue
     rows, *others = inner[::-1] if transposed else inner
-    pieces.copy(pieces.mapped(tensors[name.format(layer)], rows)[:, *others], part, transposed)
+    pieces.copy(pieces.mapped(tensor, rows)[:, *others], part, transposed)
 
 
 def _place(read, shape, dtype, place, transposed, run):

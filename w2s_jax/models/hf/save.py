@@ -59,12 +59,12 @@ def save_pretrained(directory: str | Path, model: Model, params: dict, tokenizer
   widened = getattr(c, "feature_width", 0)
   tensors, head = {}, {}                                                  # name -> where to take it from
   for path, name in names.items():
-    for i in range(c.num_layers if "{}" in name else 1):
-      part = _Part(leaves[path], i if "{}" in name else None, formats.is_transposed(model, path))
+    for layer, tensor in formats.tensor_names(model, name).items():
+      part = _Part(leaves[path], layer, formats.is_transposed(model, path))
       if widened and re.fullmatch(formats.HEAD, path):
-        head[name] = part
+        head[tensor] = part
       else:                                                               # beside our head lies the backbone alone
-        tensors[name.format(i).removeprefix(checkpoint.prefix if widened else "")] = part
+        tensors[tensor.removeprefix(checkpoint.prefix if widened else "")] = part
   shards = split_state_dict_into_shards_factory(
       tensors, get_storage_size=lambda t: t.nbytes, get_storage_id=lambda t: None,
       filename_pattern="model{suffix}.safetensors", max_shard_size="5GB")

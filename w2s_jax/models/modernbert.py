@@ -1,0 +1,258 @@
+"""ModernBERT encoder: rotary positions, layers that see all or a window, gated feed-forward, norms in front.
+
+(Warner et al., arXiv 2412.13663.) B batch, T tokens, D width, H heads, d head width.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from w2s_jax import InputError, sharding
+from w2s_jax.models import family, heads, layers, llama
+from w2s_jax.models.hf.fields import MOST_LAYERS, Fields, short
+from w2s_jax.models.hf.formats import Checkpoint, modules
+
+KINDS = ("full_attention", "sliding_attention")                 # of layers
+BIASES = ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias", "decoder_bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModernBertConfig(family.SharedConfig):
+  """Shape of the network (transformers' config.json), then our head."""
+  is_decoder: ClassVar[bool] = False
+  model_type: str = "modernbert"
+  vocab_size: int = 50368
+  hidden_size: int = 768
+  intermediate_size: int = 1152
+  num_layers: int = 22
+  num_heads: int = 12
+  max_positions: int = 8192           # tokens that it was trained on at most; it takes longer texts
+  layer_norm_eps: float = 1e-5
+  layer_types: tuple = tuple(KINDS[i % 3 > 0] for i in range(22))        # of KINDS, one for each layer or more
+  window: int = 64                    # a token of a sliding layer sees so many to its left, and to its right
+  rope_thetas: tuple = (160000.0, 10000.0)                               # rotary bases, in KINDS' order
+  attention_bias: bool = False        # of Wqkv and Wo
+  mlp_bias: bool = False
+  norm_bias: bool = False
+  classifier_bias: bool = False       # of the head's dense layer
+  decoder_bias: bool = True           # of the vocabulary's logits
+  mean_pooling: bool = False          # features are the mean of a text's tokens, not its first one
+  embedding_dropout: float = 0.0      # while training
+  attention_dropout: float = 0.0      # of the attention probabilities, and after attention, while training
+  mlp_dropout: float = 0.0            # inside the feed-forward, while training
+  head_dropout: float = 0.0           # before the classifier, while training
+  feature_width: int = 0              # > 0: the W2S head, Linear(D -> feature_width) -> ReLU = features -> classifier
+
+  @property
+  def feature_size(self) -> int:
+    return self.feature_width or self.hidden_size
+
+  @classmethod
+  def from_hf(cls, fields: Fields, **runtime: Any) -> Self:
+    """From transformers' config.json (v4 or v5)."""
+    window, width = fields.integer("local_attention", 128) // 2, fields.integer("hidden_size")
+    num_layers, num_heads = fields.integer("num_hidden_layers", high=MOST_LAYERS), fields.integer("num_attention_heads")
+    fields.only(hidden_activation="gelu", classifier_activation="gelu", sliding_window=window, rope_scaling=None,
+                is_decoder=False)
+    if width // num_heads % 2:
+      raise InputError(f"hidden_size / num_attention_heads must be even for rotary positions, got {width} / "
+                       f"{num_heads}: see the model's config.json")
+    fields.only(head_dim=width // num_heads)
+    if runtime.get("head") == "lm":
+      fields.only(tie_word_embeddings=True)
+    return cls(hidden_size=width, intermediate_size=fields.integer("intermediate_size"), num_layers=num_layers,
+               num_heads=num_heads, max_positions=fields.integer("max_position_embeddings", 8192),
+               layer_norm_eps=fields.positive("norm_eps", 1e-5), layer_types=_layer_types(fields, num_layers),
+               window=window, rope_thetas=_rope_thetas(fields),
+               **{name: fields.flag(name, name == "decoder_bias") for name in BIASES},
+               mean_pooling=fields.string("classifier_pooling", "cls", ("cls", "mean")) == "mean",
+               embedding_dropout=fields.rate("embedding_dropout", 0.0), mlp_dropout=fields.rate("mlp_dropout", 0.0),
+               attention_dropout=fields.rate("attention_dropout", 0.0),
+               head_dropout=fields.rate("classifier_dropout", 0.0), **family.shared_from_hf(fields), **runtime)
+
+  def to_hf(self) -> dict:
+    """transformers' config.json of this shape, in the v5 and, where layers take turns, the v4 form at once."""
+    kinds = list(self.layer_types[:self.num_layers])
+    every = next((n for n in range(1, len(kinds) + 1) if kinds == _turns(n, len(kinds))), None)
+    named = ("hidden_size", "intermediate_size", "embedding_dropout", "attention_dropout", "mlp_dropout", *BIASES)
+    full, sliding = self.rope_thetas
+    return family.shared_to_hf(self) | {name: getattr(self, name) for name in named} | {
+        "num_hidden_layers": self.num_layers, "num_attention_heads": self.num_heads, "norm_eps": self.layer_norm_eps,
+        "max_position_embeddings": self.max_positions, "hidden_activation": "gelu", "classifier_activation": "gelu",
+        "classifier_pooling": "mean" if self.mean_pooling else "cls", "classifier_dropout": self.head_dropout,
+        "local_attention": 2 * self.window, "layer_types": kinds,
+        "global_rope_theta": full, "local_rope_theta": sliding,
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": theta}
+                            for kind, theta in zip(KINDS, self.rope_thetas)},
+    } | ({"global_attn_every_n_layers": every} if every else {})
+
+
+def _turns(every, num_layers):
+  return [KINDS[i % every > 0] for i in range(num_layers)]
+
+
+def _layer_types(fields, num_layers):
+  """The kind of each layer: `layer_types` (transformers 5), or every n-th sees all (transformers 4)."""
+  every = fields.integer("global_attn_every_n_layers", 3)
+  kinds = fields.values.get("layer_types")
+  if kinds is None:
+    kinds = _turns(every, num_layers)
+  if not isinstance(kinds, list) or len(kinds) != num_layers or not all(kind in KINDS for kind in kinds):
+    raise InputError(f"the model's {fields.where}: layer_types is {short(kinds)}, wanted one of {', '.join(KINDS)} for "
+                     f"each of {num_layers} layers")
+  if "global_attn_every_n_layers" in fields and kinds != _turns(every, num_layers):
+    raise InputError(f"the model's {fields.where} has layer_types and another global_attn_every_n_layers, {every}: "
+                     "keep one")
+  return tuple(kinds)
+
+
+def _rope_thetas(fields):
+  """Rotary bases in KINDS' order: of `rope_parameters` (transformers 5), or of a field each (transformers 4)."""
+  nested, out = fields.section("rope_parameters"), []
+  if odd := sorted(nested.values.keys() - set(KINDS)):
+    raise InputError(f"the model's {nested.where} has {short(odd[0])}: want {' and '.join(KINDS)} alone")
+  for kind, name, default in zip(KINDS, ("global_rope_theta", "local_rope_theta"), (160000.0, 10000.0)):
+    rope = nested.section(kind)
+    rope.only(rope_type="default", type="default")
+    if name in fields.values and name not in fields:            # transformers 4 takes the other kind's base for it
+      raise InputError(f"the model's {fields.where}: {name} is null, wanted a number")
+    theta = fields.positive(name, default)
+    if "rope_theta" in rope and name in fields:
+      rope.only(rope_theta=theta)
+    out.append(rope.positive("rope_theta", theta))
+  return tuple(out)
+
+
+class Attention(nn.Module):
+  config: ModernBertConfig
+  train: bool
+
+  @nn.compact
+  def __call__(self, x, cos, sin, mask):
+    c = self.config
+    fused = layers.linear(c, self.train, 3 * c.hidden_size, "Wqkv", c.attention_bias)(x)
+    q, k, v = (y.reshape(*x.shape[:2], c.num_heads, -1) for y in jnp.split(fused, 3, axis=-1))
+    q, k = llama.rotate(q, cos, sin), llama.rotate(k, cos, sin)
+    out = layers.attention(q, k, v, mask, c.attention_dropout if self.train else 0.0)
+    sees = mask.any(axis=-1)[:, 0, :, None, None]               # not padding further than a window from its text:
+    out = jnp.where(sees, out, 0).reshape(x.shape)              # torch's attention gives it 0
+    out = layers.linear(c, self.train, c.hidden_size, "Wo", c.attention_bias)(out)
+    return layers.dropout(c.attention_dropout, self.train)(out)
+
+
+class MLP(nn.Module):
+  config: ModernBertConfig
+  train: bool
+
+  @nn.compact
+  def __call__(self, x):
+    c = self.config
+    up, gate = jnp.split(layers.linear(c, self.train, 2 * c.intermediate_size, "Wi", c.mlp_bias)(x), 2, axis=-1)
+    hidden = layers.dropout(c.mlp_dropout, self.train)(heads.gelu(up) * gate)
+    return layers.linear(c, self.train, c.hidden_size, "Wo", c.mlp_bias)(hidden)
+
+
+class Block(nn.Module):
+  config: ModernBertConfig
+  train: bool
+
+  @nn.compact
+  def __call__(self, x, cos, sin, masks, kind, is_first):
+    """cos, sin: [2, T, 1, d/2]; masks: [2, B, 1, T, T], of both kinds. The first layer has no norm for attention."""
+    c, x = self.config, sharding.split_rows(x)
+    def norm(name):
+      return layers.layer_norm(c.layer_norm_eps, name, c.norm_bias)(x).astype(x.dtype)
+    normed = jnp.where(is_first, x, norm("attn_norm"))
+    x += Attention(c, self.train, name="attn")(normed, cos[kind], sin[kind], masks[kind])
+    x += MLP(c, self.train, name="mlp")(norm("mlp_norm"))
+    return x, None
+
+
+class Embeddings(nn.Module):
+  config: ModernBertConfig
+
+  @nn.compact
+  def __call__(self, input_ids):
+    c = self.config
+    x = layers.embed(c, c.vocab_size, "word_embeddings", layers.Tokens)(input_ids)
+    return layers.layer_norm(c.layer_norm_eps, "norm", c.norm_bias)(x)
+
+
+def rotary(config: ModernBertConfig, length: int) -> tuple[jax.Array, jax.Array]:
+  """cos and sin [2, T, 1, d/2] float32 of both kinds of layers; places in the row, of which differences alone count."""
+  head_dim = config.hidden_size // config.num_heads
+  inverse = jnp.stack([llama.Rope(rope_theta=theta).inverse_frequencies(head_dim, config.max_positions, length)
+                       for theta in config.rope_thetas])
+  angles = (jnp.arange(length, dtype=jnp.float32)[:, None] * inverse[:, None])[:, :, None]
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def prediction_head(config: ModernBertConfig, name: str | None = None) -> heads.PredictionHead:
+  return heads.PredictionHead(config, config.classifier_bias, config.norm_bias, config.decoder_bias, name=name)
+
+
+class ModernBertClassifier(nn.Module):
+  """Encoder with transformers' head, or with the W2S widening head (`config.feature_width`)."""
+  config: ModernBertConfig
+  train: bool = False
+
+  @staticmethod
+  def lm_logits(config: ModernBertConfig, params: dict, hidden: jax.Array) -> jax.Array:
+    """As `heads.lm_logits`."""
+    return heads.lm_logits(prediction_head(config), params, hidden)
+
+  @nn.compact
+  def __call__(self, input_ids, segment_ids, texts=None, stream=None):
+    """As Model.apply has them, padded on the right -> ClassifierOutput."""
+    c, x, T = self.config, stream, input_ids.shape[1]
+    embeddings = Embeddings(c, name="embeddings")
+    if stream is None:
+      x = layers.dropout(c.embedding_dropout, self.train)(embeddings(input_ids)).astype(c.dtype)
+    near = jnp.abs(jnp.arange(T)[:, None] - jnp.arange(T)) <= c.window
+    seen = layers.text_mask(segment_ids)
+    kinds = np.array([KINDS.index(kind) for kind in c.layer_types])
+    x = layers.layer_stack(Block, c, self.train, x, *rotary(c, T), jnp.stack([seen, seen & near]),
+                           per_layer=(kinds, np.arange(len(kinds)) == 0))
+    hidden = layers.layer_norm(c.layer_norm_eps, "norm", c.norm_bias)(x)
+    features = layers.pool(hidden, jnp.zeros((len(hidden), 1), int) if texts is None else texts[..., 0])
+    if c.head == "lm":
+      table = embeddings.variables["params"]["word_embeddings"]["embedding"]
+      return layers.ClassifierOutput(prediction_head(c, "lm_head")(features, table), features, hidden, x)
+    if c.mean_pooling:
+      features = layers.mean_pool(hidden, segment_ids, texts)
+    logits, features = heads.classify(c, self.train, features, prediction_head(c, "pooler"))
+    return layers.ClassifierOutput(logits, features, hidden, x)
+
+
+# L layers, F feed-forward width, V vocabulary, W feature width, C classes.
+FAMILY = family.Family(
+    config=ModernBertConfig, module=ModernBertClassifier,
+    tensors={"modernbert": Checkpoint("ModernBert", "model.", {
+        "embeddings/word_embeddings/embedding": "model.embeddings.tok_embeddings.weight",
+        **modules((f"layers/{block}/{m}", f"model.layers.{{}}.{block}.{m}") for block, m in (
+            ("attn", "Wqkv"), ("attn", "Wo"), ("mlp", "Wi"), ("mlp", "Wo"))),
+        **modules((("embeddings/norm", "model.embeddings.norm"), ("layers/attn_norm", "model.layers.{}.attn_norm"),
+                   ("layers/mlp_norm", "model.layers.{}.mlp_norm"), ("norm", "model.final_norm"),
+                   ("pooler/norm", "head.norm"), ("lm_head/norm", "head.norm")), "scale"),
+        **modules((("pooler/dense", "head.dense"), ("classifier", "classifier"), ("lm_head/dense", "head.dense"))),
+        "lm_head/bias": "decoder.bias",
+    }, r"(head|decoder|classifier)\..*", language_model="ForMaskedLM",
+        absent=r"model\.layers\.0\.attn_norm\..*")},
+    shardings=(
+        (r"embeddings/word_embeddings/embedding", P("tensor", "fsdp")),  # [V, D]
+        (r"layers/attn/Wqkv/kernel", P(None, "fsdp", "tensor")),         # [L, D, 3*D]: q, k and v side by side
+        (r"layers/mlp/Wi/kernel", P(None, "fsdp", "tensor")),            # [L, D, 2*F]: what is activated, and its gate
+        (r"layers/(attn|mlp)/Wo/kernel", P(None, "tensor", "fsdp")),     # [L, D or F, D]
+        (r"layers/(attn|mlp)/W(qkv|i|o)/bias", P()),
+        (r"(.*/)?(attn_|mlp_)?norm/(scale|bias)", P()),
+        (r"((pooler|lm_head)/dense|widen)/kernel", P("fsdp", None)),     # [D, D] and [D, W]
+        (r"classifier/kernel", P("fsdp", None)),                         # [D or W, C]
+        (r"((pooler|lm_head)/dense|widen|classifier)/bias", P()),
+        (r"lm_head/bias", P("tensor")),                                  # [V]
+    ),
+    vocabulary=("embeddings", "word_embeddings"))
