@@ -49,7 +49,7 @@ class GemmaConfig(llama.LlamaConfig):
     """From transformers' config.json (v4 or v5)."""
     model_type = fields.values["model_type"]
     fields = Fields(DEFAULTS[model_type] | fields.values, fields.where)
-    fields.string("hidden_act", GELU, ("gelu", GELU))             # in old files of Gemma's the one means the other
+    fields.string("hidden_act", GELU, ("gelu", GELU))             # by "gelu" Gemma's old files mean GELU too
     fields.only(hidden_activation=GELU, use_bidirectional_attention=False)
     shape = fields.values | {"hidden_act": None}
     if model_type == "gemma":
