@@ -210,12 +210,14 @@ FAMILIES = {
     "gpt2": ("odd", ("c_attn",), ("c_attn", "c_proj", "c_fc")),
     **{family: ("odd", ("q_proj", "v_proj"), ALL["bert"]) for family in ("bert", "roberta", "distilbert")},
     "qwen2": ("gqa-untied-odd", ("q_proj", "v_proj"), ALL["llama"]),
+    "smollm3": ("nope-window-biases", ("q_proj", "v_proj"), ALL["llama"]),
 }
-QUICK = (("llama", 512, True), ("gpt2", 8, False), ("bert", 512, False), ("roberta", 8, True), ("distilbert", 8, False))
+QUICK = (("llama", 512, True), ("gpt2", 8, False), ("bert", 512, False), ("roberta", 8, True), ("distilbert", 8, False),
+         ("smollm3", 8, True))
 RUNS = [pytest.param(*run, id=f"{run[0]}-{run[1]}-{'all' if run[2] else 'qv'}",
                      marks=() if run in QUICK else pytest.mark.long)
         for run in [*itertools.product(("llama", "gpt2", "bert", "roberta", "distilbert"), (8, 512), (False, True)),
-                    ("qwen2", 512, True)]]
+                    ("qwen2", 512, True), ("smollm3", 8, True)]]
 DROPOUTS = ("hidden_dropout", "attention_dropout", "head_dropout", "embedding_dropout")
 
 

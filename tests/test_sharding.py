@@ -73,7 +73,8 @@ def paths(family):
   def replaced(config, *changes):
     return [dataclasses.replace(config, **change) for change in changes]
   untied = dict(head="lm", tie_embeddings=False)
-  configs = {"llama": replaced(LLAMA, {}, dict(model_type="qwen2"), dict(model_type="qwen3"), untied),
+  configs = {"llama": replaced(LLAMA, {}, dict(model_type="qwen2"), dict(model_type="qwen3"), untied,
+                                dict(attention_bias=True, mlp_bias=True)),
              "gpt2": replaced(GPT2Config(vocab_size=64, hidden_size=32, num_heads=4), {}, untied),
              "encoder": replaced(BERT, {}, dict(feature_width=40), dict(model_type="distilbert"), dict(head="lm"))}
   out = set()

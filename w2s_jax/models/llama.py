@@ -1,4 +1,4 @@
-"""Llama-architecture decoder classifier (Llama, Vicuna, Mistral, Qwen2, Qwen3). B batch, T tokens, D width, H heads."""
+"""Decoders of Llama's kind (Llama, Vicuna, Mistral, Qwen2, Qwen3, SmolLM3). B batch, T tokens, D width, H heads."""
 
 import dataclasses
 from typing import Any, Self
@@ -6,19 +6,31 @@ from typing import Any, Self
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from w2s_jax import InputError, sharding
 from w2s_jax.models import family, layers
-from w2s_jax.models.hf.fields import MOST_LAYERS, Fields
+from w2s_jax.models.hf.fields import MOST_LAYERS, Fields, short
 from w2s_jax.models.hf.formats import Checkpoint, modules
 from w2s_jax.models.rotary import Rope
+
+# What transformers takes where config.json lacks a field that the network depends on (its configuration_*.py); where it
+# is null, that is another answer.
+ABSENT = {"llama": {"max_position_embeddings": 2048},
+          "mistral": {"max_position_embeddings": 131072, "sliding_window": 4096},
+          "qwen2": {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28},
+          "qwen3": {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+          "smollm3": {"max_position_embeddings": 32768, "num_key_value_heads": 4, "tie_word_embeddings": True,
+                      "pad_token_id": 128004}}
+CHOOSES = ("qwen2", "qwen3", "smollm3")        # layers with a window are a choice of these; Mistral's all have it
+KINDS = ("full_attention", "sliding_attention")
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig(family.SharedConfig):
   """Shape of the network (transformers' config.json)."""
-  model_type: str = "llama"           # mistral: sliding window; qwen2: biases on q, k, v; qwen3: norms on q, k
+  model_type: str = "llama"           # qwen2: biases on q, k, v; qwen3: norms on q, k
   vocab_size: int = 32000
   hidden_size: int = 4096
   intermediate_size: int = 11008
@@ -29,7 +41,11 @@ class LlamaConfig(family.SharedConfig):
   max_positions: int = 4096
   rms_norm_eps: float = 1e-5
   rope: Rope = Rope()
+  rotated: tuple[bool, ...] = ()      # whether each layer's q and k are rotated; (): all layers' are
   sliding_window: int = 0             # a token sees itself and the window - 1 before it; 0: all before it
+  slides: tuple[bool, ...] = ()       # whether each layer has the window; (): all have
+  attention_bias: bool = False        # on q, k, v and o
+  mlp_bias: bool = False
   tie_embeddings: bool = False
   attention_dropout: float = 0.0      # of the attention probabilities, while training
   bos_token_id: int | None = None
@@ -38,41 +54,96 @@ class LlamaConfig(family.SharedConfig):
   @classmethod
   def from_hf(cls, fields: Fields, **runtime: Any) -> Self:
     """From transformers' config.json (v4 or v5)."""
-    fields.only(hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False)
     model_type = fields.values["model_type"]
+    fields = Fields(ABSENT[model_type] | fields.values, fields.where)
+    fields.only(hidden_act="silu")
     heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     kv_heads = fields.integer("num_key_value_heads", heads)
     if heads % kv_heads:
       raise InputError(f"{heads} attention heads must be divided by num_key_value_heads, got {kv_heads}: see the "
                        "model's config.json, or --config.student.arch")
-    window = 0
-    if model_type == "mistral" and fields.values.get("sliding_window", 4096) is not None:  # null: no window
-      window = fields.integer("sliding_window", 4096)
-    num_layers = fields.integer("num_hidden_layers", high=MOST_LAYERS)
-    fields.only(layer_types=["sliding_attention" if window else "full_attention"] * num_layers)
-    head_dim = fields.integer("head_dim", 128 if model_type == "qwen3" else max(4, width // heads), 4)
+    head_dim = fields.integer("head_dim", max(4, width // heads), 4)
     if head_dim % 2:
       raise InputError(f"head_dim {head_dim} must be even for rotary positions: see the model's config.json")
-    rope = Rope.from_hf(fields)
+    num_layers = fields.integer("num_hidden_layers", high=MOST_LAYERS)
+    rotated = _rotated(fields, num_layers) if model_type == "smollm3" else ()
+    window, slides = _windows(fields, num_layers, rotated)
+    rope = Rope.from_hf(fields, 2e6 if model_type == "smollm3" else 1e4)
     if rope.rope_type == "longrope" and {len(rope.short_factor), len(rope.long_factor)} != {head_dim // 2}:
       raise InputError(f"the model's config.json: short_factor and long_factor have {len(rope.short_factor)} and "
                        f"{len(rope.long_factor)} numbers, wanted {head_dim // 2}, half of head_dim")
     return cls(model_type=model_type, hidden_size=width, intermediate_size=fields.integer("intermediate_size"),
                num_layers=num_layers, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
-               max_positions=fields.integer("max_position_embeddings", 2048),
-               rms_norm_eps=fields.positive("rms_norm_eps", 1e-6), rope=rope,
-               sliding_window=window, attention_dropout=fields.rate("attention_dropout", 0.0),
+               max_positions=fields.integer("max_position_embeddings"),
+               rms_norm_eps=fields.positive("rms_norm_eps", 1e-6), rope=rope, rotated=rotated, sliding_window=window,
+               slides=slides, attention_dropout=fields.rate("attention_dropout", 0.0), **_biases(fields),
                **family.decoder_from_hf(fields, tied=False), **runtime)
 
   def to_hf(self) -> dict:
     """transformers' config.json of this shape, in the v5 and the v4 form at once."""
-    window = {"sliding_window": self.sliding_window or None} if self.model_type == "mistral" else {}
-    return self.rope.to_hf() | window | family.decoder_to_hf(self) | {
+    return self.rope.to_hf() | _layers_to_hf(self) | family.decoder_to_hf(self) | {
         "hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
         "num_hidden_layers": self.num_layers, "num_attention_heads": self.num_heads,
         "num_key_value_heads": self.num_kv_heads, "head_dim": self.head_dim, "hidden_act": "silu",
         "max_position_embeddings": self.max_positions, "rms_norm_eps": self.rms_norm_eps,
-        "attention_bias": False, "attention_dropout": self.attention_dropout}
+        "attention_bias": self.attention_bias, "mlp_bias": self.mlp_bias, "attention_dropout": self.attention_dropout}
+
+
+def _biases(fields):
+  """Of the linear layers, in the families that have the choice."""
+  model_type = fields.values["model_type"]
+  choices = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",),
+             "smollm3": ("attention_bias", "mlp_bias")}.get(model_type, ())
+  fields.only(**{name: False for name in ("attention_bias", "mlp_bias") if name not in choices})
+  return {name: fields.flag(name, False) for name in choices}
+
+
+def _rotated(fields, num_layers):
+  """SmolLM3's choice of layers with rotary positions."""
+  if "no_rope_layers" in fields:
+    entries = fields.entries("no_rope_layers", num_layers, num_layers)
+    rotated = [one.integer("no_rope_layers", low=0) > 0 for one in entries]
+  else:
+    interval = fields.integer("no_rope_layer_interval", 4)
+    rotated = [layer % interval != 0 for layer in range(1, num_layers + 1)]
+  return () if all(rotated) else tuple(rotated)
+
+
+def _windows(fields, num_layers, rotated):
+  """(sliding_window, slides) of LlamaConfig."""
+  model_type = fields.values["model_type"]
+  if model_type not in CHOOSES:
+    window = fields.integer("sliding_window") if model_type == "mistral" and "sliding_window" in fields else 0
+    fields.only(layer_types=[KINDS[window > 0]] * num_layers)
+    return window, ()
+  has_window = fields.flag("use_sliding_window", False) and "sliding_window" in fields
+  if "layer_types" in fields:
+    entries = fields.entries("layer_types", num_layers, num_layers)
+    slides = [one.string("layer_types", None, KINDS) == KINDS[1] for one in entries]
+  elif model_type == "smollm3":
+    slides = [has_window and not turns for turns in rotated or (True,) * num_layers]
+  else:
+    full = fields.integer("max_window_layers", low=0)
+    slides = [has_window and layer >= full for layer in range(num_layers)]
+  if any(slides) and not has_window:
+    raise InputError(f"the model's config.json has sliding layers in layer_types, but use_sliding_window "
+                     f"{short(fields.values.get('use_sliding_window'))} and sliding_window "
+                     f"{short(fields.values.get('sliding_window'))}: set both, or make all layers full_attention")
+  return (fields.integer("sliding_window") if any(slides) else 0), (() if len(set(slides)) == 1 else tuple(slides))
+
+
+def _layers_to_hf(config):
+  """transformers' names of what `_rotated` and `_windows` read."""
+  out, window = {}, config.sliding_window
+  if config.model_type == "smollm3":
+    out["no_rope_layers"] = [int(one) for one in (config.rotated or (True,) * config.num_layers)[:config.num_layers]]
+  if config.model_type == "mistral" or window:
+    out["sliding_window"] = window or None
+  if config.model_type in CHOOSES and window:
+    slides = (config.slides or (True,) * config.num_layers)[:config.num_layers]
+    out |= {"use_sliding_window": True, "layer_types": [KINDS[one] for one in slides],
+            "max_window_layers": [*slides, True].index(True)}
+  return out
 
 
 def rotary(positions: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
@@ -97,7 +168,8 @@ class Attention(nn.Module):
   def __call__(self, x, cos, sin, mask):
     c = self.config
     def project(name, heads):
-      y = layers.linear(c, self.train, heads * c.head_dim, f"{name}_proj", use_bias=c.model_type == "qwen2")(x)
+      use_bias = c.attention_bias or c.model_type == "qwen2"
+      y = layers.linear(c, self.train, heads * c.head_dim, f"{name}_proj", use_bias)(x)
       y = y.reshape(*x.shape[:2], heads, c.head_dim)
       if c.model_type == "qwen3" and name != "v":
         y = rms_norm(c, f"{name}_norm")(y).astype(x.dtype)
@@ -105,7 +177,7 @@ class Attention(nn.Module):
     q, k = rotate(project("q", c.num_heads), cos, sin), rotate(project("k", c.num_kv_heads), cos, sin)
     v = project("v", c.num_kv_heads)
     out = layers.attention(q, k, v, mask, c.attention_dropout if self.train else 0.0).reshape(*x.shape[:2], -1)
-    return layers.linear(c, self.train, c.hidden_size, "o_proj", use_bias=False)(out)
+    return layers.linear(c, self.train, c.hidden_size, "o_proj", c.attention_bias)(out)
 
 
 class MLP(nn.Module):
@@ -116,7 +188,7 @@ class MLP(nn.Module):
   def __call__(self, x):
     c = self.config
     def dense(width, name):
-      return layers.linear(c, self.train, width, name, use_bias=False)
+      return layers.linear(c, self.train, width, name, c.mlp_bias)
     gate = nn.silu(dense(c.intermediate_size, "gate_proj")(x))
     return dense(c.hidden_size, "down_proj")(gate * dense(c.intermediate_size, "up_proj")(x))
 
@@ -130,8 +202,11 @@ class Block(nn.Module):
   train: bool
 
   @nn.compact
-  def __call__(self, x, cos, sin, mask):
+  def __call__(self, x, cos, sin, mask, far=None, rotated=None, slides=None):
+    """mask is of the window; the last three where layers differ: a mask without it, and what this layer has of each."""
     c, x = self.config, sharding.split_rows(x)
+    if far is not None:
+      cos, sin, mask = jnp.where(rotated, cos, 1), jnp.where(rotated, sin, 0), jnp.where(slides, mask, far)
     x += Attention(c, self.train, name="attn")(rms_norm(c, "attn_norm")(x).astype(x.dtype), cos, sin, mask)
     x += MLP(c, self.train, name="mlp")(rms_norm(c, "mlp_norm")(x).astype(x.dtype))
     return x, None
@@ -151,7 +226,11 @@ class LlamaClassifier(nn.Module):
     embed_tokens = layers.embed(c, c.vocab_size, "embed_tokens", layers.Tokens)
     x = embed_tokens(input_ids).astype(c.dtype) if stream is None else stream
     cos, sin = rotary(layers.real_positions(segment_ids), c)
-    x = layers.layer_stack(Block, c, self.train, x, cos, sin, layers.causal_mask(segment_ids, c.sliding_window))
+    masks, per_layer = [layers.causal_mask(segment_ids, c.sliding_window)], ()
+    if c.rotated or c.slides:
+      masks.append(layers.causal_mask(segment_ids))
+      per_layer = [np.array(choice or [True] * c.num_layers) for choice in (c.rotated, c.slides)]
+    x = layers.layer_stack(Block, c, self.train, x, cos, sin, *masks, per_layer=per_layer)
     return layers.decoder_head(c, embed_tokens, rms_norm(c, "norm"), x, input_ids, segment_ids, texts)
 
 
@@ -161,7 +240,7 @@ def _tensors(name):
       "embed_tokens/embedding": "model.embed_tokens.weight",
       **modules((f"layers/attn/{p}_proj", f"{layer}.self_attn.{p}_proj") for p in "qkvo"),
       **modules(((f"layers/attn/{p}_norm", f"{layer}.self_attn.{p}_norm") for p in "qk"), "scale", both=False),
-      **modules(((f"layers/mlp/{p}_proj", f"{layer}.mlp.{p}_proj") for p in ("gate", "up", "down")), both=False),
+      **modules((f"layers/mlp/{p}_proj", f"{layer}.mlp.{p}_proj") for p in ("gate", "up", "down")),
       **modules((("layers/attn_norm", f"{layer}.input_layernorm"), ("norm", "model.norm"),
                  ("layers/mlp_norm", f"{layer}.post_attention_layernorm")), "scale", both=False),
       "score/kernel": "score.weight", "lm_head/embedding": "lm_head.weight",
@@ -172,11 +251,13 @@ def _tensors(name):
 FAMILY = family.Family(
     config=LlamaConfig, module=LlamaClassifier,
     tensors={"llama": _tensors("Llama"), "mistral": _tensors("Mistral"), "qwen2": _tensors("Qwen2"),
-             "qwen3": _tensors("Qwen3")},
+             "qwen3": _tensors("Qwen3"), "smollm3": _tensors("SmolLM3")},
     shardings=(
         (r"embed_tokens/embedding", P("tensor", "fsdp")),                # [V, D]
         (r"layers/attn/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, H*d], or K*d
         (r"layers/attn/(q|k|v)_proj/bias", P(None, "tensor")),           # [L, H*d]
+        (r"layers/mlp/(gate|up)_proj/bias", P(None, "tensor")),          # [L, F]
+        (r"layers/(attn/o|mlp/down)_proj/bias", P()),                    # [L, D]
         (r"layers/attn/o_proj/kernel", P(None, "tensor", "fsdp")),       # [L, H*d, D]
         (r"layers/mlp/(gate|up)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, F]
         (r"layers/mlp/down_proj/kernel", P(None, "tensor", "fsdp")),     # [L, F, D]
