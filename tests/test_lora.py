@@ -210,14 +210,15 @@ FAMILIES = {
     "gpt2": ("odd", ("c_attn",), ("c_attn", "c_proj", "c_fc")),
     **{family: ("odd", ("q_proj", "v_proj"), ALL["bert"]) for family in ("bert", "roberta", "distilbert")},
     "qwen2": ("gqa-untied-odd", ("q_proj", "v_proj"), ALL["llama"]),
+    "phi3": ("gqa-partial", ("qkv_proj",), ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
     "smollm3": ("nope-window-biases", ("q_proj", "v_proj"), ALL["llama"]),
 }
 QUICK = (("llama", 512, True), ("gpt2", 8, False), ("bert", 512, False), ("roberta", 8, True), ("distilbert", 8, False),
-         ("smollm3", 8, True))
+         ("smollm3", 8, True), ("phi3", 8, True))
 RUNS = [pytest.param(*run, id=f"{run[0]}-{run[1]}-{'all' if run[2] else 'qv'}",
                      marks=() if run in QUICK else pytest.mark.long)
         for run in [*itertools.product(("llama", "gpt2", "bert", "roberta", "distilbert"), (8, 512), (False, True)),
-                    ("qwen2", 512, True), ("smollm3", 8, True)]]
+                    ("qwen2", 512, True), ("smollm3", 8, True), ("phi3", 8, True), ("phi3", 512, False)]]
 DROPOUTS = ("hidden_dropout", "attention_dropout", "head_dropout", "embedding_dropout")
 
 

@@ -76,6 +76,24 @@ SMOLLM3_SHAPES = {
                           rope_parameters={"rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0,
                                            "original_max_position_embeddings": 16}, bos_token_id=1, eos_token_id=2),
 }
+PHI3_SHAPES = {
+    "gqa-partial": dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+                        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}),
+    "longrope": dict(vocab_size=64, num_attention_heads=4, original_max_position_embeddings=8, rope_parameters={
+        "rope_type": "longrope", "rope_theta": 1e3, "short_factor": [1.0, 1.1, 1.3, 2.0],
+        "long_factor": [1.5, 2.0, 4.0, 8.0]}),
+    "longrope-short-partial": dict(vocab_size=83, num_attention_heads=2, num_key_value_heads=1, sliding_window=5,
+                                   original_max_position_embeddings=12, rope_parameters={
+                                       "rope_type": "longrope", "rope_theta": 1e3, "partial_rotary_factor": 0.4,
+                                       "attention_factor": 1.3, "short_factor": [1.0, 1.1, 1.3],
+                                       "long_factor": [9.0] * 3}),
+    "window-one-layer-tied": dict(vocab_size=64, num_attention_heads=4, num_key_value_heads=1, sliding_window=3,
+                                  num_hidden_layers=1, tie_word_embeddings=True, rms_norm_eps=1e-3, resid_pdrop=0.1,
+                                  rope_parameters={"rope_type": "default", "rope_theta": 1e4,
+                                                   "partial_rotary_factor": 0.65}),
+}
+for shape in PHI3_SHAPES.values():
+  shape |= dict(bos_token_id=1, eos_token_id=2)
 ROPE_SHAPES = {  # padded_ids has up to 11 tokens: "dynamic" is stretched, llama3 has all three of its bands
     "linear": dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}),
     "dynamic": dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
@@ -126,7 +144,7 @@ DISTILBERT_SHAPES = {
     "sinusoidal": dict(vocab_size=50, dim=16, hidden_dim=20, n_layers=2, n_heads=4, sinusoidal_pos_embds=True),
 }
 SHAPES = {"llama": LLAMA_SHAPES, "mistral": MISTRAL_SHAPES, "qwen2": QWEN2_SHAPES, "qwen3": QWEN3_SHAPES,
-          "smollm3": SMOLLM3_SHAPES,
+          "smollm3": SMOLLM3_SHAPES, "phi3": PHI3_SHAPES,
           "gpt2": GPT2_SHAPES, "bert": BERT_SHAPES, "roberta": ROBERTA_SHAPES, "distilbert": DISTILBERT_SHAPES}
 ENCODERS = ("bert", "roberta", "distilbert")
 CASES = [(family, name) for family, shapes in SHAPES.items() for name in shapes]
@@ -374,7 +392,7 @@ def test_layers_that_would_be_read_otherwise_than_transformers_runs_them(family,
     ({"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0}, "rope_theta 1.0 must be more than 1 for yarn"),
     ({"rope_type": "yarn"}, "has no field 'factor'"),
     ({"rope_type": "yarn", "factor": 2.0, "attention_factor": "big"}, "attention_factor is 'big'"),
-    ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}, "has original_max_position_embeddi"),
+    ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}, "several values of original_max_"),
 ])
 def test_a_stretch_that_does_not_fit_is_one_line(rope, match):
   hf = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3,
@@ -416,6 +434,43 @@ def test_a_v4_rope_scaling_is_read(name, saved, tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(hf))
   with pytest.raises(InputError, match="config.json, rope_scaling has no field 'factor'"):
     load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind,more", [("longrope", {}), ("yarn", {}), ("su", {"original_max_position_embeddings": 8})])
+def test_a_v4_phi3_is_read(kind, more, saved, tmp_path):
+  """Its stretch has three fields, what else there is to it lies at the top; transformers reads two old names."""
+  _, directory, _, params = saved("phi3", "longrope-short-partial")
+  hf = json.loads((directory / "config.json").read_text())
+  rope = hf.pop("rope_parameters")
+  hf |= {"rope_scaling": {"type": kind} | {name: rope[name] for name in ("short_factor", "long_factor")} | more,
+         "rope_theta": 50.0, "partial_rotary_factor": 0.4, "original_max_position_embeddings": 8}
+  (tmp_path / "config.json").write_text(json.dumps(hf))
+  shutil.copy(directory / "model.safetensors", tmp_path)
+  ids, mask = padded_ids(83)
+  theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+  model, _ = load_pretrained(tmp_path)
+  np.testing.assert_allclose(apply(model, params, ids, mask).logits, torch_outputs(theirs, ids, mask)[0], atol=1e-4)
+  save_pretrained(tmp_path / "out", model, params)
+  again = json.loads((tmp_path / "out/config.json").read_text())
+  wanted = {"rope_scaling": {"type": "longrope"} | {name: rope[name] for name in ("short_factor", "long_factor")}}
+  wanted |= {name: hf[name] for name in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")}
+  assert {name: again[name] for name in wanted} == wanted and "rope_parameters" not in again
+
+
+def test_a_llama4_is_refused_in_a_line_that_says_what_to_give():
+  with pytest.raises(InputError, match="a llama4 is no Llama: .* give a dense model, such as a Llama 3"):
+    config_from_hf({"model_type": "llama4_text", "vocab_size": 64})
+
+
+def test_phi3_without_a_field_has_what_transformers_takes_for_it():
+  """Its padding token, by which it pools, is not null there."""
+  hf = {"model_type": "phi3", "vocab_size": 32064, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3,
+        "num_attention_heads": 4}
+  ours, theirs = config_from_hf(hf), transformers.Phi3Config(**hf)
+  assert (ours.pad_token_id, ours.max_positions, ours.rms_norm_eps, ours.num_kv_heads, ours.tie_embeddings) == (
+      theirs.pad_token_id, theirs.max_position_embeddings, theirs.rms_norm_eps, theirs.num_key_value_heads,
+      theirs.tie_word_embeddings) == (32000, 4096, 1e-5, 4, False)
+  assert config_from_hf(hf | {"pad_token_id": None}).pad_token_id is None
 
 
 @pytest.mark.parametrize("family,name", CASES)
@@ -515,7 +570,8 @@ def test_attention_dropout_drops_probabilities_and_nothing_else():
   np.testing.assert_array_equal(attend(0.5, jax.random.key(2)), attend(0.5, jax.random.key(2)))
 
 
-DROPOUT = {"llama": ("attention_dropout",), "gpt2": ("embedding_dropout", "hidden_dropout", "attention_dropout"),
+DROPOUT = {"llama": ("attention_dropout",), "phi3": ("hidden_dropout", "attention_dropout"),
+           "gpt2": ("embedding_dropout", "hidden_dropout", "attention_dropout"),
            **dict.fromkeys(ENCODERS, ("hidden_dropout", "attention_dropout", "head_dropout"))}
 
 

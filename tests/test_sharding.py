@@ -74,7 +74,7 @@ def paths(family):
     return [dataclasses.replace(config, **change) for change in changes]
   untied = dict(head="lm", tie_embeddings=False)
   configs = {"llama": replaced(LLAMA, {}, dict(model_type="qwen2"), dict(model_type="qwen3"), untied,
-                                dict(attention_bias=True, mlp_bias=True)),
+                                dict(attention_bias=True, mlp_bias=True), dict(model_type="phi3")),
              "gpt2": replaced(GPT2Config(vocab_size=64, hidden_size=32, num_heads=4), {}, untied),
              "encoder": replaced(BERT, {}, dict(feature_width=40), dict(model_type="distilbert"), dict(head="lm"))}
   out = set()

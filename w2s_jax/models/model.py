@@ -38,6 +38,9 @@ def config_from_hf(hf: dict, **runtime: Any) -> SharedConfig:
   """
   fields = Fields(hf)
   families = model_types()
+  if fields.values.get("model_type") in ("llama4", "llama4_text"):   # transformers has no classifier of it
+    raise InputError("a llama4 is no Llama: its layers have experts, attention in chunks and other rotary pairs, which "
+                     "are not implemented; give a dense model, such as a Llama 3 or a Qwen3")
   model_type = fields.string("model_type", None, families)
   config_class = families[model_type].config
   if "auto_map" in fields:
