@@ -215,16 +215,20 @@ FAMILIES = {
     "deberta-v2": ("own-keys", ("q_proj", "v_proj"), (*ALL["bert"], "pos_q_proj", "pos_k_proj")),
     "gemma": ("mqa-wide-heads", ("q_proj", "v_proj"), ALL["llama"]),
     "gemma2": ("gqa", ("q_proj", "v_proj"), ALL["llama"]), "gemma3_text": ("gqa", ("q_proj", "v_proj"), ALL["llama"]),
+    "phi3": ("gqa-partial", ("qkv_proj",), ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+    "smollm3": ("nope-window-biases", ("q_proj", "v_proj"), ALL["llama"]),
 }
 QUICK = (("llama", 512, True), ("gpt2", 8, False), ("bert", 512, False), ("roberta", 8, True), ("distilbert", 8, False),
-         ("electra", 8, True), ("deberta-v2", 8, True), ("gemma2", 8, True), ("modernbert", 8, True))
+         ("electra", 8, True), ("deberta-v2", 8, True), ("gemma2", 8, True), ("modernbert", 8, True),
+         ("smollm3", 8, True), ("phi3", 8, True))
 RUNS = [pytest.param(*run, id=f"{run[0]}-{run[1]}-{'all' if run[2] else 'qv'}",
                      marks=() if run in QUICK else pytest.mark.long)
         for run in [*itertools.product(("llama", "gpt2", "bert", "roberta", "distilbert"), (8, 512), (False, True)),
                     ("qwen2", 512, True), ("electra", 8, True), ("xlm-roberta", 8, True), ("camembert", 512, True),
                     ("deberta-v2", 8, True), ("deberta-v2", 512, False), ("gemma", 8, True), ("gemma2", 8, True),
                     ("gemma2", 512, True), ("gemma3_text", 8, True), ("gemma3_text", 512, False),
-                    ("modernbert", 8, True), ("modernbert", 512, False)]]
+                    ("modernbert", 8, True), ("modernbert", 512, False), ("smollm3", 8, True), ("phi3", 8, True),
+                    ("phi3", 512, False)]]
 DROPOUTS = ("hidden_dropout", "attention_dropout", "head_dropout", "embedding_dropout", "pooler_dropout",
             "mlp_dropout")
 

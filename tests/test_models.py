@@ -33,7 +33,17 @@ LLAMA_SHAPES = {
     "mqa-wide-heads": dict(vocab_size=80, num_attention_heads=2, num_key_value_heads=1, head_dim=24,
                            rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, rms_norm_eps=1e-3),
 }
-QWEN2_SHAPES = {name: shape for name, shape in LLAMA_SHAPES.items() if "head_dim" not in shape} | {
+WINDOWS = {  # layers that see all, then a window
+    "window-last": dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, use_sliding_window=True,
+                        sliding_window=3, max_window_layers=1),
+    "window-all": dict(vocab_size=64, num_attention_heads=4, num_key_value_heads=4, use_sliding_window=True,
+                       sliding_window=4, max_window_layers=0),
+    "window-middle": dict(vocab_size=64, num_attention_heads=4, num_key_value_heads=1, use_sliding_window=True,
+                          sliding_window=2, layer_types=["full_attention", "sliding_attention", "full_attention"]),
+    "window-none": dict(vocab_size=64, num_attention_heads=4, num_key_value_heads=1, use_sliding_window=True,
+                        sliding_window=2, max_window_layers=3),
+}
+QWEN2_SHAPES = {name: shape for name, shape in LLAMA_SHAPES.items() if "head_dim" not in shape} | WINDOWS | {
     "mqa-odd": dict(vocab_size=131, num_attention_heads=4, num_key_value_heads=1, num_hidden_layers=2,
                     rope_parameters={"rope_type": "default", "rope_theta": 1e6})}
 BERT_SHAPES = {
@@ -53,7 +63,39 @@ QWEN3_SHAPES = {
     "mqa-wide-heads": dict(vocab_size=64, num_attention_heads=3, num_key_value_heads=1, head_dim=16),
     "mha-odd": dict(vocab_size=131, num_attention_heads=4, num_key_value_heads=4, head_dim=6, num_hidden_layers=2,
                     rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "bias-window": dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, head_dim=8, attention_bias=True,
+                        use_sliding_window=True, sliding_window=3, max_window_layers=2),
 }
+SMOLLM3_SHAPES = {
+    "nope-odd": dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=5,
+                     bos_token_id=1, eos_token_id=2),
+    "nope-window-biases": dict(vocab_size=64, num_attention_heads=4, num_key_value_heads=1, no_rope_layers=[0, 1, 0],
+                               use_sliding_window=True, sliding_window=3, attention_bias=True, mlp_bias=True,
+                               tie_word_embeddings=False, bos_token_id=1, eos_token_id=2),
+    "one-layer": dict(vocab_size=83, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=1,
+                      rope_parameters={"rope_type": "default", "rope_theta": 1e3}, bos_token_id=1, eos_token_id=2),
+    "nope-yarn": dict(vocab_size=64, num_attention_heads=4, num_key_value_heads=4, no_rope_layer_interval=2,
+                          rope_parameters={"rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0,
+                                           "original_max_position_embeddings": 16}, bos_token_id=1, eos_token_id=2),
+}
+PHI3_SHAPES = {
+    "gqa-partial": dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+                        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}),
+    "longrope": dict(vocab_size=64, num_attention_heads=4, original_max_position_embeddings=8, rope_parameters={
+        "rope_type": "longrope", "rope_theta": 1e3, "short_factor": [1.0, 1.1, 1.3, 2.0],
+        "long_factor": [1.5, 2.0, 4.0, 8.0]}),
+    "longrope-short-partial": dict(vocab_size=83, num_attention_heads=2, num_key_value_heads=1, sliding_window=5,
+                                   original_max_position_embeddings=12, rope_parameters={
+                                       "rope_type": "longrope", "rope_theta": 1e3, "partial_rotary_factor": 0.4,
+                                       "attention_factor": 1.3, "short_factor": [1.0, 1.1, 1.3],
+                                       "long_factor": [9.0] * 3}),
+    "window-one-layer-tied": dict(vocab_size=64, num_attention_heads=4, num_key_value_heads=1, sliding_window=3,
+                                  num_hidden_layers=1, tie_word_embeddings=True, rms_norm_eps=1e-3, resid_pdrop=0.1,
+                                  rope_parameters={"rope_type": "default", "rope_theta": 1e4,
+                                                   "partial_rotary_factor": 0.65}),
+}
+for shape in PHI3_SHAPES.values():
+  shape |= dict(bos_token_id=1, eos_token_id=2)
 ROPE_SHAPES = {  # padded_ids has up to 11 tokens: "dynamic" is stretched, llama3 has all three of its bands
     "linear": dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}),
     "dynamic": dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
@@ -82,6 +124,10 @@ STRETCHED = {  # for qwen2, mistral and qwen3
 for shapes, name in ((QWEN2_SHAPES, "yarn-attention-factor"), (MISTRAL_SHAPES, "yarn-one-pair"),
                      (QWEN3_SHAPES, "longrope-short")):
   shapes[name] = dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, head_dim=8) | STRETCHED[name]
+LLAMA_SHAPES |= {
+    "biases": dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, attention_bias=True, mlp_bias=True),
+    "attention-bias": dict(vocab_size=64, num_attention_heads=2, num_key_value_heads=2, attention_bias=True,
+                           tie_word_embeddings=True)}
 LLAMA_SHAPES |= {f"rope-{name}": dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2) | shape
                  for name, shape in ROPE_SHAPES.items()}
 GPT2_SHAPES = {
@@ -176,6 +222,7 @@ MODERNBERT_SHAPES = {  # padded_ids has up to 11 tokens: windows of 2 and 3 to e
                          global_attn_every_n_layers=2, global_rope_theta=300.0, decoder_bias=False),
 }
 SHAPES = {"llama": LLAMA_SHAPES, "mistral": MISTRAL_SHAPES, "qwen2": QWEN2_SHAPES, "qwen3": QWEN3_SHAPES,
+          "smollm3": SMOLLM3_SHAPES, "phi3": PHI3_SHAPES,
           "gemma": GEMMA_SHAPES, "gemma2": GEMMA2_SHAPES, "gemma3_text": GEMMA3_SHAPES, "gpt2": GPT2_SHAPES,
           "bert": BERT_SHAPES, "roberta": ROBERTA_SHAPES, "xlm-roberta": XLM_ROBERTA_SHAPES,
           "camembert": CAMEMBERT_SHAPES, "distilbert": DISTILBERT_SHAPES, "electra": ELECTRA_SHAPES,
@@ -359,8 +406,7 @@ def test_a_v4_config_is_read(saved, tmp_path):
 
 @pytest.mark.parametrize("field,value", [
     ("rope_parameters", {"rope_type": "proportional", "rope_theta": 5e5, "factor": 8.0}),
-    ("hidden_act", "gelu"), ("attention_bias", True), ("partial_rotary_factor", 0.5), ("model_type", "mamba"),
-    ("is_causal", False),
+    ("hidden_act", "gelu"), ("partial_rotary_factor", 0.5), ("model_type", "mamba"), ("is_causal", False),
     ("rope_scaling", {"rope_type": "yarn", "factor": 8.0}), ("rope_scaling", {"rope_theta": 5.0}), ("rope_theta", 5.0),
     ("rope_scaling", {"type": "linear", "factor": 2.0}),
     ("architectures", ["LlamaForTokenClassification"]), ("architectures", "LlamaForQuestionAnswering"),
@@ -401,7 +447,57 @@ def test_layer_types_of_a_mistral_must_be_what_its_window_says(window, saved, tm
     config_from_hf(hf | {"layer_types": [*kinds[1:], "full_attention" if window else "sliding_attention"]})
 
 
-@pytest.mark.parametrize("name", ["rope-linear", "rope-llama3"])
+SLIDES = {"use_sliding_window": True, "sliding_window": 3}
+
+
+@pytest.mark.parametrize("family,changes,match", [
+    ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "sliding layers in layer_types, but use_sliding_window None"),
+    ("qwen3", SLIDES | {"layer_types": ["sliding_attention"]}, "wanted a list of 3..3 entries"),
+    ("qwen3", SLIDES | {"layer_types": ["chunked_attention"] * 3}, "wanted one of full_attention, sliding_attention"),
+    ("qwen2", SLIDES | {"max_window_layers": -1}, "max_window_layers is -1"),
+    ("smollm3", {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+     "but use_sliding_window None and sliding_window 3: set both, or make all layers full_attention"),
+    ("smollm3", {"no_rope_layers": [1, 0]}, "wanted a list of 3..3 entries"),
+    ("smollm3", {"no_rope_layers": [1, 0, "no"]}, "no_rope_layers is 'no', wanted an integer"),
+    ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
+    ("mistral", {"attention_bias": True}, "attention_bias True is not supported"),
+    ("qwen3", {"mlp_bias": True}, "mlp_bias True is not supported")])
+def test_layers_that_would_be_read_otherwise_than_transformers_runs_them(family, changes, match):
+  hf = {"model_type": family, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+  config_from_hf(hf)
+  with pytest.raises(InputError, match=match):
+    config_from_hf(hf | changes)
+
+
+@pytest.mark.parametrize("rope,match", [
+    ({"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 3}, "4 and 3 numbers, wanted"),
+    ({"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": 2.0}, "long_factor is 2.0, wanted a list"),
+    ({"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1, 2, 0, 4]}, "long_factor is 0"),
+    ({"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0}, "rope_theta 1.0 must be more than 1 for yarn"),
+    ({"rope_type": "yarn"}, "has no field 'factor'"),
+    ({"rope_type": "yarn", "factor": 2.0, "attention_factor": "big"}, "attention_factor is 'big'"),
+    ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}, "several values of original_max_"),
+])
+def test_a_stretch_that_does_not_fit_is_one_line(rope, match):
+  hf = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "original_max_position_embeddings": 16, "rope_parameters": rope}
+  with pytest.raises(InputError, match=match):
+    config_from_hf(hf)
+
+
+def test_the_original_length_of_a_stretch():
+  """The top-level field, else the stretch's own, else all positions: the first that is there, as in transformers."""
+  hf = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "max_position_embeddings": 50}
+  def length(inside, outside):
+    rope = {"rope_type": "yarn", "factor": 2.0} | ({"original_max_position_embeddings": inside} if inside else {})
+    outer = {"original_max_position_embeddings": outside} if outside else {}
+    return config_from_hf(hf | outer | {"rope_parameters": rope}).rope.original_max_position_embeddings
+  assert (length(None, None), length(20, None), length(None, 30), length(20, 20)) == (50, 20, 30, 20)
+
+
+@pytest.mark.parametrize("name", ["rope-linear", "rope-llama3", "rope-yarn"])
 def test_a_v4_rope_scaling_is_read(name, saved, tmp_path):
   """`rope_scaling` beside `rope_theta`, its type under the old name `type` too; a parameter that is absent is named."""
   theirs, directory, *_ = saved("llama", name)
@@ -409,6 +505,8 @@ def test_a_v4_rope_scaling_is_read(name, saved, tmp_path):
   model, params = load_pretrained(directory)
   save_pretrained(tmp_path / "again", model, params)
   again = json.loads((tmp_path / "again/config.json").read_text())["rope_parameters"]
+  if name == "rope-yarn":                                       # what it defaults to is written too
+    hf["rope_parameters"] |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
   assert {k: (v, type(v)) for k, v in again.items()} == {k: (v, type(v)) for k, v in hf["rope_parameters"].items()}
   rope = hf.pop("rope_parameters")
   hf |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope | {"type": rope.pop("rope_type")}}
@@ -467,6 +565,43 @@ def test_a_modernbert_backbone_gets_a_new_head(saved, tmp_path, caplog):
   assert (params["pooler"]["norm"]["scale"] == 1).all() and np.std(params["pooler"]["dense"]["kernel"]) > 0.01
   with pytest.raises(InputError, match=r"missing \['decoder.bias', 'head.dense.weight', 'head.norm.weight'\]"):
     load_pretrained(tmp_path, head="lm")
+
+
+@pytest.mark.parametrize("kind,more", [("longrope", {}), ("yarn", {}), ("su", {"original_max_position_embeddings": 8})])
+def test_a_v4_phi3_is_read(kind, more, saved, tmp_path):
+  """Its stretch has three fields, what else there is to it lies at the top; transformers reads two old names."""
+  _, directory, _, params = saved("phi3", "longrope-short-partial")
+  hf = json.loads((directory / "config.json").read_text())
+  rope = hf.pop("rope_parameters")
+  hf |= {"rope_scaling": {"type": kind} | {name: rope[name] for name in ("short_factor", "long_factor")} | more,
+         "rope_theta": 50.0, "partial_rotary_factor": 0.4, "original_max_position_embeddings": 8}
+  (tmp_path / "config.json").write_text(json.dumps(hf))
+  shutil.copy(directory / "model.safetensors", tmp_path)
+  ids, mask = padded_ids(83)
+  theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+  model, _ = load_pretrained(tmp_path)
+  np.testing.assert_allclose(apply(model, params, ids, mask).logits, torch_outputs(theirs, ids, mask)[0], atol=1e-4)
+  save_pretrained(tmp_path / "out", model, params)
+  again = json.loads((tmp_path / "out/config.json").read_text())
+  wanted = {"rope_scaling": {"type": "longrope"} | {name: rope[name] for name in ("short_factor", "long_factor")}}
+  wanted |= {name: hf[name] for name in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")}
+  assert {name: again[name] for name in wanted} == wanted and "rope_parameters" not in again
+
+
+def test_a_llama4_is_refused_in_a_line_that_says_what_to_give():
+  with pytest.raises(InputError, match="a llama4_text, which is no Llama: .* give a dense model, such as a Llama 3"):
+    config_from_hf({"model_type": "llama4_text", "vocab_size": 64})
+
+
+def test_phi3_without_a_field_has_what_transformers_takes_for_it():
+  """Its padding token, by which it pools, is not null there."""
+  hf = {"model_type": "phi3", "vocab_size": 32064, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3,
+        "num_attention_heads": 4}
+  ours, theirs = config_from_hf(hf), transformers.Phi3Config(**hf)
+  assert (ours.pad_token_id, ours.max_positions, ours.rms_norm_eps, ours.num_kv_heads, ours.tie_embeddings) == (
+      theirs.pad_token_id, theirs.max_position_embeddings, theirs.rms_norm_eps, theirs.num_key_value_heads,
+      theirs.tie_word_embeddings) == (32000, 4096, 1e-5, 4, False)
+  assert config_from_hf(hf | {"pad_token_id": None}).pad_token_id is None
 
 
 @pytest.mark.parametrize("family,name", CASES)
@@ -535,15 +670,21 @@ def test_first_layers_of_a_larger_encoder(family, saved, tmp_path):
     load_pretrained(directory, num_layers=4)
 
 
-def test_first_layers_of_a_larger_decoder(saved):
-  theirs, directory, *_ = saved("qwen2", "mha-tied")
+@pytest.mark.parametrize("family,name", [("qwen2", "mha-tied"), ("qwen2", "window-middle"),
+                                         ("smollm3", "nope-window-biases")])
+def test_first_layers_of_a_larger_decoder(family, name, saved, tmp_path):
+  """And they are saved as a model of two layers, which transformers reads."""
+  theirs, directory, *_ = saved(family, name)
   model, params = load_pretrained(directory, num_layers=2)
   ids, mask = padded_ids(64)
   with torch.no_grad():
     states = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask), output_hidden_states=True).hidden_states
     hidden = theirs.model.norm(states[2]).numpy()
-  ours = np.asarray(apply(model, params, ids, mask).hidden)
-  np.testing.assert_allclose(ours[mask == 1], hidden[mask == 1], atol=1e-4)
+  ours = apply(model, params, ids, mask)
+  np.testing.assert_allclose(np.asarray(ours.hidden)[mask == 1], hidden[mask == 1], atol=1e-4)
+  save_pretrained(tmp_path / "two", model, params)
+  two = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "two")
+  np.testing.assert_allclose(torch_outputs(two, ids, mask)[0], ours.logits, atol=1e-4)
 
 
 class _Attention(nn.Module):
@@ -572,6 +713,7 @@ def test_attention_dropout_drops_probabilities_and_nothing_else(scale):
 
 
 DROPOUT = {"llama": ("attention_dropout",), "gemma2": ("attention_dropout",),
+           "phi3": ("hidden_dropout", "attention_dropout"),
            "gpt2": ("embedding_dropout", "hidden_dropout", "attention_dropout"),
            **dict.fromkeys(ENCODERS, ("hidden_dropout", "attention_dropout", "head_dropout")),
            "modernbert": ("embedding_dropout", "attention_dropout", "mlp_dropout", "head_dropout")}

@@ -75,8 +75,10 @@ def test_texts_that_end_in_the_padding_token_are_pooled_before_it(family, saved)
     np.testing.assert_array_equal(want.features[row], want.hidden[row, place])
 
 
-def test_a_sliding_window_ends_with_its_text(saved):
-  _, _, model, params = saved("mistral", "window-3")
+@pytest.mark.parametrize("family,name", [("mistral", "window-3"), ("qwen2", "window-last"),
+                                         ("smollm3", "nope-window-biases")])
+def test_a_sliding_window_ends_with_its_text(family, name, saved):
+  _, _, model, params = saved(family, name)
   padded, packed = both(model.config, LENGTHS, np.arange(10), 10)
   want = model.apply(params, padded["input_ids"], padded["segment_ids"])
   got = model.apply(params, packed["input_ids"], texts=packed["texts"], segment_ids=packed["segment_ids"])

@@ -76,7 +76,8 @@ def paths(family):
   def replaced(config, *changes):
     return [dataclasses.replace(config, **change) for change in changes]
   untied = dict(head="lm", tie_embeddings=False)
-  configs = {"llama": replaced(LLAMA, {}, dict(model_type="qwen2"), dict(model_type="qwen3"), untied),
+  configs = {"llama": replaced(LLAMA, {}, dict(model_type="qwen2"), dict(model_type="qwen3"), untied,
+                                dict(attention_bias=True, mlp_bias=True), dict(model_type="phi3")),
              "gemma": replaced(GemmaConfig(vocab_size=64, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2),
                                {}, dict(model_type="gemma3_text"), untied),
              "gpt2": replaced(GPT2Config(vocab_size=64, hidden_size=32, num_heads=4), {}, untied),

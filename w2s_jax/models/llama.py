@@ -1,4 +1,4 @@
-"""Llama-architecture decoder classifier (Llama, Vicuna, Mistral, Qwen2, Qwen3). B batch, T tokens, D width, H heads."""
+"""Decoders of Llama's kind (Llama, Vicuna, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3). B batch, T tokens, H heads."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,19 +7,34 @@ from typing import Any, Self
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from w2s_jax import InputError, sharding
 from w2s_jax.models import family, layers
-from w2s_jax.models.hf.fields import MOST_LAYERS, Fields
+from w2s_jax.models.hf.fields import MOST_LAYERS, Fields, short
 from w2s_jax.models.hf.formats import Checkpoint, modules
 from w2s_jax.models.rotary import Rope
+
+# What transformers takes where config.json lacks a field that the network depends on (its configuration_*.py); where it
+# is null, that is another answer.
+ABSENT = {"llama": {"max_position_embeddings": 2048},
+          "mistral": {"max_position_embeddings": 131072, "sliding_window": 4096},
+          "qwen2": {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28},
+          "qwen3": {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+          "smollm3": {"max_position_embeddings": 32768, "num_key_value_heads": 4, "tie_word_embeddings": True,
+                      "pad_token_id": 128004},
+          "phi3": {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+                   "pad_token_id": 32000}}
+CHOOSES = ("qwen2", "qwen3", "smollm3")        # these choose the layers with a window,
+ALL_SLIDE = ("mistral", "phi3")                # all layers of these have it
+KINDS = ("full_attention", "sliding_attention")
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig(family.SharedConfig):
   """Shape of the network (transformers' config.json)."""
-  model_type: str = "llama"           # mistral: sliding window; qwen2: biases on q, k, v; qwen3: norms on q, k
+  model_type: str = "llama"           # qwen2: biases on q, k, v; qwen3: norms on q, k; phi3: q, k, v are one kernel
   vocab_size: int = 32000
   hidden_size: int = 4096
   intermediate_size: int = 11008
@@ -30,50 +45,115 @@ class LlamaConfig(family.SharedConfig):
   max_positions: int = 4096
   rms_norm_eps: float = 1e-5
   rope: Rope = Rope()
+  rotated: tuple[bool, ...] = ()      # whether each layer's q and k are rotated; (): all layers' are
   sliding_window: int = 0             # a token sees itself and the window - 1 before it; 0: all before it
+  slides: tuple[bool, ...] = ()       # whether each layer has the window; (): all have
+  attention_bias: bool = False        # on q, k, v and o
+  mlp_bias: bool = False
   tie_embeddings: bool = False
   attention_dropout: float = 0.0      # of the attention probabilities, while training
+  hidden_dropout: float = 0.0         # after attention and feed-forward, while training (Phi-3)
   bos_token_id: int | None = None
   eos_token_id: int | tuple | None = None
 
   @classmethod
   def from_hf(cls, fields: Fields, **runtime: Any) -> Self:
     """From transformers' config.json (v4 or v5)."""
-    fields.only(hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False)
     model_type = fields.values["model_type"]
+    fields = Fields(ABSENT.get(model_type, {}) | fields.values, fields.where)       # Gemma has its own
+    fields.only(hidden_act="silu")
     heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     kv_heads = fields.integer("num_key_value_heads", heads)
     if heads % kv_heads:
       raise InputError(f"{heads} attention heads must be divided by num_key_value_heads, got {kv_heads}: see the "
                        "model's config.json, or --config.student.arch")
-    window = 0
-    if model_type == "mistral" and fields.values.get("sliding_window", 4096) is not None:  # null: no window
-      window = fields.integer("sliding_window", 4096)
-    num_layers = fields.integer("num_hidden_layers", high=MOST_LAYERS)
-    fields.only(layer_types=["sliding_attention" if window else "full_attention"] * num_layers)
-    head_dim = fields.integer("head_dim", 128 if model_type == "qwen3" else max(4, width // heads), 4)
+    head_dim = fields.integer("head_dim", max(4, width // heads), 4)
     if head_dim % 2:
       raise InputError(f"head_dim {head_dim} must be even for rotary positions: see the model's config.json")
-    rope = Rope.from_hf(fields)
-    if rope.rope_type == "longrope" and {len(rope.short_factor), len(rope.long_factor)} != {head_dim // 2}:
+    num_layers = fields.integer("num_hidden_layers", high=MOST_LAYERS)
+    rotated = _rotated(fields, num_layers) if model_type == "smollm3" else ()
+    window, slides = _windows(fields, num_layers, rotated)
+    rope = Rope.from_hf(fields, 2e6 if model_type == "smollm3" else 1e4)
+    turning = rope.turning_width(head_dim)
+    if rope.rope_type == "longrope" and {2 * len(rope.short_factor), 2 * len(rope.long_factor)} != {turning}:
       raise InputError(f"the model's config.json: short_factor and long_factor have {len(rope.short_factor)} and "
-                       f"{len(rope.long_factor)} numbers, wanted {head_dim // 2}, half of head_dim")
+                       f"{len(rope.long_factor)} numbers, wanted half of the {turning} features that turn")
     return cls(model_type=model_type, hidden_size=width, intermediate_size=fields.integer("intermediate_size"),
                num_layers=num_layers, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
-               max_positions=fields.integer("max_position_embeddings", 2048),
-               rms_norm_eps=fields.positive("rms_norm_eps", 1e-6), rope=rope,
-               sliding_window=window, attention_dropout=fields.rate("attention_dropout", 0.0),
+               max_positions=fields.integer("max_position_embeddings"),
+               rms_norm_eps=fields.positive("rms_norm_eps", 1e-6), rope=rope, rotated=rotated, sliding_window=window,
+               slides=slides, attention_dropout=fields.rate("attention_dropout", 0.0),
+               hidden_dropout=fields.rate("resid_pdrop", 0.0) if model_type == "phi3" else 0.0, **_biases(fields),
                **family.decoder_from_hf(fields, tied=False), **runtime)
 
   def to_hf(self) -> dict:
     """transformers' config.json of this shape, in the v5 and the v4 form at once."""
-    window = {"sliding_window": self.sliding_window or None} if self.model_type == "mistral" else {}
-    return self.rope.to_hf() | window | family.decoder_to_hf(self) | {
+    rope = self.rope.to_phi3() if self.model_type == "phi3" else self.rope.to_hf()
+    return rope | _layers_to_hf(self) | family.decoder_to_hf(self) | {
         "hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
         "num_hidden_layers": self.num_layers, "num_attention_heads": self.num_heads,
         "num_key_value_heads": self.num_kv_heads, "head_dim": self.head_dim, "hidden_act": "silu",
         "max_position_embeddings": self.max_positions, "rms_norm_eps": self.rms_norm_eps,
-        "attention_bias": False, "attention_dropout": self.attention_dropout}
+        "attention_bias": self.attention_bias, "mlp_bias": self.mlp_bias, "attention_dropout": self.attention_dropout}
+
+
+def _biases(fields):
+  """Of the linear layers, in the families that have the choice."""
+  model_type = fields.values["model_type"]
+  choices = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",),
+             "smollm3": ("attention_bias", "mlp_bias")}.get(model_type, ())
+  fields.only(**{name: False for name in ("attention_bias", "mlp_bias") if name not in choices})
+  return {name: fields.flag(name, False) for name in choices}
+
+
+def _rotated(fields, num_layers):
+  """SmolLM3's choice of layers with rotary positions."""
+  if "no_rope_layers" in fields:
+    entries = fields.entries("no_rope_layers", num_layers, num_layers)
+    rotated = [one.integer("no_rope_layers", low=0) > 0 for one in entries]
+  else:
+    interval = fields.integer("no_rope_layer_interval", 4)
+    rotated = [layer % interval != 0 for layer in range(1, num_layers + 1)]
+  return () if all(rotated) else tuple(rotated)
+
+
+def _windows(fields, num_layers, rotated):
+  """(sliding_window, slides) of LlamaConfig."""
+  model_type = fields.values["model_type"]
+  if model_type not in CHOOSES:
+    window = fields.integer("sliding_window") if model_type in ALL_SLIDE and "sliding_window" in fields else 0
+    fields.only(layer_types=[KINDS[window > 0]] * num_layers)
+    return window, ()
+  has_window = fields.flag("use_sliding_window", False) and "sliding_window" in fields
+  if "layer_types" in fields:
+    entries = fields.entries("layer_types", num_layers, num_layers)
+    slides = [one.string("layer_types", None, KINDS) == KINDS[1] for one in entries]
+  elif model_type == "smollm3":
+    slides = [has_window and not turns for turns in rotated or (True,) * num_layers]
+  else:
+    full = fields.integer("max_window_layers", low=0)
+    slides = [has_window and layer >= full for layer in range(num_layers)]
+  if any(slides) and not has_window:
+    raise InputError(f"the model's config.json has sliding layers in layer_types, but use_sliding_window "
+                     f"{short(fields.values.get('use_sliding_window'))} and sliding_window "
+                     f"{short(fields.values.get('sliding_window'))}: set both, or make all layers full_attention")
+  return (fields.integer("sliding_window") if any(slides) else 0), (() if len(set(slides)) == 1 else tuple(slides))
+
+
+def _layers_to_hf(config):
+  """transformers' names of what one family's layers have and another's lack."""
+  out, window = {}, config.sliding_window
+  if config.model_type == "smollm3":
+    out["no_rope_layers"] = [int(one) for one in (config.rotated or (True,) * config.num_layers)[:config.num_layers]]
+  if config.model_type == "phi3":
+    out["resid_pdrop"] = config.hidden_dropout
+  if config.model_type in ALL_SLIDE or window:
+    out["sliding_window"] = window or None
+  if config.model_type in CHOOSES and window:
+    slides = (config.slides or (True,) * config.num_layers)[:config.num_layers]
+    out |= {"use_sliding_window": True, "layer_types": [KINDS[one] for one in slides],
+            "max_window_layers": [*slides, True].index(True)}
+  return out
 
 
 def rotary(positions: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
@@ -85,9 +165,11 @@ def rotary(positions: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Ar
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotates x [B, T, H, d]; halves are paired (i, i + d/2), as in transformers."""
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+  """Rotates the first features of x [B, T, H, d], as many as cos and sin have pairs: (i, i + d'/2), as transformers."""
+  first, second, rest = jnp.split(x, [cos.shape[-1], 2 * cos.shape[-1]], axis=-1)
+  first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+  return jnp.concatenate([turned, rest], axis=-1)
 
 
 class Attention(nn.Module):
@@ -97,16 +179,20 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x, cos, sin, mask):
     c = self.config
-    def project(name, heads):
-      y = layers.linear(c, self.train, heads * c.head_dim, f"{name}_proj", use_bias=c.model_type == "qwen2")(x)
-      y = y.reshape(*x.shape[:2], heads, c.head_dim)
-      if c.model_type == "qwen3" and name != "v":
-        y = rms_norm(c, f"{name}_norm")(y).astype(x.dtype)
-      return y
-    q, k = rotate(project("q", c.num_heads), cos, sin), rotate(project("k", c.num_kv_heads), cos, sin)
-    v = project("v", c.num_kv_heads)
+    def linear(width, name, use_bias):
+      return layers.linear(c, self.train, width, f"{name}_proj", use_bias)
+    widths = [heads * c.head_dim for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
+    if c.model_type == "phi3":
+      parts = jnp.split(linear(sum(widths), "qkv", False)(x), np.cumsum(widths[:2]), axis=-1)
+    else:
+      use_bias = c.attention_bias or c.model_type == "qwen2"
+      parts = [linear(width, name, use_bias)(x) for name, width in zip("qkv", widths)]
+    q, k, v = (part.reshape(*x.shape[:2], -1, c.head_dim) for part in parts)
+    if c.model_type == "qwen3":
+      q, k = rms_norm(c, "q_norm")(q).astype(x.dtype), rms_norm(c, "k_norm")(k).astype(x.dtype)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     out = layers.attention(q, k, v, mask, c.attention_dropout if self.train else 0.0).reshape(*x.shape[:2], -1)
-    return layers.linear(c, self.train, c.hidden_size, "o_proj", use_bias=False)(out)
+    return linear(c.hidden_size, "o", c.attention_bias)(out)
 
 
 class MLP(nn.Module):
@@ -118,9 +204,12 @@ class MLP(nn.Module):
   def __call__(self, x):
     c = self.config
     def dense(width, name):
-      return layers.linear(c, self.train, width, name, use_bias=False)
-    gate = self.activation(dense(c.intermediate_size, "gate_proj")(x))
-    return dense(c.hidden_size, "down_proj")(gate * dense(c.intermediate_size, "up_proj")(x))
+      return layers.linear(c, self.train, width, name, c.mlp_bias)
+    if c.model_type == "phi3":
+      gate, up = jnp.split(dense(2 * c.intermediate_size, "gate_up_proj")(x), 2, axis=-1)
+    else:
+      gate, up = (dense(c.intermediate_size, name)(x) for name in ("gate_proj", "up_proj"))
+    return dense(c.hidden_size, "down_proj")(self.activation(gate) * up)
 
 
 def rms_norm(config: LlamaConfig, name: str) -> nn.RMSNorm:
@@ -132,10 +221,17 @@ class Block(nn.Module):
   train: bool
 
   @nn.compact
-  def __call__(self, x, cos, sin, mask):
+  def __call__(self, x, cos, sin, mask, far=None, rotated=None, slides=None):
+    """mask is of the window; the last three where layers differ: a mask without it, and what this layer has of each."""
     c, x = self.config, sharding.split_rows(x)
-    x += Attention(c, self.train, name="attn")(rms_norm(c, "attn_norm")(x).astype(x.dtype), cos, sin, mask)
-    x += MLP(c, self.train, name="mlp")(rms_norm(c, "mlp_norm")(x).astype(x.dtype))
+    if far is not None:
+      cos, sin, mask = jnp.where(rotated, cos, 1), jnp.where(rotated, sin, 0), jnp.where(slides, mask, far)
+    def dropped(y):
+      return layers.dropout(c.hidden_dropout, self.train)(y)
+    def norm(name):
+      return rms_norm(c, name)(x).astype(x.dtype)
+    x += dropped(Attention(c, self.train, name="attn")(norm("attn_norm"), cos, sin, mask))
+    x += dropped(MLP(c, self.train, name="mlp")(norm("mlp_norm")))
     return x, None
 
 
@@ -153,7 +249,11 @@ class LlamaClassifier(nn.Module):
     embed_tokens = layers.embed(c, c.vocab_size, "embed_tokens", layers.Tokens)
     x = embed_tokens(input_ids).astype(c.dtype) if stream is None else stream
     cos, sin = rotary(layers.real_positions(segment_ids), c)
-    x = layers.layer_stack(Block, c, self.train, x, cos, sin, layers.causal_mask(segment_ids, c.sliding_window))
+    masks, per_layer = [layers.causal_mask(segment_ids, c.sliding_window)], ()
+    if c.rotated or c.slides:
+      masks.append(layers.causal_mask(segment_ids))
+      per_layer = [np.array(choice or [True] * c.num_layers) for choice in (c.rotated, c.slides)]
+    x = layers.layer_stack(Block, c, self.train, x, cos, sin, *masks, per_layer=per_layer)
     return layers.decoder_head(c, embed_tokens, rms_norm(c, "norm"), x, input_ids, segment_ids, texts)
 
 
@@ -161,9 +261,9 @@ def _tensors(name):
   layer = "model.layers.{}"
   return Checkpoint(name, "model.", {
       "embed_tokens/embedding": "model.embed_tokens.weight",
-      **modules((f"layers/attn/{p}_proj", f"{layer}.self_attn.{p}_proj") for p in "qkvo"),
+      **modules((f"layers/attn/{p}_proj", f"{layer}.self_attn.{p}_proj") for p in ("q", "k", "v", "qkv", "o")),
       **modules(((f"layers/attn/{p}_norm", f"{layer}.self_attn.{p}_norm") for p in "qk"), "scale", both=False),
-      **modules(((f"layers/mlp/{p}_proj", f"{layer}.mlp.{p}_proj") for p in ("gate", "up", "down")), both=False),
+      **modules((f"layers/mlp/{p}_proj", f"{layer}.mlp.{p}_proj") for p in ("gate", "up", "gate_up", "down")),
       **modules((("layers/attn_norm", f"{layer}.input_layernorm"), ("norm", "model.norm"),
                  ("layers/mlp_norm", f"{layer}.post_attention_layernorm")), "scale", both=False),
       "score/kernel": "score.weight", "lm_head/embedding": "lm_head.weight",
@@ -174,13 +274,15 @@ def _tensors(name):
 FAMILY = family.Family(
     config=LlamaConfig, module=LlamaClassifier,
     tensors={"llama": _tensors("Llama"), "mistral": _tensors("Mistral"), "qwen2": _tensors("Qwen2"),
-             "qwen3": _tensors("Qwen3")},
+             "qwen3": _tensors("Qwen3"), "smollm3": _tensors("SmolLM3"), "phi3": _tensors("Phi3")},
     shardings=(
         (r"embed_tokens/embedding", P("tensor", "fsdp")),                # [V, D]
-        (r"layers/attn/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, H*d], or K*d
+        (r"layers/attn/(q|k|v|qkv)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, H*d], or K*d, or (H+2*K)*d
         (r"layers/attn/(q|k|v)_proj/bias", P(None, "tensor")),           # [L, H*d]
+        (r"layers/mlp/(gate|up)_proj/bias", P(None, "tensor")),          # [L, F]
+        (r"layers/(attn/o|mlp/down)_proj/bias", P()),                    # [L, D]
         (r"layers/attn/o_proj/kernel", P(None, "tensor", "fsdp")),       # [L, H*d, D]
-        (r"layers/mlp/(gate|up)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, F]
+        (r"layers/mlp/(gate|up|gate_up)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, F], or 2*F
         (r"layers/mlp/down_proj/kernel", P(None, "tensor", "fsdp")),     # [L, F, D]
         (r"layers/(attn|mlp)_norm/scale", P()),                          # [L, D]
         (r"layers/attn/(q|k)_norm/scale", P()),                          # [L, d]

@@ -25,6 +25,9 @@ FAMILIES = {
     "deberta": deberta.FAMILY,
     "modernbert": modernbert.FAMILY,
 }
+_EXPERTS = ("which is no Llama: its layers have experts, attention in chunks and other rotary pairs, which are not "
+            "implemented: give a dense model, such as a Llama 3 or a Qwen3")
+NO_FAMILY = {"gemma3": f"which reads images too: {gemma.TEXT_ALONE}", "llama4": _EXPERTS, "llama4_text": _EXPERTS}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -41,8 +44,8 @@ def config_from_hf(hf: dict, **runtime: Any) -> SharedConfig:
   """
   fields = Fields(hf)
   families = model_types()
-  if fields.values.get("model_type") == "gemma3":
-    raise InputError(f"the model's config.json is that of a gemma3, which reads images too: {gemma.TEXT_ALONE}")
+  if (reason := NO_FAMILY.get(fields.values.get("model_type"))):
+    raise InputError(f"the model's config.json is that of a {fields.values['model_type']}, {reason}")
   model_type = fields.string("model_type", None, families)
   config_class = families[model_type].config
   if "auto_map" in fields:

@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from w2s_jax import InputError
-from w2s_jax.models.hf.fields import Fields, short
+from w2s_jax.models.hf.fields import Fields
 
 ORIGINAL = "original_max_position_embeddings"
+PARTIAL = "partial_rotary_factor"
 ROPE_FIELDS = {"default": (), "linear": ("factor",), "dynamic": ("factor",),
                "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL),
                "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor", ORIGINAL),
                "longrope": ("short_factor", "long_factor", "attention_factor", ORIGINAL)}
+PHI3_TYPES = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}  # as transformers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Rope:
   short_factor: tuple[float, ...] = ()    # longrope (arXiv 2402.13753): divides each pair's frequency in texts of at
   long_factor: tuple[float, ...] = ()     # most the original length, and in longer ones
   original_max_position_embeddings: int = 8192
+  partial_rotary_factor: float = 1.0  # of the features of a head, the first ones; the others do not turn
 
   @classmethod
   def from_hf(cls, fields: Fields, theta: float = 10000.0) -> Self:
@@ -51,13 +54,18 @@ class Rope:
     if any(theta != thetas[0] for theta in thetas):
       raise InputError(f"the model's {fields.where} has several values of rope_theta: keep one")
     rope = fields.section("rope_parameters", "rope_scaling")
-    rope_type = rope.string("rope_type" if "rope_type" in rope else "type", "default", ROPE_FIELDS)
-    for place in (fields, rope):
-      place.only(partial_rotary_factor=1)
+    types, part = dict(zip(ROPE_FIELDS, ROPE_FIELDS)), 1.0
+    if fields.values.get("model_type") == "phi3":
+      types = PHI3_TYPES
+      part = _agreed(fields, rope, PARTIAL, lambda place: place.number(PARTIAL, None, 1e-30, 1.0)) or 1.0
+    else:
+      for place in (fields, rope):
+        place.only(partial_rotary_factor=1)
+    rope_type = types[rope.string("rope_type" if "rope_type" in rope else "type", "default", types)]
     theta = (rope if "rope_theta" in rope else fields).positive("rope_theta", theta)
     if rope_type == "yarn" and theta <= 1:
       raise InputError(f"the model's {rope.where}: rope_theta {theta} must be more than 1 for yarn")
-    return cls(rope_type, theta, **_parameters(rope_type, fields, rope))
+    return cls(rope_type, theta, partial_rotary_factor=part, **_parameters(rope_type, fields, rope))
 
   def to_hf(self) -> dict:
     """Both forms at once."""
@@ -66,38 +74,53 @@ class Rope:
     scaling = {} if self.rope_type == "default" else {"rope_scaling": fields}
     return {"rope_theta": self.rope_theta, "rope_parameters": fields | {"rope_theta": self.rope_theta}} | scaling
 
+  def to_phi3(self) -> dict:
+    """The form that transformers 5 and 4 both read of Phi-3; 4 takes no fields in rope_scaling but the first three."""
+    fields = {"rope_theta": self.rope_theta, PARTIAL: self.partial_rotary_factor, "rope_scaling": None}
+    if self.rope_type == "longrope":
+      scaling = {"type": "longrope", "short_factor": self.short_factor, "long_factor": self.long_factor}
+      if self.attention_factor is not None:
+        scaling["attention_factor"] = self.attention_factor
+      fields |= {"rope_scaling": scaling, ORIGINAL: self.original_max_position_embeddings}
+    return fields
+
+  def turning_width(self, head_dim: int) -> int:
+    """Of the features of a head, how many turn."""
+    return int(head_dim * self.partial_rotary_factor)
+
   def inverse_frequencies(self, head_dim: int, max_positions: int, length: int | jax.Array) -> jax.Array:
-    """[d/2] float32, of a text of `length` tokens, on which only "dynamic" and "longrope" depend."""
+    """[pairs that turn] float32, of a text of `length` tokens, on which only "dynamic" and "longrope" depend."""
     theta: float | jax.Array = self.rope_theta
+    width = self.turning_width(head_dim)
     if self.rope_type == "dynamic":
       stretch = self.factor * jnp.maximum(length, max_positions) / max_positions - (self.factor - 1)
-      theta *= stretch ** (head_dim / (head_dim - 2))
-    inverse = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+      theta *= stretch ** (width / (width - 2))
+    inverse = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     if self.rope_type == "linear":
       return inverse / self.factor
     if self.rope_type == "longrope":
       return inverse / jnp.where(length > self.original_max_position_embeddings, jnp.asarray(self.long_factor),
                                  jnp.asarray(self.short_factor))
     if self.rope_type in ("llama3", "yarn"):
-      kept = self._kept_by_llama3(inverse) if self.rope_type == "llama3" else self._kept_by_yarn(head_dim)
+      kept = self._kept_by_llama3(inverse) if self.rope_type == "llama3" else self._kept_by_yarn(width)
       return inverse * (kept + (1 - kept) / self.factor)
     return inverse
 
   def _kept_by_llama3(self, inverse):
-    """[d/2], how much of each pair's frequency is left alone."""
+    """[pairs], how much of each pair's frequency is left alone."""
     turns = self.original_max_position_embeddings * inverse / (2 * math.pi)
     return jnp.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
 
-  def _kept_by_yarn(self, head_dim):
+  def _kept_by_yarn(self, width):
     def pair(turns):                  # that turns so often within the original length, counted from the fastest
       length = self.original_max_position_embeddings / (2 * math.pi * turns)
-      return head_dim * math.log(length) / (2 * math.log(self.rope_theta))
+      return width * math.log(length) / (2 * math.log(self.rope_theta))
     first, last = pair(self.beta_fast), pair(self.beta_slow)
     if self.truncate:
       first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, head_dim - 1)
-    width = last - first or 0.001     # as in transformers
-    return 1 - jnp.clip((jnp.arange(head_dim // 2, dtype=jnp.float32) - first) / width, 0, 1)
+    first, last = max(first, 0), min(last, width - 1)
+    ramp = last - first or 0.001      # as in transformers
+    return 1 - jnp.clip((jnp.arange(width // 2, dtype=jnp.float32) - first) / ramp, 0, 1)
 
   def gain(self, max_positions: int) -> float:
     """What cos and sin are multiplied by, which makes the scores of stretched positions larger."""
@@ -131,7 +154,8 @@ def _parameters(rope_type: str, fields: Fields, rope: Fields) -> dict[str, Any]:
   else:
     numbers = {"factor": rope.positive("factor")}
   if rope_type in ("llama3", "yarn", "longrope"):
-    numbers[ORIGINAL] = _original_positions(fields, rope)
+    numbers[ORIGINAL] = (_agreed(fields, rope, ORIGINAL, lambda place: place.integer(ORIGINAL, low=2)) or
+                         fields.integer("max_position_embeddings", 2048, low=2))
   if rope_type == "llama3":
     numbers |= {name: rope.positive(name) for name in ("low_freq_factor", "high_freq_factor")}
     if numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
@@ -145,13 +169,12 @@ def _parameters(rope_type: str, fields: Fields, rope: Fields) -> dict[str, Any]:
   return numbers
 
 
-def _original_positions(fields, rope):
-  """The length that was trained on before it was stretched; transformers prefers the top-level one."""
-  lengths = {place.integer(ORIGINAL, low=2) for place in (fields, rope) if ORIGINAL in place}
-  if len(lengths) > 1:
-    raise InputError(f"the model's {fields.where} has {ORIGINAL} {short(fields.values[ORIGINAL])}, and another in its "
-                     "rotary parameters: keep one")
-  return lengths.pop() if lengths else fields.integer("max_position_embeddings", 2048, low=2)
+def _agreed(fields, rope, name, read):
+  """What the file has under the name at its top or in its rotary parameters; None where it has neither."""
+  values = {read(place) for place in (fields, rope) if name in place}
+  if len(values) > 1:
+    raise InputError(f"the model's {fields.where} has several values of {name}: keep one")
+  return values.pop() if values else None
 
 
 def _attention_factor(rope_type, rope, original):
