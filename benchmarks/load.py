@@ -9,8 +9,8 @@ theirs, and the ratios of the rounds. The files are in the page cache: what is c
 
 `one` is one of those runs. Keys: checkpoint_bytes (of the safetensors files), array_bytes (of all shards here),
 overhead_bytes (the process's highest resident set, less the one before loading, less array_bytes), device_bytes (of
-each device's shards), seconds, save_seconds, save_overhead_bytes (the highest resident set while saving, less the one
-before).
+each device's shards), seconds, cpu_seconds (of all threads together, which other work on the machine changes less),
+save_seconds, save_cpu_seconds, save_overhead_bytes (the highest resident set while saving, less the one before).
 """
 
 import argparse
@@ -35,6 +35,7 @@ from w2s_jax import sharding  # noqa: E402
 from w2s_jax.models import load_pretrained, save_pretrained  # noqa: E402
 
 WHO = ("ours", "safetensors", "transformers")
+TIMES = ("seconds", "cpu_seconds", "save_seconds", "save_cpu_seconds")
 VOCABULARY, WIDTH, FEED_FORWARD = 32000, 2048, 5632              # of `compare`; a layer is 86 MiB
 
 
@@ -95,10 +96,10 @@ def one(args):
   jax.block_until_ready(jax.jit(lambda x: x + 1)(jax.numpy.zeros(8)))    # the backend and its compiler are up
   read, write, arrays_of = reader_and_writer(args.who, args.directory, args.dtype, mesh)
   gc.collect()
-  before, start = resident("VmRSS"), time.perf_counter()
+  before, start, cpu_start = resident("VmRSS"), time.perf_counter(), time.process_time()
   what = read()
   arrays = jax.block_until_ready(arrays_of(what))
-  seconds, peak = time.perf_counter() - start, resident("VmHWM")
+  seconds, cpu_seconds, peak = time.perf_counter() - start, time.process_time() - cpu_start, resident("VmHWM")
   device_bytes = dict.fromkeys(map(str, jax.local_devices()), 0)
   for array in arrays:
     if args.who == "transformers":
@@ -109,14 +110,15 @@ def one(args):
   array_bytes = sum(device_bytes.values())
   result = {"checkpoint_bytes": sum(f.stat().st_size for f in args.directory.glob("*.safetensors")),
             "array_bytes": array_bytes, "overhead_bytes": peak - before - array_bytes, "device_bytes": device_bytes,
-            "seconds": seconds}
+            "seconds": seconds, "cpu_seconds": cpu_seconds}
   if args.save:
     shutil.rmtree(args.save, ignore_errors=True)
     args.save.mkdir(parents=True)
     Path("/proc/self/clear_refs").write_text("5")                        # VmHWM begins again: man 5 proc
-    before, start = resident("VmRSS"), time.perf_counter()
+    before, start, cpu_start = resident("VmRSS"), time.perf_counter(), time.process_time()
     write(what, args.save)
-    result |= {"save_seconds": time.perf_counter() - start, "save_overhead_bytes": resident("VmHWM") - before}
+    result |= {"save_seconds": time.perf_counter() - start, "save_cpu_seconds": time.process_time() - cpu_start,
+               "save_overhead_bytes": resident("VmHWM") - before}
     shutil.rmtree(args.save)
   print(json.dumps(result))
 
@@ -135,12 +137,10 @@ def compare(args):
           sys.exit(f"{who}: {out.stderr}")
         ones.append(json.loads(out.stdout.splitlines()[-1]))
     medians = {who: {key: statistics.median(run[key] for run in ones) for key in (
-        "checkpoint_bytes", "overhead_bytes", "seconds", "save_seconds", "save_overhead_bytes")}
-               for who, ones in runs.items()}
-    ratios = {f"{key}_ratio_{who}": medians["ours"][key] / medians[who][key]
-              for who in WHO[1:] for key in ("seconds", "save_seconds")}
+        "checkpoint_bytes", "overhead_bytes", "save_overhead_bytes", *TIMES)} for who, ones in runs.items()}
+    ratios = {f"{key}_ratio_{who}": medians["ours"][key] / medians[who][key] for who in WHO[1:] for key in TIMES}
     rounds = {f"{key}_ratios_{who}": [our[key] / their[key] for our, their in zip(runs["ours"], runs[who])]
-              for who in WHO[1:] for key in ("seconds", "save_seconds")}
+              for who in WHO[1:] for key in TIMES}
     print(json.dumps({"gib": gib, **medians, **ratios, **rounds}), flush=True)
     shutil.rmtree(directory)
 

@@ -1,4 +1,4 @@
-"""What loading takes above the arrays themselves, by benchmarks/load.py in a process of its own. Linux only.
+"""What loading and saving take above the arrays themselves, by benchmarks/load.py in its own process. Linux only.
 
 D width, F feed-forward width.
 """
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 # (layers, vocabulary, D, F) -> the most that may be held above the arrays, as a fraction of the checkpoint. Backend and
 # compiler take some 60 MiB of their own, whatever the size: the small one only shows that nothing is held twice.
 SMALL = (6, 32768, 1024, 2816), 0.6
-LARGE = (18, 128256, 2048, 5632), 0.15
+LARGE = (18, 128256, 2048, 5632), 0.1
 DEVICES = {"plain": (1, ()), "one": (1, ("--mesh=-1,1,1",)), "eight": (8, ("--mesh=1,8,1", "--devices=8"))}
 
 
@@ -41,11 +41,11 @@ def checkpoint(tmp_path_factory):
 @pytest.mark.parametrize("devices", DEVICES)
 @pytest.mark.parametrize("sizes,most", [pytest.param(*SMALL, id="small"),
                                         pytest.param(*LARGE, id="2GiB", marks=pytest.mark.slow)])
-def test_loading_takes_little_above_the_arrays(sizes, most, devices, checkpoint):
+def test_loading_and_saving_take_little_above_the_arrays(sizes, most, devices, checkpoint, tmp_path):
   """And each device holds what the rules give it: its part of every matrix and of the new head, all of the norms."""
   count, options = DEVICES[devices]
-  out = subprocess.run([sys.executable, "benchmarks/load.py", "one", str(checkpoint(sizes)), *options], cwd=ROOT,
-                       env=ENV, capture_output=True, text=True)
+  out = subprocess.run([sys.executable, "benchmarks/load.py", "one", str(checkpoint(sizes)), *options,
+                        f"--save={tmp_path / 'saved'}"], cwd=ROOT, env=ENV, capture_output=True, text=True)
   assert out.returncode == 0, out.stderr
   got = json.loads(out.stdout.splitlines()[-1])
   shapes = [shape for shard in load.tensor_shapes(*sizes) for shape in shard.values()]
@@ -55,3 +55,4 @@ def test_loading_takes_little_above_the_arrays(sizes, most, devices, checkpoint)
   assert got["array_bytes"] == matrices + count * norms
   assert got["checkpoint_bytes"] > {SMALL: 190, LARGE: 2048}[sizes, most] * 2**20
   assert got["overhead_bytes"] <= most * got["checkpoint_bytes"], got
+  assert got["save_overhead_bytes"] <= most * got["checkpoint_bytes"], got

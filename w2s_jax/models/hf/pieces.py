@@ -23,7 +23,6 @@ from w2s_jax.models.hf.fields import short
 
 PIECE_BYTES = 4 << 20              # read, or transposed and written, at a time by each thread
 TILE = 128                         # rows and columns that are transposed at a time
-LINE = 64                          # bytes: XLA on the CPU takes over memory that begins at a multiple of it
 THREADS = min(16, os.cpu_count() or 1)
 Run = Callable[[Callable, Iterable], None]
 
@@ -76,11 +75,13 @@ def mapped(tensor: Stored, rows: slice) -> np.ndarray:
 
 
 def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-  """An array of any values, which `jax.device_put` takes over on the CPU without a copy."""
+  """An array of zeros in pages of its own, which `jax.device_put` takes over on the CPU without a copy.
+
+  Memory of np.empty begins where XLA does not want it, and is of huge pages, which a virtual machine may get slowly.
+  """
   size = math.prod(shape) * np.dtype(dtype).itemsize
-  memory = np.empty(size + LINE, np.uint8)
-  start = -memory.ctypes.data % LINE
-  return memory[start:start + size].view(dtype).reshape(shape)
+  pages = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+  return np.frombuffer(pages, dtype, math.prod(shape)).reshape(shape)
 
 
 def copy(values: np.ndarray, out: np.ndarray, transposed: bool) -> None:
