@@ -252,7 +252,7 @@ def test_scan_and_clean_are_one_code_path_with_the_old_command(installed, suspec
 def test_a_run_by_name(installed):
   """In the directory where it was started, under the config's name; the old command has the same warm-up."""
   run, home = installed
-  fields = ["warmup.max_steps=2", "data.attack_rows.train=80", "data.defend_rows.train=64"]
+  fields = ["warmup.max_steps=2", "attack.poison_count=20", "data.attack_rows.train=80", "data.defend_rows.train=64"]
   (home / "other").mkdir()
   out = run("run", "llama_badnet", *fields, "--stage", "warmup", cwd=home / "other")
   assert out.returncode == 0 and "warmup: 2 steps" in out.stdout, out.stderr
