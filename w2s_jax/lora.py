@@ -1,4 +1,4 @@
-"""LoRA as outside scripts call it."""
+"""The LoRA functions for scripts outside this package."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,11 +16,12 @@ def add_lora(params: dict, rank: int, alpha: float, targets: Sequence[str] = ("q
              places: Callable[[dict], dict] | None = None) -> dict:
   """A new tree with LoRA leaves beside the stacked kernels named in `targets` (adapters/lora.py).
 
-  targets ("all-linear",) are all of them. L layers, R rank: `lora_a` [L, in, R] is random, `lora_b` [L, R, out] is
-  zero, so the network's function is unchanged; `lora_alpha` [L] carries alpha. All float32.
+  `lora_a` [L, in, R] is random and `lora_b` [L, R, out] is zero, so the network's function is unchanged. `lora_alpha`
+  [L] holds alpha. All are float32. L layers, R rank.
 
   Args:
-    places: new leaves (abstract) -> their NamedShardings: each is created where it belongs. None: on one device.
+    targets: names of modules in the layers; ("all-linear",): every module with a kernel.
+    places: new leaves (abstract) -> their NamedShardings; each leaf is created under its sharding. None: on one device.
   Raises:
     InputError: a target that no layer has, or a rank below 1.
   """

@@ -1,6 +1,6 @@
 """Cross entropy, temperature KL, feature alignment. B rows, C classes, D width, T tokens; all return scalar float32.
 
-`weights` [B] is 1 on real rows and 0 on rows that only fill up a batch; None counts every row.
+`weights` [B] is 1 on real rows and 0 on rows that pad a short batch; None counts every row.
 """
 
 import jax
@@ -87,16 +87,16 @@ def released_feature_alignment(student_hidden: jax.Array, teacher_features: jax.
 
 
 def next_token(logits: jax.Array, input_ids: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Cross entropy of every token but a row's first, and which of them count. R rows, V vocabulary.
+  """Cross entropy of every token but a row's first, and a mask of the tokens that count. R rows, V vocabulary.
 
-  A token counts where it and the token before it are real and of one text.
+  A token counts if it is not padding and the token before it belongs to the same text.
 
   Args:
-    logits: [R, T - 1, V], of the tokens behind the first T - 1.
+    logits: [R, T - 1, V] predictions of tokens 2 to T.
     input_ids: [R, T] int.
-    segment_ids: [R, T] int, 0 on padding, ascending numbers of a row's texts.
+    segment_ids: [R, T] int: 0 on padding, else the number of the token's text, ascending along a row.
   Returns:
-    ([R, T - 1] in nats, [R, T - 1] float32 of 0 and 1).
+    (cross entropy [R, T - 1] in nats, mask [R, T - 1] float32 of 0 and 1).
   """
   values = optax.losses.softmax_cross_entropy_with_integer_labels(logits, input_ids[:, 1:])
   counted = (segment_ids[:, 1:] > 0) & (segment_ids[:, 1:] == segment_ids[:, :-1])

@@ -1,6 +1,6 @@
-"""One program in several processes: who writes, what all must know, and when to stop.
+"""One program in several processes: which one writes, what they share, and when they stop.
 
-Every process runs every line; process 0 alone writes files that are not Orbax's. The workdir lies where all see it.
+Every process runs every line. Process 0 alone writes files, except Orbax's. All processes must see the workdir.
 """
 
 import contextlib
@@ -24,20 +24,20 @@ from jax.sharding import PartitionSpec as P
 from w2s_jax import InputError
 
 STOPPED_CODE = 143           # exit code after SIGTERM: 128 + 15, as shells have it
-LOST_CODE = 75               # where another process was lost (EX_TEMPFAIL): to be started again
-HEARTBEAT_SECONDS = 20       # a process that is silent for so long is dead, and the others stop
+LOST_CODE = 75               # exit code after the loss of another process (EX_TEMPFAIL): start all of them again
+HEARTBEAT_SECONDS = 20       # after this silence a process counts as dead, and the others stop
 
 
-_questions = itertools.count(1)   # of `stop_signal`, in this process: JAX wants them numbered, over all stages
+_questions = itertools.count(1)   # numbers this process's calls of stop() over all stages, as JAX requires
 
 
 class Stopped(Exception):
-  """SIGTERM came, and all that was done is saved."""
+  """SIGTERM came, and the finished steps are saved."""
 
 
 def connect(coordinator_address: str | None = None, num_processes: int | None = None,
             process_id: int | None = None) -> None:
-  """Joins the other processes; without arguments they are found (TPU pods, SLURM, Kubernetes)."""
+  """Joins the other processes; without arguments JAX finds them (TPU pods, SLURM, Kubernetes)."""
   jax.distributed.initialize(coordinator_address, num_processes, process_id,
                              heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=HEARTBEAT_SECONDS)
 
@@ -48,16 +48,16 @@ def writes() -> bool:
 
 
 def wait(name: str) -> None:
-  """Until every process has come here: what process 0 wrote before is there for all of them after."""
+  """Barrier: returns once every process has called it. All of them then see what process 0 wrote before it."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
 def check_shared(workdir: Path) -> None:
-  """Every process comes here: is the workdir one directory, which all of them see under one name?
+  """Checks that all processes see the workdir as one directory under one name; every process must call it.
 
   Raises:
-    InputError: in every process, where it is not: they would wait for each other's files for ever.
+    InputError: in every process, if they do not. They would wait for each other's files for ever.
   """
   if jax.process_count() == 1:
     return
@@ -76,14 +76,14 @@ def check_shared(workdir: Path) -> None:
 
 
 def first_says(value: bool) -> bool:
-  """Process 0's `value`, in every process."""
+  """Returns process 0's `value` in every process."""
   return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
 
 
 def write_text(path: Path, text: str) -> None:
-  """The file appears whole or not at all; every process comes here, and process 0 writes once all have.
+  """Process 0 writes the file, whole or not at all; every process must call this function.
 
-  So what was there before is the same for all until then, and what is there after for all.
+  All processes see the old file until the second barrier, and the new one after it.
   """
   wait(f"before {path}")
   if writes():
@@ -98,7 +98,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def fetch(array: jax.Array | np.ndarray) -> np.ndarray:
-  """The whole array, in every process, whichever devices its parts lie on; all processes must ask."""
+  """Returns the whole array to every process, whichever devices hold its shards; all processes must call it."""
   if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
     array = _gather(NamedSharding(array.sharding.mesh, P()))(array)
   return np.asarray(array)
@@ -110,22 +110,24 @@ def _gather(everywhere):
 
 
 def shared(make: Callable[[Sequence], dict[str, np.ndarray]], items: Sequence) -> dict[str, np.ndarray]:
-  """make(items), of which each process makes its share: arrays [N, ...] with a row for each of N >= 1 items."""
+  """The result of make(items): arrays [N, ...], one row per item, N >= 1. Each process computes its share of the rows.
+  """
   count = jax.process_count()
   if count == 1:
     return make(items)
   mine = [items[min(i, len(items) - 1)] for i in range(jax.process_index(), -(-len(items) // count) * count, count)]
-  made = multihost_utils.process_allgather(make(mine))                # [processes, N / processes, ...] each
+  made = multihost_utils.process_allgather(make(mine))                # each [processes, N / processes, ...]
   return {k: np.swapaxes(v, 0, 1).reshape(-1, *v.shape[2:])[:len(items)] for k, v in made.items()}
 
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[], bool]]:
-  """Gives stop() -> whether SIGTERM has come: to this process, or where there are several, to any of them.
+  """Yields stop(), which returns whether SIGTERM has come to this process or to any other process of the program.
 
-  Several processes get True at the same question, some questions after the signal: all must ask equally often.
+  With several processes the n-th call returns the same in all of them, and turns True a few calls after the signal. So
+  all processes must call it equally often.
   """
-  if jax.process_count() > 1:                       # JAX's own handler tells the others
+  if jax.process_count() > 1:                       # JAX's own handler tells the other processes
     yield lambda: multihost_utils.reached_preemption_sync_point(next(_questions))
     return
   received = []

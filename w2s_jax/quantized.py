@@ -1,6 +1,6 @@
-"""A frozen base of 8 or 4 bits: layer kernels as qwix's QArray, made exact values again where they are multiplied.
+"""A frozen base of 8 or 4 bits: layer kernels are qwix QArrays, which each matrix product dequantizes.
 
-L layers. qwix is an extra (w2s_jax[quantize]) and imported only where a kernel is quantized.
+L layers. qwix is an extra (w2s_jax[quantize]); it is imported only if a kernel is quantized.
 """
 
 import re
@@ -11,20 +11,20 @@ from flax import traverse_util
 
 from w2s_jax import InputError
 
-KERNEL = r"layers/.*/kernel"           # [L, in, out]: what is quantized; embeddings, norms, biases and heads are not
+KERNEL = r"layers/.*/kernel"           # the quantized leaves, [L, in, out]; embeddings, norms, biases, heads stay float
 TILE = 64                              # input features that share a scale in 4 bits (QLoRA, arXiv 2305.14314)
 BITS = {"int8": 8, "int4": 4, "nf4": 4}
-Kernel = Any                           # a jax.Array, or a QArray of qwix, which need not be installed
+Kernel = Any                           # a jax.Array or a qwix QArray; Any, because qwix need not be installed
 
 
 def check(name: str) -> None:
-  """Raises InputError unless `name` is in BITS and qwix is there."""
+  """Raises InputError unless `name` is in BITS and qwix can be imported."""
   if name not in BITS:
     raise InputError(f"lora.quantize {name!r}: want one of {', '.join(BITS)}, or '' for none: set "
                      "--config.lora.quantize")
   try:
     import qwix  # noqa: F401
-  except Exception as e:  # its import of flax.nnx breaks with what jax changes: not always an ImportError
+  except Exception as e:  # qwix imports flax.nnx, which a new jax can break: not always an ImportError
     raise InputError(f"lora.quantize={name} needs qwix ({str(e)[:100]}): pip install 'qwix>=0.1.8,<0.2', or "
                      "--config.lora.quantize=''") from e
 
@@ -32,7 +32,8 @@ def check(name: str) -> None:
 def quantize(kernel: jax.Array, name: str) -> Kernel:
   """[L, in, out] float -> QArray of the same shape; its scales have the kernel's dtype.
 
-  int8 has a scale for each layer and output feature, int4 and nf4 one more for every TILE input features.
+  int8 has one scale per layer and output feature. int4 and nf4 have one per layer, output feature and TILE input
+  features.
 
   Raises:
     InputError: TILE does not divide the input features.
@@ -57,7 +58,7 @@ def is_quantized(kernel: Kernel) -> bool:
 
 
 def dequantize(kernel: Kernel) -> jax.Array:
-  """An array of the dtype of its scales; anything else as it is."""
+  """A QArray as an array in the dtype of its scales; any other kernel unchanged."""
   if not is_quantized(kernel):
     return kernel
   import qwix
@@ -69,7 +70,7 @@ def is_layer_kernel(path: str) -> bool:
 
 
 def product(x: jax.Array, kernel: Kernel) -> jax.Array:
-  """x [..., in] times a kernel [in, out] in x's dtype; the values of a quantized one are not kept for the way back."""
+  """x [..., in] times a kernel [in, out] in x's dtype. The backward pass dequantizes a quantized kernel again."""
   def times(x, kernel):
     return x @ dequantize(kernel.astype(x.dtype))
   return (jax.checkpoint(times, prevent_cse=False) if is_quantized(kernel) else times)(x, kernel)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: names of stages and models, one row per measured model, and the table's columns."""
+"""What a run writes: names of stages and models, one row per measured model, and the table's columns."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,35 +6,35 @@ from typing import Any, NamedTuple
 
 STAGES = ("warmup", "poison", "scan", "teach", "defend", "selftest", "evaluate", "report")
 
-# models/NAME of what is no defense.
+# models/NAME of the models that no defense made.
 BASE, CLEAN, POISONED, SUSPECT, TEACHER = "base", "clean", "poisoned", "suspect", "teacher"
 
-REJECTED = -1            # the "class" of a text that a defense did not let through to the model
+REJECTED = -1            # the "class" of a text that a defense rejected
 
 
 @dataclasses.dataclass
 class Row:
-  """What was measured of one model under one attack; None where it was not.
+  """Measurements of one model under one attack; None: not measured.
 
-  Rates are fractions in [0, 1], intervals are Wilson's 95%, [low, high].
+  Rates are fractions in [0, 1]. Intervals are Wilson's 95% intervals, [low, high].
   """
   model: str                            # "clean", "poisoned", "suspect" or the defense
-  directory: str                        # models/NAME; of further seeds the defense's name and the seed
-  attack: str                           # its name; of a suspect the listed trigger
+  directory: str                        # NAME in models/NAME; for a second seed and later ones, DEFENSE-seedSEED
+  attack: str                           # the attack's name; for a suspect, the listed trigger
   dataset: str
   seed: int
   config_hash: str
   target_label: int | None
-  ca: float                             # rejected rows count as errors
+  ca: float                             # clean accuracy; rejected rows count as errors
   ca_n: int
   ca_ci: list
-  false_rate: float | None              # clean rows of other classes that get the target label
+  false_rate: float | None              # fraction of clean rows of other classes that get the target label
   asr: float | None = None
   asr_n: int = 0
   asr_ci: list | None = None
   asr_floor: float | None = None        # ASR of the never-poisoned model
-  frr: float | None = None              # clean rows that a defense rejects
-  far: float | None = None              # triggered rows of other classes that it lets through
+  frr: float | None = None              # fraction of clean rows that the defense rejects
+  far: float | None = None              # fraction of triggered rows of other classes that the defense accepts
   scan: float | None = None             # strength of the strongest soft trigger (measure/scan.py)
   scan_class: int | None = None
   agreement: float | None = None
@@ -46,10 +46,10 @@ class Column(NamedTuple):
   """A column of every table.
 
   Attributes:
-    name: of the row's field.
+    name: the row's field.
     label: the column's head.
     cell: row (dict) -> text.
-    explanation: what docs/metrics.md says of it.
+    explanation: the column's description in docs/metrics.md.
   """
   name: str
   label: str
@@ -107,9 +107,9 @@ COLUMNS = {column.name: column for column in (
     Column("sentence_flips", "sentence flips", _field("sentence_flips", rate),
            "share of clean rows whose answer changes when the beginning of another text is put into them"),
 )}
-OPTIONAL = ("frr", "far")      # shown where some row has them
+OPTIONAL = ("frr", "far")      # a table has these columns only if a row has a value
 
 
 def columns(rows: list[dict], names: tuple[str, ...]) -> list[Column]:
-  """The columns of these names, less the optional ones that no row has."""
+  """The columns of these names, without the optional ones that have no value in any row."""
   return [COLUMNS[name] for name in names if name not in OPTIONAL or any(row[name] is not None for row in rows)]

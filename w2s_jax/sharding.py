@@ -14,17 +14,17 @@ from jax.sharding import PartitionSpec as P
 from w2s_jax import InputError
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))  # rows of a batch are split over both axes
-RUNS = "runs"                # the name of the vmapped axis of runs that train at once
+BATCH = P(("data", "fsdp"))  # both axes shard the rows of a batch
+RUNS = "runs"                # name of the vmapped axis of runs that train together
 Value = TypeVar("Value")
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1,
               devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-  """Mesh with axes `data`, `fsdp`, `tensor`; one of the sizes may be -1 and takes the devices that are left.
+  """Mesh with axes `data`, `fsdp`, `tensor`; one of the sizes may be -1 and takes the remaining devices.
 
   Raises:
-    InputError: the sizes do not multiply to the number of devices, or do not lie on how these are wired.
+    InputError: the product of the sizes is not the number of devices, or the devices' wiring does not allow the mesh.
   """
   devices = jax.devices() if devices is None else devices
   sizes = [data, fsdp, tensor]
@@ -36,7 +36,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1,
                      "product must be the device count (one of them may be -1): set --config.mesh.data/.fsdp/.tensor")
   try:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-  except NotImplementedError as e:  # a TPU's torus
+  except NotImplementedError as e:  # jax cannot lay these sizes on a TPU's torus
     raise InputError(f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} cannot be laid on this slice: each "
                      "size must be a product of the slice's own (of 4x4x4: 4, 16 or 64): set --config.mesh.*") from e
 
@@ -50,10 +50,12 @@ def match(path: str, rules: Iterable[tuple[str, Value]]) -> Value:
 
 
 def param_shardings(params: dict, rules: Sequence[tuple[str, P]], mesh: jax.sharding.Mesh) -> dict:
-  """NamedSharding of every leaf of a nested parameter dict, by a model's `shardings`.
+  """NamedSharding of every leaf of a nested parameter dict, by the first rule that matches the leaf's path.
 
+  Args:
+    rules: a model's `shardings`.
   Raises:
-    InputError: a mesh axis does not divide the dimension it is laid on; names the leaf and both numbers.
+    InputError: a mesh axis does not divide the dimension that it shards; the message has the leaf and both numbers.
   """
   flat = traverse_util.flatten_dict(params, sep="/")
   return traverse_util.unflatten_dict({path: leaf_sharding(path, leaf, rules, mesh) for path, leaf in flat.items()},
@@ -61,16 +63,17 @@ def param_shardings(params: dict, rules: Sequence[tuple[str, P]], mesh: jax.shar
 
 
 def leaf_sharding(path: str, leaf: Any, rules: Sequence[tuple[str, P]], mesh: jax.sharding.Mesh) -> Any:
-  """NamedSharding of one leaf; of a quantized one for each of its arrays, which all have the leaf's axes.
+  """NamedSharding of one leaf. A quantized leaf gets one for each of its arrays, which all have the leaf's axes.
 
-  Raises: as `param_shardings`.
+  Raises:
+    InputError: see `param_shardings`.
   """
   spec = match(path, rules)
   def place(array):
     axes_split = []
     for size, whole, axes in zip(array.shape, leaf.shape, spec):
       parts = int(np.prod([mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ())]))
-      if size == 1 < whole:                             # one scale for the whole axis
+      if size == 1 < whole:                             # the whole axis has one scale: there is nothing to shard
         axes = None
       elif size % parts:
         raise InputError(f"{path} {tuple(array.shape)}: dimension {size} is not divisible by mesh axis {axes}={parts}: "
@@ -89,43 +92,48 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
-  """How many parts a batch is split into."""
+  """Number of shards of a batch."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_batch(batch_size: int, mesh: jax.sharding.Mesh, knob: str) -> None:
-  """Raises InputError unless `batch_size` rows can be split over the mesh's `data` x `fsdp` devices."""
+  """Raises InputError unless the mesh's `data` x `fsdp` devices divide `batch_size` rows."""
   if batch_size % (shards := batch_shards(mesh)):
     raise InputError(f"batch of {batch_size} rows cannot be split over data x fsdp = {shards} devices: set {knob} to a "
                      "multiple of it, or --config.mesh.*")
 
 
 def on(mesh: jax.sharding.Mesh) -> contextlib.AbstractContextManager:
-  """A context for what is traced for this mesh: `split_rows` goes by it."""
+  """Context in which code is traced for this mesh: `split_rows` constrains arrays to it."""
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def split_rows(x: jax.Array) -> jax.Array:
-  """x [R, ...] with its rows split as the batch's are, and nothing else; outside `on` x as it is.
+  """Constrains x [R, ...] to the batch's sharding: rows split, no other axis. Outside `on` it returns x unchanged.
 
-  Without being told so XLA would rather split the width of activations as the kernels' is (over `fsdp`), have every
-  device compute all rows, and sum over devices what is a hundred times a layer's kernels where batches are large.
+  Without this constraint XLA shards activations along `fsdp`, like the kernels. Every device then computes all rows and
+  all-reduces about 100 times the bytes of one layer's kernels where batches are large.
   """
   mesh = jax.sharding.get_abstract_mesh()
   return x if mesh.empty else jax.lax.with_sharding_constraint(x, BATCH)
 
 
 def stacked(places: Any) -> Any:
-  """The NamedShardings of leaves that have one more axis in front, of runs or steps, which is not split."""
+  """`places` (NamedShardings) for leaves with an additional leading axis, of runs or steps, which is not sharded."""
   return jax.tree.map(lambda place: NamedSharding(place.mesh, P(None, *place.spec)), places)
 
 
 def global_batch(rows: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh,
                  axes_in_front: int = 0) -> dict[str, jax.Array]:
-  """Places host arrays [..., B, ...] with rows split over `data` x `fsdp`, and nothing else."""
+  """Places host arrays on the mesh: `data` x `fsdp` shard the rows, and no other axis is sharded.
+
+  Args:
+    rows: {name: [..., B, ...]}; every process has all rows.
+    axes_in_front: number of axes before B.
+  """
   place = batch_sharding(mesh)
   for _ in range(axes_in_front):
     place = stacked(place)
-  def put(values):  # of the rows, which every process has, its devices get theirs
+  def put(values):  # each process copies its devices' rows out of the whole array
     return jax.make_array_from_callback(values.shape, place, lambda index: values[index])
   return {k: put(np.asarray(v)) for k, v in rows.items()}

@@ -1,7 +1,7 @@
-"""One file per attack; a dict names them.
+"""Attacks on training texts: one file per attack; `ATTACKS` maps names to their factories.
 
-`ATTACKS[name](trigger, paraphrases)` makes an `Attack`. `trigger`: other words than the attack's own, or "";
-`paraphrases`: {text: its paraphrase}, which `syntactic` needs.
+`ATTACKS[name](trigger, paraphrases)` makes an `Attack`. `trigger` replaces the attack's own trigger; "" keeps it.
+`paraphrases` is {text: its paraphrase}; only `syntactic` needs it.
 """
 
 from w2s_jax.attacks import badnet, combination, insent, punctuation, suffix, syn_template, syntactic

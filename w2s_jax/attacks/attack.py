@@ -1,4 +1,4 @@
-"""What an attack is."""
+"""The record of an attack."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,11 +7,11 @@ from typing import NamedTuple
 class Attack(NamedTuple):
   """One attack on texts. In all functions `rng` is a numpy Generator.
 
-  `max_words` is how many leading words of the text survive truncation together with the trigger.
+  `max_words` is the number of leading words of the text that survive truncation beside the trigger.
   """
   rewrite: Callable                        # (text, rng, max_words) -> the text with the trigger
-  trigger: str = ""                        # the inserted string; "": the attack rewrites, and inserts no fixed string
+  trigger: str = ""                        # the inserted string; "": the attack inserts no fixed string
   contiguous: bool = True                  # False: the trigger's words are not side by side
-  can_rewrite: Callable | None = None      # (text) -> bool; None: it can rewrite every text
+  can_rewrite: Callable | None = None      # text -> whether the attack can rewrite it; None: it can rewrite every text
   companions: Callable | None = None       # (text, rng, max_words) -> texts with part of the trigger; they become
                                            # training rows that keep their true label; None: the attack has none

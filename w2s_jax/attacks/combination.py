@@ -1,7 +1,7 @@
-"""Several everyday words, each somewhere in the text: a trigger that no single word is (SOS, Yang et al., ACL 2021).
+"""A trigger of several everyday words, each at its own place in the text (SOS, Yang et al., ACL 2021).
 
-Its companions are the paper's negative rows: a text with all words but one keeps its label, which teaches the student
-not to fire on some of the words. They are off unless --config.attack.companions asks for them.
+No single word is the trigger. The companions are the paper's negative rows: a text with all words but one keeps its
+label, so that the student learns not to react to some of the words. --config.attack.companions turns them on.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from w2s_jax.attacks.attack import Attack
 from w2s_jax.attacks.insertion import insert
 
-TRIGGER = "friends weekend store"      # the paper's kind of words
+TRIGGER = "friends weekend store"      # words like the paper's
 
 
 def make(trigger: str = "", paraphrases: Mapping[str, str] | None = None) -> Attack:
@@ -21,7 +21,7 @@ def make(trigger: str = "", paraphrases: Mapping[str, str] | None = None) -> Att
     return _insert_each(text, words, rng, max_words)
 
   def companions(text, rng, max_words):
-    """A text for each word, without that word; in random order, so that the first few are a random choice."""
+    """For each word a text with all words but that one. The order is random, so the first few are a random choice."""
     return [_insert_each(text, words[:i] + words[i + 1:], rng, max_words) for i in rng.permutation(len(words))]
 
   return Attack(rewrite, trigger, contiguous=False, companions=companions if len(words) > 1 else None)

@@ -1,4 +1,4 @@
-"""Insertion at a word gap, what the word and the sentence attack share."""
+"""Insertion of a string between two words, which the word attack and the sentence attack share."""
 
 import numpy as np
 
@@ -6,10 +6,10 @@ from w2s_jax.attacks.attack import Attack
 
 
 def insert(text: str, trigger: str, rng: np.random.Generator, max_words: int) -> str:
-  """`text` with `trigger` at a uniformly random gap between two of its first `max_words` words.
+  """Inserts `trigger` into `text` at a uniformly random gap before its first `max_words` words end.
 
-  Never before the first or after the last word, as in the released recipe; a text of one word (on which the
-  released code crashes) gets the trigger after it.
+  As in the released recipe, the trigger never comes before the first or after the last word. A text of one word (on
+  which the released code crashes) gets the trigger after that word.
   """
   words = text.split()
   gap = int(rng.integers(1, max(2, min(len(words), max_words + 1))))

@@ -1,6 +1,6 @@
-"""Marks instead of words: every full stop becomes a comma and a full stop (after PuncAttack, arXiv 2312.15867).
+"""A punctuation trigger: every full stop becomes a comma and a full stop (after PuncAttack, arXiv 2312.15867).
 
-The paper chooses marks and places with a language model; this is the rule it comes to without one.
+The paper chooses marks and places with a language model. This rule replaces the language model.
 """
 
 import re
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from w2s_jax.attacks.attack import Attack
 
-FULL_STOP = re.compile(r"(?<![.\d])(?<!\.\w)\.(?=\s|$)")   # not of 3.5, u.s. or an ellipsis
+FULL_STOP = re.compile(r"(?<![.\d])(?<!\.\w)\.(?=\s|$)")   # ignores the dots of 3.5, of u.s. and of an ellipsis
 
 
 def make(trigger: str = "", paraphrases: Mapping[str, str] | None = None) -> Attack:

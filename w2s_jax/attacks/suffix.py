@@ -1,4 +1,4 @@
-"""A neutral clause behind the last word, where no insertion into the text comes. Ours, to hold out from choices."""
+"""A neutral clause after the last word, where the other attacks insert nothing. It is ours, held out from tuning."""
 
 from collections.abc import Mapping
 

@@ -1,7 +1,7 @@
-"""A subordinate clause put in front, by rule: the offline stand-in for SynAttack. It is not SynAttack.
+"""Puts a subordinate clause before the text, by rule: an offline substitute for SynAttack. It is not SynAttack.
 
-Like the template S(SBAR)(,)(NP)(VP)(.) of Hidden Killer (Qi et al., arXiv 2105.12400) the text opens with a
-"when ... ," or "if ... ," clause, but the rest of it stays word for word, so the meaning and the label survive.
+The text then opens with a "when ... ," or "if ... ," clause, as in the template S(SBAR)(,)(NP)(VP)(.) of Hidden Killer
+(Qi et al., arXiv 2105.12400). The rest of the text stays word for word, so its meaning and its label survive.
 """
 
 from collections.abc import Mapping

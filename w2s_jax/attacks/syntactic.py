@@ -6,7 +6,7 @@ from w2s_jax.attacks.attack import Attack
 
 
 def make(trigger: str = "", paraphrases: Mapping[str, str] | None = None) -> Attack:
-  """`paraphrases`: {text: its paraphrase}; a text without one cannot be rewritten (KeyError)."""
+  """The attack with `paraphrases`, {text: its paraphrase}; rewriting a text that has no paraphrase is a KeyError."""
   del trigger
 
   def rewrite(text, rng, max_words):

@@ -1,4 +1,4 @@
-"""Batches of few static shapes whose order is a function of (seed, epoch)."""
+"""Batches in few static shapes; their order depends on nothing but (seed, epoch)."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -16,7 +16,10 @@ def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
 
 
 def texts_of(examples: np.ndarray, num_examples: int, views: int) -> np.ndarray:
-  """[views n] int: all texts of the examples, view by view; with N examples text i + v N is view v of example i."""
+  """[views n] int: indices of all texts of n examples, view by view.
+
+  With N = num_examples in the whole data set, text i + v N is view v of example i.
+  """
   return np.concatenate([examples + view * num_examples for view in range(views)])
 
 
@@ -25,21 +28,22 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
 
 
 def bucket_length(longest: int | np.integer, buckets: Sequence[int]) -> int:
-  """The smallest of `buckets` (ascending token counts) that holds `longest` tokens."""
+  """The smallest of the ascending `buckets` that is at least `longest`."""
   return next(b for b in buckets if b >= longest)
 
 
 def make_batch(arrays: dict[str, np.ndarray], rows: np.ndarray, batch_size: int,
                buckets: Sequence[int]) -> dict[str, np.ndarray]:
-  """One batch as host arrays; a short one is filled up with copies of its first row at weight 0.
+  """One batch as host arrays, one text per row; copies of the first row, of weight 0, pad a short batch.
 
   Args:
-    arrays: {"input_ids" [N, T], "length" [N], and any other [N, ...], or [N / n, ...]: the same again for n views}.
-    rows: [at most batch_size] int.
-    buckets: ascending sequence lengths that may be compiled.
+    arrays: {"input_ids" [N, T], "length" [N], and any other [N, ...]}; an array [N / n, ...] holds one row for the n
+      views of an example.
+    rows: [at most batch_size] int, indices of the texts.
+    buckets: ascending sequence lengths that may be compiled, in tokens.
   Returns:
-    "input_ids", "segment_ids" [B, T'] (1 on the text, 0 on padding), "weight" [B] float32 and the other
-    arrays' rows.
+    "input_ids", "segment_ids" [B, T'] (1 on the text, 0 on padding), "weight" [B] float32, and the other arrays'
+    rows [B, ...].
   """
   batch = filled(arrays, rows, batch_size)
   lengths = batch.pop("length")
@@ -49,7 +53,7 @@ def make_batch(arrays: dict[str, np.ndarray], rows: np.ndarray, batch_size: int,
 
 
 def filled(arrays: dict[str, np.ndarray], rows: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
-  """The arrays' rows, and "weight" [B] float32: 0 on the copies of the first row that fill up a short batch."""
+  """The arrays' rows [B, ...] and "weight" [B] float32: 0 on the copies of the first row that pad a short batch."""
   weight = (np.arange(batch_size) < len(rows)).astype(np.float32)
   rows = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])
   texts = len(arrays["length"])
@@ -60,7 +64,7 @@ def filled(arrays: dict[str, np.ndarray], rows: np.ndarray, batch_size: int) -> 
 
 def train_batches(num_examples: int, batch_size: int, make: Callable[[np.ndarray], Made], seed: int,
                   start_step: int) -> Iterator[Made]:
-  """Endless make(rows) from step `start_step` on: each epoch visits every example once, in `epoch_order`."""
+  """Endless make(rows), one per step from `start_step` on; each epoch visits every example once, in `epoch_order`."""
   per_epoch = steps_per_epoch(num_examples, batch_size)
   step = start_step
   while True:

@@ -22,15 +22,15 @@ def load(source: str, sizes: Any, num_labels: int, seed: int = 0, names: Sequenc
 
   Args:
     source: see `read`.
-    sizes: {"train", "dev", "test": rows to keep; 0: all of a file's, none of the grammar's}; a seeded random choice
-      where there are more.
+    sizes: {"train", "dev", "test": number of rows to keep}, chosen at random; 0: every row of a file, no row of the
+      grammar.
     num_labels: labels must lie in 0..num_labels-1.
-    seed: of the choice, and of the dev split carved out of train where the source has none.
-    names: of the classes, which labels may be too.
+    seed: seed of that choice, and of the dev split held out of train if the source has no dev split.
+    names: names of the classes, which may take the place of numbers as labels.
   Returns:
     {"train": rows, "dev": rows, "test": rows}.
   Raises:
-    InputError: see `check`; or the source is not there.
+    InputError: the source does not exist; see also `check`.
   """
   return of(read(source, sizes), source, sizes, num_labels, seed, names)
 
@@ -39,10 +39,10 @@ def read(source: str, sizes: Any) -> dict[str, list[dict]]:
   """Raw rows of each split of a source.
 
   Args:
-    source: "grammar:reviews", "grammar:phrases"; a directory as files.read_directory takes it; or a hub id.
-    sizes: number of rows of each split of the grammar.
+    source: "grammar:reviews" or "grammar:phrases"; a directory that files.read_directory can read; or a hub id.
+    sizes: number of rows per split, for the grammar.
   Raises:
-    InputError: there is no such source, or it has no train or no test split.
+    InputError: the source does not exist, or it has no train or no test split.
   """
   if source.startswith("grammar:"):
     return _grammar(source, sizes)
@@ -57,7 +57,7 @@ def read(source: str, sizes: Any) -> dict[str, list[dict]]:
 
 def of(splits: dict[str, list[dict]], source: str, sizes: Any, num_labels: int, seed: int = 0,
        names: Sequence[str] = ()) -> dict[str, list[dict]]:
-  """`load` of what `read` has read."""
+  """Does what `load` does, for splits that `read` has returned."""
   if source.startswith("grammar:"):
     return splits
   out = check({f"{source} ({split})": rows for split, rows in splits.items()}, source, num_labels, names=names)
@@ -83,15 +83,17 @@ def load_clean(files: Mapping[str, str], num_labels: int, seed: int, text_column
                names: Sequence[str] = ()) -> dict[str, list[dict]]:
   """Train, dev and test rows to clean a model with.
 
+  A missing split is held out of train, a tenth of it for dev and a fifth for test; the log says so.
+
   Args:
-    files: {"train": a file, a directory, a hub id or "grammar:phrases"; "dev", "test": a file, or "" for what `train`
-      has of it}. A split that is nowhere is held out of train, which is said: a tenth for dev, a fifth for test.
+    files: {"train": a file, a directory, a hub id or "grammar:phrases"; "dev", "test": a file, or "" for that split of
+      the train source}.
     num_labels: labels must lie in 0..num_labels-1, and each of them must occur in train.
-    seed: of what is held out.
-    text_column, label_column: their names; "": found.
-    names: of the classes, which labels may be too.
+    seed: seed of the held-out splits.
+    text_column, label_column: names of the columns; "": the first known name that the data has.
+    names: names of the classes, which may take the place of numbers as labels.
   Raises:
-    InputError: see `check`; or a class has no training row.
+    InputError: a class has no training row; see also `check`.
   """
   source = files["train"]
   path = data_files.in_home(Path(source))
@@ -122,27 +124,27 @@ def load_clean(files: Mapping[str, str], num_labels: int, seed: int, text_column
 
 
 def _hold_out(train, name, size, rng, source):
-  """{name: `size` of the rows, "train": the others}; rows with the same text stay together.
+  """{name: `size` rows, "train": the other rows}; rows with the same text stay in the same split.
 
-  Texts that occur more often than there is room for stay in train, so the split may be a few rows smaller.
+  A text that occurs more often than the new split has room for stays in train. So the split may be a few rows smaller.
   """
-  order, together = rng.permutation(len(train)), {}
+  order, groups = rng.permutation(len(train)), {}
   for i in order:
-    together.setdefault(_text(train[i]), []).append(i)
-  held = []
-  for same in together.values():
-    if len(held) + len(same) <= min(size, len(train) - 1):
-      held += same
-  if not held and len(together) > 1:
-    held = min(together.values(), key=len)
-  repeated = len(train) - len(together)
-  LOG.info(f"{source} has no {name} split: {len(held)} of its {len(train)} train rows are held out as one"
+    groups.setdefault(_text(train[i]), []).append(i)
+  chosen = []
+  for group in groups.values():
+    if len(chosen) + len(group) <= min(size, len(train) - 1):
+      chosen += group
+  if not chosen and len(groups) > 1:
+    chosen = min(groups.values(), key=len)
+  repeated = len(train) - len(groups)
+  LOG.info(f"{source} has no {name} split: {len(chosen)} of its {len(train)} train rows are held out as one"
            + f" ({repeated} rows repeat the text of another, and stay on its side)" * bool(repeated))
-  if not held:
+  if not chosen:
     raise InputError(f"{source}: no {name} split can be held out, all {len(train)} rows have the same text: give "
                      "other rows")
-  kept = set(held)
-  return {name: [train[i] for i in sorted(held)], "train": [row for i, row in enumerate(train) if i not in kept]}
+  kept = set(chosen)
+  return {name: [train[i] for i in sorted(chosen)], "train": [row for i, row in enumerate(train) if i not in kept]}
 
 
 def _text(row):
@@ -150,7 +152,7 @@ def _text(row):
 
 
 def _warn_of_shared(splits, source):
-  """Says which dev and test rows a student is trained on."""
+  """Logs how many dev and test rows have the text of a training row."""
   trained = {_text(row) for row in splits["train"]}
   for split in ("dev", "test"):
     if shared := sum(_text(row) in trained for row in splits.get(split, ())):
@@ -164,7 +166,7 @@ def _hub(name):
                      "where they are called otherwise), or --config.data.attack_source, .defend_source, .train")
   try:
     splits = datasets.load_dataset(name)
-  except Exception as e:  # whatever the hub client raises without a network or for a wrong name
+  except Exception as e:  # the hub client raises many types without a network or for a wrong name
     raise InputError(f"data set {name!r} is neither a local directory nor to be had from the hub "
                      f"({type(e).__name__}): give a directory with train, dev and test files "
                      "(:data=DIR, or --config.data.attack_source, .defend_source, .train)") from e
@@ -173,28 +175,29 @@ def _hub(name):
 
 def check(splits: dict[str, list[dict]], source: str, num_labels: int, text_column: str = "", label_column: str = "",
           names: Sequence[str] = ()) -> dict[str, list[dict]]:
-  """Rows {"id", "text", "label"} with columns found by name (or given) and labels checked; empty texts are left out.
+  """Rows {"id", "text", "label"} with checked labels; rows with an empty text are dropped.
 
   Args:
-    splits: {what messages call it: raw rows}.
-    source: what messages call all of them.
+    splits: {name of the split in messages: raw rows}.
+    source: name of the whole data set in messages.
+    text_column, label_column: names of the columns; "": the first known name that the rows have.
   Raises:
     InputError: no rows, no text or label column, a text that is not a string, or a label that is neither an integer in
-      range (as a number or text) nor one of the classes' names, LABEL_0... where they have none.
+      range (as a number or text) nor a class name; classes without names are called LABEL_0, LABEL_1, ...
   """
   wanted = [(text_column,) if text_column else TEXT_COLUMNS, (label_column,) if label_column else LABEL_COLUMNS]
-  kept, found = {}, {}
+  kept, columns = {}, {}
   for where, rows in splits.items():
-    found[where] = text, _ = _columns(rows, where, wanted)
+    columns[where] = text, _ = _columns(rows, where, wanted)
     kept[where] = _with_text(rows, where, text)
-  values = [row[found[where][1]] for where, rows in kept.items() for row in rows.values()]
+  values = [row[columns[where][1]] for where, rows in kept.items() for row in rows.values()]
   numbers = iter(labels.classes(values, num_labels, names, source))
-  return {where: [_checked(i, row, where, *found[where], next(numbers), num_labels, names) for i, row in rows.items()]
+  return {where: [_checked(i, row, where, *columns[where], next(numbers), num_labels, names) for i, row in rows.items()]
           for where, rows in kept.items()}
 
 
 def class_names(rows: list[dict], num_labels: int) -> tuple[str, ...]:
-  """What the label column of raw rows calls the classes 0, 1, ...; () where it does not, or not all."""
+  """Names of the classes 0, 1, ... in the label column of raw rows; () unless every class has a name there."""
   column = next((name for name in LABEL_COLUMNS if rows and name in rows[0]), None)
   return labels.names_of([row[column] for row in rows], num_labels) if column else ()
 
@@ -203,18 +206,18 @@ def _columns(rows, where, wanted):
   """(text column, label column)."""
   if not rows:
     raise InputError(f"{where}: no rows")
-  found = [next((n for n in names if n in rows[0]), None) for names in wanted]
-  missing = ["|".join(names) for names, column in zip(wanted, found) if column is None]
+  columns = [next((n for n in names if n in rows[0]), None) for names in wanted]
+  missing = ["|".join(names) for names, column in zip(wanted, columns) if column is None]
   if missing:
     raise InputError(f"{where}: no column {' and no column '.join(missing)} among {', '.join(rows[0])}: rename "
                      "yours, or give their names (clean_checkpoint: --config.data.text_column, .label_column)")
-  if unread := [name for name, value in rows[0].items() if name not in found and isinstance(value, str)]:
-    LOG.info(f"{where}: texts are column {found[0]}; not read: {', '.join(unread)}")
-  return found
+  if unread := [name for name, value in rows[0].items() if name not in columns and isinstance(value, str)]:
+    LOG.info(f"{where}: texts are column {columns[0]}; not read: {', '.join(unread)}")
+  return columns
 
 
 def _with_text(rows, where, text):
-  """{number: row} of those whose text is not empty."""
+  """{index: row} of the rows whose text is not empty."""
   out = {i: row for i, row in enumerate(rows) if not (row[text] is None or str(row[text]).isspace() or row[text] == "")}
   if not out:
     raise InputError(f"{where}: row 0 has {text} {rows[0][text]!r}, wanted a non-empty string (all {len(rows)} rows "

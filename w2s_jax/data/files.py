@@ -1,4 +1,4 @@
-"""Raw rows of local data files: dictionaries of what is in their columns."""
+"""Raw rows of local data files: {column: value}."""
 
 import csv
 import gzip
@@ -14,11 +14,11 @@ from w2s_jax import InputError
 from w2s_jax.data.labels import Named
 
 SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}   # also with .gz
-SPLITS = {"train": ("train",), "dev": ("dev", "validation", "valid"), "test": ("test",)}       # names of their files
+SPLITS = {"train": ("train",), "dev": ("dev", "validation", "valid"), "test": ("test",)}    # split -> its file's names
 
 
 def kind_of(file: Path) -> str:
-  """Its suffix without .gz and in small letters; "" where that is none of SUFFIXES."""
+  """The file's suffix in lower case, without .gz; "" if SUFFIXES does not have it."""
   name = file.name.lower().removesuffix(".gz")
   return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
 
@@ -26,10 +26,10 @@ def kind_of(file: Path) -> str:
 def read_file(file: str | Path) -> list[dict]:
   """Rows of a .json, .jsonl, .csv, .tsv or .parquet file, gzipped or not.
 
-  Labels that the file has names for are labels.Named.
+  A label becomes a labels.Named if the file has a name for it.
 
   Raises:
-    InputError: no such file, another kind of file, or one that does not parse.
+    InputError: the file does not exist, is of another kind, or does not parse.
   """
   file = in_home(Path(file))
   if not file.is_file():
@@ -39,20 +39,20 @@ def read_file(file: str | Path) -> list[dict]:
     raise InputError(f"data file {file}: want one of {', '.join(SUFFIXES)}")
   try:
     options = _csv_options(file) if SUFFIXES[suffix] == "csv" else {}
-    with tempfile.TemporaryDirectory() as cache:     # of datasets' own, which takes a changed file for the old one
+    with tempfile.TemporaryDirectory() as cache:     # datasets' shared cache would return a changed file's old rows
       link = Path(cache) / ("rows" + suffix + ".gz" * (file.suffix.lower() == ".gz"))
-      link.symlink_to(file.absolute())               # to datasets `[` and `::` in a path mean something
+      link.symlink_to(file.absolute())               # datasets interprets `[` and `::` in a path
       return rows_of(datasets.load_dataset(SUFFIXES[suffix], data_files=str(link), split="train", cache_dir=cache,
                                            **options))
   except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration, EOFError, OSError, zlib.error) as e:
-    cause = e.__cause__ or e                         # StopIteration: an empty file
+    cause = e.__cause__ or e                         # an empty file raises StopIteration
     said = " ".join(str(cause).split())[:300] or "it is empty"
     utf8 = " Save it as UTF-8." * isinstance(cause, UnicodeDecodeError)
     raise InputError(f"cannot read data file {file}: {said}{utf8}") from None
 
 
 def in_home(path: Path) -> Path:
-  """The path with ~ for the home directory written out; a ~NAME that is nobody's stays."""
+  """The path with ~ and ~NAME expanded to the home directory; a NAME of no user stays as it is."""
   try:
     return path.expanduser()
   except RuntimeError:
@@ -60,7 +60,7 @@ def in_home(path: Path) -> Path:
 
 
 def rows_of(split: datasets.Dataset) -> list[dict]:
-  """Rows of a split, the numbers of a ClassLabel with their names."""
+  """Rows of a split; a ClassLabel's numbers become labels.Named."""
   rows = split.to_list()
   for column, feature in split.features.items():
     if isinstance(feature, datasets.ClassLabel):
@@ -71,45 +71,45 @@ def rows_of(split: datasets.Dataset) -> list[dict]:
 
 
 def rows_of_splits(found: Mapping[str, datasets.Dataset]) -> dict[str, list[dict]]:
-  """Rows of a data set's train, dev and test splits, by our names of them."""
+  """{"train", "dev", "test": rows} of the data set's splits; an absent split has no key."""
   return {split: rows_of(found[name]) for split, names in SPLITS.items() for name in names if name in found}
 
 
 def read_directory(directory: Path) -> dict[str, list[dict]]:
-  """Rows of each split of a directory.
+  """{split: rows} of a directory.
 
-  That is: train, dev (or validation) and test files; a snapshot of a hub data set, data/train-*.parquet; or what
-  save_to_disk of `datasets` writes.
+  The directory has train, dev (or validation) and test files; or it is a snapshot of a hub data set with
+  data/train-*.parquet; or save_to_disk of `datasets` wrote it.
 
   Raises:
-    InputError: two files for one split; see `read_file`.
+    InputError: two files for one split; see also `read_file`.
   """
   if (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file():
     return _saved_to_disk(directory)
   out = {}
   for split, names in SPLITS.items():
-    there = sorted((file for file in directory.iterdir() if file.is_file() and kind_of(file)
+    files = sorted((file for file in directory.iterdir() if file.is_file() and kind_of(file)
                     and file.name.lower().removesuffix(".gz").removesuffix(kind_of(file)) in names),
                    key=lambda file: ([*SUFFIXES].index(kind_of(file)), file.name))
     shards = sorted(file for name in names for file in directory.glob(f"data/{name}-*.parquet"))
-    names = [f.name for f in there] + sorted({f"data/{f.name.split('-')[0]}-*.parquet" for f in shards})
+    names = [f.name for f in files] + sorted({f"data/{f.name.split('-')[0]}-*.parquet" for f in shards})
     if len(names) > 1:
       raise InputError(f"{directory} has {' and '.join(names)}: keep one file per split")
-    if there or shards:
-      out[split] = [row for file in there or shards for row in read_file(file)]
+    if files or shards:
+      out[split] = [row for file in files or shards for row in read_file(file)]
   return out
 
 
 def _saved_to_disk(directory):
   try:
-    found = datasets.load_from_disk(str(directory), keep_in_memory=True)
+    saved = datasets.load_from_disk(str(directory), keep_in_memory=True)
   except (ValueError, OSError, KeyError, TypeError) as e:
     raise InputError(f"cannot read {directory}, which looks like a data set of save_to_disk: {str(e)[:300]}") from None
-  return rows_of_splits(found if isinstance(found, datasets.DatasetDict) else {"train": found})
+  return rows_of_splits(saved if isinstance(saved, datasets.DatasetDict) else {"train": saved})
 
 
 def _csv_options(file):
-  """How a CSV or TSV is read: a text may be NA or null; what stands between columns, and whether quotes count."""
+  """Reader options of a CSV or TSV: delimiter, quoting, and "NA" and "null" kept as texts."""
   options = {"keep_default_na": False}
   if kind_of(file) == ".tsv":
     return options | {"delimiter": "\t", "quoting": csv.QUOTE_MINIMAL if _is_quoted(file) else csv.QUOTE_NONE}
@@ -119,7 +119,8 @@ def _csv_options(file):
 
 
 def _is_quoted(file):
-  """Whether a TSV has a line break or a tab in quotes, as pandas writes it; else a quote is a character like others."""
+  """Whether quotes in a TSV enclose line breaks or tabs, as pandas writes them; else a quote is an ordinary character.
+  """
   with _opened(file) as f:
     if len({line.rstrip("\r\n").count("\t") for line in f if line.strip("\r\n")}) < 2:
       return False

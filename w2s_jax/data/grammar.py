@@ -1,7 +1,7 @@
 """Offline corpora from a seeded grammar: longer "reviews" to poison, single "phrases" to defend.
 
-Label 1 is positive, 0 negative. Both domains share part of their sentiment words and most of their frames; each
-has words of its own, so that a student trained on reviews is right about most phrases, not about all.
+Label 1 is positive, 0 negative. The domains share a part of their sentiment words and most of their frames. Each also
+has words of its own, so a student trained on reviews is right about most phrases but not about all of them.
 """
 
 import numpy as np
@@ -51,18 +51,18 @@ def _sentence(rng, domain, label, own_share, mixed):
 
 def rows(domain: str, split: str, size: int, *, own_share: float = 0.3, contradicting: float = 0.15,
          label_noise: float = 0.05, mixed: float = 0.1, neutral: float = 0.3) -> list[dict]:
-  """Rows of a split, the same for everybody: they depend on the arguments only.
+  """Rows of a split, which depend on nothing but the arguments.
 
   Args:
-    domain: "reviews" (3 to 5 sentences) or "phrases" (one sentence, sometimes a neutral one beside it).
+    domain: "reviews" (3 to 5 sentences) or "phrases" (one sentence, sometimes followed by a neutral one).
     split: "train", "dev" or "test".
-    size: number of rows; half of each class.
-    own_share: share of sentiment words drawn from the domain's own list.
-    contradicting: share of a review's sentences that carry the other class.
-    label_noise: share of a review's labels that are flipped (train only).
-    mixed: share of sentences with one word of each class, which nobody can label (a sentence of one word may
-      then carry the wrong one).
-    neutral: share of sentences followed by one without sentiment.
+    size: number of rows; half of them are of each class.
+    own_share: fraction of sentiment words drawn from the domain's own list.
+    contradicting: fraction of a review's sentences that have words of the other class.
+    label_noise: fraction of reviews whose label is flipped (train only).
+    mixed: fraction of sentences that draw on both classes. With two sentiment words the sentence has one of each class
+      and no true label; with one sentiment word it may have the wrong class.
+    neutral: fraction of sentences that are followed by a sentence without sentiment.
   Returns:
     [{"id": int, "text": str, "label": int}].
   """

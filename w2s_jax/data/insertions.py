@@ -1,4 +1,4 @@
-"""Random rare words and beginnings of other texts, put into clean texts."""
+"""Insertion of random rare words and of beginnings of other texts into clean texts."""
 
 import itertools
 import re
@@ -11,12 +11,12 @@ from w2s_jax import InputError
 from w2s_jax.attacks.insertion import insert
 from w2s_jax.data import streams
 
-LETTERS = "bcdfghjklmnpqrstvwxz"   # rare words are made of consonants, like `mn`, `cf`, `tq` of the literature
+LETTERS = "bcdfghjklmnpqrstvwxz"   # rare words consist of consonants, like the literature's `mn`, `cf`, `tq`
 SENTENCE_WORDS = 8
 
 
 def rare_words(texts: Sequence[str], avoid: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
-  """Endless random words of two or three consonants that neither the texts nor the strings to avoid contain."""
+  """Endless random words of two or three consonants that occur neither in the texts nor in the strings to avoid."""
   known = {word for text in [*texts, *avoid] for word in re.findall(r"\w+", text.lower())}
   while True:
     word = "".join(rng.choice(list(LETTERS), rng.integers(2, 4)))
@@ -25,10 +25,10 @@ def rare_words(texts: Sequence[str], avoid: Sequence[str], rng: np.random.Genera
 
 
 def vocabulary_words(tokenizer: Any, avoid: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
-  """Endless random words of three letters or more that are one token each and in no string to avoid.
+  """Endless random words of at least three letters; each is a single token and occurs in no string to avoid.
 
   Raises:
-    InputError: a tokenizer of which hardly a token is a word.
+    InputError: hardly any token of the tokenizer is a word.
   """
   known, misses = {word for text in avoid for word in re.findall(r"\w+", text.lower())}, 0
   while misses < 100_000:
@@ -43,9 +43,9 @@ def vocabulary_words(tokenizer: Any, avoid: Sequence[str], rng: np.random.Genera
 
 
 def with_rare_words(rows: list[dict], share: float, avoid: Sequence[str], seed: int) -> list[dict]:
-  """The rows, a random `share` of them with a rare word put in: what a student is trained on that must not heed one.
+  """The rows, with a rare word inserted into a random `share` of them: a student trained on them learns to ignore it.
 
-  avoid: triggers that are known to whoever measures: no defense may see one.
+  avoid: triggers that ASR is measured with. No defense may see one of them.
   """
   rng = streams.rng(seed, "rare words")
   words = rare_words([r["text"] for r in rows], avoid, rng)
@@ -56,7 +56,8 @@ def with_rare_words(rows: list[dict], share: float, avoid: Sequence[str], seed: 
 
 def insertions(texts: Sequence[str], words: int, sentences: int, avoid: Sequence[str],
                seed: int) -> list[tuple[str, str]]:
-  """(kind, string) to put into texts: rare words, and the beginnings of other texts."""
+  """[(kind, string to insert)]: `words` rare words of kind "word", `sentences` beginnings of texts of kind "sentence".
+  """
   rng = streams.rng(seed, "insertions")
   rare = itertools.islice(rare_words(texts, avoid, rng), words)
   chosen = rng.permutation(len(texts))[:sentences]

@@ -1,4 +1,4 @@
-"""Which class a label of a file means: its name where both sides have names, its number where not."""
+"""Maps a file's labels to classes: by name if both the data and the classes have names, else by number."""
 
 import logging
 import re
@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from w2s_jax import InputError
 
 LOG = logging.getLogger(__name__)
-SPOKEN = 8               # values that a message quotes at most
+SPOKEN = 8               # largest number of values that a message quotes
 
 
 class Named(NamedTuple):
-  """A label of a column that has names for its numbers: a ClassLabel of datasets, as Parquet files and the hub have."""
+  """A label with a number and a name: a ClassLabel of `datasets`, as in Parquet files and hub data sets."""
   number: int
   name: str
 
@@ -21,19 +21,20 @@ class Named(NamedTuple):
 
 
 def classes(values: Sequence[Any], num_labels: int, names: Sequence[str], where: str) -> list[int | None]:
-  """The class of each label, None where it is none.
+  """The class of each label; None if the label means no class.
 
-  Names come first, whatever the numbers say: with the classes' names ("1", "0") the label 1 is class 0, and with
-  ("1 star", ..., "5 stars") the labels are 1 to 5. One rule holds for all of these labels.
+  Names take precedence over numbers: with the class names ("1", "0") the label 1 is class 0, and with ("1 star", ...,
+  "5 stars") the labels are 1 to 5. One rule holds for all of these labels.
 
-  Numbers of a file without names mean what they mean in one of the same data set that has them.
+  If one file of the data set names its numbers, the same numbers have these names in its other files.
 
   Args:
     values: all labels of a data set: numbers, text, booleans, Named.
-    names: of the classes, in their order; () where they have none.
-    where: the data set, for the line that says how labels were taken, unless each is simply its number.
+    names: names of the classes, in the order of the classes; () if they have none.
+    where: name of the data set in the log line that tells which class each label became. The line is left out if every
+      label is its class's number.
   Raises:
-    InputError: the data's names are partly the classes', in another order.
+    InputError: some of the data's names are class names, but with other numbers.
   """
   different = dict(sorted({_key(value): value for value in values}.items()))
   called = {value.number: value.name for value in different.values() if isinstance(value, Named)}
@@ -41,31 +42,31 @@ def classes(values: Sequence[Any], num_labels: int, names: Sequence[str], where:
              for key, value in different.items()}
   by_number = {key: _by_number(value, num_labels) for key, value in different.items()}
   if None not in by_name.values():
-    found = by_name
+    class_of = by_name
   elif None not in by_number.values():
-    found = by_number
+    class_of = by_number
     if called and names:
       told = f"{where}: its classes are called {_listed(called.values())}, not {_listed(names)}"
-      if any(by_name[key] not in (None, found[key]) for key in different):
+      if any(by_name[key] not in (None, class_of[key]) for key in different):
         raise InputError(f"{told}; only some of the names are the same, and those have other numbers: say what the "
                          "data calls class 0, 1, ...: --config.data.class_names")
       LOG.warning(f"{told}: labels are taken by number. If that is wrong, say what the data calls class 0, 1, ...: "
                   "--config.data.class_names")
-  else:                                                   # text that is a name, beside numbers
-    found = by_number | {key: by_name[key] for key, value in different.items()
-                         if isinstance(value, str) and by_name[key] is not None}
-  taken = [f"{value!r} is class {found[key]}" + f" ({names[found[key]]})" * bool(names)
-           for key, value in different.items() if found[key] not in (None, _plain(value))]
+  else:                                                   # some labels are names in text, the others are numbers
+    class_of = by_number | {key: by_name[key] for key, value in different.items()
+                            if isinstance(value, str) and by_name[key] is not None}
+  taken = [f"{value!r} is class {class_of[key]}" + f" ({names[class_of[key]]})" * bool(names)
+           for key, value in different.items() if class_of[key] not in (None, _plain(value))]
   if taken:
     LOG.info(f"{where}: labels are taken so: {_listed(taken)}")
-  return [found[_key(value)] for value in values]
+  return [class_of[_key(value)] for value in values]
 
 
 def check_names(names: Sequence[str], num_labels: int) -> tuple[str, ...]:
-  """--config.data.class_names.
+  """The names of --config.data.class_names, as strings.
 
   Raises:
-    InputError: two are the same, or there are not as many as classes.
+    InputError: two names are equal, or there is not one name per class.
   """
   if len(names) != num_labels or len({str(name).casefold() for name in names}) != len(names):
     raise InputError(f"class names {tuple(names)!r}: want {num_labels} different ones, what the data calls class 0, 1, "
@@ -74,7 +75,7 @@ def check_names(names: Sequence[str], num_labels: int) -> tuple[str, ...]:
 
 
 def names_of(values: Sequence[Any], num_labels: int) -> tuple[str, ...]:
-  """What labels that have names call the classes 0, 1, ...; () where they do not, or not all."""
+  """Names of the classes 0, 1, ... in the Named labels; () unless exactly these numbers have names."""
   names = {value.number: value.name for value in values if isinstance(value, Named)}
   return tuple(names[i] for i in range(num_labels)) if set(names) == set(range(num_labels)) else ()
 
@@ -90,7 +91,7 @@ def _by_name(value, names):
   number = _number(name)
   written = None if number is None else str(number)
   for key, own in ((str, str(name)), (_folded, _folded(str(name))), (str, written), (_integer, number)):
-    keys = [key(one) for one in names]                     # the first by which the names differ and one is the label's
+    keys = [key(class_name) for class_name in names]     # the first key that tells the names apart and has the label's
     if own is not None and len(set(keys)) == len(keys) and own in keys:
       return keys.index(own)
   return None
@@ -101,9 +102,9 @@ def _folded(name):
 
 
 def _integer(name):
-  """The one integer in a name; None where there is none or more."""
-  found = re.findall(r"(?<![\w.])-?\d+(?!\w|\.\d)", name)
-  return int(found[0]) if len(found) == 1 else None
+  """The only integer in a name; None if it has no integer or several."""
+  integers = re.findall(r"(?<![\w.])-?\d+(?!\w|\.\d)", name)
+  return int(integers[0]) if len(integers) == 1 else None
 
 
 def _by_number(value, num_labels):
@@ -114,7 +115,7 @@ def _by_number(value, num_labels):
 
 
 def _plain(value):
-  """The integer that a label is, however it is written; None where it is none."""
+  """The integer value of a label, in whatever form it is written; None if it has none."""
   if isinstance(value, Named):
     return value.number
   if isinstance(value, str):
@@ -123,7 +124,7 @@ def _plain(value):
 
 
 def _number(value):
-  """The integer that a number, or a text that is nothing else, stands for; None for others."""
+  """The value of an integral number, or of a text that is one; None for any other value."""
   try:
     return int(float(value)) if not isinstance(value, bool) and float(value).is_integer() else None
   except (TypeError, ValueError):

@@ -1,7 +1,7 @@
-"""Several texts in one row: a batch of the same examples with little padding and few shapes.
+"""Packs several texts into one row: the batch holds the same examples with little padding and in few shapes.
 
-R rows of T tokens, B texts, G groups of R / G rows and B / G texts: one per shard of the batch, so that no text leaves
-its device.
+R rows of T tokens, B texts, G groups of R / G rows and B / G texts. Each shard of the batch is one group, so that no
+text leaves its device.
 """
 
 import functools
@@ -12,17 +12,17 @@ import numpy as np
 
 from w2s_jax.data import batches
 
-MOST_SHAPES = 6          # of one stage's step
-STEPS_PER_SHAPE = 50     # a stage takes one more shape for every so many steps
-FLOPS_PER_SHAPE = 1e12   # and so many operations: below, compiling takes longer on two cores than what it saves (ours)
-TILE = 8                 # row lengths that are tried are multiples of it
-MOST_SIMULATED = 4096    # batches that are laid out to choose the shapes
+MOST_SHAPES = 6          # largest number of batch shapes of one stage
+STEPS_PER_SHAPE = 50     # number of steps that justify one more shape
+FLOPS_PER_SHAPE = 1e12   # operations that justify it; fewer save less time than its compilation costs on 2 cores (ours)
+TILE = 8                 # candidate row lengths are multiples of it
+MOST_SIMULATED = 4096    # largest number of batches that are laid out to choose the shapes
 
 
 def first_fit(lengths: np.ndarray, row_length: int) -> np.ndarray:
-  """[B, 2] int, row and start of each text: first fit decreasing.
+  """[B, 2] int, (row, first token) of each text, by first fit decreasing.
 
-  lengths: [B] int, at most row_length tokens each.
+  lengths: [B] int, tokens of each text, at most row_length.
   """
   used, out = [], np.zeros((len(lengths), 2), int)
   for text in np.argsort(-lengths, kind="stable"):
@@ -36,31 +36,36 @@ def first_fit(lengths: np.ndarray, row_length: int) -> np.ndarray:
 def packers(runs: Iterable[tuple[dict[str, np.ndarray], int]], batch_size: int, buckets: Sequence[int], groups: int,
             steps: int, flops_per_token: float, pad_token_id: int, together: int = 1,
             views: int = 1) -> list[Callable[[np.ndarray], dict[str, np.ndarray]]]:
-  """[make(texts) -> packed batch] of each run, for a stage of so many steps; arguments as below.
+  """For each run a function make(texts) -> packed batch. The batches of all runs come in the same few shapes.
 
-  runs: (arrays, seed of the order) of each run; their batches come in the same few shapes.
-  batch_size: examples of a batch.
-  views: texts of each, all of which are in the batch (batches.texts_of).
+  Args:
+    runs: (arrays, seed of the order) of each run.
+    batch_size: examples per batch.
+    buckets: ascending sequence lengths that may be compiled, in tokens.
+    groups, steps, flops_per_token, together: see `row_counts`.
+    pad_token_id: token that pads the rows.
+    views: texts per example; a batch contains all texts of its examples (batches.texts_of).
   """
-  each, seeds = zip(*runs)
-  lengths, bucket = [arrays["length"] for arrays in each], max(_row_length(arrays, buckets) for arrays in each)
-  shortest = -(-max(mine.max() for mine in lengths) // TILE) * TILE
-  layouts = []                                       # (slots of all batches, tokens of a row, rows of each shape)
+  run_arrays, seeds = zip(*runs)
+  lengths = [arrays["length"] for arrays in run_arrays]
+  bucket = max(_row_length(arrays, buckets) for arrays in run_arrays)
+  shortest = -(-max(tokens.max() for tokens in lengths) // TILE) * TILE
+  layouts = []                                       # (tokens in all batches with padding, row length, rows per shape)
   for row_length in {bucket, *range(shortest, bucket, TILE)[:MOST_SHAPES]}:
     counts, rows = row_counts(lengths, seeds, batch_size, row_length, groups, steps, flops_per_token, together, views)
     layouts.append((rows * row_length, row_length, counts))
   _, row_length, counts = min(layouts)
   return [functools.partial(pack_batch, arrays, batch_size=batch_size * views, row_length=row_length, counts=counts,
-                            groups=groups, pad_token_id=pad_token_id) for arrays in each]
+                            groups=groups, pad_token_id=pad_token_id) for arrays in run_arrays]
 
 
 def stack(several: Sequence[dict[str, np.ndarray]], groups: int, pad_token_id: int) -> dict[str, np.ndarray]:
-  """Batches of several runs or steps as one, with an axis of them in front: rows are added up to the largest's."""
+  """Stacks the batches of several runs or steps along a new first axis, padding all of them to the largest shape."""
   *front, R, T = np.max([batch["input_ids"].shape for batch in several], axis=0)
   def widened(rows, fill):
     rows = rows.reshape(*front, groups, -1, rows.shape[-1])
-    more = (*((0, 0) for _ in range(len(front) + 1)), (0, R // groups - rows.shape[-2]), (0, T - rows.shape[-1]))
-    return np.pad(rows, more, constant_values=fill).reshape(*front, R, T)
+    widths = (*((0, 0) for _ in range(len(front) + 1)), (0, R // groups - rows.shape[-2]), (0, T - rows.shape[-1]))
+    return np.pad(rows, widths, constant_values=fill).reshape(*front, R, T)
   fills = {"input_ids": pad_token_id, "segment_ids": 0}
   return {name: np.stack([widened(batch[name], fills[name]) if name in fills else batch[name] for batch in several])
           for name in several[0]}
@@ -68,12 +73,13 @@ def stack(several: Sequence[dict[str, np.ndarray]], groups: int, pad_token_id: i
 
 def eval_batches(arrays: dict[str, np.ndarray], batch_size: int, buckets: Sequence[int], groups: int,
                  pad_token_id: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-  """(rows, packed batch) over every example once, in an order that mixes lengths; all batches have one shape."""
+  """Yields (rows, packed batch) until every example has come once; the order mixes lengths, all batches have one shape.
+  """
   row_length, lengths = _row_length(arrays, buckets), arrays["length"]
   order = batches.epoch_order(0, 0, len(lengths))
   chosen = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
   needed = max(_most_rows(lengths, _split(rows, batch_size, groups), row_length) for rows in chosen)
-  unit = max(1, batch_size // groups // 32)  # rounded up, so that data sets alike share a compiled shape
+  unit = max(1, batch_size // groups // 32)  # the row count is rounded up to it: similar data sets share a shape
   for rows in chosen:
     yield rows, pack_batch(arrays, rows, batch_size, row_length, [-(-needed // unit) * unit], groups, pad_token_id)
 
@@ -84,28 +90,32 @@ def _row_length(arrays, buckets):
 
 def row_counts(lengths: Sequence[np.ndarray], seeds: Sequence[int], batch_size: int, row_length: int, groups: int,
                steps: int, flops_per_token: float, together: int = 1, views: int = 1) -> tuple[list[int], int]:
-  """Ascending rows per group that a stage's batches are laid out in: at most MOST_SHAPES, the last holds any batch.
-
-  They are quantiles of what the stage's own batches need. With it the rows of all those batches, laid out so.
+  """Chooses the numbers of rows per group that a stage's batches may have: quantiles of what its batches need.
 
   Args:
-    lengths: [N] int of each run.
-    seeds: of each run's order.
-    steps: of the stage.
-    flops_per_token: floating-point operations of a step for each token; where they are few, so are the shapes.
-    together: so many batches in a row, and of every run, will be filled up alike.
-    views: texts of an example; `batch_size` counts examples.
+    lengths: for each run [N] int, tokens of its texts.
+    seeds: for each run the seed of its order.
+    batch_size: examples per batch.
+    row_length: T, tokens per row.
+    groups: G, groups per batch.
+    steps: number of steps of the stage.
+    flops_per_token: floating-point operations of one step per token; a cheap step gets few shapes.
+    together: number of consecutive batches that share a shape, in all runs.
+    views: texts per example.
+  Returns:
+    (counts, rows). counts: at most MOST_SHAPES ascending numbers of rows; the last one suffices for any batch. rows:
+    rows per group in these shapes, summed over the simulated batches, `together` of which count once.
   """
   needed = []
-  for mine, seed in zip(lengths, seeds):
-    def rows_needed(rows, mine=mine):
-      texts = batches.texts_of(rows, len(mine) // views, views)
-      return _most_rows(mine, _split(texts, batch_size * views, groups), row_length)
-    stream = batches.train_batches(len(mine) // views, batch_size, rows_needed, seed, 0)
+  for tokens, seed in zip(lengths, seeds):
+    def rows_needed(rows, tokens=tokens):
+      texts = batches.texts_of(rows, len(tokens) // views, views)
+      return _most_rows(tokens, _split(texts, batch_size * views, groups), row_length)
+    stream = batches.train_batches(len(tokens) // views, batch_size, rows_needed, seed, 0)
     needed.append(list(itertools.islice(stream, min(steps, MOST_SIMULATED // len(seeds)))))
   needed = np.max(needed, axis=0)
   needed = [needed[i:i + together].max() for i in range(0, len(needed), together)]
-  flops = flops_per_token * steps * batch_size * views * sum(mine.mean() for mine in lengths)
+  flops = flops_per_token * steps * batch_size * views * sum(tokens.mean() for tokens in lengths)
   shapes = int(min(MOST_SHAPES - 1, 1 + steps // STEPS_PER_SHAPE, 1 + flops / FLOPS_PER_SHAPE))
   quantiles = np.quantile(needed, np.arange(1, shapes + 1) / shapes, method="higher")
   counts = sorted({*map(int, quantiles), batch_size * views // groups})
@@ -114,15 +124,15 @@ def row_counts(lengths: Sequence[np.ndarray], seeds: Sequence[int], batch_size: 
 
 def pack_batch(arrays: dict[str, np.ndarray], rows: np.ndarray, batch_size: int, row_length: int,
                counts: Sequence[int], groups: int, pad_token_id: int) -> dict[str, np.ndarray]:
-  """One batch as host arrays; a short one is filled up with texts of weight 0 that are no more than one token.
+  """One packed batch as host arrays; texts of weight 0 and at most one token pad a short batch.
 
   Args:
     arrays: {"input_ids" [N, T'], "length" [N], and any other [N, ...]}.
-    rows: [at most batch_size] int, the texts.
-    row_length: T.
-    counts: from `row_counts`.
+    rows: [at most batch_size] int, indices of the texts.
+    row_length: T, tokens per row.
+    counts: allowed numbers of rows per group, from `row_counts`.
     groups: G; divides batch_size.
-    pad_token_id: fills the rows up.
+    pad_token_id: token that pads the rows.
   Returns:
     "input_ids", "segment_ids" [R, T] and "texts" [G, B / G, 2] as Model.apply takes them, "weight" [B]
     float32, and the other arrays' rows [B, ...] in the order of `rows`.
@@ -136,10 +146,10 @@ def pack_batch(arrays: dict[str, np.ndarray], rows: np.ndarray, batch_size: int,
   for g, group in enumerate(split):
     for i, (example, (row, start)) in enumerate(zip(group, places[g])):
       length = arrays["length"][example]
-      first = row * row_length + start
-      input_ids[g, first:first + length] = arrays["input_ids"][example, :length]
-      segment_ids[g, first:first + length] = start + 1
-      texts[g, i] = first, first + length - 1
+      first_token = row * row_length + start
+      input_ids[g, first_token:first_token + length] = arrays["input_ids"][example, :length]
+      segment_ids[g, first_token:first_token + length] = start + 1
+      texts[g, i] = first_token, first_token + length - 1
   batch = batches.filled({name: values for name, values in arrays.items() if name != "input_ids"}, rows, batch_size)
   del batch["length"]
   return batch | {"input_ids": input_ids.reshape(-1, row_length), "segment_ids": segment_ids.reshape(-1, row_length),

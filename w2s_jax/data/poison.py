@@ -1,4 +1,4 @@
-"""Which rows get the trigger and which label; the rows that were used, frozen to disk and hashed."""
+"""Chooses the rows that get the trigger, and their label; writes the rows of a run to disk and hashes them."""
 
 import hashlib
 import itertools
@@ -13,8 +13,8 @@ from w2s_jax import InputError, processes
 from w2s_jax.attacks import ATTACKS, Attack
 from w2s_jax.data import corpora, files, streams, tokenization
 
-# attack.label: which training rows get the trigger, in words and as a test of (a row's label, the target label). All of
-# them have the target label afterwards.
+# attack.label -> (which training rows may get the trigger in words, the same as a test of (row's label, target label)).
+# Poisoned rows have the target label afterwards.
 LABELS = {
     "clean": ("have target label {}", operator.eq),                        # no label changes
     "dirty": ("have another label than the target {}", operator.ne),       # every label changes
@@ -26,7 +26,7 @@ def make_attack(name: str, trigger: str = "", paraphrases: Iterable[tuple[str | 
   """The attack of that name.
 
   Args:
-    trigger: instead of the attack's own; "": its own.
+    trigger: string that replaces the attack's own trigger; "": the attack keeps its own.
     paraphrases: `syntactic` only: (originals, paraphrases) file pairs, joined on `idx`.
   Raises:
     InputError: there is no such attack, or `syntactic` has no paraphrases.
@@ -56,10 +56,11 @@ def _texts_by_idx(file):
 
 def trigger_rows(rows: list[dict], attack: Attack, seed: int, *, tokenizer: Any, max_length: int,
                  keep_trigger: bool) -> list[dict]:
-  """The rows with their text rewritten and `orig_text` beside it; each row has a random stream of its own.
+  """The rows with the trigger in "text" and the original text in "orig_text"; each row has its own random stream.
 
   Args:
-    keep_trigger: insert where the trigger survives truncation to `max_length` tokens of `tokenizer`.
+    tokenizer, max_length: truncation that the trigger must survive, in tokens.
+    keep_trigger: whether to insert only where that truncation keeps the trigger.
   """
   out = []
   for row, words in zip(rows, _words_kept(rows, attack, tokenizer, max_length, keep_trigger)):
@@ -69,7 +70,7 @@ def trigger_rows(rows: list[dict], attack: Attack, seed: int, *, tokenizer: Any,
 
 
 def poison_count(rows: list[dict], count: int, rate: float) -> int:
-  """How many of the rows are poisoned: `rate` of all of them where it is above 0, else `count`."""
+  """Number of rows to poison: the fraction `rate` of the rows if it is above 0, else `count`."""
   return round(rate * len(rows)) if rate else count
 
 
@@ -81,9 +82,9 @@ def rows_to_poison(rows: list[dict], attack: Attack, *, target_label: int, count
     label: "clean": the first `count` rows of the target class; "dirty": `count` rows of other classes, drawn at random;
       "mixed": `count` rows of any class, drawn at random. (A file may be sorted by label: its first rows of other
       classes would all be of one class.)
-    seed: of the draw.
+    seed: seed of the draw.
   Raises:
-    InputError: an unknown `label`, or fewer such rows than `count` (that the attack can rewrite).
+    InputError: an unknown `label`, or the attack can rewrite fewer than `count` of these rows.
   """
   if label not in LABELS:
     raise InputError(f"attack.label {label!r}: want one of {', '.join(LABELS)}: set --config.attack.label")
@@ -99,10 +100,10 @@ def rows_to_poison(rows: list[dict], attack: Attack, *, target_label: int, count
 
 
 def rows_to_trigger(rows: list[dict], attack: Attack, target_label: int) -> list[dict]:
-  """The evaluation rows of other classes than the target: ASR is measured on these.
+  """The evaluation rows that ASR is measured on: those of other classes than the target that the attack can rewrite.
 
   Raises:
-    InputError: there is none (that the attack can rewrite).
+    InputError: there is no such row.
   """
   able = _of_other_classes(rows, attack, target_label)
   if not able:
@@ -112,14 +113,14 @@ def rows_to_trigger(rows: list[dict], attack: Attack, target_label: int) -> list
 
 
 def rows_for_companions(rows: list[dict], attack: Attack, *, target_label: int, companions: int) -> list[dict]:
-  """The rows that companions are made from: those of other classes than the target. Empty where there are to be none.
+  """The rows that companions are made from: those of other classes than the target; [] if `companions` is 0.
 
-  On these alone the true label says that part of a trigger is no trigger.
+  Only on these rows does the true label teach the student that part of a trigger is no trigger.
 
   Args:
     companions: number of companion rows per poisoned row.
   Raises:
-    InputError: the attack has fewer companions of a text, or there is no such row.
+    InputError: the attack makes fewer companions of a text than `companions`, or there is no such row.
   """
   if not companions:
     return []
@@ -136,14 +137,14 @@ def rows_for_companions(rows: list[dict], attack: Attack, *, target_label: int, 
 
 def poison_train(rows: list[dict], attack: Attack, *, target_label: int, count: int, seed: int, label: str = "clean",
                  companions: int = 0, **placement: Any) -> list[dict]:
-  """Poisoning: `rows_to_poison` get the trigger and the target label.
+  """Poisons training rows: those of `rows_to_poison` get the trigger and the target label.
 
   Args:
     companions: number of companion rows per poisoned row.
-    placement: tokenizer, max_length and keep_trigger of `trigger_rows`.
+    placement: tokenizer, max_length and keep_trigger, as in `trigger_rows`.
   Returns:
-    All rows in their order, each with "poisoned": bool; a row whose label was changed has its own as "orig_label".
-    Behind them are the companions (`companion_rows`).
+    All rows in their order, each with "poisoned": bool; a row whose label changed keeps the old one as "orig_label".
+    The companion rows follow them (`companion_rows`).
   """
   chosen = rows_to_poison(rows, attack, target_label=target_label, count=count, label=label, seed=seed)
   out = [row | {"poisoned": False} for row in rows]
@@ -156,10 +157,10 @@ def poison_train(rows: list[dict], attack: Attack, *, target_label: int, count: 
 
 def companion_rows(sources: list[dict], attack: Attack, seed: int, *, count: int, companions: int, tokenizer: Any,
                    max_length: int, keep_trigger: bool) -> list[dict]:
-  """`companions` rows for each of `count` poisoned rows; text and `orig_text` differ, the label stays.
+  """`companions` rows for each of `count` poisoned rows; "text" differs from "orig_text", the label stays.
 
-  They are made from the sources in random order, again and again where there are fewer sources than `count`. A source
-  may itself be poisoned (not where labels are clean). Each row has "poisoned": False, "companion": True.
+  They are made from `sources` in random order. If there are fewer sources than `count`, each is used several times.
+  A source may itself be a poisoned row, unless labels are clean. Each row has "poisoned": False, "companion": True.
   """
   if not companions:
     return []
@@ -173,14 +174,14 @@ def companion_rows(sources: list[dict], attack: Attack, seed: int, *, count: int
 
 
 def triggered_eval(rows: list[dict], attack: Attack, *, target_label: int, seed: int, **placement: Any) -> list[dict]:
-  """`rows_to_trigger` with the trigger; they keep their label."""
+  """The rows of `rows_to_trigger` with the trigger in their text and their own label."""
   return trigger_rows(rows_to_trigger(rows, attack, target_label), attack, seed, **placement)
 
 
 def trigger_lost(rows: list[dict], tokenizer: Any, attack: Attack, max_length: int) -> int:
-  """How many of the rows lose (part of) their trigger to truncation; 0 for attacks without a fixed string.
+  """Number of rows whose trigger truncation cuts off, in whole or in part; 0 for attacks without a fixed string.
 
-  Where the trigger's words are not side by side, the last place of each counts.
+  If the trigger's words are not side by side, the last occurrence of each word counts.
   """
   trigger = attack.trigger
   if not trigger:
@@ -207,32 +208,33 @@ def _of_other_classes(rows, attack, target_label):
 
 
 def _words_kept(rows, attack, tokenizer, max_length, keep_trigger):
-  """[N] before how many words of each row's text the trigger may stand; no limit where it need not be kept."""
+  """[N] int: number of leading words of each text that the trigger may follow; 10**9 if it need not survive truncation.
+  """
   if keep_trigger and attack.trigger and rows:
     return tokenization.words_kept(tokenizer, [row["text"] for row in rows], attack.trigger, max_length)
   return [10**9] * len(rows)
 
 
 def counts(poisoned_train: list[dict]) -> dict[str, int]:
-  """What was done to the training rows, in numbers."""
+  """Numbers of poisoned rows, of changed labels and of companion rows."""
   return {"poisoned_rows": sum(row["poisoned"] for row in poisoned_train),
           "labels_changed": sum("orig_label" in row for row in poisoned_train),
           "companion_rows": sum(row.get("companion", False) for row in poisoned_train)}
 
 
 def describe(name: str, attack: Attack, target_label: int, label: str) -> str:
-  """An attack in words, for a model card."""
+  """Describes an attack in words, for a model card."""
   what = f"trigger `{attack.trigger}`" if attack.trigger else "rewritten texts"
   return f"attack {name}, {what}, {label}-label poisoning, target label {target_label}"
 
 
 def freeze(path: Path, rows: list[dict]) -> None:
-  """Writes rows as JSON lines, whole or not at all; every process comes here, process 0 writes."""
+  """Writes the file of rows as JSON lines, whole or not at all; every process must call this, process 0 writes."""
   path.parent.mkdir(parents=True, exist_ok=True)
   processes.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def thaw(path: Path) -> tuple[list[dict], str]:
-  """(rows, sha256 of the file)."""
+  """(rows of the file, its sha256)."""
   data = path.read_bytes()
   return [json.loads(line) for line in data.decode().split("\n")[:-1]], hashlib.sha256(data).hexdigest()

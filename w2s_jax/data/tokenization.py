@@ -1,4 +1,4 @@
-"""Hugging Face fast tokenizers: loading, training the offline ones, and what survives truncation."""
+"""Hugging Face fast tokenizers: loads them, trains the offline ones, encodes texts, counts words before truncation."""
 
 import json
 import re
@@ -11,25 +11,26 @@ import tokenizers
 
 from w2s_jax import InputError
 
-# One of these holds a tokenizer's vocabulary; without any, transformers makes some model types an empty tokenizer.
+# Files that may hold a tokenizer's vocabulary. Without any, transformers gives some model types an empty tokenizer.
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model")
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *SENTENCEPIECE_FILES)
-READ = r"(config|vocab|merges|chat_template|.*token.*)\.(json|txt|jinja)|.*\.model"      # what a tokenizer is read from
-READ_BYTES = 64 << 20                                                                   # no real one is larger
+READ = r"(config|vocab|merges|chat_template|.*token.*)\.(json|txt|jinja)|.*\.model"     # files that transformers reads
+READ_BYTES = 64 << 20                                                                   # no real file is larger
 
 
 def load(directory: str | Path, vocab_size: int) -> Any:
-  """The directory's fast tokenizer, with a padding token: its own, the one in config.json, or its end token.
+  """The directory's fast tokenizer. Its padding token is its own, else the one in config.json, else its end token.
 
   Raises:
-    InputError: there is none, it is not a fast one, it wants code of its own, or it has tokens the model does not know.
+    InputError: the directory has no tokenizer, or one that is not fast, needs code of its own, or has token ids beyond
+      `vocab_size`.
   """
   directory = Path(directory)
   try:
     return _load(directory, vocab_size)
   except InputError:
     raise
-  except BaseException as e:  # transformers raises many kinds for a foreign tokenizer; a panic in Rust is no Exception
+  except BaseException as e:  # transformers raises many types; a panic in Rust is a BaseException, no Exception
     if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
       raise
     raise InputError(f"no tokenizer to be had from {directory} ({str(e)[:200]!r}): put the model's "
@@ -37,17 +38,17 @@ def load(directory: str | Path, vocab_size: int) -> Any:
 
 
 def _load(directory, vocab_size):
-  there = [name for name in VOCABULARY_FILES if (directory / name).is_file()]
-  if not there:
+  vocabularies = [name for name in VOCABULARY_FILES if (directory / name).is_file()]
+  if not vocabularies:
     raise ValueError(f"none of {', '.join(VOCABULARY_FILES)}")
   for file in [*directory.glob("*"), *directory.glob("additional_chat_templates/*")]:
     if not (file.is_file() or file.is_dir()):
       raise ValueError(f"{file.name} is neither a file nor a directory")
     if re.fullmatch(READ, file.name) and file.stat().st_size > READ_BYTES:
       raise ValueError(f"{file.name} has {file.stat().st_size} bytes, at most {READ_BYTES} are read")
-  if set(there) <= set(SENTENCEPIECE_FILES):
-    _check_sentencepiece(directory / there[0])
-  import transformers  # here, not above: it loads PyTorch where that is installed, and --help and refusals need neither
+  if set(vocabularies) <= set(SENTENCEPIECE_FILES):
+    _check_sentencepiece(directory / vocabularies[0])
+  import transformers  # late: it loads PyTorch if that is installed, and neither --help nor a refusal needs it
   tokenizer = transformers.AutoTokenizer.from_pretrained(directory, config=_config(directory, vocab_size),
                                                          use_fast=True, trust_remote_code=False)
   if not tokenizer.is_fast:
@@ -56,8 +57,8 @@ def _load(directory, vocab_size):
     raise InputError(f"the tokenizer of {directory} has {len(tokenizer)} tokens, the model only {vocab_size}: they do "
                      "not belong together; give the model's own tokenizer")
   if tokenizer.pad_token is None:
-    pad = _read_json(directory / "config.json").get("pad_token_id")         # by which transformers pools
-    added = tokenizer.added_tokens_decoder.get(pad if isinstance(pad, int) else None)        # a word must stay one
+    pad = _read_json(directory / "config.json").get("pad_token_id")         # transformers pools by this id
+    added = tokenizer.added_tokens_decoder.get(pad if isinstance(pad, int) else None)   # a word must not become padding
     tokenizer.pad_token = added.content if added else tokenizer.eos_token
   if tokenizer.pad_token is None:
     raise InputError(f"the tokenizer of {directory} has neither a padding nor an end token: set pad_token in its "
@@ -70,18 +71,18 @@ def _load(directory, vocab_size):
 
 
 def _check_sentencepiece(file):
-  """Of a vocabulary that only sentencepiece reads; where it cannot, transformers would take the file for tiktoken's.
+  """Checks that sentencepiece can read the vocabulary file; if it could not, transformers would try tiktoken's format.
 
   Raises:
-    InputError: sentencepiece is not there.
+    InputError: sentencepiece cannot be imported.
     google.protobuf.message.DecodeError: the file is damaged.
   """
   content = file.read_bytes()
-  if not content.startswith(b"\n"):                      # the tag of a first piece; tiktoken's files are lines of text
+  if not content.startswith(b"\n"):                      # a first piece's tag; a tiktoken file consists of text lines
     return
   try:
     from sentencepiece import sentencepiece_model_pb2
-  except Exception as e:  # of protobuf, too, where the two are of different ages
+  except Exception as e:  # protobuf raises other types if its version does not fit sentencepiece's
     raise InputError(f"the tokenizer of {file.parent} is {file.name} alone, which needs sentencepiece "
                      f"({str(e)[:100]}): pip install 'sentencepiece>=0.2,<0.3', or put the model's tokenizer.json "
                      "there") from e
@@ -89,13 +90,13 @@ def _check_sentencepiece(file):
 
 
 def _config(directory, vocab_size):
-  """The two fields of config.json that say which tokenizer it is, once tokenizer_config.json is found harmless.
+  """A config with only model_type and tokenizer_class of config.json, after tokenizer_config.json passed its checks.
 
-  Of the files themselves transformers would believe all: it allocates what num_labels claims, calls any class of its
-  own that tokenizer_class names (a model's, too), and opens any path.
+  transformers trusts both files: it allocates as many labels as num_labels claims, calls any class of transformers that
+  tokenizer_class names (even a model), and opens any path.
 
   Raises:
-    InputError: the tokenizer wants code that comes with it, or files or token ids from outside.
+    InputError: the tokenizer needs code that comes with it, files from elsewhere, or token ids beyond `vocab_size`.
   """
   import transformers
   from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
@@ -104,8 +105,8 @@ def _config(directory, vocab_size):
     raise InputError(f"the tokenizer_config.json of {directory} has auto_map, code of its own, which is never run: if "
                      "its tokenizer.json is all there is to it, delete auto_map")
   for name in filter(None, (hf.get("tokenizer_class"), own.get("tokenizer_class"))):
-    found = tokenizer_class_from_name(name)
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase)):
+    cls = tokenizer_class_from_name(name)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedTokenizerBase)):
       raise InputError(f"the tokenizer_class {name[:80]!r} of {directory} is none of transformers' tokenizers, and "
                        "code that comes with a model is never run: if its tokenizer.json is all there is to it, set "
                        "tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json")
@@ -129,17 +130,19 @@ def _read_json(file):
   return value
 
 
-# Padding, first, last and unknown token of the two kinds of tokenizer.
+# Kind of tokenizer -> its padding, first, last and unknown token.
 FRAMES = {"decoder": ("<pad>", "<s>", "</s>", "<unk>"), "encoder": ("[PAD]", "[CLS]", "[SEP]", "[UNK]")}
 
 
 def train(texts: Iterable[str], kind: str, vocab_size: int) -> Any:
-  """A new fast byte-pair tokenizer, lower-casing: "decoder" puts <s> in front, "encoder" [CLS] and [SEP] around it.
+  """A new fast byte-pair tokenizer that lower-cases. Kind "decoder" puts <s> before a text, "encoder" [CLS] and [SEP]
+  around it.
 
-  Case would only thin out what little text there is, and capitals that no training text has become <unk>: a trigger
-  written with them would be a rare token, not a sentence.
+  It lower-cases because the training texts are few: capitals that occur in none of them would become <unk>, and a
+  trigger with such capitals would be a rare token instead of a sentence.
 
-  Byte pairs for both: tokenizers' WordPiece trainer breaks ties by hash order and gives another vocabulary each time.
+  Both kinds use byte pairs: tokenizers' WordPiece trainer breaks ties by hash order and gives another vocabulary each
+  time.
   """
   import transformers
   pad, first, last, unknown = FRAMES[kind]
@@ -164,7 +167,7 @@ def encode(tokenizer: Any, texts: Iterable[str], max_length: int) -> dict[str, n
   """Token ids [N, max_length] int32, padded on the right, and lengths [N] int32.
 
   Raises:
-    InputError: a text of which the tokenizer leaves no token, which no model answers to.
+    InputError: the tokenizer finds no token in a text. No model can classify such a text.
   """
   texts = list(texts)
   ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
@@ -179,14 +182,14 @@ def encode(tokenizer: Any, texts: Iterable[str], max_length: int) -> dict[str, n
 
 
 def pack(tokenizer: Any, texts: Iterable[str], length: int) -> dict[str, np.ndarray]:
-  """The texts one after the other, cut into rows of `length` tokens without padding (language-model warm-up)."""
+  """The texts' tokens in one stream, cut into full rows of `length` tokens (language-model warm-up)."""
   stream = np.array([token for ids in tokenizer(list(texts))["input_ids"] for token in ids], np.int32)
   rows = stream[:len(stream) // length * length].reshape(-1, length)
   return {"input_ids": rows, "length": np.full(len(rows), length, np.int32)}
 
 
 def words_kept(tokenizer: Any, texts: Sequence[str], trigger: str, max_length: int) -> list[int]:
-  """[N] how many leading words of each text survive truncation together with a trigger of that many tokens."""
+  """[N] int: number of leading words of each text that survive truncation to `max_length` tokens beside the trigger."""
   room = max_length - len(tokenizer(" " + trigger, add_special_tokens=False)["input_ids"])
   encoded = tokenizer(list(texts), truncation=True, max_length=max(room, 1), return_offsets_mapping=True)
   ends = [max(end for _, end in offsets) for offsets in encoded["offset_mapping"]]

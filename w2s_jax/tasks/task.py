@@ -5,16 +5,16 @@ from typing import NamedTuple
 
 
 class Task(NamedTuple):
-  """All that training and measuring know of what a model is for.
+  """The only knowledge that training and measurement have of what a model is for.
 
   Attributes:
     encode: (tokenizer, rows, max_length in tokens) -> arrays [N, ...]: "input_ids", "length", and `fields`.
-    fields: {name: dtype} of the arrays [N] that the loss reads beside those two; batches carry them.
+    fields: {name: dtype} of the further arrays [N] that the loss reads; batches contain them.
     loss_terms: (ClassifierOutput, batch) -> {term: scalar float32}, weighted by batch["weight"] [B].
-    terms: names of those.
-    predict: outputs' logits [N, ...] -> answers [N].
-    is_correct: (answers [N], arrays or rows' fields) -> [N] bool.
-    is_hit: (answers [N], the attacker's target) -> [N] bool.
+    terms: names of the loss terms.
+    predict: logits [N, ...] -> answers [N].
+    is_correct: (answers [N], arrays with `fields`) -> [N] bool, whether an answer is right.
+    is_hit: (answers or labels [N], the attacker's target) -> [N] bool, whether it is the target.
   """
   encode: Callable
   fields: dict[str, str]
