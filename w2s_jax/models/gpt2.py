@@ -126,7 +126,8 @@ FAMILY = family.Family(
         **modules((("layers/attn_norm", "transformer.h.{}.ln_1"), ("layers/mlp_norm", "transformer.h.{}.ln_2"),
                    ("norm", "transformer.ln_f")), "scale"),
         "score/kernel": "score.weight", "lm_head/embedding": "lm_head.weight",
-    }, unused=r"score\.weight|lm_head\.weight|transformer\.h\.\d+\.attn\.(masked_)?bias", transposed=False)},
+    }, unused=r"score\.weight|lm_head\.weight|transformer\.h\.\d+\.attn\.(masked_)?bias", transposed=False,
+        language_model="LMHeadModel")},
     shardings=(
         (r"embed_tokens/embedding", P("tensor", "fsdp")),                # [V, D]
         (r"position_embeddings/embedding", P(None, "fsdp")),             # [positions, D]
