@@ -1,8 +1,10 @@
 """Suspects that are a peft adapter and its base: merged as peft merges them, and refused where that is not sure."""
 
+import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import peft
 import pytest
@@ -13,10 +15,11 @@ from safetensors.numpy import load_file, save_file
 
 from w2s_jax import InputError
 from w2s_jax.data import grammar, tokenization
-from w2s_jax.models import load_pretrained, resolve, save_pretrained
+from w2s_jax.models import Model, load_pretrained, resolve, save_pretrained
 
 PAD = {"pad_token_id": 0}      # no text here has it: the last token is pooled
-TARGETS = {"llama": ["q_proj", "down_proj"], "bert": ["query", "output.dense"], "gpt2": ["c_attn", "c_proj"]}
+TARGETS = {"llama": ["q_proj", "down_proj"], "bert": ["query", "output.dense"], "gpt2": ["c_attn", "c_proj"],
+           "phi3": ["qkv_proj", "gate_up_proj"]}
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +31,10 @@ def cache(tmp_path, monkeypatch):
 def bases(llama, bert, gpt2, tmp_path_factory):
   """{family: directory} of tiny classifiers of two classes; the Llama has a tokenizer."""
   out, home = {}, tmp_path_factory.mktemp("bases")
+  fused = Model(dataclasses.replace(llama[0].config, model_type="phi3"))
+  phi3 = fused, fused.init(jax.random.key(0))
   texts = [row["text"] for row in grammar.rows("phrases", "train", 100)]
-  for name, (model, params) in {"llama": llama, "bert": bert, "gpt2": gpt2}.items():
+  for name, (model, params) in {"llama": llama, "bert": bert, "gpt2": gpt2, "phi3": phi3}.items():
     tokenizer = tokenization.train(texts, "decoder", model.config.vocab_size) if name == "llama" else None
     save_pretrained(home / name, model, params, tokenizer)
     out[name] = home / name
@@ -61,7 +66,8 @@ def logits(model, params):
 
 @pytest.mark.parametrize("family,options", [
     ("llama", {}), ("llama", {"use_rslora": True}), ("llama", {"rank_pattern": {"q_proj": 2}}), ("bert", {}),
-    ("gpt2", {}), ("llama", {"classes": 5}), ("bert", {"modules_to_save": ["classifier", "pooler"]})], ids=str)
+    ("gpt2", {}), ("phi3", {}), ("llama", {"classes": 5}), ("bert", {"modules_to_save": ["classifier", "pooler"]})],
+    ids=str)
 def test_it_is_what_peft_runs(family, options, made, bases):
   theirs, directory = made(family, **options)
   model, params = load_pretrained(resolve(str(directory), str(bases[family])), options.get("classes", 2))
