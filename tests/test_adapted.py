@@ -1,8 +1,10 @@
 """Suspects that are a peft adapter and its base: merged as peft merges them, and refused where that is not sure."""
 
+import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import peft
 import pytest
@@ -13,11 +15,11 @@ from safetensors.numpy import load_file, save_file
 
 from w2s_jax import InputError
 from w2s_jax.data import grammar, tokenization
-from w2s_jax.models import load_pretrained, resolve, save_pretrained
+from w2s_jax.models import Model, load_pretrained, resolve, save_pretrained
 
 PAD = {"pad_token_id": 0}      # no text here has it: the last token is pooled
 TARGETS = {"llama": ["q_proj", "down_proj"], "bert": ["query", "output.dense"], "gpt2": ["c_attn", "c_proj"],
-           "modernbert": ["Wqkv", "Wo"]}
+           "modernbert": ["Wqkv", "Wo"], "phi3": ["qkv_proj", "gate_up_proj"]}
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +31,11 @@ def cache(tmp_path, monkeypatch):
 def bases(llama, bert, gpt2, modernbert, tmp_path_factory):
   """{family: directory} of tiny classifiers of two classes; the Llama has a tokenizer."""
   out, home = {}, tmp_path_factory.mktemp("bases")
+  fused = Model(dataclasses.replace(llama[0].config, model_type="phi3"))
+  phi3 = fused, fused.init(jax.random.key(0))
   texts = [row["text"] for row in grammar.rows("phrases", "train", 100)]
-  for name, (model, params) in {"llama": llama, "bert": bert, "gpt2": gpt2, "modernbert": modernbert}.items():
+  made = {"llama": llama, "bert": bert, "gpt2": gpt2, "modernbert": modernbert, "phi3": phi3}
+  for name, (model, params) in made.items():
     tokenizer = tokenization.train(texts, "decoder", model.config.vocab_size) if name == "llama" else None
     save_pretrained(home / name, model, params, tokenizer)
     out[name] = home / name
@@ -62,7 +67,7 @@ def logits(model, params):
 
 @pytest.mark.parametrize("family,options", [
     ("llama", {}), ("llama", {"use_rslora": True}), ("llama", {"rank_pattern": {"q_proj": 2}}), ("bert", {}),
-    ("gpt2", {}), ("modernbert", {}), ("llama", {"classes": 5}),
+    ("gpt2", {}), ("modernbert", {}), ("phi3", {}), ("llama", {"classes": 5}),
     ("bert", {"modules_to_save": ["classifier", "pooler"]})], ids=str)
 def test_it_is_what_peft_runs(family, options, made, bases):
   theirs, directory = made(family, **options)

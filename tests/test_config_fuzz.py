@@ -17,7 +17,9 @@ from w2s_jax.models import load_pretrained
 CASES = 60                               # of a family in one run of the slow test, drawn by a fixed seed
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_new", "tanh", "gelu_pytorch_tanh", "quick_gelu")
 ROPES = ({"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
-         {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32})
+         {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32},
+         {"rope_type": "yarn", "rope_theta": 1e4, "factor": 3.0, "attention_factor": 1.5},
+         {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [2.0] * 4, "long_factor": [3.0] * 4})
 VALUES = {                               # beside what `values` makes of each field of the family's own config
     "rope_scaling": ROPES, "rope_parameters": ROPES, "rope_theta": (77.0,), "partial_rotary_factor": (0.5,),
     "layer_types": (["sliding_attention"] * 3, ["full_attention"] * 3), "sliding_window": (2, None),
@@ -34,6 +36,7 @@ VALUES = {                               # beside what `values` makes of each fi
     "sliding_window_pattern": (1, 2), "rope_local_base_freq": (77.0,), "query_pre_attn_scalar": (4,),
     "use_bidirectional_attention": (True,), "attention_multiplier": (0.1,), "pretraining_tp": (2,),
     "no_rope_layers": ([0, 1, 0],), "pad_token_id": (1, 5), "eos_token_id": (3, [3, 4]), "type_vocab_size": (1, 3),
+    "no_rope_layer_interval": (1, 2), "original_max_position_embeddings": (8, 20), "resid_pdrop": (0.3,),
     "rms_norm_eps": (1e-2,), "layer_norm_eps": (1e-2,),
     "layer_norm_epsilon": (1e-2,), "sinusoidal_pos_embds": (True, False), "summary_type": ("first", "mean"),
     "model_type": tuple(SHAPES), "transformers_weights": ("x.safetensors",), "torch_dtype": ("float16",),

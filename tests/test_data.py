@@ -298,6 +298,20 @@ def test_tokenizers_of_other_families_are_read(model_type, made, tokenizer_class
     assert tokenization.encode(tokenizer, ["the meal zz"], 12)["input_ids"][0, :len(want)].tolist() == want
 
 
+@pytest.mark.parametrize("model_type,tokenizer_class", [
+    ("phi3", "LlamaTokenizer"), ("phi3", "GPT2Tokenizer"), ("smollm3", "PreTrainedTokenizerFast")])
+def test_a_tokenizer_does_what_its_tokenizer_json_says(model_type, tokenizer_class, tokenizers, tmp_path):
+  """Whatever class the models on the hub name: this one lower-cases, and no Llama's or GPT-2's does."""
+  tokenizer = tokenizers["decoder"]
+  tokenizer.save_pretrained(tmp_path)
+  own = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"tokenizer_class": tokenizer_class}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(own))
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+  texts = ["The Meal is  really good .", "good"]
+  want, got = (tokenization.encode(one, texts, 16) for one in (tokenizer, tokenization.load(tmp_path, 300)))
+  np.testing.assert_array_equal(got["input_ids"], want["input_ids"])
+
+
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 def test_training_gives_the_same_tokenizer_in_every_process(kind):
   """Ties between equally frequent pairs are not broken by hash order: two processes get the same vocabulary."""

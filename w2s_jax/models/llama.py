@@ -28,7 +28,7 @@ ABSENT = {"llama": {"max_position_embeddings": 2048},
                    "pad_token_id": 32000}}
 CHOOSES = ("qwen2", "qwen3", "smollm3")        # these choose the layers with a window,
 ALL_SLIDE = ("mistral", "phi3")                # all layers of these have it
-KINDS = ("full_attention", "sliding_attention")
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +122,12 @@ def _windows(fields, num_layers, rotated):
   model_type = fields.values["model_type"]
   if model_type not in CHOOSES:
     window = fields.integer("sliding_window") if model_type in ALL_SLIDE and "sliding_window" in fields else 0
-    fields.only(layer_types=[KINDS[window > 0]] * num_layers)
+    fields.only(layer_types=[SLIDING if window else FULL] * num_layers)
     return window, ()
   has_window = fields.flag("use_sliding_window", False) and "sliding_window" in fields
   if "layer_types" in fields:
     entries = fields.entries("layer_types", num_layers, num_layers)
-    slides = [one.string("layer_types", None, KINDS) == KINDS[1] for one in entries]
+    slides = [one.string("layer_types", None, (FULL, SLIDING)) == SLIDING for one in entries]
   elif model_type == "smollm3":
     slides = [has_window and not turns for turns in rotated or (True,) * num_layers]
   else:
@@ -151,13 +151,13 @@ def _layers_to_hf(config):
     out["sliding_window"] = window or None
   if config.model_type in CHOOSES and window:
     slides = (config.slides or (True,) * config.num_layers)[:config.num_layers]
-    out |= {"use_sliding_window": True, "layer_types": [KINDS[one] for one in slides],
+    out |= {"use_sliding_window": True, "layer_types": [SLIDING if one else FULL for one in slides],
             "max_window_layers": [*slides, True].index(True)}
   return out
 
 
 def rotary(positions: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
-  """cos and sin [B, T, 1, d/2] float32; "dynamic" and "longrope" go by the batch's longest text, as in transformers."""
+  """cos and sin [B, T, 1, pairs] float32; "dynamic" and "longrope" go by the longest text, as in transformers."""
   inverse = config.rope.inverse_frequencies(config.head_dim, config.max_positions, positions.max() + 1)
   angles = positions[..., None].astype(jnp.float32) * inverse
   gain = config.rope.gain(config.max_positions)
@@ -165,11 +165,11 @@ def rotary(positions: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Ar
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotates the first features of x [B, T, H, d], as many as cos and sin have pairs: (i, i + d'/2), as transformers."""
-  first, second, rest = jnp.split(x, [cos.shape[-1], 2 * cos.shape[-1]], axis=-1)
-  first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+  """Rotates the first 2 * pairs features of x [B, T, H, d]; i and i + pairs are one, as in transformers."""
+  width = 2 * cos.shape[-1]
+  first, second = jnp.split(x[..., :width].astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-  return jnp.concatenate([turned, rest], axis=-1)
+  return turned if width == x.shape[-1] else jnp.concatenate([turned, x[..., width:]], axis=-1)
 
 
 class Attention(nn.Module):

@@ -57,7 +57,7 @@ class Rope:
     types, part = dict(zip(ROPE_FIELDS, ROPE_FIELDS)), 1.0
     if fields.values.get("model_type") == "phi3":
       types = PHI3_TYPES
-      part = _agreed(fields, rope, PARTIAL, lambda place: place.number(PARTIAL, None, 1e-30, 1.0)) or 1.0
+      part = _place(PARTIAL, fields, rope).number(PARTIAL, 1.0, 1e-30, 1.0)
     else:
       for place in (fields, rope):
         place.only(partial_rotary_factor=1)
@@ -118,7 +118,7 @@ class Rope:
     first, last = pair(self.beta_fast), pair(self.beta_slow)
     if self.truncate:
       first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, width - 1)
+    first, last = float(max(first, 0)), float(min(last, width - 1))
     ramp = last - first or 0.001      # as in transformers
     return 1 - jnp.clip((jnp.arange(width // 2, dtype=jnp.float32) - first) / ramp, 0, 1)
 
@@ -154,27 +154,27 @@ def _parameters(rope_type: str, fields: Fields, rope: Fields) -> dict[str, Any]:
   else:
     numbers = {"factor": rope.positive("factor")}
   if rope_type in ("llama3", "yarn", "longrope"):
-    numbers[ORIGINAL] = (_agreed(fields, rope, ORIGINAL, lambda place: place.integer(ORIGINAL, low=2)) or
-                         fields.integer("max_position_embeddings", 2048, low=2))
+    positions = fields.integer("max_position_embeddings", 2048)
+    numbers[ORIGINAL] = _place(ORIGINAL, fields, rope).integer(ORIGINAL, positions, low=2)
   if rope_type == "llama3":
     numbers |= {name: rope.positive(name) for name in ("low_freq_factor", "high_freq_factor")}
     if numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
       raise InputError(f"the model's {rope.where}: low_freq_factor {numbers['low_freq_factor']} must be less than "
                        f"high_freq_factor {numbers['high_freq_factor']}")
   if rope_type == "yarn":
-    numbers |= {"beta_fast": rope.number("beta_fast", 0.0) or 32.0, "beta_slow": rope.number("beta_slow", 0.0) or 1.0}
-    numbers["truncate"] = rope.flag("truncate", "truncate" not in rope.values)     # null is false to transformers
+    for name, usual in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+      numbers[name] = rope.positive(name) if rope.values.get(name) else usual    # 0 is the usual one to transformers
+    numbers["truncate"] = rope.flag("truncate", "truncate" not in rope.values)   # and null is false
   if rope_type in ("yarn", "longrope"):
     numbers["attention_factor"] = _attention_factor(rope_type, rope, numbers[ORIGINAL])
   return numbers
 
 
-def _agreed(fields, rope, name, read):
-  """What the file has under the name at its top or in its rotary parameters; None where it has neither."""
-  values = {read(place) for place in (fields, rope) if name in place}
-  if len(values) > 1:
+def _place(name, fields, rope):
+  """Which of the two has the name; where both have it, they agree."""
+  if name in fields and name in rope and fields.values[name] != rope.values[name]:
     raise InputError(f"the model's {fields.where} has several values of {name}: keep one")
-  return values.pop() if values else None
+  return rope if name in rope else fields
 
 
 def _attention_factor(rope_type, rope, original):
