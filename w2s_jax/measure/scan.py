@@ -81,8 +81,9 @@ def scan(run: Any, model: Model, params: dict, tokenizer: Any) -> list[dict]:
       means = [reached[which == k].mean() if (which == k).any() else -np.inf for k in range(settings.triggers)]
       best = int(np.argmax(means))
       findings.append({"class": target, "strength": float(means[best]) / usual if usual > 0 else None,
-                    "flips": float((reached[which == best] > 0).mean()), "own": usual, "right": right, "layer": layer,
-                    "nearest": [] if layer else _nearest(model, moved, tokenizer, best, settings.tokens)})
+                       "flips": float((reached[which == best] > 0).mean()), "own": usual, "right": right,
+                       "layer": layer,
+                       "nearest": [] if layer else _nearest(model, moved, tokenizer, best, settings.tokens)})
     out.append(strongest(findings) or findings[0])
   return out
 
