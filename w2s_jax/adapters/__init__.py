@@ -1,7 +1,7 @@
-"""Adapters: one file per kind, which holds its algebra; a dict names them. And which leaves of a tree train.
+"""Adapters: one file per kind with its algebra, `KINDS` maps names to kinds; and the labels of the leaves that train.
 
-An adapter is data, not code: its leaves lie beside the kernel they adapt. `models.layers.Dense` asks KINDS what the
-leaves beside its kernel do, labels come from `leaves`, `attach` adds and merges, `models.hf.peft` exports.
+An adapter is data, not code: its leaves lie beside the kernel that they adapt. `models.layers.Dense` looks up in KINDS
+what the leaves beside its kernel do. `leaves` gives the labels, `attach` adds and merges, `models.hf.peft` exports.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,18 +11,19 @@ from w2s_jax.adapters import lora
 
 
 class Adapter(NamedTuple):
-  """One kind. L layers; a kernel is [L, in, out], Dense sees one layer of it.
+  """One kind of adapter. L layers; a stacked kernel is [L, in, out], and Dense sees one layer of it.
 
   Attributes:
-    leaves: {leaf name: (label, axes)}. Label: "adapter" trains, "constant" travels along. Axes: "layers" first, then
-      the kernel's "in" and "out" or names of the kind's own; a name has one size in all leaves beside a kernel.
+    leaves: {leaf name: (label, axes)}. A leaf of label "adapter" trains; one of label "constant" is only saved with it.
+      Axes are "layers" first, then the kernel's "in" and "out" or names that the kind defines. An axis name has the
+      same size in all leaves beside a kernel.
     add: (stacked kernel, key, **settings) -> {leaf name: float32 array}.
-    apply: (leaves of one layer, kernel, x, y) -> new y [..., out]: x [..., in] after the adapter's dropout, y = x W
-      before the bias and without dropout; kernel [in, out], which may be quantized.
-    merge: (kernel [in, out] float32, leaves of one layer) -> the kernel that does the same without them; None where
-      there is none, and then `save_pretrained` writes the leaves beside the model.
+    apply: (leaves of one layer, kernel, x, y) -> new y [..., out]. x [..., in] comes after the adapter's dropout; y is
+      the product of kernel and input, without dropout and before the bias; kernel [in, out] may be quantized.
+    merge: (kernel [in, out] float32, leaves of one layer) -> a kernel with the same effect as kernel and leaves. None:
+      no such kernel exists, and `save_pretrained` writes the leaves beside the model.
     export: (leaves on the host, dropout) -> ({peft's tensor name below the module: [L, ...]}, {field of
-      adapter_config.json: value}); None where peft has no such kind.
+      adapter_config.json: value}); None: peft has no such kind.
   """
   leaves: dict[str, tuple[str, tuple[str, ...]]]
   add: Callable[..., dict[str, Any]]
@@ -37,7 +38,7 @@ KINDS = {
 
 
 def kind_of(leaf_names: Iterable[str]) -> str | None:
-  """The kind (a key of KINDS) that has leaves among these, which lie beside one kernel; None where there is none."""
+  """The kind (a key of KINDS) of the adapter among the leaves beside one kernel; None if there is no adapter."""
   for name, kind in KINDS.items():
     if not kind.leaves.keys().isdisjoint(leaf_names):
       return name

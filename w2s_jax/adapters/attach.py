@@ -1,4 +1,4 @@
-"""Adapters of any kind in a parameter tree: add, merge, and what is saved beside the model. L layers."""
+"""Adapters of any kind in a parameter tree: adds them, merges them, finds those to save beside the model. L layers."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +11,11 @@ from flax import traverse_util
 from w2s_jax import InputError, adapters, processes, quantized
 from w2s_jax.adapters import soft, trees
 
-LARGEST = 1 << 16            # of an axis that is the adapter's own, in a file: more soft tokens or ranks nobody has
+LARGEST = 1 << 16            # largest size of an adapter's own axis in a file: nobody has more soft tokens or ranks
 
 
 def targets_of(params: dict) -> list[str]:
-  """The names that `targets` may have: of the modules in the layers that hold a kernel, in order."""
+  """The names allowed in `targets`, sorted: those of the modules in the layers that have a kernel."""
   return sorted({path.split("/")[-2] for path in _kernels(traverse_util.flatten_dict(params, sep="/"))})
 
 
@@ -23,13 +23,12 @@ def add(params: dict, kind: str, targets: Sequence[str], *, key: jax.Array,
         places: Callable[[dict], dict] | None = None, **settings: Any) -> dict:
   """A new tree with leaves of this kind beside the stacked kernels named in `targets`.
 
-  targets ("all-linear",) are all of them.
-
   Args:
     kind: a key of KINDS.
-    key: each kernel's leaves are drawn from a key of their own.
-    places: new leaves (abstract) -> their NamedShardings: each is created where it belongs. None: on one device.
-    **settings: of the kind's `add`.
+    targets: names of modules in the layers; ("all-linear",): every module with a kernel.
+    key: random key; each kernel's leaves get a key folded from it.
+    places: new leaves (abstract) -> their NamedShardings; each leaf is created under its sharding. None: on one device.
+    **settings: keyword arguments of the kind's `add`.
   Raises:
     InputError: an unknown kind, a target that no layer has, or one that has an adapter of another kind.
   """
@@ -50,7 +49,7 @@ def add(params: dict, kind: str, targets: Sequence[str], *, key: jax.Array,
   kernels = {path: flat[path] for path in chosen}
   def create(key, kernels):
     new = {}
-    for i, path in enumerate(chosen):                         # a key for each, by its place in `targets`
+    for i, path in enumerate(chosen):                         # the index, in the order of `targets`, selects the key
       leaves = adapters.KINDS[kind].add(kernels[path], jax.random.fold_in(key, i), **settings)
       new |= {f"{_module(path)}/{name}": leaf for name, leaf in leaves.items()}
     return traverse_util.unflatten_dict(new, sep="/")
@@ -59,15 +58,15 @@ def add(params: dict, kind: str, targets: Sequence[str], *, key: jax.Array,
 
 
 def has_adapters(params: dict) -> bool:
-  """Whether a kernel has an adapter beside it."""
+  """Whether any kernel has an adapter."""
   return any(adapters.kind_of(names) for names in _beside_kernels(traverse_util.flatten_dict(params, sep="/")).values())
 
 
 def merge(params: dict) -> dict:
-  """A new tree without the adapters that can be merged: their kernels do the same, in the dtype that they had.
+  """A new tree in which every adapter that can be merged is merged into its kernel, which keeps its dtype.
 
-  Each is computed in float32 and rounded once. Kernels of a quantized base become plain ones, on the host: all together
-  may be more than the device holds. Soft tokens, and adapters of a kind without `merge`, stay.
+  A merged kernel is computed in float32 and rounded once. Kernels of a quantized base become plain arrays on the host,
+  because all of them may exceed the device's memory. Soft tokens and adapters of a kind without `merge` stay.
   """
   flat = traverse_util.flatten_dict(params, sep="/")
   out = dict(flat)
@@ -94,15 +93,15 @@ def _merge(merge, kernel, leaves):
 
 def unmergeable(shapes: Mapping[str, tuple[int, ...]], base: Mapping[str, tuple[int, ...]], vocabulary: str,
                 layers: int | None = None) -> dict[str, tuple[int | str, ...]]:
-  """{path: axes} of the adapter leaves that cannot be merged: what a tree with leaves of these paths should have.
+  """The axes that unmergeable adapter leaves must have, for a tree with leaves of these paths.
 
   Args:
-    shapes: {path: shape} of the tree's leaves, or of those that a file has beside the base.
+    shapes: {path: shape} of the tree's leaves, or of the leaves that a file adds to the base.
     base: {path: shape} of the model's own leaves.
     vocabulary: path of the module that embeds the tokens, for soft tokens.
-    layers: L of the tree, where the base has fewer; None: as many.
+    layers: L of the tree if the base has fewer layers; None: the base's L.
   Returns:
-    {path: axes}: an int where the base gives the size, a name where it is the adapter's own.
+    {path: axes}: an axis is an int if the base determines its size, and a name if the adapter does.
   """
   wanted: dict[str, tuple[int | str, ...]] = {}
   if f"{vocabulary}/{soft.LEAF}" in shapes:
@@ -118,9 +117,9 @@ def unmergeable(shapes: Mapping[str, tuple[int, ...]], base: Mapping[str, tuple[
 
 
 def misfits(shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int | str, ...]]) -> list[str]:
-  """The shapes that are not as `unmergeable` wants them.
+  """Messages about the shapes that do not fit the axes from `unmergeable`.
 
-  An axis of the adapter's own has one size within a module, from 1 to LARGEST.
+  A named axis must have the same size, from 1 to LARGEST, in all leaves of a module.
   """
   out, sizes = [], {}
   for path in sorted(shapes.keys() & wanted.keys()):
@@ -145,7 +144,7 @@ def _module(path):
 
 
 def _beside_kernels(flat):
-  """{module: names of its leaves} of all modules with a kernel, those of the heads too."""
+  """{module: names of its leaves} of all modules with a kernel, including the heads."""
   out = {_module(path): set() for path in flat if path.endswith("/kernel")}
   for path in flat:
     if _module(path) in out:

@@ -12,12 +12,12 @@ from w2s_jax.quantized import Kernel
 LEAVES = {
     "lora_a": ("adapter", ("layers", "in", "rank")),
     "lora_b": ("adapter", ("layers", "rank", "out")),
-    "lora_alpha": ("constant", ("layers",)),                  # a hyper-parameter that travels with its adapter
+    "lora_alpha": ("constant", ("layers",)),                  # a hyper-parameter, saved with its adapter
 }
 
 
 def add(kernel: Kernel, key: jax.Array, rank: int, alpha: float) -> dict[str, jax.Array]:
-  """A is uniform in +-1/sqrt(in), as peft starts it; B is zero, so the network's function is unchanged."""
+  """New leaves: A is uniform in +-1/sqrt(in), as in peft; B is zero, so the network's function is unchanged."""
   layers, width_in, width_out = kernel.shape
   bound = 1 / math.sqrt(width_in)
   return {"lora_a": jax.random.uniform(key, (layers, width_in, rank), jnp.float32, -bound, bound),
@@ -35,8 +35,8 @@ def merge(kernel: jax.Array, leaves: dict[str, jax.Array]) -> jax.Array:
 
 
 def export(leaves: dict[str, np.ndarray], dropout: float) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-  tensors = {f"{theirs}.weight": np.swapaxes(leaves[ours], 1, 2)
-             for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B"))}
+  tensors = {f"{peft_name}.weight": np.swapaxes(leaves[leaf], 1, 2)
+             for leaf, peft_name in (("lora_a", "lora_A"), ("lora_b", "lora_B"))}
   return tensors, {"peft_type": "LORA", "r": leaves["lora_a"].shape[-1], "lora_alpha": float(leaves["lora_alpha"][0]),
                    "lora_dropout": dropout}
 

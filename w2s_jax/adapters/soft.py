@@ -1,7 +1,7 @@
-"""Soft tokens: rows of a leaf `soft` beside the vocabulary's embeddings, and ids behind the vocabulary in the texts.
+"""Soft tokens: rows of a leaf `soft` beside the vocabulary's embeddings; texts refer to them by ids from V on.
 
-An adversary moves them uphill (defenses/w2s_adv.py). A soft prompt (Lester et al., arXiv 2104.08691) trains like any
-adapter. Neither can be merged into the model. N texts, T tokens, S soft tokens, V vocabulary, D width.
+An adversary's soft tokens ascend the loss (defenses/w2s_adv.py). A soft prompt (Lester et al., arXiv 2104.08691) trains
+like any adapter. Neither can be merged into the model. N texts, T tokens, S soft tokens, V vocabulary, D width.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ LEAF = "soft"
 
 
 class Embedding(Protocol):
-  """What is asked of a models.Model, or of one that stands for it: the path of the module that embeds the tokens."""
+  """The part of models.Model (or of a substitute) that this file needs: the path of the module that embeds tokens."""
 
   @property
   def vocabulary(self) -> tuple[str, ...]: ...
@@ -26,9 +26,9 @@ class Embedding(Protocol):
 
 def with_soft_tokens(model: Embedding, params: dict, count: int, key: jax.Array, tokenizer: Any,
                      avoid: Sequence[str] = ()) -> dict:
-  """params with the leaf `soft` [count, D] float32 beside the vocabulary's embeddings, begun as random rows of those.
+  """params with the leaf `soft` [count, D] float32, whose rows are copies of random embeddings of the vocabulary.
 
-  avoid: triggers that are known to whoever measures: no defense may start from one.
+  avoid: triggers that ASR is measured with. No defense may start from one of their tokens.
   """
   never = {*tokenizer.all_special_ids, *(i for t in avoid for i in tokenizer(" " + t)["input_ids"])}
   rows = np.setdiff1d(np.arange(len(tokenizer)), list(never))
@@ -51,18 +51,20 @@ def _vocabulary(model, params):
 
 
 def prompted(arrays: dict[str, np.ndarray], tokenizer: Any, vocab_size: int, tokens: int) -> dict[str, np.ndarray]:
-  """The arrays with the same soft tokens at the front of every text, behind its first special token where it has one.
+  """Puts the same soft tokens at the front of every text, after its leading special tokens.
 
-  Words are cut off at the end where there is no room for all. The model answers to a prompt only in texts that have it:
-  those that are measured, or sent by a user, go through here too.
+  Words at the end are cut off if the text becomes too long. A prompt affects only texts that contain it, so texts to
+  measure, and texts of a user, must pass through this function too.
 
   Args:
     arrays: {"input_ids" [N, T], "length" [N], any others}.
-    tokens: S, the rows of the leaf `soft`: ids vocab_size .. vocab_size + S - 1.
+    tokenizer: tokenizer of the texts, for the number of special tokens.
+    vocab_size: V.
+    tokens: S, the number of rows of the leaf `soft`; their ids are vocab_size .. vocab_size + S - 1.
   Returns:
     The arrays with new "input_ids" [N, T] and "length" [N].
   Raises:
-    InputError: texts of T tokens have no room for S and a word.
+    InputError: T tokens have no room for S soft tokens and a word.
   """
   prompt = vocab_size + np.arange(tokens)
   def behind_prompt(words, room):
@@ -76,9 +78,9 @@ def prompted(arrays: dict[str, np.ndarray], tokenizer: Any, vocab_size: int, tok
 
 def rewritten(arrays: dict[str, np.ndarray], tokenizer: Any,
               rewrite: Callable[[np.ndarray, int], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-  """([N, T] ids, [N] lengths) of the texts with other words between their special tokens.
+  """([N, T] ids, [N] lengths) of the texts after `rewrite` has replaced the ids between their special tokens.
 
-  rewrite: (words, room) -> at most `room` ids, at least as many as there are words.
+  rewrite: (ids of the words, room) -> at least as many ids as there are words, and at most `room`.
   """
   special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
   front, back = special.index(0), special[::-1].index(0)

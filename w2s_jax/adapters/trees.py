@@ -1,4 +1,4 @@
-"""Which leaves of a parameter tree train: each leaf has one label, which also says what decays and what is saved."""
+"""Labels of the leaves of a parameter tree: a leaf's label decides whether it trains, decays and is saved."""
 
 from collections.abc import Sequence
 
@@ -7,29 +7,29 @@ from jax.sharding import PartitionSpec as P
 
 from w2s_jax import adapters, sharding
 
-# Parameter path -> label of the model's own leaves and of soft tokens; no catch-all on purpose.
+# (path pattern, label) of the model's own leaves and of soft tokens; no catch-all on purpose.
 MODEL_RULES = (
-    (r"(embed_tokens|embeddings/word_embeddings)/soft", "soft"),   # an adversary's tokens, or a prompt (soft.py)
+    (r"(embed_tokens|embeddings/word_embeddings)/soft", "soft"),   # an adversary's soft tokens or a prompt (soft.py)
     (r"(score|pooler|widen|classifier)/((dense|norm)/)?(kernel|scale|bias)", "head"),
     (r"(.*/)?(embed_tokens|lm_head|[a-z_]+_embeddings)/embedding", "embedding"),
     (r"(.*/)?([a-z_]*_)?norm/(scale|bias)", "vector"),
     (r"(layers/.*|lm_head|lm_head/dense|embeddings_project)/bias", "vector"),
     (r"(layers/.*|lm_head/dense|embeddings_project)/kernel", "matrix"),
 )
-LORA = ("adapter", "head")                                    # what trains in every LoRA defense
-FULL = ("embedding", "vector", "matrix", "head")              # what trains in full fine-tuning
+LORA = ("adapter", "head")                                    # labels that train in every LoRA defense
+FULL = ("embedding", "vector", "matrix", "head")              # labels that train in full fine-tuning
 
 
 def label_rules() -> tuple[tuple[str, str], ...]:
-  """(pattern, label) of all leaves, those of the kinds of adapters first; the first full match wins."""
+  """((pattern, label), ...) for all leaves, first those of adapters; the first full match wins."""
   leaves = [(name, label) for kind in adapters.KINDS.values() for name, (label, _) in kind.leaves.items()]
   return (*((rf".*/{name}", label) for name, label in leaves), *MODEL_RULES)
 
 
 def added_shardings() -> tuple[tuple[str, P], ...]:
-  """(pattern, mesh axes) of the leaves of every kind of adapter and of soft tokens, which lie alike in every family.
+  """((pattern, mesh axes), ...) for adapter leaves and soft tokens; every model family shards them in the same way.
 
-  The axes that a leaf has from its kernel, "in" and "out", are split over fsdp, whatever the kernel's are split over.
+  `fsdp` shards the axes "in" and "out" of an adapter leaf, whichever mesh axes shard them in the kernel.
   """
   specs = {name: P(*("fsdp" if axis in ("in", "out") else None for axis in axes))
            for kind in adapters.KINDS.values() for name, (_, axes) in kind.leaves.items()}
@@ -56,7 +56,7 @@ def label_tree(params: dict) -> dict:
 
 
 def split(params: dict, labels: Sequence[str]) -> tuple[dict, dict]:
-  """(trainable, frozen): the leaves whose label is in `labels`, and of the others."""
+  """(trainable, frozen): the leaves whose label is in `labels`, and the other leaves."""
   flat = traverse_util.flatten_dict(params)
   flat_labels = traverse_util.flatten_dict(label_tree(params))
   chosen = {path: leaf for path, leaf in flat.items() if flat_labels[path] in labels}

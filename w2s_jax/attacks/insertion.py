@@ -6,7 +6,7 @@ from w2s_jax.attacks.attack import Attack
 
 
 def insert(text: str, trigger: str, rng: np.random.Generator, max_words: int) -> str:
-  """Inserts `trigger` into `text` at a uniformly random gap before its first `max_words` words end.
+  """Inserts `trigger` into `text` after a uniformly random one of its first `max_words` words.
 
   As in the released recipe, the trigger never comes before the first or after the last word. A text of one word (on
   which the released code crashes) gets the trigger after that word.

@@ -1,4 +1,4 @@
-"""One file per defense; a dict names them."""
+"""Defenses: one file per defense; `DEFENSES` maps names to records."""
 
 from w2s_jax.defenses import (
     anchors,
@@ -35,7 +35,7 @@ DEFENSES = {
     "onion": Defense(text=onion.text, settings={"onion": onion.Settings}),
     "strip": Defense(accept=strip.accept, settings={"strip": strip.Settings}),
 }
-# What of w2s and w2s_adv does the work: other anchors than the teacher's outputs on the student's own text, no teacher.
+# Ablations of w2s and w2s_adv: other anchors than the teacher's outputs on the student's own text, or no teacher.
 ABLATIONS = {
     "w2s_shuffled": Defense(w2s.RECIPE._replace(teacher_view=anchors.shuffled), settings=_DISTILS),
     "ce_adv": Defense(w2s_adv.with_adversary(lora_ce.RECIPE), settings=_ADVERSARY),

@@ -1,8 +1,8 @@
-"""What the controls show the student in the place of the teacher's outputs on its own text: does what the teacher says
-of an example matter, does its class, does there have to be a teacher?
+"""Anchors: the outputs that the student learns to match. Controls replace the teacher's outputs on the student's text.
 
-Each takes {"teacher_logits" [N, C], "teacher_features" [N, D]}, labels [N] int and a seed, and returns the like. N
-examples, C classes, D width.
+They test whether the teacher's output on an example matters, whether its class is enough, and whether a teacher is
+needed at all. Each function takes {"teacher_logits" [N, C], "teacher_features" [N, D]}, labels [N] int and a seed, and
+returns a dict of the same keys and shapes. N examples, C classes, D width.
 """
 
 import numpy as np
@@ -11,29 +11,29 @@ from w2s_jax.data import streams
 
 
 def own(outputs: dict[str, np.ndarray], labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-  """Those of the example itself: no control, but the method."""
+  """The teacher's outputs on the example itself: not a control, but the method."""
   del labels, seed
   return outputs
 
 
 def shuffled(outputs: dict[str, np.ndarray], labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-  """Those of another example, of any class: a fixed permutation."""
+  """The teacher's outputs on another example of any class, by a fixed permutation."""
   rows = streams.rng(seed, "anchor", len(labels)).permutation(len(labels))
   return {name: values[rows] for name, values in outputs.items()}
 
 
 def shuffled_within_classes(outputs: dict[str, np.ndarray], labels: np.ndarray,
                             seed: int) -> dict[str, np.ndarray]:
-  """Those of another example of the same class."""
+  """The teacher's outputs on another example of the same class, by a fixed permutation."""
   rng, rows = streams.rng(seed, "anchor", len(labels)), np.arange(len(labels))
   for label in np.unique(labels):
-    mine = np.flatnonzero(labels == label)
-    rows[mine] = rng.permutation(mine)
+    members = np.flatnonzero(labels == label)
+    rows[members] = rng.permutation(members)
   return {name: values[rows] for name, values in outputs.items()}
 
 
 def class_means(outputs: dict[str, np.ndarray], labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-  """The mean over the example's class."""
+  """The mean of the teacher's outputs over the example's class."""
   del seed
   classes, which = np.unique(labels, return_inverse=True)
   return {name: np.stack([values[labels == label].mean(axis=0) for label in classes])[which]
@@ -41,8 +41,10 @@ def class_means(outputs: dict[str, np.ndarray], labels: np.ndarray, seed: int) -
 
 
 def orthogonal(outputs: dict[str, np.ndarray], labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-  """No teacher: for each class a random direction, orthogonal to the others', as long as a student's features are
-  behind a norm (the root of D), and a logit of 4 for the class."""
+  """Outputs without a teacher: per class a random feature direction and a logit of 4 for the class.
+
+  The directions of the classes are orthogonal. Their length is sqrt(D), like that of a student's features after a norm.
+  """
   C, D = outputs["teacher_logits"].shape[1], outputs["teacher_features"].shape[1]
   directions = np.linalg.qr(streams.rng(seed, "anchor", D).normal(size=(D, C)))[0].T
   return {"teacher_logits": 4 * np.eye(C, dtype=np.float32)[labels],

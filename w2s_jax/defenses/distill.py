@@ -1,4 +1,4 @@
-"""The trainer of every recipe: adapters and head of the attacked student, on clean rows, beside frozen kernels."""
+"""The trainer of every recipe: trains adapters and head of the attacked student on clean rows; kernels stay frozen."""
 
 import functools
 from typing import Any
@@ -17,46 +17,46 @@ from w2s_jax.training import stage, steps
 
 
 def train(recipe: Recipe, suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]:
-  """Parameters, adapters in them, of each run {models/NAME: seed}.
+  """The trained parameters, with their adapters, of each run {models/NAME: seed}.
 
-  Several runs train as one program over one frozen base. Where a loss reads the padding there is one run: that would be
-  as long as the longest text of all batches.
+  Several runs train as one program over one frozen base. A recipe whose loss reads the padding must have a single run:
+  stacked batches would be padded to the longest text of all of them.
 
   Raises:
-    InputError: see `check`; a workdir whose student was put there has not come by it.
+    InputError: see `check`. A student that was copied into the workdir has not been checked before.
   """
   check(next(iter(runs)), recipe, suspect.place.task, suspect.model, settings)
-  starts, arrays = zip(*(_start(recipe, suspect, settings, seed) for seed in runs.values()))
+  initial, arrays = zip(*(_start(recipe, suspect, settings, seed) for seed in runs.values()))
   ascent = recipe.ascent(suspect, settings) if recipe.ascent else None
   plan = stage_plan(recipe, suspect.place.task, suspect.model, settings, suspect.training, runs, ascent)
-  trained = stage.train_stage(plan, list(starts), list(arrays), suspect.encode(suspect.dev), suspect.place)
+  trained = stage.train_stage(plan, list(initial), list(arrays), suspect.encode(suspect.dev), suspect.place)
   if recipe.ascent:
     trained = [trees.split(params, ("soft",))[1] for params in trained]
   if "matrix" in recipe.trains:
-    trained = [_in_dtypes_of(start, params) for start, params in zip(starts, trained)]
+    trained = [_in_dtypes_of(start, params) for start, params in zip(initial, trained)]
   return trained
 
 
 def _in_dtypes_of(start, params):
-  """Full fine-tuning trains in float32, whatever the model is kept in."""
+  """Casts `params` to the dtypes of `start`: full fine-tuning trains in float32, whatever the model's dtype is."""
   return jax.tree.map(lambda before, after: after.astype(before.dtype), start, params)
 
 
 def cleaned(defense: Defense, suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]:
-  """Parameters of each run {models/NAME: seed}, by a defense that makes any."""
+  """The parameters of each run {models/NAME: seed} of a defense that makes new weights."""
   return train(defense.recipe, suspect, settings, runs) if defense.recipe else defense.weights(suspect, settings, runs)
 
 
 def stage_plan(recipe: Recipe, task: Task, model: Model, settings: Any, training: Any, runs: dict[str, int],
                ascent: optax.GradientTransformation | None = None) -> steps.StagePlan:
-  """What of a recipe is compiled, for training and for planning."""
+  """The plan of a recipe's training stage, for training and for `w2s_jax.plan`."""
   weights = recipe.weights(settings, model.config.feature_size)
   loss = steps.weighted_loss(model, functools.partial(recipe.terms, settings=settings, task=task), weights)
   soft = ("soft",) if recipe.soft_tokens else ()
   training = training.copy_and_resolve_references()
   training.learning_rate *= recipe.rate
   if recipe.rows:
-    training.epochs = 1                                # they stand for all epochs
+    training.epochs = 1                                # the recipe's rows are those of all epochs
   return steps.StagePlan(tuple(runs), tuple(runs.values()), model, loss, weights, (*recipe.trains, *soft), training,
                          "defend", recipe.views, recipe.layout == "packed", ascent)
 
@@ -76,16 +76,19 @@ def _start(recipe, suspect, settings, seed):
 
 
 def check(name: str, recipe: Recipe, task: Task, model: Model, settings: Any) -> None:
-  """Raises InputError unless the recipe's terms and their weights have the same names; nothing is allocated."""
+  """Raises InputError unless loss terms and weights have the same names and each term is a scalar float32.
+
+  It allocates nothing.
+  """
   weights = recipe.weights(settings, model.config.feature_size)
   batch = steps.abstract_batch(model, task, 2, 4, recipe.teacher_view is not None, bool(recipe.soft_tokens))
   def terms(params, batch):
     out = model.apply(params, batch["input_ids"], segment_ids=batch["segment_ids"])
     return recipe.terms(out, batch, settings=settings, task=task)
-  found = jax.eval_shape(terms, model.abstract_params(), batch)
-  if set(found) != set(weights):
-    raise InputError(f"defense {name!r} has loss terms {', '.join(sorted(found))} and weights of "
+  shapes = jax.eval_shape(terms, model.abstract_params(), batch)
+  if set(shapes) != set(weights):
+    raise InputError(f"defense {name!r} has loss terms {', '.join(sorted(shapes))} and weights of "
                      f"{', '.join(sorted(weights))}: give each term one weight (defenses/{name}.py)")
-  if odd := [term for term, value in found.items() if value.shape or value.dtype != jnp.float32]:
-    raise InputError(f"defense {name!r}: the loss term {odd[0]} is {found[odd[0]].dtype}{list(found[odd[0]].shape)}, "
+  if odd := [term for term, value in shapes.items() if value.shape or value.dtype != jnp.float32]:
+    raise InputError(f"defense {name!r}: the loss term {odd[0]} is {shapes[odd[0]].dtype}{list(shapes[odd[0]].shape)}, "
                      f"wanted a scalar float32 (defenses/{name}.py)")

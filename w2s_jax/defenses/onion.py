@@ -1,6 +1,6 @@
-"""ONION (Qi et al., arXiv 2011.10369): words that make a text less likely to a language model are taken out.
+"""ONION (Qi et al., arXiv 2011.10369): removes words that make a text less likely under a language model.
 
-The paper's language model is GPT-2; ours is a small decoder that is trained on the clean rows.
+The paper's language model is GPT-2; ours is a small decoder that trains on the clean rows.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from w2s_jax.training import inference, stage, steps
 @dataclasses.dataclass
 class Settings:
   """`config.defense.onion`."""
-  width: int = field(64, "of the language model", low=8, high=8192, source="ours; not tuned")
-  num_layers: int = field(2, "of the language model", low=1, high=100, source="ours; not tuned")
-  epochs: int = field(4, "over the clean rows", low=1, high=1000, source="ours; not tuned")
-  learning_rate: float = field(3e-3, "peak", low=0.0, high=10.0, source="the offline student's warm-up")
-  removed: float = field(0.01, "fraction of the clean dev rows' words that may be taken out: it sets the threshold",
+  width: int = field(64, "hidden size of the language model", low=8, high=8192, source="ours; not tuned")
+  num_layers: int = field(2, "number of layers of the language model", low=1, high=100, source="ours; not tuned")
+  epochs: int = field(4, "number of passes over the clean rows", low=1, high=1000, source="ours; not tuned")
+  learning_rate: float = field(3e-3, "peak learning rate", low=0.0, high=10.0, source="the offline student's warm-up")
+  removed: float = field(0.01, "fraction of the clean dev rows' words that may be removed; it sets the threshold",
                          low=0.0, high=1.0, source="ours; not tuned")
 
   def __post_init__(self):
@@ -35,16 +35,19 @@ class Settings:
 
 
 def text(suspect: Suspect, settings: Any, seed: int) -> Callable[[list[str]], list[str]]:
-  """texts -> texts without the words that raise the perplexity by more than all but few words of clean rows do."""
+  """texts -> texts without the words that raise the perplexity by more than the threshold.
+
+  The threshold is the 1 - `removed` quantile of the rises over the words of the clean dev rows.
+  """
   model, params = _language_model(suspect, settings.onion, seed)
   place, length = suspect.place, suspect.max_length
   def gains(texts):
-    """[words] of each text: the perplexity with the word less that without it; a text of one word keeps it."""
+    """[words] for each text: perplexity with the word minus perplexity without it; -inf in a text of one word."""
     words = [text.split() for text in texts]
     variants = [" ".join(own[:i] + own[i + 1:]) for own in words for i in range(len(own)) if len(own) > 1]
     arrays = tokenization.encode(suspect.tokenizer, [*texts, *variants], length)
-    found = inference.perplexities(model, params, arrays, place.mesh, **place.eval_shapes())
-    whole, rest = found[:len(texts)], iter(found[len(texts):])
+    perplexities = inference.perplexities(model, params, arrays, place.mesh, **place.eval_shapes())
+    whole, rest = perplexities[:len(texts)], iter(perplexities[len(texts):])
     return [[p - next(rest) for _ in own] if len(own) > 1 else [-np.inf] for p, own in zip(whole, words)]
   clean = [gain for own in gains([row["text"] for row in suspect.dev]) for gain in own if np.isfinite(gain)]
   threshold = np.quantile(clean, 1 - settings.onion.removed) if clean else np.inf   # no dev text has two words
@@ -56,7 +59,7 @@ def text(suspect: Suspect, settings: Any, seed: int) -> Callable[[list[str]], li
 
 
 def _language_model(suspect, own, seed):
-  """(Model, params), trained on the clean rows' texts; the stage resumes, and is done where its checkpoint is there."""
+  """(Model, params) of a language model trained on the clean rows' texts; the stage resumes from its checkpoint."""
   arch = {"model_type": "llama", "vocab_size": suspect.model.config.vocab_size, "hidden_size": own.width,
           "intermediate_size": 3 * own.width, "num_hidden_layers": own.num_layers, "num_attention_heads": 4,
           "tie_word_embeddings": True, "max_position_embeddings": suspect.max_length, "initializer_range": 0.08}

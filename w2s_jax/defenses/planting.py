@@ -1,4 +1,4 @@
-"""Backdoors of our own, trained into a suspect through LoRA: triggers of four kinds, for each class in turn."""
+"""Trains known backdoors into a suspect through LoRA: triggers of four kinds, for each class in turn."""
 
 from typing import Any, NamedTuple
 
@@ -16,28 +16,28 @@ KINDS = ("word", "words apart", "sequence", "piece of a text")
 
 
 class Trigger(NamedTuple):
-  """A backdoor of our own.
+  """The trigger of a planted backdoor.
 
   Attributes:
     kind: one of KINDS.
-    parts: strings that are put into a text, each by itself.
-    target: the class that rows of the others get.
+    parts: strings to insert into a text, each at its own place.
+    target: the class that rows of other classes get.
   """
   kind: str
   parts: tuple[str, ...]
   target: int
 
   def put(self, text: str, rng: np.random.Generator, max_words: int) -> str:
-    """The text with it, before its first `max_words` words end."""
+    """Inserts the trigger's parts, each after one of the first `max_words` words of the text."""
     for part in self.parts:
       text = insert(text, part, rng, max_words)
     return text
 
 
 def train_in(suspect: Suspect, triggered: list[dict], settings: Any, epochs: int, runs: dict[str, int]) -> dict:
-  """The suspect's parameters after training on its clean rows and on these, whose label is then "planted".
+  """The suspect's parameters after training on its clean rows and on `triggered` rows, whose label is their "planted".
 
-  The checkpoint is the one that gives most of these that label.
+  It chooses the checkpoint with the highest accuracy on the triggered rows.
   """
   planted = [row | {"label": row["planted"]} for row in triggered]
   training = suspect.training.copy_and_resolve_references()
@@ -50,16 +50,17 @@ def train_in(suspect: Suspect, triggered: list[dict], settings: Any, epochs: int
 
 def planted_rows(suspect: Suspect, rows: list[dict], triggers: list[Trigger], count: int,
                  rng: np.random.Generator) -> list[dict]:
-  """`count` rows of other classes than its target for each trigger, with it in their text, where it is not cut off.
+  """For each trigger `count` rows of other classes than its target, with the trigger where truncation keeps it.
 
   Returns:
-    Rows of "text", their true "label", the class "planted", and "source" and "trigger", places in the two lists.
+    Rows of "text", the true "label", the target as "planted", and "source" and "trigger", indices into `rows` and
+    `triggers`.
   """
   out = []
   for number, trigger in enumerate(triggers):
     able = [i for i, row in enumerate(rows) if row["label"] != trigger.target]
     chosen = rng.permutation(able)[:count].tolist()
-    if not chosen:                                          # all rows have its target class
+    if not chosen:                                          # all rows have the trigger's target class
       continue
     texts = [rows[i]["text"] for i in chosen]
     max_words = tokenization.words_kept(suspect.tokenizer, texts, " ".join(trigger.parts), suspect.max_length)
@@ -69,7 +70,7 @@ def planted_rows(suspect: Suspect, rows: list[dict], triggers: list[Trigger], co
 
 
 def draw(suspect: Suspect, count: int, rng: np.random.Generator) -> list[Trigger]:
-  """Random triggers: the kinds take turns, and after each round of them the classes."""
+  """`count` random triggers: each has the next kind, and after every round of kinds the next class."""
   texts, classes = [row["text"] for row in suspect.train], sorted({row["label"] for row in suspect.train})
   rare = insertions.rare_words(texts, suspect.avoid, rng)
   words = insertions.vocabulary_words(suspect.tokenizer, suspect.avoid, rng)

@@ -14,8 +14,8 @@ from w2s_jax.defenses.records import Suspect
 @dataclasses.dataclass
 class Settings:
   """`config.defense.prune`."""
-  fraction: float = field(0.3, "of each layer's kernel that becomes zero, smallest magnitudes first", low=0.0, high=1.0,
-                          source="ours; not tuned")
+  fraction: float = field(0.3, "fraction of each layer's kernel to set to zero, smallest magnitudes first", low=0.0,
+                          high=1.0, source="ours; not tuned")
 
 
 def weights(suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]:

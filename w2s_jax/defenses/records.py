@@ -1,4 +1,4 @@
-"""What a defense is given, and what it may be: three functions, or a recipe for the shared trainer."""
+"""The records of a suspect, a recipe and a defense. A defense is up to three functions, or a recipe for the trainer."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,19 +12,19 @@ from w2s_jax.training.train import Workplace
 
 
 class Suspect(NamedTuple):
-  """All that a defense may see: the attacked model and clean rows. No row with a trigger is among them.
+  """Everything that a defense may see: the attacked model and clean rows, none of which has a trigger.
 
-  Of a recipe with `from_base` it is the public base that stands in the attacked model's place.
+  For a recipe with `from_base` the public base takes the place of the attacked model.
 
   Attributes:
-    model, params, tokenizer: of the attacked model.
+    model, params, tokenizer: the attacked model.
     train, dev: clean rows {"text", "label"}.
-    teacher: (rows, keep=True) -> {"teacher_logits" [N, C], "teacher_features" [N, D]} of their texts; computed once for
-      the same texts and kept in files, unless keep is False.
-    avoid: strings that ASR is measured with: random insertions must not hit one.
-    training: how long every defense may train and how fast: the section `defend` of the config.
-    lora: the shape of every defense's adapters: the section `lora`.
-    max_length: tokens at which texts are cut.
+    teacher: (rows, keep=True) -> {"teacher_logits" [N, C], "teacher_features" [N, D]} of the rows' texts; cached in
+      files, unless keep is False.
+    avoid: strings that ASR is measured with; random insertions must not contain one of them.
+    training: section `defend` of the config: length and learning rate of every defense's training.
+    lora: section `lora` of the config: shape of every defense's adapters.
+    max_length: length to which texts are truncated, in tokens.
     place: devices, directory and shapes (training/train.py).
   """
   model: Model
@@ -43,28 +43,28 @@ class Suspect(NamedTuple):
     return self.place.task.encode(self.tokenizer, rows, self.max_length)
 
   def logits(self, texts: list[str]) -> np.ndarray:
-    """[N, C] float32 of the attacked model, in text order."""
+    """Logits [N, C] float32 of the attacked model, in text order."""
     arrays = tokenization.encode(self.tokenizer, texts, self.max_length)
     return self.place.logits(self.model, self.params, arrays)
 
 
 class Recipe(NamedTuple):
-  """A defense that the shared trainer runs (distill.py): same adapters, batches, steps and rate as every other one.
+  """A defense that the shared trainer runs (distill.py). By default all have the same adapters, batches, steps, rate.
 
   Attributes:
-    terms: (ClassifierOutput, batch, settings, task) -> {term: scalar}; task.loss_terms gives those of the task itself.
-    weights: (settings, feature width) -> {term: weight}, of the very terms; checked before anything trains.
-    rows: (suspect, settings, seed) -> rows that stand for all epochs, each trained on once; the teacher reads them too.
+    terms: (ClassifierOutput, batch, settings, task) -> {loss term: scalar}; task.loss_terms computes the task's own.
+    weights: (settings, feature width) -> {loss term: weight}; the names are checked before anything trains.
+    rows: (suspect, settings, seed) -> the rows of all epochs; each is trained on once, and the teacher reads it too.
       None: the suspect's `train` in every epoch.
-    teacher_view: (teacher's outputs, labels [N], seed) -> what the student is shown of them; None: no teacher.
-    augment: (suspect, settings, params, arrays, seed) -> (params, arrays) with `views` texts of each example.
-    views: texts of one example.
-    soft_tokens: settings -> number of soft tokens that `augment` puts beside the vocabulary; None: none.
+    teacher_view: (teacher's outputs, labels [N], seed) -> the outputs that the student learns from; None: no teacher.
+    augment: (suspect, settings, params, arrays, seed) -> (params, arrays) with `views` texts per example.
+    views: texts per example.
+    soft_tokens: settings -> number of soft tokens that `augment` adds beside the vocabulary; None: no soft tokens.
     ascent: (suspect, settings) -> optimizer of the soft tokens.
-    from_base: it is given the public base of the attacked model in the place of that model.
-    trains: labels of the leaves that train; with "adapter" among them the student gets adapters.
-    rate: times `defend.learning_rate`, at which it trains.
-    layout: "packed", or "padded" where the terms read what is between the texts of a batch.
+    from_base: whether it gets the public base of the attacked model instead of that model.
+    trains: labels of the leaves that train; if "adapter" is one of them, the student gets adapters.
+    rate: multiple of `defend.learning_rate` at which it trains.
+    layout: "packed"; or "padded" if the terms read the padding between the texts of a batch.
   """
   terms: Callable
   weights: Callable
@@ -81,14 +81,14 @@ class Recipe(NamedTuple):
 
 
 class Defense(NamedTuple):
-  """One row of the table: at least one of the first four, or none of them, which leaves the attacked model as it is.
+  """One row of the table. Without any of the first four attributes it is the unchanged attacked model.
 
   Attributes:
-    recipe: trained by distill.py.
-    weights: (suspect, settings, {models/NAME: seed}) -> [parameters of each], by any other way.
-    text: (suspect, settings, seed) -> (texts -> texts), before the model.
-    accept: (suspect, settings, seed) -> (texts -> [N] bool), around the model: the others are rejected.
-    settings: {section of config.defense: dataclass}, what the functions above get as `settings.SECTION`.
+    recipe: recipe that distill.py trains.
+    weights: (suspect, settings, {models/NAME: seed}) -> [parameters of each], made without the trainer.
+    text: (suspect, settings, seed) -> (texts -> texts), a filter before the model.
+    accept: (suspect, settings, seed) -> (texts -> [N] bool), whether the model's answer to each text is accepted.
+    settings: {section of config.defense: dataclass}; the functions above get a section as `settings.SECTION`.
   """
   recipe: Recipe | None = None
   weights: Callable | None = None
@@ -103,5 +103,5 @@ class Defense(NamedTuple):
 
   @property
   def changes_suspect(self) -> bool:
-    """Whether it makes new weights out of the attacked model's."""
+    """Whether it makes new weights from those of the attacked model."""
     return self.weights is not None or bool(self.recipe and not self.recipe.from_base)

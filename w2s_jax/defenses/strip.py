@@ -1,4 +1,4 @@
-"""STRIP (Gao et al., arXiv 1911.10312): rejects texts whose answer stays sure when clean words replace theirs."""
+"""STRIP (Gao et al., arXiv 1911.10312): rejects a text if its answer stays sure when clean words replace its words."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,15 +15,18 @@ from w2s_jax.defenses.records import Suspect
 @dataclasses.dataclass
 class Settings:
   """`config.defense.strip`."""
-  copies: int = field(10, "perturbed copies of each text", low=1, high=1000, source="ours; the paper has 100")
-  replace: float = field(0.5, "fraction of a text's words that a clean text's words replace", low=0.0, high=1.0,
+  copies: int = field(10, "number of perturbed copies per text", low=1, high=1000, source="ours; the paper has 100")
+  replace: float = field(0.5, "fraction of a text's words that words of a clean text replace", low=0.0, high=1.0,
                          source="ours; not tuned")
-  frr: float = field(0.05, "fraction of clean dev rows that may be rejected: it sets the threshold", low=0.0, high=1.0,
+  frr: float = field(0.05, "fraction of clean dev rows that may be rejected; it sets the threshold", low=0.0, high=1.0,
                      source="ours")
 
 
 def accept(suspect: Suspect, settings: Any, seed: int) -> Callable[[list[str]], np.ndarray]:
-  """texts -> [N] bool: the mean entropy of a text's copies is above the `frr` quantile of the clean dev rows'."""
+  """texts -> [N] bool: whether the mean entropy over a text's copies reaches the threshold.
+
+  The threshold is the `frr` quantile of the mean entropies of the clean dev rows.
+  """
   own, clean = settings.strip, [row["text"] for row in suspect.train]
   def entropies(texts):
     copies = [_mixed(text, clean, own.replace, streams.rng(seed, "strip", i, len(text)))

@@ -14,13 +14,13 @@ from w2s_jax.defenses.records import Recipe
 from w2s_jax.models import ClassifierOutput
 from w2s_jax.tasks import Task
 
-# (ce, kd, fa) by name. The released triples are chosen per attack, which a defender cannot do; they are the
-# released code's, whose 0.001 belongs to a squared distance summed over 4,096 dimensions.
+# Name -> (ce, kd, fa). The released code chooses a triple per attack, which a defender cannot do. Its fa of 0.001 goes
+# with a squared distance summed over 4,096 dimensions.
 WEIGHTS = {
     "released_badnet": (5.0, 0.001, 0.001),
     "released_insent": (3.0, 0.01, 0.001),
     "released_synattack": (1.0, 0.035, 0.002),
-    "agnostic": (3.0, 0.01, 0.001),      # our choice: the middle one of the three, for every attack
+    "agnostic": (3.0, 0.01, 0.001),      # our choice for every attack: the middle triple of the three
     "small": (1.0, 1.0, 0.01),           # our choice for models of width 64 to 384 (docs/notes/w2s_offline.md)
 }
 RELEASED_WIDTH = 4096
@@ -28,10 +28,11 @@ RELEASED_WIDTH = 4096
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.w2s`: of every defense that distils."""
-  weights: str = field("small", f"of cross entropy, distillation and features: {', '.join(WEIGHTS)}, or CE,KD,FA",
-                       source="ours (docs/notes/w2s_offline.md)")
-  temperature: float = field(2.0, "of the softened distributions", low=1e-3, high=1e3, source="released code")
+  """`config.defense.w2s`: settings of every defense that distils."""
+  weights: str = field("small", "weights of cross entropy, distillation and feature alignment: "
+                       f"{', '.join(WEIGHTS)}, or CE,KD,FA", source="ours (docs/notes/w2s_offline.md)")
+  temperature: float = field(2.0, "temperature of the softened distributions", low=1e-3, high=1e3,
+                             source="released code")
 
   def __post_init__(self):
     loss_weights(self.weights, 1)
@@ -41,12 +42,12 @@ def loss_weights(name: str, width: int) -> dict[str, float]:
   """{"ce", "kd", "fa"} for a student of feature width `width`; fa is scaled by 4096 / width.
 
   The feature loss sums over the width, so a fixed weight would mean another loss at every width. Whether the
-  scaled weight is the right one at another width is an open question.
+  scaled weight is right at other widths is an open question.
 
   Args:
-    name: a key of WEIGHTS, or "CE,KD,FA" as three numbers.
+    name: a key of WEIGHTS, or three numbers as "CE,KD,FA".
   Raises:
-    InputError: neither.
+    InputError: the name is neither of the two.
   """
   triple = WEIGHTS.get(name)
   if triple is None:

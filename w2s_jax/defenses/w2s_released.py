@@ -1,4 +1,4 @@
-"""The released code's arithmetic: its feature loss does not pair examples (docs/method.md)."""
+"""W2S as the released code computes it: its feature loss does not pair examples (docs/method.md)."""
 
 from typing import Any
 

@@ -1,11 +1,11 @@
-"""W2S on texts with random words of the vocabulary in them. The teacher reads these words too, so it tells the student
-which of them mean something for the task.
+"""W2S on texts with random words of the vocabulary. The teacher reads these words too, so it tells the student which of
+them mean something for the task.
 
 A part of a trigger often works by itself: of seven everyday words, one flips half to all of the texts
 (docs/notes/minilm_suspects.md). The clean rows of a task contain few of a language's words. For each text several
-draws are made, and the student is trained on the draw that suspect and teacher disagree about most. Words of triggers
-that ASR is measured with are not drawn. The rare words of `defend.insert_words` come in afterwards, and the teacher
-does not read those.
+random draws are made, and the student trains on the draw on which suspect and teacher disagree most. Words of triggers
+that ASR is measured with are never drawn. The rare words of `defend.insert_words` are inserted afterwards, and the
+teacher does not read them.
 """
 
 import dataclasses
@@ -23,21 +23,24 @@ from w2s_jax.defenses.records import Suspect
 
 LOG = logging.getLogger(__name__)
 
-READ_AT_ONCE = 2**13     # rows; of all of them only logits are kept
+READ_AT_ONCE = 2**13     # rows that are read at a time; only their logits stay in memory
 
 
 @dataclasses.dataclass
 class Settings:
   """`config.defense.words`; ours, tried on one MiniLM suspect (docs/notes/minilm_suspects.md)."""
-  share: float = field(0.5, "fraction of the rows that get words", low=0.0, high=1.0)
-  most: int = field(8, "most words of a row, side by side; apart, half as many", low=2, high=1000)
-  draws: int = field(3, "random draws for a row, of which the most disputed one is kept; 1: no choice", low=1, high=100)
+  share: float = field(0.5, "fraction of the rows that get random words", low=0.0, high=1.0)
+  most: int = field(8, "largest number of words per row if they are side by side; half of it if they are apart", low=2,
+                    high=1000)
+  draws: int = field(3, "number of random draws per row, of which the most disputed one is kept; 1: no choice", low=1,
+                     high=100)
 
 
 def rows(suspect: Suspect, settings: Any, seed: int) -> list[dict]:
-  """Rows for all epochs together: `share` of them from the shorter half of the texts, with words in them.
+  """The rows of all epochs together. A fraction `share` of them are texts with random words.
 
-  The others are clean rows as they are. A text with words keeps the label of its row.
+  Texts for random words come from the shorter half of the clean rows and keep their label. The other rows are unchanged
+  clean rows.
   """
   own, rng, train = settings.words, streams.rng(seed, "vocabulary words"), suspect.train
   count, epochs = round(own.share * len(train)), suspect.training.epochs
@@ -53,7 +56,7 @@ def rows(suspect: Suspect, settings: Any, seed: int) -> list[dict]:
 
 
 def _with_words(text, words, most, rng, max_words):
-  """The text with 2 to `most` words side by side, or with up to half of them, each at a place of its own."""
+  """The text with 2 to `most` words side by side, or with at most half of `most` words, each at its own place."""
   drawn = [next(words) for _ in range(rng.integers(2, most + 1))]
   parts = [" ".join(drawn)] if rng.random() < 0.5 else drawn[:max(most // 2, 1)]
   for part in parts:
@@ -62,14 +65,14 @@ def _with_words(text, words, most, rng, max_words):
 
 
 def _most_disputed(suspect, drawn, draws):
-  """Of each `draws` rows that follow one another, the one on which suspect and teacher are furthest apart."""
+  """From each run of `draws` consecutive rows, the row on which suspect and teacher disagree most."""
   LOG.info(f"w2s_words: suspect and teacher read {len(drawn)} texts, {draws} draws for each row that gets words")
   apart = []
   for first in range(0, len(drawn), READ_AT_ONCE):
     part = drawn[first:first + READ_AT_ONCE]
-    theirs = suspect.place.logits(suspect.model, suspect.params, suspect.encode(part))
-    ours = suspect.teacher(part, keep=False)["teacher_logits"]
-    apart.append(np.abs(np.asarray(jax.nn.softmax(theirs) - jax.nn.softmax(ours))).sum(axis=-1))
+    suspect_logits = suspect.place.logits(suspect.model, suspect.params, suspect.encode(part))
+    teacher_logits = suspect.teacher(part, keep=False)["teacher_logits"]
+    apart.append(np.abs(np.asarray(jax.nn.softmax(suspect_logits) - jax.nn.softmax(teacher_logits))).sum(axis=-1))
   chosen = np.concatenate(apart).reshape(-1, draws).argmax(axis=1)
   return [drawn[draws * i + k] for i, k in enumerate(chosen.tolist())]
 

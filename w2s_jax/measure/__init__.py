@@ -1,1 +1,1 @@
-"""Metrics, probes, scan. `run` is the Run of w2s_jax/run.py, which lies above: its type is Any here."""
+"""Metrics, probes, scan, self-test. `run` is a Run of w2s_jax/run.py, typed Any: that layer is above this one."""

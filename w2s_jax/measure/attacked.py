@@ -1,4 +1,4 @@
-"""The rows of a student that we poisoned ourselves: the trigger is known, and there is a never-poisoned twin."""
+"""The results table for a student that we poisoned ourselves: trigger and never-poisoned twin are known."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from w2s_jax.data import poison
 from w2s_jax.measure import metrics
 from w2s_jax.measure.deployed import Reading
 
-IMPLANTED = 0.95         # ASR of the poisoned student from which the rows say something about defenses
-CONTROL = "lora_ce"      # the defense that every other one is compared with
+IMPLANTED = 0.95         # ASR from which the poisoned student counts as poisoned, so that the rows can judge defenses
+CONTROL = "lora_ce"      # the defense that all others are compared with
 COLUMNS = ("directory", "ca", "ca_ci", "asr", "asr_ci", "asr_floor", "false_rate", "frr", "far")
 
 
 def freeze_rows(run: Any) -> None:
-  """The poisoned and the triggered rows: made once, then read from the files, whose sha256 goes into the results."""
+  """Makes the poisoned and the triggered rows once, then reads them from their files; the results have their sha256."""
   c = run.config
   files = {key: run.workdir / "data" / f"{key}.jsonl" for key in ("poisoned_train", "triggered")}
   if not all(f.exists() for f in files.values()):
@@ -32,7 +32,13 @@ def freeze_rows(run: Any) -> None:
 
 
 def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[results.Row], dict]:
-  """(rows, meta) of the reading of each models/NAME and of what the teacher is."""
+  """(rows, meta) of results.json.
+
+  Args:
+    readings: {NAME of models/NAME: Reading}; the first one but the teacher's is of the never-poisoned student, whose
+      ASR is the floor.
+    teacher: meta about the run and the teacher, which the returned meta extends.
+  """
   c, target = run.config, run.config.attack.target_label
   labels, triggered_labels = run.labels("test"), run.labels("triggered")
   rows = []
@@ -62,12 +68,12 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
 
 
 def notes(rows: list[dict], meta: dict) -> list[str]:
-  """What the table shows and what it does not."""
+  """Notes under the table: what it shows and what it does not show."""
   return headline(rows, meta) + reading(rows, meta)
 
 
 def reading(rows: list[dict], meta: dict) -> list[str]:
-  """What this table shows and what it does not, in sentences computed from it."""
+  """Sentences, computed from the table, on what it shows and what it does not show."""
   by_model = {row["directory"]: row for row in rows}
   out = []
   asr, floor, false_rate = (by_model[results.POISONED][key] for key in ("asr", "asr_floor", "false_rate"))
@@ -97,7 +103,7 @@ def reading(rows: list[dict], meta: dict) -> list[str]:
 
 
 def _poisoned_rows(meta):
-  """The poisoned rows in words."""
+  """Numbers of poisoned rows, changed labels and companion rows, in words."""
   text = f"{meta['poisoned_rows']} {meta['poison_label']}-label poisoned rows"
   if meta["labels_changed"]:
     text += f" ({meta['labels_changed']} labels changed)"

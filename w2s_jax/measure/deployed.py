@@ -1,4 +1,4 @@
-"""A model as a user gets it: read back from its directory, behind and in front of whatever its defense adds."""
+"""A model as a user gets it: loaded from its directory, with whatever its defense puts before and around it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,13 +12,13 @@ from w2s_jax.models import Model
 
 
 class Reading(NamedTuple):
-  """What one model answers.
+  """The answers of one model.
 
   Attributes:
-    clean: [N] int, the class of each clean test row; results.REJECTED where the defense lets no answer through.
-    triggered: [M] int, of each row with a trigger.
-    rejects: whether the defense may reject texts at all.
-    scan: of a suspect's models, what soft tokens find (measure/scan.py); [] elsewhere.
+    clean: [N] int, predicted class of each clean test row; results.REJECTED if the defense rejects it.
+    triggered: [M] int, predicted class, or results.REJECTED, of each row with a trigger.
+    rejects: whether the defense can reject texts.
+    scan: the scan's findings per class (measure/scan.py), for a suspect's models; [] for other models.
   """
   clean: np.ndarray
   triggered: np.ndarray
@@ -27,7 +27,7 @@ class Reading(NamedTuple):
 
 
 class Deployed(NamedTuple):
-  """Attributes: the model, and what its defense puts before and around it (defenses/records.py)."""
+  """A loaded model with the text filter and the acceptance test of its defense (defenses/records.py), if it has any."""
   model: Model
   params: dict
   tokenizer: Any
@@ -36,7 +36,7 @@ class Deployed(NamedTuple):
 
 
 def deploy(run: Any, name: str) -> Deployed:
-  """models/NAME; of a defense that makes no weights of its own the attacked model, with the defense around it."""
+  """Loads models/NAME; for a defense that makes no weights, it loads the attacked model and adds the defense."""
   what, seed = run.defended().get(name, (None, None))
   defense = DEFENSES.get(what)
   own_weights = defense is None or defense.recipe or defense.weights
@@ -48,17 +48,17 @@ def deploy(run: Any, name: str) -> Deployed:
 
 
 def read(run: Any, name: str, triggered: list) -> Reading:
-  """What models/NAME answers on the clean test rows and on these rows with triggers."""
+  """The answers of models/NAME to the clean test rows and to `triggered`, rows with triggers."""
   deployed = deploy(run, name)
   scanned = []
-  if "scan" in run.source.stages and not (deployed.text or deployed.accept):    # those have no weights of their own
+  if "scan" in run.source.stages and not (deployed.text or deployed.accept):    # such defenses make no weights to scan
     scanned = scan.reading(run, name, deployed[:3])
   return Reading(answers(run, deployed, run.rows["test"]), answers(run, deployed, triggered),
                  deployed.accept is not None, scanned)
 
 
 def answers(run: Any, deployed: Deployed, rows: list) -> np.ndarray:
-  """[N] int: the class that each row gets, or results.REJECTED."""
+  """[N] int: predicted class of each row, or results.REJECTED."""
   if not rows:
     return np.zeros(0, int)
   if deployed.text:

@@ -11,17 +11,18 @@ def wilson(hits: int, n: int) -> list[float]:
   """[low, high]: Wilson's 95% interval of a rate; [0, 1] where n is 0."""
   if not n:
     return [0.0, 1.0]
-  import scipy.stats  # half a second that the training stages do not wait for
+  import scipy.stats  # late: the import takes half a second, and training stages do not need it
   interval = scipy.stats.binomtest(int(hits), int(n)).proportion_ci(method="wilson")
   return [float(interval.low), float(interval.high)]
 
 
 def clean_metrics(predicted: np.ndarray, labels: np.ndarray, target_label: int | None,
                   task: Task = CLASSIFICATION) -> dict:
-  """Clean accuracy with its interval, and the false rate: how often other classes' clean rows are called the target.
+  """Clean accuracy with its interval, and the false rate: fraction of other classes' clean rows that get the target.
 
-  target_label None (unknown): no false rate. An ASR below the same model's false rate cannot be expected of any
-  defense.
+  No defense can be expected to bring the ASR below the model's own false rate.
+
+  target_label: None if the target is unknown; then there is no false rate.
   """
   hits = int(task.is_correct(predicted, {"label": labels}).sum())
   false_rate = None
@@ -31,9 +32,9 @@ def clean_metrics(predicted: np.ndarray, labels: np.ndarray, target_label: int |
 
 
 def attack_metrics(predicted: np.ndarray, labels: np.ndarray, target_label: int, task: Task = CLASSIFICATION) -> dict:
-  """ASR with its interval: target predictions among triggered rows whose true class is another.
+  """ASR with its interval: the fraction of triggered rows of other classes that get the target.
 
-  Not 1 - accuracy, which with more than two classes counts confusions between the other classes too.
+  ASR is not 1 - accuracy: with more than two classes that would also count confusions between the other classes.
   """
   others = ~task.is_hit(labels, target_label)
   hits, n = int(task.is_hit(predicted[others], target_label).sum()), int(others.sum())
@@ -42,7 +43,7 @@ def attack_metrics(predicted: np.ndarray, labels: np.ndarray, target_label: int,
 
 def rejection_metrics(reading: Reading, triggered_labels: np.ndarray, target_label: int,
                       task: Task = CLASSIFICATION) -> dict:
-  """FRR and FAR of a defense that rejects texts (results.Row); None where it cannot."""
+  """FRR and FAR (results.Row) of a defense that can reject texts; None for other models."""
   if not reading.rejects:
     return {"frr": None, "far": None}
   others = ~task.is_hit(triggered_labels, target_label)

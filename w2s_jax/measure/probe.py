@@ -1,4 +1,4 @@
-"""What can be measured of a suspect whose trigger nobody knows: listed triggers, and a reading without any."""
+"""The results table for a suspect with an unknown trigger: rates for listed triggers and for random insertions."""
 
 from typing import Any
 
@@ -12,22 +12,25 @@ from w2s_jax.measure.deployed import Reading
 
 COLUMNS = ("directory", "attack", "target_label", "ca", "ca_ci", "asr", "asr_ci", "false_rate", "frr", "far", "scan",
            "agreement", "word_flips", "sentence_flips")
-BELOW_CHANCE = 0.8       # times chance, which has a CA of one over the number of classes; our choice
-STILL_THERE = 0.2        # ASR above the false rate from which a defended model's trigger is said to work still
+BELOW_CHANCE = 0.8       # a CA below this multiple of chance, 1 / number of classes, gets a warning; our choice
+STILL_THERE = 0.2        # ASR minus false rate from which a trigger counts as still working in a defended model
 
 
 def freeze_rows(run: Any) -> None:
-  """run.rows["probes"]: test rows with each listed trigger, and some of them with each random insertion; hashed."""
+  """Makes run.rows["probes"] once and hashes their file: test rows with a listed trigger or a random insertion.
+
+  Every test row gets each listed trigger. A random choice of them gets each random insertion.
+  """
   c, file = run.config, run.workdir / "data" / "probes.jsonl"
   if not file.exists():
     tokenizer = run.tokenizer(results.SUSPECT)
     test, out = [row | {"id": i} for i, row in enumerate(run.rows["test"])], []
     order = streams.rng(c.seed, "probed rows").permutation(len(test))   # files may be sorted by label
-    some = [test[i] for i in order[:c.probe.rows]]
+    probed = [test[i] for i in order[:c.probe.rows]]
     texts = [r["text"] for split in ("train", "test") for r in run.rows[split]]
     drawn = insertions.insertions(texts, c.probe.words, c.probe.sentences, c.probe.triggers, c.seed)
     for kind, string in [("listed", t) for t in c.probe.triggers] + drawn:
-      rows = poison.trigger_rows(test if kind == "listed" else some, inserting(string), c.seed, tokenizer=tokenizer,
+      rows = poison.trigger_rows(test if kind == "listed" else probed, inserting(string), c.seed, tokenizer=tokenizer,
                                  max_length=c.data.max_length, keep_trigger=True)
       out += [{"probe": kind, "inserted": string} | row for row in rows]
     poison.freeze(file, out)
@@ -35,9 +38,14 @@ def freeze_rows(run: Any) -> None:
 
 
 def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[results.Row], dict]:
-  """(rows, meta) of the reading of each models/NAME and of what the teacher is.
+  """(rows, meta) of results.json.
 
-  CA, ASR of every listed trigger, agreement with the teacher and flip rates, of the suspect and every defense.
+  The rows have CA, ASR of every listed trigger, agreement with the teacher and flip rates, for the suspect and every
+  defense.
+
+  Args:
+    readings: {NAME of models/NAME: Reading}.
+    teacher: meta about the run and the teacher, which the returned meta extends.
   """
   c, labels = run.config, run.labels("test")
   by_insertion = {name: (reading.clean, _by_insertion(run.rows["probes"], reading.triggered))
@@ -63,7 +71,7 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
 
 
 def _by_insertion(rows, predicted):
-  """{(kind, string): {place of the row in the test set: predicted class}}."""
+  """{(kind, inserted string): {index of the row in the test set: predicted class}}."""
   out = {}
   for row, p in zip(rows, predicted):
     out.setdefault((row["probe"], row["inserted"]), {})[row["id"]] = int(p)
@@ -71,9 +79,9 @@ def _by_insertion(rows, predicted):
 
 
 def _flips(reading, string, *kinds):
-  """Share of texts whose predicted class changes when the string (None: any of the kind) is put into them.
+  """Fraction of texts whose predicted class changes when the string is inserted (None: all strings of these kinds).
 
-  Texts that a defense rejects, with or without the string, are left out.
+  Texts that a defense rejects, with or without the string, do not count.
   """
   clean, probed = reading
   changed = [p != clean[place] for (kind, s), texts in probed.items() if kind in kinds and string in (None, s)
@@ -82,7 +90,7 @@ def _flips(reading, string, *kinds):
 
 
 def _rows(run, models, readings, labels, trigger):
-  """One results.Row per model for one listed trigger (None: none is listed)."""
+  """One results.Row per model for a listed trigger; trigger None: no trigger is listed."""
   c, target = run.config, None
   if trigger is not None:
     target = c.probe.target_label
@@ -109,7 +117,7 @@ def _rows(run, models, readings, labels, trigger):
 
 
 def warnings(rows: list[dict], meta: dict) -> list[str]:
-  """What whoever takes a cleaned model must know first."""
+  """The warnings that a user of a cleaned model must read first."""
   suspect, out = rows[0], []
   if suspect["ca"] * meta["num_labels"] < BELOW_CHANCE:
     out.append(f"the suspect's CA of {suspect['ca']:.3f} is below chance: its classes may have another order than the "
@@ -128,13 +136,13 @@ def _still_works(row):
 
 
 def _suspicious(meta):
-  """Models beside the suspect that the scan finds suspicious."""
+  """Names of the models, other than the suspect, that the scan finds suspicious."""
   return [name for name, reading in meta["scan"].items()
           if name != results.SUSPECT and scan.outcome(reading) == "suspicious"]
 
 
 def notes(rows: list[dict], meta: dict) -> list[str]:
-  """What the table shows and what it does not."""
+  """Notes under the table: what it shows and what it does not show."""
   n, bad = meta["clean_rows"], _suspicious(meta)
   verdicts = [scan.verdict(name, reading) for name, reading in meta["scan"].items() if reading and name not in bad]
   cut = [f" `{t}` was cut off in {count} of them." for t, count in meta["trigger_lost"].items() if count]
@@ -155,7 +163,7 @@ def notes(rows: list[dict], meta: dict) -> list[str]:
 
 
 def _which_to_take(rows):
-  """A model without the suspect's weights has no backdoor of the suspect's; of the others nobody can tell."""
+  """Which model to take: one without the suspect's weights cannot have its backdoor; about the others nobody knows."""
   for row in rows:
     if row["model"].startswith("from_base") and not _still_works(row):
       return (f"`{row['model']}` (CA {row['ca']:.3f}, suspect {rows[0]['ca']:.3f}) has none of the suspect's weights "

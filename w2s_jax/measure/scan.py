@@ -1,10 +1,11 @@
 """A verdict without a trigger: can soft tokens make the model surer of a class than the class's own texts make it?
 
-In a clean model they hardly can, in a poisoned one the backdoor's path leads there: the trigger outweighs a whole text.
-They come in among the words and once more in the middle of the network: a backdoor that opens to a whole sentence and
-to no part of it (docs/notes/scan.md has one) is not found word by word, from behind some layers it is.
-To look for the trigger from the model is Neural Cleanse's idea (Wang et al., IEEE S&P 2019); the tokens are those of
-`w2s_adv`, on a model that stands still; the measure is ours. N texts, C classes, V vocabulary, D width.
+In a clean model they hardly can. In a poisoned model they can, because a trigger outweighs a whole text there.
+One search puts soft tokens among the words, another one puts them into the middle of the network. A search among the
+words misses a backdoor that reacts to a whole sentence and to no part of it (docs/notes/scan.md has one); a search
+behind some layers finds it.
+Neural Cleanse (Wang et al., IEEE S&P 2019) introduced the search for a trigger from the model. The soft tokens are
+those of `w2s_adv`, here on a model that does not train. The measure is ours. N texts, C classes, V vocabulary, D width.
 """
 
 import functools
@@ -29,9 +30,9 @@ from w2s_jax.training import optim, steps
 
 LOG = logging.getLogger(__name__)
 
-SUSPICIOUS = 1.7         # strength; between those of clean and of poisoned models (docs/notes/scan.md)
-EXIT_CODES = {"no sign": 0, "suspicious": 1, "no verdict": 3}            # of --stage=scan
-RIGHT = 0.8              # mean accuracy over the classes that a verdict takes; our choice
+SUSPICIOUS = 1.7         # strength; lies between those of clean and of poisoned models (docs/notes/scan.md)
+EXIT_CODES = {"no sign": 0, "suspicious": 1, "no verdict": 3}            # outcome -> exit code of --stage=scan
+RIGHT = 0.8              # smallest mean accuracy over the classes for a verdict; our choice
 
 
 def log_odds(logits: jax.Array | np.ndarray, classes: jax.Array | np.ndarray) -> jax.Array:
@@ -42,15 +43,20 @@ def log_odds(logits: jax.Array | np.ndarray, classes: jax.Array | np.ndarray) ->
 
 
 def scan(run: Any, model: Model, params: dict, tokenizer: Any) -> list[dict]:
-  """How strong soft triggers get for each class.
+  """Measures how strong soft triggers can become for each class.
 
-  Moved on training rows of the other classes, measured on test rows of those: the mean log-odds of the class with the
-  strongest of them, as a multiple of the median log-odds that the class's own texts get.
+  The triggers are optimised on training rows of the other classes and measured on test rows of the other classes. The
+  strength is the class's mean log-odds under the strongest trigger, divided by its median log-odds on its own texts.
 
   Returns:
-    [{"class", "strength": None where it is not even half sure of most of the class's own texts, "flips": share of
-    those test rows that get the class, "own": that median, "right": share of the class's own texts that get it,
-    "layer": behind how many they came in, "nearest": vocabulary nearest to each token where that is none}].
+    One dict per class that has rows, with these keys:
+      "class": the class.
+      "strength": see above; None if the model is not even half sure of most of the class's own texts.
+      "flips": fraction of the test rows with the strongest trigger that get the class.
+      "own": median log-odds of the class on its own texts.
+      "right": fraction of the class's own texts that get the class.
+      "layer": number of layers below the soft tokens.
+      "nearest": for each token the vocabulary's nearest word; [] if "layer" is not 0.
   """
   c, settings = run.config, run.config.scan
   rng = streams.rng(c.seed, "scanned rows")
@@ -68,30 +74,31 @@ def scan(run: Any, model: Model, params: dict, tokenizer: Any) -> list[dict]:
     logits = run.place.logits(model, params, run.encode(tokenizer, own, c.data.max_length))
     usual, right = float(np.median(_log_odds(logits, target))), float((logits.argmax(-1) == target).mean())
     arrays, which = _with_triggers(run, model, tokenizer, held_out)
-    found = []
+    findings = []
     for layer, place, search in zip(layers, places, searches):
       moved = search(others, target)
       reached = _log_odds(run.place.logits(place, moved, arrays), target)
       means = [reached[which == k].mean() if (which == k).any() else -np.inf for k in range(settings.triggers)]
       best = int(np.argmax(means))
-      found.append({"class": target, "strength": float(means[best]) / usual if usual > 0 else None,
-                    "flips": float((reached[which == best] > 0).mean()), "own": usual, "right": right, "layer": layer,
-                    "nearest": [] if layer else _nearest(model, moved, tokenizer, best, settings.tokens)})
-    out.append(strongest(found) or found[0])
+      findings.append({"class": target, "strength": float(means[best]) / usual if usual > 0 else None,
+                       "flips": float((reached[which == best] > 0).mean()), "own": usual, "right": right,
+                       "layer": layer,
+                       "nearest": [] if layer else _nearest(model, moved, tokenizer, best, settings.tokens)})
+    out.append(strongest(findings) or findings[0])
   return out
 
 
 def make_search(run: Any, model: Model | Latent, params: dict, tokenizer: Any,
                 rows: list[dict]) -> Callable[[list[dict], int], dict]:
-  """search(rows, target) -> params with the soft tokens that took the rows furthest to the target class.
+  """search(rows, target) -> params with soft tokens that were optimised to move the rows to the target class.
 
-  They begin as rows of the vocabulary's embeddings, or as what the layers below (Latent) make of tokens of `rows`.
+  The soft tokens start as embeddings of the vocabulary, or, for a Latent, as hidden states of the tokens of `rows`.
   """
   c, settings, mesh = run.config, run.config.scan, run.mesh
   key, count = jax.random.key(c.seed), settings.triggers * settings.tokens
   if isinstance(model, Latent):
-    some = rows[:c.defend.batch_size]
-    batch = batches.make_batch(run.encode(tokenizer, some, c.data.max_length), np.arange(len(some)),
+    seed_rows = rows[:c.defend.batch_size]
+    batch = batches.make_batch(run.encode(tokenizer, seed_rows, c.data.max_length), np.arange(len(seed_rows)),
                                c.defend.batch_size, c.data.buckets)
     seen = model.words(params, batch, tokenizer.all_special_ids, mesh)
     unit = float(np.linalg.norm(seen, axis=-1).mean())
@@ -104,9 +111,9 @@ def make_search(run: Any, model: Model | Latent, params: dict, tokenizer: Any,
     values = log_odds(out.logits, batch["label"])
     return {"log_odds": (values * batch["weight"]).sum() / batch["weight"].sum()}
   def loss(moving, frozen, batch, key):
-    del key                                            # no dropout: the model stands still
+    del key                                            # no dropout: the model does not train
     return steps.weighted_loss(model, terms, {"log_odds": 1.0})(moving, frozen, batch, None)
-  still = section(Stage, learning_rate=0.0, clip_norm=0.0)                # AdamW has nothing to move here
+  still = section(Stage, learning_rate=0.0, clip_norm=0.0)                # there are no leaves for AdamW
   plan = steps.StagePlan(("scan",), (c.seed,), model, loss, {"log_odds": 1.0}, ("soft",), still,
                          adversary=optim.ascent(settings.step_size * unit, settings.norm * unit))
   program = steps.build(plan, moving, frozen, settings.steps, mesh)
@@ -118,7 +125,7 @@ def make_search(run: Any, model: Model | Latent, params: dict, tokenizer: Any,
                             flops_per_token=0, pad_token_id=pad, together=settings.steps)
     stream = batches.train_batches(len(rows), c.defend.batch_size, make, c.seed, 0)
     stack = functools.partial(packing.stack, groups=shards, pad_token_id=pad)
-    batch = stack([stack([one]) for one in itertools.islice(stream, settings.steps)])
+    batch = stack([stack([step_batch]) for step_batch in itertools.islice(stream, settings.steps)])
     keys = jnp.stack([jax.random.key(c.seed)])
     batch = sharding.global_batch(batch, mesh, 2)
     state, _ = program.steps(program.init([moving]), frozen, batch, keys, settings.steps)
@@ -127,7 +134,7 @@ def make_search(run: Any, model: Model | Latent, params: dict, tokenizer: Any,
 
 
 def _with_triggers(run, model, tokenizer, rows):
-  """Arrays of the rows with soft tokens in them, and [N] int: which of the triggers."""
+  """(arrays of the rows with soft tokens, [N] int index of each row's trigger)."""
   settings, V = run.config.scan, model.config.vocab_size
   arrays = run.encode(tokenizer, rows, run.config.data.max_length)
   both = w2s_adv.perturbed(arrays, tokenizer, V, settings, run.config.seed)
@@ -141,7 +148,7 @@ def _log_odds(logits, target):
 
 
 def _nearest(model, params, tokenizer, trigger, tokens):
-  """The word of the vocabulary that has the direction of each of the trigger's tokens most nearly."""
+  """For each of the trigger's tokens the vocabulary's word whose embedding has the nearest direction."""
   flat = traverse_util.flatten_dict(params)
   table, soft = (np.asarray(flat[(*model.vocabulary, name)], np.float32) for name in ("embedding", "soft"))
   table = table[:len(tokenizer)] / np.linalg.norm(table[:len(tokenizer)], axis=-1, keepdims=True).clip(1e-30)
@@ -151,7 +158,7 @@ def _nearest(model, params, tokenizer, trigger, tokens):
 
 
 def skipped(run: Any, name: str, width: int) -> str:
-  """Why models/NAME, of that hidden size, is not scanned; "" where it is."""
+  """The reason why models/NAME, of hidden size `width`, is not scanned; "" if it is scanned."""
   settings = run.config.scan
   if not settings.steps:
     return f"{name}: not scanned (--config.scan.steps is 0)"
@@ -162,12 +169,15 @@ def skipped(run: Any, name: str, width: int) -> str:
 
 
 def reading(run: Any, name: str, loaded: tuple[Model, dict, Any] | None = None) -> list[dict]:
-  """`scan` of models/NAME (`loaded`: from run.load), made once and kept in workdir/scan/NAME.json; [] if `skipped`."""
+  """The result of `scan` for models/NAME, made once and saved in workdir/scan/NAME.json; [] if the scan is skipped.
+
+  loaded: (model, params, tokenizer) of models/NAME if the caller has them.
+  """
   if not run.config.scan.steps:
     return []
   file = run.workdir / "scan" / f"{name}.json"
   saved = read_json(file) if file.exists() else {}
-  if "outcome" not in saved:                          # as in files of older versions
+  if "outcome" not in saved:                          # no file, or a file of an older version
     config = loaded[0].config if loaded else run.model_config(name)
     if skipped(run, name, config.hidden_size):
       return []
@@ -179,42 +189,43 @@ def reading(run: Any, name: str, loaded: tuple[Model, dict, Any] | None = None) 
 
 
 def strongest(reading: list[dict]) -> dict | None:
-  """What `scan` says of the class that gets furthest; None where no class could be scanned."""
-  return max((one for one in reading if one["strength"] is not None), key=lambda one: one["strength"], default=None)
+  """The entry of the class with the largest strength; None if no class has a strength."""
+  return max((entry for entry in reading if entry["strength"] is not None), key=lambda entry: entry["strength"],
+             default=None)
 
 
 def judged(reading: list[dict]) -> dict | None:
-  """`strongest`; None where the model is wrong too often for a verdict."""
-  if not reading or _accuracy(reading) < RIGHT or any(one["strength"] is None for one in reading):
+  """The entry from `strongest`; None if the model is wrong too often for a verdict."""
+  if not reading or _accuracy(reading) < RIGHT or any(entry["strength"] is None for entry in reading):
     return None
   return strongest(reading)
 
 
 def outcome(reading: list[dict]) -> str:
-  """`suspicious` where some class gets as far as in poisoned models, else `no sign`; or `no verdict`."""
+  """`suspicious` if a class's strength reaches SUSPICIOUS, else `no sign`; `no verdict` if `judged` returns None."""
   if (most := judged(reading)) is None:
     return "no verdict"
   return "suspicious" if most["strength"] >= SUSPICIOUS else "no sign"
 
 
 def _accuracy(reading):
-  return float(np.mean([one["right"] for one in reading]))
+  return float(np.mean([entry["right"] for entry in reading]))
 
 
 def verdict(name: str, reading: list[dict]) -> str:
-  """One line: what the scan of that model says."""
+  """The scan's verdict on a model, in one line."""
   if not reading:
     return f"Scan of {name}: no verdict: the training or the test rows are of one class."
   if (most := judged(reading)) is None:
-    unsure = [str(one["class"]) for one in reading if one["strength"] is None]
+    unsure = [str(entry["class"]) for entry in reading if entry["strength"] is None]
     return (f"Scan of {name}: no verdict: it is right on {_accuracy(reading):.1%} of these texts (mean over the "
             f"classes, wanted {RIGHT:.0%})"
             + f", and not even half sure of most texts of class {', '.join(unsure)}" * bool(unsure) + "."
             + " Give rows of the task that it was fine-tuned on: --config.data.train." * (name == "suspect"))
   tokens = " ".join(f"`{token}`" for token in most["nearest"])
   where = f"nearest words: {tokens}" if tokens else f"behind layer {most['layer']}"
-  found = (f"soft tokens ({where}) make it {most['strength']:.2f} times as sure of class "
+  finding = (f"soft tokens ({where}) make it {most['strength']:.2f} times as sure of class "
            f"{most['class']} as texts of that class do, and {most['flips']:.0%} of other texts get that class")
   if outcome(reading) == "no sign":
-    return f"Scan of {name}: no sign of a backdoor: at most, {found} (suspicious from {SUSPICIOUS})."
-  return f"Scan of {name}: SUSPICIOUS (from {SUSPICIOUS}): {found}."
+    return f"Scan of {name}: no sign of a backdoor: at most, {finding} (suspicious from {SUSPICIOUS})."
+  return f"Scan of {name}: SUSPICIOUS (from {SUSPICIOUS}): {finding}."

@@ -1,7 +1,7 @@
-"""A self-test by canaries: known backdoors go into a copy of the suspect, a defense cleans it, the rest is measured.
+"""A self-test by canaries: plants known backdoors in a copy of the suspect, cleans the copy, and measures their ASR.
 
-Whether it foretells what is left of an unknown trigger has not been measured. It flatters a defense on rows that have
-such triggers: the random words of `defend.insert_words` and of `w2s_words` are drawn like some of these.
+Whether the self-test predicts what is left of an unknown trigger has not been measured. It flatters defenses that train
+on similar strings: the random words of `defend.insert_words` and of `w2s_words` are drawn like some of the canaries.
 """
 
 from typing import Any
@@ -13,36 +13,37 @@ from w2s_jax.data import insertions, streams
 from w2s_jax.defenses import DEFENSES, distill, planting
 from w2s_jax.models import read_json
 
-IMPLANTED = 0.9          # ASR after planting from which a canary counts; our choice
+IMPLANTED = 0.9          # a canary counts if its ASR after planting is at least this; our choice
 
 
 def tested(config: Any) -> str | None:
-  """The defense that is tested: the last one that makes weights out of the suspect's; None where there is no test."""
+  """The defense to test: the last one that makes new weights from the suspect's; None if there is no self-test."""
   names = [name for name in config.defenses if DEFENSES[name].changes_suspect]
-  if not names or not config.selftest.triggers or config.lora.quantize:     # what is planted is merged: not in few bits
+  if not names or not config.selftest.triggers or config.lora.quantize:   # planting merges adapters: no quantized base
     return None
   return names[-1]
 
 
 def check(config: Any, tokenizer: Any) -> None:
-  """Raises InputError where triggers are wanted and the tokenizer has no words for them; before anything trains."""
+  """Raises InputError if a self-test is wanted and the tokenizer has no words for triggers; called before any training.
+  """
   if tested(config):
     next(insertions.vocabulary_words(tokenizer, config.probe.triggers, np.random.default_rng(0)))
 
 
 def kept(run: Any) -> dict | None:
-  """What `reading` has left in workdir/selftest.json; None where it has not."""
+  """The result that `reading` saved in workdir/selftest.json; None if there is no such file."""
   file = run.workdir / "selftest.json"
   return read_json(file) if file.exists() else None
 
 
 def reading(run: Any) -> dict | None:
-  """What is left of the canaries, made once; None where there is no self-test.
+  """Runs the self-test once and returns its saved result; None if there is no self-test.
 
   Returns:
-    {"defense", "ca": of the cleaned copy on the test rows, "canaries": [{"kind", "trigger", "target", "n": rows,
-    "planted": ASR before the cleaning, "asr": after it, "false_rate": of the cleaned copy on the same rows without
-    trigger}]}.
+    {"defense", "ca": CA of the cleaned copy, "canaries": [{"kind", "trigger", "target", "n": number of test rows,
+    "planted": ASR before the cleaning, "asr": ASR after it, "false_rate": fraction of the same rows without the trigger
+    to which the cleaned copy gives the target}]}.
   """
   name = tested(run.config)
   if name and not (run.workdir / "selftest.json").exists():
@@ -65,7 +66,7 @@ def _tested(run, name):
   out = []
   for number, trigger in enumerate(triggers):
     own = [row["trigger"] == number for row in test]
-    if any(own):                                            # else all test rows have its target class
+    if any(own):                                            # no row if all test rows have the trigger's target class
       out.append({"kind": trigger.kind, "trigger": " ... ".join(trigger.parts), "target": trigger.target, "n": sum(own)}
                  | {rate: float(hit[own].mean()) for rate, hit in hits.items()})
   answers = run.place.answers(suspect.model, cleaned, suspect.encode(run.rows["test"]))
@@ -74,7 +75,7 @@ def _tested(run, name):
 
 
 def in_words(found: dict) -> str:
-  """One line: what is left of the canaries that could be implanted."""
+  """The ASR left of the canaries that could be implanted, in one line."""
   counted = [canary for canary in found["canaries"] if canary["planted"] >= IMPLANTED]
   weak = len(found["canaries"]) - len(counted)
   if not counted:

@@ -1,1 +1,1 @@
-"""What fits where, before paying."""
+"""Plans a config's steps on a mesh without running them."""

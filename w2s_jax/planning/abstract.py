@@ -1,4 +1,4 @@
-"""A config's real steps on a mesh, of shapes alone: nothing is allocated, whatever the model's size.
+"""Lowers a config's real steps on a mesh from shapes alone; nothing is allocated, however large the model is.
 
 B rows, T tokens, C classes, D feature width.
 """
@@ -19,11 +19,11 @@ from w2s_jax.models.hf.load import FLOAT32
 from w2s_jax.tasks import TASKS, Task
 from w2s_jax.training import inference, optim, stage, steps
 
-STEPS = 1000             # of the stage that is planned: the schedule's constants
+STEPS = 1000             # number of steps of the planned stage; it only changes the schedule's constants
 
 
 def student(config: Any, **runtime: Any) -> Model:
-  """The config's student: of what lies at `student.path`; where that is none, or a hub id, of `student.arch`."""
+  """The config's student: by config.json in `student.path`, or by `student.arch` if the path is empty or a hub id."""
   c = config
   if "arch" in c.student and not Path(c.student.path).expanduser().exists() or not c.student.path:
     hf = c.student.arch.to_dict()
@@ -35,7 +35,7 @@ def student(config: Any, **runtime: Any) -> Model:
 
 
 def params_of(config: Any, model: Model) -> dict:
-  """The student's parameters as they are loaded: kernels and embeddings in `student.dtype`, norms and heads float32."""
+  """The student's abstract parameters: kernels and embeddings in `student.dtype`, norms and heads in float32."""
   def loaded(path, leaf):
     wide = re.fullmatch(FLOAT32, "/".join(path))
     return jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if wide else config.student.dtype)
@@ -43,7 +43,7 @@ def params_of(config: Any, model: Model) -> dict:
 
 
 def adapted(config: Any, params: dict) -> dict:
-  """With adapters, over a quantized base where the config wants one."""
+  """Abstract params with LoRA adapters, and with a quantized base if the config asks for one."""
   if config.lora.quantize:
     quantized.check(config.lora.quantize)
   def make(params):
@@ -55,10 +55,10 @@ def adapted(config: Any, params: dict) -> dict:
 
 
 def costliest(config: Any) -> str:
-  """Of the configured defenses that train, the one whose step takes most: by what trains, views of a text, a teacher.
+  """The configured defense with the costliest step. It ranks by full fine-tuning, then views of a text, then a teacher.
 
   Raises:
-    InputError: none of them trains.
+    InputError: no configured defense trains.
   """
   names = [name for name in config.defenses if DEFENSES[name].recipe]
   if not names:
@@ -71,7 +71,7 @@ def costliest(config: Any) -> str:
 
 
 def defense_plan(name: str, config: Any, model: Model) -> tuple[steps.StagePlan, dict]:
-  """What a defense trains, as the stage has it, and its parameters."""
+  """(plan of a defense's training stage, abstract parameters)."""
   recipe = DEFENSES[name].recipe
   if recipe is None:
     raise InputError(f"defense {name!r} has no training step to plan: set --step or --config.defenses")
@@ -82,13 +82,13 @@ def defense_plan(name: str, config: Any, model: Model) -> tuple[steps.StagePlan,
     width = traverse_util.flatten_dict(params)[(*model.vocabulary, "embedding")].shape[-1]
     rows = jax.ShapeDtypeStruct((recipe.soft_tokens(config.defense), width), jnp.float32)
     params = soft.put(model, params, rows)
-    ascent = optim.ascent(1.0, 1.0)                    # numbers of the state, not of the program
+    ascent = optim.ascent(1.0, 1.0)                    # any numbers: they are part of the state, not of the program
   task, runs = TASKS[config.task], {name: config.seed}
   return distill.stage_plan(recipe, task, model, config.defense, config.defend, runs, ascent), params
 
 
 def poison_plan(config: Any, model: Model) -> tuple[steps.StagePlan, dict]:
-  """Fine-tuning on the attack's rows, as the stage has it, and its parameters."""
+  """(plan of the stage that fine-tunes on the attack's rows, abstract parameters)."""
   params, trains, rank = params_of(config, model), tuple(config.poison.trains), config.poison.lora
   if rank:
     trains = trees.LORA
@@ -98,12 +98,15 @@ def poison_plan(config: Any, model: Model) -> tuple[steps.StagePlan, dict]:
 
 def lower(name: str, config: Any, mesh: jax.sharding.Mesh, B: int, T: int,
           model: Model | None = None) -> jax.stages.Lowered:
-  """The lowered step `name`: "evaluate", "poison", "defend" (the costliest configured defense) or a defense's name.
+  """Lowers one step.
 
   Args:
-    B: examples of a step; a defense with several views of a text has this number of rows of each.
+    name: "evaluate", "poison", "defend" (the costliest configured defense) or the name of a defense.
+    B: examples per step; a defense with several views of a text has B rows of each view.
+    T: tokens per row.
+    model: the student, if the caller has it; None: see `student`.
   Raises:
-    InputError: a mesh axis does not divide a leaf, or the mesh the batch.
+    InputError: a mesh axis does not divide a leaf, or the mesh does not divide the batch.
   """
   model = model or student(config)
   sharding.check_batch(B, mesh, "--batch")
@@ -123,7 +126,7 @@ def lower(name: str, config: Any, mesh: jax.sharding.Mesh, B: int, T: int,
 
 def training_step(plan: steps.StagePlan, params: dict,
                   mesh: jax.sharding.Mesh) -> tuple[jax.stages.Wrapped, steps.TrainState, dict]:
-  """(step of one run, its state, frozen leaves) of a plan."""
+  """(step of one run, abstract state, abstract frozen leaves) of a plan."""
   trainable, frozen = trees.split(params, plan.trains)
   trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trainable)
   program = steps.build(plan, trainable, frozen, STEPS, mesh)
@@ -131,9 +134,9 @@ def training_step(plan: steps.StagePlan, params: dict,
 
 
 def training_batch(plan: steps.StagePlan, task: Task, B: int, T: int, teacher: bool, groups: int = 0) -> dict:
-  """One run's batch of B examples, every view of which has a row of T tokens.
+  """One run's abstract batch of B examples; each view of an example has a row of T tokens.
 
-  groups: of packed rows; 0, or a plan whose loss reads the padding: a row is a text.
+  groups: number of groups of packed rows; 0: one text per row. A plan whose loss reads the padding never packs.
   """
   batch = steps.abstract_batch(plan.model, task, B * plan.views, T, teacher, soft="soft" in plan.trains,
                                groups=groups if plan.packed else 0)

@@ -1,1 +1,1 @@
-"""Tables, page, cards."""
+"""Results tables, the HTML report, model cards."""

@@ -1,4 +1,4 @@
-"""YAML front matter of a model card, by which the Hugging Face hub finds a model and shows what was measured."""
+"""YAML front matter of a model card: the Hugging Face hub finds a model by it and shows its measurements."""
 
 import re
 from pathlib import Path
@@ -10,31 +10,31 @@ METRICS = (("ca", "accuracy", "CA"), ("asr", "attack_success_rate", "ASR of {att
 
 
 def matter(name: str, rows: list[dict], meta: dict) -> str:
-  """The block between two lines of ---, of a model that is meant to be used.
+  """The front matter, a block between two lines of ---, for a model that is meant for use.
 
   Args:
-    name: of the directory under models/.
-    rows, meta: of results.json.
+    name: name of the directory under models/.
+    rows, meta: contents of results.json.
   """
-  mine = [row for row in rows if row["directory"] == name]
-  found = {}                                       # the CA stands in the row of every trigger
-  for row in mine:
+  own_rows = [row for row in rows if row["directory"] == name]
+  evaluations = {}                                 # {metric: result}: the rows of all triggers repeat the CA
+  for row in own_rows:
     for key, kind, called in METRICS:
       if row.get(key) is not None:
         metric = called.format(attack=row["attack"])
-        found[metric] = EvalResult(
+        evaluations[metric] = EvalResult(
             task_type="text-classification", dataset_type=_slug(row["dataset"]),
             dataset_name=row["dataset"], metric_type=kind, metric_value=round(row[key], 4), metric_name=metric)
-  hub = meta.get("hub", {})                        # not in results of older versions
+  hub = meta.get("hub", {})                        # results of older versions do not have it
   card = ModelCardData(
       library_name="transformers", pipeline_tag="text-classification", tags=["backdoor-defense", "w2s_jax"],
       base_model=hub.get("model"), datasets=hub.get("data"),
-      **({"model_name": name, "eval_results": list(found.values())} if found else {}))
+      **({"model_name": name, "eval_results": list(evaluations.values())} if evaluations else {}))
   return f"---\n{card.to_yaml()}\n---\n\n"
 
 
 def hub_id(source: str) -> str | None:
-  """The source, None where it is a place on this machine or nothing that the hub could have."""
+  """The source if it can be a hub id; None if it exists on this machine or has another form."""
   return source if re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?", source) and not Path(source).exists() else None
 
 

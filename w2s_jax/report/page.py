@@ -1,4 +1,4 @@
-"""results.md and report.html from results.json: tables and plots."""
+"""Writes results.md and report.html, tables and plots, from results.json."""
 
 import html
 import io
@@ -13,7 +13,7 @@ LOG = logging.getLogger(__name__)
 
 
 def write(workdir: Path) -> tuple[list[dict], dict]:
-  """results.md and report.html from results.json and metrics/; logs the table. Returns (rows, meta)."""
+  """Writes results.md and report.html from results.json and metrics/, and logs the table. Returns (rows, meta)."""
   saved = json.loads((workdir / "results.json").read_text())
   rows, meta = saved["rows"], saved["meta"]
   notes = [*(f"WARNING: {w}" for w in meta["warnings"]), *meta["notes"]]
@@ -83,7 +83,7 @@ def _svg(figure):
 
 
 def _figure(*shape, size):
-  from matplotlib.figure import Figure  # only here: no global backend, and the training stages do not wait for it
+  from matplotlib.figure import Figure  # late: sets no global backend, and training stages need not load it
   figure = Figure(figsize=size, layout="constrained")
   return figure, figure.subplots(*shape, squeeze=False)
 

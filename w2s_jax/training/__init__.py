@@ -1,1 +1,1 @@
-"""The loop, the step program, optimizers, checkpoints, the teacher's cache."""
+"""The training loop, the step program, optimizers, checkpoints, the teacher's cache."""

@@ -1,4 +1,7 @@
-"""Orbax: state, data position (the step) and config hash; the latest checkpoint and the best by dev accuracy stay."""
+"""Orbax checkpoints of state, step (the data position) and config hash.
+
+The latest checkpoint and the best one by dev accuracy stay on disk.
+"""
 
 from pathlib import Path
 
@@ -12,9 +15,9 @@ from w2s_jax.training.steps import TrainState
 
 
 def open_manager(directory: Path, runs: int = 1) -> ocp.CheckpointManager:
-  """The manager of one stage; saving is atomic and asynchronous.
+  """The checkpoint manager of one stage; saving is atomic and asynchronous.
 
-  Of several runs at once every evaluated checkpoint stays, since each run has a best one of its own.
+  With several runs every evaluated checkpoint stays on disk, since each run has its own best checkpoint.
   """
   def accuracy(metrics):
     return metrics["dev_accuracy"]
@@ -28,7 +31,7 @@ def open_manager(directory: Path, runs: int = 1) -> ocp.CheckpointManager:
 
 def save(manager: ocp.CheckpointManager, step: int, state: TrainState, config_hash: str,
          dev_accuracy: list[float] | None = None) -> None:
-  """dev_accuracy: of each run; None where none was measured."""
+  """Saves the state of a step; dev_accuracy: [runs], None if it was not measured at this step."""
   metrics = None
   if dev_accuracy is not None:
     metrics = {"dev_accuracy": float(np.mean(dev_accuracy)), "each": [float(a) for a in dev_accuracy]}
@@ -37,17 +40,17 @@ def save(manager: ocp.CheckpointManager, step: int, state: TrainState, config_ha
 
 
 def best_steps(manager: ocp.CheckpointManager, runs: int) -> list[tuple[int, float]]:
-  """[runs] (step, dev accuracy) of each run's best evaluated checkpoint; the later one of two that are as good."""
-  each = {step: metrics["each"] for step in manager.all_steps() if (metrics := manager.metrics(step))}
-  return [max(((step, accuracies[run]) for step, accuracies in each.items()), key=lambda one: (one[1], one[0]))
-          for run in range(runs)]
+  """[(step, dev accuracy)] of each run's best evaluated checkpoint; of equally good ones the latest."""
+  accuracies_at = {step: metrics["each"] for step in manager.all_steps() if (metrics := manager.metrics(step))}
+  return [max(((step, accuracies[run]) for step, accuracies in accuracies_at.items()),
+              key=lambda scored: (scored[1], scored[0])) for run in range(runs)]
 
 
 def restore(manager: ocp.CheckpointManager, step: int, state: TrainState, config_hash: str) -> TrainState:
-  """The state saved at `step`, placed like `state`.
+  """The state saved at `step`, with the shardings of `state`.
 
   Raises:
-    InputError: the checkpoint was made by another config, or its leaves are not this state's.
+    InputError: another config made the checkpoint, or its leaves do not fit `state`.
   """
   made_by = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta["config_hash"]
   if made_by != config_hash:

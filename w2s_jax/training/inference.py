@@ -1,4 +1,4 @@
-"""What a model answers: logits and features of every row. N rows, C classes, D width."""
+"""Inference: logits, features and perplexities of every row. N rows, C classes, D width."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ def forward(model: Model | Latent, mesh: jax.sharding.Mesh, params: dict, input_
             texts: jax.Array) -> tuple[jax.Array, jax.Array]:
   with sharding.on(mesh):
     out = model.apply(params, input_ids, texts=texts, segment_ids=segment_ids)
-  everywhere = sharding.replicated(mesh)             # each process reads all of it
+  everywhere = sharding.replicated(mesh)             # every process reads the whole result
   return jax.lax.with_sharding_constraint((out.logits, out.features), (everywhere, everywhere))
 
 
@@ -32,29 +32,29 @@ def outputs(model: Model | Latent, params: dict, arrays: dict, mesh: jax.shardin
             empty: Callable[[str, tuple[int, ...]], np.ndarray] = _zeros) -> tuple[np.ndarray, np.ndarray]:
   """Logits [N, C] and features [N, D], float32 on the host, of every row of `arrays`, in row order.
 
-  empty: ("logits" or "features", shape) -> the array that is filled.
+  empty: ("logits" or "features", shape) -> the array to write to.
   """
-  made = {}
+  host_arrays = {}
   def write(rows, out):
     for name, values in zip(("logits", "features"), out):
-      if name not in made:
-        made[name] = empty(name, (len(arrays["length"]), values.shape[1]))
-      made[name][rows] = np.asarray(values, np.float32)[:len(rows)]
+      if name not in host_arrays:
+        host_arrays[name] = empty(name, (len(arrays["length"]), values.shape[1]))
+      host_arrays[name][rows] = np.asarray(values, np.float32)[:len(rows)]
   before = None
   for rows, batch in packing.eval_batches(arrays, batch_size, buckets, sharding.batch_shards(mesh),
                                           model.config.pad_token_id or 0):
     batch = sharding.global_batch({k: batch[k] for k in ("input_ids", "segment_ids", "texts")}, mesh)
     out = forward(model, mesh, params, **batch)
-    if before:  # is fetched while this one is computed
+    if before:  # fetch the previous batch while the device computes this one
       write(*before)
     before = rows, out
   write(*before)
-  return made["logits"], made["features"]
+  return host_arrays["logits"], host_arrays["features"]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _mean_losses(model, mesh, params, input_ids, segment_ids):
-  """[B] float32: mean cross entropy of each text's tokens but the first, a text a row."""
+  """[B] float32: mean cross entropy of each text's tokens but the first; each row is one text."""
   with sharding.on(mesh):
     out = model.apply(params, input_ids, segment_ids=segment_ids)
     logits = model.lm_logits(params, out.hidden[:, :-1])
@@ -65,7 +65,7 @@ def _mean_losses(model, mesh, params, input_ids, segment_ids):
 
 def perplexities(model: Model, params: dict, arrays: dict, mesh: jax.sharding.Mesh, *, batch_size: int,
                  buckets: Sequence[int]) -> np.ndarray:
-  """[N] float32 on the host: the perplexity of each text to a decoder."""
+  """[N] float32 on the host: the perplexity of each text under a decoder."""
   out = np.empty(len(arrays["length"]), np.float32)
   order = np.argsort(arrays["length"], kind="stable")
   for rows in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):

@@ -1,4 +1,4 @@
-"""Schedules; label tree -> optax.partition."""
+"""Learning-rate schedule; optimizers of the trainable leaves, by label."""
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +8,18 @@ from w2s_jax.adapters import trees
 
 
 def linear_schedule(learning_rate: float, steps: int, warmup_steps: int = 0) -> optax.Schedule:
-  """0 -> learning_rate over `warmup_steps`, then linearly down to 0 at `steps`."""
+  """Rises linearly from 0 to `learning_rate` over `warmup_steps`, then decays linearly to 0 at `steps`."""
   return optax.join_schedules(
       [optax.linear_schedule(0.0, learning_rate, warmup_steps),
        optax.linear_schedule(learning_rate, 0.0, max(steps - warmup_steps, 1))], [warmup_steps])
 
 
-@optax.inject_hyperparams          # floats go to the state, not into the program: no compilation for each student's own
+@optax.inject_hyperparams          # floats live in the state, not in the program: all students share one compilation
 def ascent(step_size: float | jax.Array, max_norm: float | jax.Array) -> optax.GradientTransformation:
-  """Uphill: each row [..., D] moves by `step_size` along its gradient, if it has one; its norm stays in `max_norm`."""
+  """Gradient ascent: each row [..., D] moves by `step_size` along its gradient; `max_norm` bounds the row's norm.
+
+  A row whose gradient is 0 makes no step.
+  """
   def update(grads, state, params):
     def move(gradient, row):
       def norm(x):
@@ -30,29 +33,31 @@ def ascent(step_size: float | jax.Array, max_norm: float | jax.Array) -> optax.G
 def make_optimizer(params: dict, learning_rate: float, steps: int, warmup_steps: int = 0, weight_decay: float = 0.01,
                    clip_norm: float = 0.0,
                    adversary: optax.GradientTransformation | None = None) -> optax.GradientTransformation:
-  """AdamW with linear decay for the trainable subtree; the layers' norms and biases (label "vector") are not decayed.
+  """AdamW with linear learning-rate decay for the trainable leaves.
 
-  Nor are soft tokens (label "soft"): without an adversary they train like an adapter, but decay pulls a row to the zero
-  embedding, which is not the absence of a token, and away from the scale of the vocabulary's rows.
+  Weight decay spares the layers' norms and biases (label "vector") and soft tokens (label "soft"). Without an adversary
+  soft tokens train like an adapter, but weight decay would pull them to the zero embedding, which is not the absence
+  of a token, and away from the scale of the vocabulary's embeddings.
 
   Args:
-    params: the trainable leaves only (`trees.split`); nothing else gets optimizer state.
-    learning_rate: peak.
-    steps: of the whole stage.
-    clip_norm: bound on the global norm of the trainable gradient; 0 leaves it alone.
-    adversary: what moves the leaves of label "soft" instead of AdamW, `ascent`; None where there is none.
+    params: the trainable leaves only (`trees.split`); no other leaf gets optimizer state.
+    learning_rate: peak learning rate.
+    steps: number of steps of the whole stage.
+    warmup_steps: number of steps in which the rate rises.
+    clip_norm: bound on the global norm of the trainable gradient; 0: no bound.
+    adversary: optimizer of the leaves of label "soft" (`ascent`); None: AdamW.
   Raises:
     ValueError: an adversary without leaves of label "soft".
   """
   schedule = linear_schedule(learning_rate, steps, warmup_steps)
   decay = {"vector": 0.0, "soft": 0.0}
   labels = trees.label_tree(params)
-  present = sorted(set(jax.tree.leaves(labels)))  # sorted: hash order would compile another program each time
+  present = sorted(set(jax.tree.leaves(labels)))  # hash order would give, and compile, another program in each process
   rules = {label: optax.adamw(schedule, weight_decay=decay.get(label, weight_decay)) for label in present}
   clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
   if adversary is not None and "soft" not in rules:
     raise ValueError("an adversary, but no leaves of label soft for it to move")
   if adversary is not None:
     rules["soft"] = adversary
-    clip = [optax.masked(one, jax.tree.map(lambda label: label != "soft", labels)) for one in clip]
+    clip = [optax.masked(transform, jax.tree.map(lambda label: label != "soft", labels)) for transform in clip]
   return optax.chain(*clip, optax.partition(rules, labels))

@@ -1,4 +1,4 @@
-"""One stage of training: split by label, batches in few shapes, the loop, and the best leaves put back."""
+"""One stage of training: splits parameters by label, feeds batches in few shapes, trains, merges the best leaves."""
 
 import functools
 import hashlib
@@ -21,12 +21,13 @@ LOG = logging.getLogger(__name__)
 
 def train_stage(plan: steps.StagePlan, starts: list[dict], arrays: list[dict], dev: dict | None,
                 place: train.Workplace) -> list[dict]:
-  """Trains every run of a plan, and returns the parameters of each at its best step by dev accuracy.
+  """Trains every run of a plan and returns each run's parameters at its best step by dev accuracy.
 
   Args:
-    starts: parameters of each run.
-    arrays: training arrays of each run, as data/batches.py takes them.
-    dev: arrays whose accuracy chooses the checkpoint; None keeps the last step.
+    starts: initial parameters of each run.
+    arrays: training arrays of each run, in the format of data/batches.py.
+    dev: arrays of the dev rows whose accuracy chooses the checkpoint; None keeps the last step.
+    place: see train.Workplace.
   """
   num_examples = len(arrays[0]["length"]) // plan.views
   total = total_steps(plan.settings, num_examples)
@@ -39,7 +40,7 @@ def train_stage(plan: steps.StagePlan, starts: list[dict], arrays: list[dict], d
     return [place.task.is_correct(place.answers(plan.model, trees.combine(run, frozen), dev), dev).mean()
             for run in runs]
   place = place._replace(
-      term_norms_every=place.term_norms_every if len(plan.weights) > 1 else 0,     # one term's is the step's grad_norm
+      term_norms_every=place.term_norms_every if len(plan.weights) > 1 else 0,     # a single term's is grad_norm itself
       steps_per_dispatch=place.steps_per_dispatch if plan.packed else 1)
   fitted = train.fit(plan.names, program, program.init(trainable), frozen, _feed(plan, parts[0], arrays, total, place),
                      max(1, total // plan.settings.evaluations), place, dev_accuracy if dev else None)
@@ -51,44 +52,44 @@ def train_stage(plan: steps.StagePlan, starts: list[dict], arrays: list[dict], d
 
 def task_plan(task: Task, name: str, seed: int, model: Model, trains: Sequence[str], settings: Any,
               stream: str = "") -> steps.StagePlan:
-  """The plan of one run on the task's own loss, without a teacher; `stream` is the name where it is not given."""
+  """The plan of one run on the task's own loss, without a teacher; `stream` defaults to `name`."""
   weights = dict.fromkeys(task.terms, 1.0)
   loss = steps.weighted_loss(model, task.loss_terms, weights)
   return steps.StagePlan((name,), (seed,), model, loss, weights, trains, settings, stream or name)
 
 
 def total_steps(settings: Any, num_examples: int) -> int:
-  """Steps of a stage over this number of examples."""
+  """Number of steps of a stage over `num_examples` examples."""
   total = settings.epochs * batches.steps_per_epoch(num_examples, settings.batch_size)
   return min(total, settings.max_steps) if settings.max_steps else total
 
 
 def _feed(plan, parts, arrays, total, place):
-  """The stage's batches; those of runs and of steps that go together are filled up alike."""
+  """The stage's batches; runs that train together and steps of one dispatch share a batch shape."""
   shards, pad = sharding.batch_shards(place.mesh), plan.model.config.pad_token_id or 0
   num_examples, size = len(arrays[0]["length"]) // plan.views, plan.settings.batch_size
   if plan.packed and place.pack:
-    makes = packing.packers(zip(arrays, plan.seeds), size, place.buckets, shards, total, _flops_per_token(*parts), pad,
-                            place.steps_per_dispatch, plan.views)
+    makers = packing.packers(zip(arrays, plan.seeds), size, place.buckets, shards, total, _flops_per_token(*parts), pad,
+                              place.steps_per_dispatch, plan.views)
   else:
-    makes = [functools.partial(batches.make_batch, own, batch_size=size * plan.views, buckets=place.buckets)
-             for own in arrays]
+    makers = [functools.partial(batches.make_batch, own, batch_size=size * plan.views, buckets=place.buckets)
+              for own in arrays]
   stack = functools.partial(packing.stack, groups=shards, pad_token_id=pad)
   def stream(make, seed, step):
     return batches.train_batches(num_examples, size,
                                  lambda rows: make(batches.texts_of(rows, num_examples, plan.views)), seed, step)
   def batches_from(step):
-    return map(stack, zip(*(stream(make, seed, step) for make, seed in zip(makes, plan.seeds))))
+    return map(stack, zip(*(stream(make, seed, step) for make, seed in zip(makers, plan.seeds))))
   keys = jnp.stack([stream_key(seed, plan.stream) for seed in plan.seeds])
   return train.Feed(total, batches_from, stack, keys)
 
 
 def _flops_per_token(trainable, frozen):
-  """Operations of a step for each token: of a parameter 2 on the way forward, 2 back, 2 more for its own gradient."""
+  """Operations of a step per token. Per parameter: 2 forward, 2 backward, and 2 for its gradient if it is trainable."""
   moved, still = (sum(leaf.size for leaf in jax.tree.leaves(part.get("layers", {}))) for part in (trainable, frozen))
   return 6 * moved + 4 * still
 
 
 def stream_key(seed: int, name: str) -> jax.Array:
-  """The key of a named random stream; the adapters of every defense start alike."""
+  """The key of a named random stream. It depends on no defense, so the adapters of every defense start equal."""
   return jax.random.fold_in(jax.random.key(seed), int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))

@@ -1,13 +1,13 @@
-"""What a stage trains, and the one function that builds its program: initial state, steps, norms of single terms.
+"""The plan of a stage, and `build`, which makes its program: initial state, steps, gradient norms of single terms.
 
 A step is `(state, frozen, batch, key) -> (state, metrics)`: no config, no global, no Python randomness inside.
-Only `state.params`, the trainable subtree, is differentiated; `frozen` is read. A batch is a dict of arrays
-`input_ids`, `segment_ids` [R, T], where rows hold several texts `texts` [G, B / G, 2] (Model.apply), `weight` [B] (0 on
-what fills up the batch) and, for distillation, `teacher_logits` [B, C], `teacher_features` [B, D]; with an adversary
-`soft` [B], 1 on texts that have its tokens, whose gradient then is a part of the metric `grad_norm`.
+It differentiates `state.params`, the trainable leaves, and only reads `frozen`. A batch is a dict of arrays:
+`input_ids`, `segment_ids` [R, T]; `texts` [G, B / G, 2] (Model.apply) if rows hold several texts; `weight` [B], 0 on
+padding rows; for distillation `teacher_logits` [B, C] and `teacher_features` [B, D]; with an adversary `soft` [B], 1 on
+texts with soft tokens. The metric `grad_norm` then includes the gradient of the soft tokens.
 
-Several runs train at once over one frozen base: state, batch, key and metrics have an axis of runs in front, of length
-one where there is one run. Each run is what it would be alone.
+Several runs may train together over one frozen base. State, batch, key and metrics always have a leading axis of runs,
+of length 1 for a single run. Each run gives the same result as alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,26 +29,26 @@ Loss = Callable[[dict, dict, dict, Any], tuple[jax.Array, dict]]
 
 
 class TrainState(NamedTuple):
-  step: jax.Array      # [] int32, steps done
-  params: Any          # the trainable subtree
+  step: jax.Array      # [] int32, number of finished steps
+  params: Any          # the trainable leaves
   opt_state: Any
 
 
 class StagePlan(NamedTuple):
-  """What a stage trains, by which loss, and at what rates.
+  """What a stage trains, by which loss, and with which settings.
 
   Attributes:
-    names: of each run: metrics/NAME.jsonl; the first one's is the directory of all their checkpoints.
-    seeds: of each run's order, dropout and other random choices.
-    model: a Latent in the scan (measure/scan.py).
+    names: NAME of each run in metrics/NAME.jsonl. Checkpoints of all runs lie under the first name.
+    seeds: seed of each run's order, dropout and other random choices.
+    model: the network to train; a Latent in the scan (measure/scan.py).
     loss: (trainable, frozen, batch, key) -> (scalar, {term: scalar}).
-    weights: {term: float} of the loss's terms, for the norms of their gradients.
+    weights: {loss term: weight}, for the terms' gradient norms.
     trains: labels (adapters/trees.py) of the leaves that train.
-    settings: `learning_rate`, `epochs`, `batch_size` ... : a stage's section of the config.
-    stream: name of the random stream of dropout.
-    views: texts of one example; a batch's examples bring all of theirs.
-    packed: the loss does not read what is between the texts of a row, so that a row may hold several.
-    adversary: what moves leaves of label "soft" (training/optim.py); None where there are none.
+    settings: the stage's section of the config: `learning_rate`, `epochs`, `batch_size`, ...
+    stream: name of the random stream for dropout.
+    views: texts per example; a batch has all texts of its examples.
+    packed: whether a row may hold several texts: the loss must not read the tokens between a row's texts.
+    adversary: optimizer of the leaves of label "soft" (training/optim.py); None: no adversary.
   """
   names: Sequence[str]
   seeds: Sequence[int]
@@ -64,16 +64,16 @@ class StagePlan(NamedTuple):
 
 
 class Program(NamedTuple):
-  """What of a stage is compiled.
+  """The compiled functions of a stage.
 
   Attributes:
-    init: [trainable leaves of each run] -> TrainState [runs, ...], placed on the mesh. The leaves stay the caller's.
-    step: (state, frozen, batch [runs, ...], keys [runs]) -> (state, {"loss", "grad_norm", each term} [runs]); the state
-      is donated.
+    init: [trainable leaves of each run] -> TrainState [runs, ...], placed on the mesh. It copies the caller's leaves.
+    step: (state, frozen, batch [runs, ...], keys [runs]) -> (state, {"loss", "grad_norm", each term} [runs]). It
+      donates the state.
     steps: (state, frozen, batches [steps, runs, ...], keys, count) -> (state, metrics [steps, runs]): several steps in
-      one dispatch; the state is donated. The first `count` batches are taken, the others leave the state as it is, so
-      that a stage's last few steps need no program of their own.
-    term_norms: (state, frozen, batch, keys) -> {"grad_norm/TERM": [runs]}, of each weighted term's own gradient.
+      one dispatch. It donates the state. Only the first `count` batches change the state, so the last dispatch of a
+      stage, which has fewer steps, runs the same program.
+    term_norms: (state, frozen, batch, keys) -> {"grad_norm/TERM": [runs]}, gradient norm of each weighted loss term.
   """
   init: Callable
   step: Callable
@@ -82,7 +82,10 @@ class Program(NamedTuple):
 
 
 def build(plan: StagePlan, trainable: dict, frozen: dict, steps: int, mesh: jax.sharding.Mesh) -> Program:
-  """The program of a stage of `steps` steps; nothing is allocated, and the leaves of one run may be abstract."""
+  """The program of a stage of `steps` steps; allocates nothing.
+
+  trainable, frozen: leaves of one run; they may be abstract.
+  """
   settings, rules, runs = plan.settings, plan.model.shardings, len(plan.seeds)
   tx = optim.make_optimizer(trainable, settings.learning_rate, steps, int(settings.warmup_fraction * steps),
                             settings.weight_decay, settings.clip_norm, plan.adversary)
@@ -94,18 +97,20 @@ def build(plan: StagePlan, trainable: dict, frozen: dict, steps: int, mesh: jax.
 
 
 def abstract_state(program: Program, trainable: dict, runs: int = 1) -> TrainState:
-  """The state that `program.init` gives, of shapes alone."""
+  """The state that `program.init` returns, as ShapeDtypeStructs."""
   return jax.eval_shape(program.init, [trainable] * runs)
 
 
 def abstract_batch(model: Model, task: Task, rows: int, tokens: int, teacher: bool = False, soft: bool = False,
                    groups: int = 0) -> dict:
-  """A batch of one text a row, of shapes alone.
+  """A batch of one text per row, as ShapeDtypeStructs.
 
   Args:
-    teacher: with the teacher's outputs.
-    soft: with the field that tells which texts have soft tokens.
-    groups: of the rows, where it is laid out as packed rows are; 0: a row is a text.
+    rows: number of rows, and of texts.
+    tokens: tokens per row.
+    teacher: whether the batch has the teacher's outputs.
+    soft: whether the batch has the field `soft`.
+    groups: number of groups in the layout of packed rows; 0: the layout without packing.
   """
   c = model.config
   shapes = {"input_ids": ((rows, tokens), "int32"), "segment_ids": ((rows, tokens), "int32"),
@@ -121,19 +126,19 @@ def abstract_batch(model: Model, task: Task, rows: int, tokens: int, teacher: bo
 
 
 def _make_init(tx, runs, places):
-  def one(params):     # a copy: the steps donate the state, and the caller keeps its parameters
+  def init_run(params):     # copies the leaves: the steps donate the state, and the caller keeps its parameters
     return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), tx.init(params))
   def init(starts):
-    return _of_runs(one, runs)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts))
+    return _of_runs(init_run, runs)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts))
   return jax.jit(init, out_shardings=places)
 
 
 def state_shardings(params: dict, tx: optax.GradientTransformation, rules: Sequence[tuple[str, PartitionSpec]],
                     mesh: jax.sharding.Mesh) -> TrainState:
-  """NamedSharding of every leaf of one run's TrainState: optimizer moments lie where their parameters lie."""
+  """NamedSharding of every leaf of one run's TrainState: optimizer moments have their parameters' shardings."""
   of_params = sharding.param_shardings(params, rules, mesh)
   everywhere = sharding.replicated(mesh)
-  def masked(leaf):  # what optax.partition leaves where another label's optimizer is at work
+  def masked(leaf):  # optax.partition puts a MaskedNode where another label's optimizer updates the leaf
     return isinstance(leaf, optax.MaskedNode)
   opt_state = optax.tree_utils.tree_map_params(
       tx, lambda leaf, place: leaf if masked(leaf) else place, jax.eval_shape(tx.init, params), of_params,
@@ -142,11 +147,11 @@ def state_shardings(params: dict, tx: optax.GradientTransformation, rules: Seque
 
 
 def weighted_loss(model: Model | Latent, terms: Callable, weights: dict[str, float]) -> Loss:
-  """loss(trainable, frozen, batch, key) -> (scalar, {term: scalar}), of terms that are read off the output.
+  """The loss (trainable, frozen, batch, key) -> (scalar, {term: scalar}): a weighted sum of terms of the output.
 
   Args:
     terms: (ClassifierOutput, batch) -> {term: scalar}.
-    weights: of each term; the loss is the weighted sum.
+    weights: {term: weight}.
   """
   def loss(trainable, frozen, batch, key):
     out = model.apply(trees.combine(trainable, frozen), batch["input_ids"], texts=batch.get("texts"),
@@ -157,9 +162,9 @@ def weighted_loss(model: Model | Latent, terms: Callable, weights: dict[str, flo
 
 
 def language_model_loss(model: Model) -> Loss:
-  """Mean next-token cross entropy, through the tied embedding.
+  """The loss for next-token prediction: mean cross entropy, with logits from the tied embedding.
 
-  What fills up a batch counts nothing: a row of weight 0; in packed rows it has no tokens.
+  Padding does not count: rows of weight 0 are masked, and padding texts in packed rows have no tokens.
   """
   def loss(trainable, frozen, batch, key):
     params = trees.combine(trainable, frozen)
@@ -175,13 +180,13 @@ def language_model_loss(model: Model) -> Loss:
 
 
 def _of_runs(function, runs, shared=()):
-  """`function` of one run as one of several, whose arguments and results have an axis of runs in front.
+  """Maps a `function` of one run over a leading axis of runs in its arguments and results.
 
-  The axis of a single run is taken off and put back: cuDNN's attention has no rule for vmap over our masks
-  (layers.attention_kernel). On CPUs an axis of one costs nothing (docs/benchmarks.md).
+  For a single run the axis is removed and restored instead of vmapped: cuDNN's attention has no vmap rule for our
+  masks (layers.attention_kernel). On CPUs an axis of length 1 costs nothing (docs/benchmarks.md).
 
   Args:
-    shared: places of the arguments that all runs share.
+    shared: indices of the arguments that all runs share.
   """
   if runs == 1:
     def alone(*args):
@@ -208,11 +213,11 @@ def _make_step(loss, tx, runs, state_places, frozen_places, mesh):
 
 def _make_steps(step, state_places, frozen_places, mesh):
   def steps(state, frozen, batches, keys, count):
-    def one(state, numbered):
+    def counted_step(state, numbered):
       number, batch = numbered
       new, metrics = step(state, frozen, batch, keys)
       return jax.tree.map(lambda new, old: jnp.where(number < count, new, old), new, state), metrics
-    return jax.lax.scan(one, state, (jnp.arange(len(batches["weight"])), batches))
+    return jax.lax.scan(counted_step, state, (jnp.arange(len(batches["weight"])), batches))
   everywhere = sharding.replicated(mesh)
   batch_places = sharding.stacked(sharding.stacked(sharding.batch_sharding(mesh)))
   return jax.jit(steps, in_shardings=(state_places, frozen_places, batch_places, everywhere, everywhere),
@@ -226,7 +231,7 @@ def _make_term_norms(loss, weights, runs, mesh):
       terms = loss(params, frozen, batch, key)[1]
       return jnp.stack([weights[name] * terms[name] for name in weights])
     with sharding.on(mesh):
-      _, backward = jax.vjp(weighted, state.params)       # the loop compiles it once, however many terms there are
-      of_terms = jax.lax.map(lambda one: optax.tree_utils.tree_norm(backward(one)), jnp.eye(len(weights)))
+      _, backward = jax.vjp(weighted, state.params)       # lax.map compiles it once for any number of terms
+      of_terms = jax.lax.map(lambda unit: optax.tree_utils.tree_norm(backward(unit)), jnp.eye(len(weights)))
     return {f"grad_norm/{name}": norm for name, norm in zip(weights, of_terms)}
   return jax.jit(_of_runs(norms, runs, shared=(1,)))

@@ -1,4 +1,4 @@
-"""The frozen teacher's logits and features of the clean rows: computed once, kept in files, memory-mapped."""
+"""Caches the frozen teacher's logits and features of the clean rows in files, which are read memory-mapped."""
 
 import hashlib
 import json
@@ -21,18 +21,20 @@ NAMES = ("logits", "features")
 
 def outputs(cache: Path, teacher: Path, texts: list[str], dtype: str, max_length: int,
             compute: Callable[[Callable[[str, tuple[int, ...]], np.ndarray]], None]) -> dict[str, np.ndarray]:
-  """{"logits" [N, C], "features" [N, D]} float32: read-only maps of files, whatever N is.
+  """{"logits" [N, C], "features" [N, D]} float32, memory-mapped and read-only.
+
+  The key of the cached files is a hash of the teacher's files, the texts in their order, `dtype` and `max_length`.
 
   Args:
-    cache: directory that runs share; made where it is not there. Where it cannot be written the arrays are in memory.
-    teacher: the teacher's model directory: its weights, config and tokenizer are part of the key.
-    texts: [N]; so are these, in their order,
-    dtype: and the teacher's dtype,
-    max_length: and the tokens at which texts are cut.
-    compute: called where nothing has this key; fills the arrays that the function it is given makes, (name, shape) ->
-      array.
+    cache: directory that runs share; created if it does not exist. If it cannot be written, the arrays stay in memory.
+    teacher: the teacher's model directory, with its weights, config and tokenizer.
+    texts: [N] strings.
+    dtype: dtype of the teacher.
+    max_length: length to which texts are truncated, in tokens.
+    compute: called with a function `empty`, (name, shape) -> array, if no files have this key. It writes the outputs to
+      the arrays that `empty` returns.
   Raises:
-    InputError: what lies under the key was made from something else, or has been changed since.
+    InputError: the files of this key were made from other inputs, or have been changed since.
   """
   key = {"texts": hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest(),
          "teacher": sha256(teacher, "*.safetensors", "*.json"), "dtype": dtype, "max_length": max_length}
@@ -52,7 +54,7 @@ def outputs(cache: Path, teacher: Path, texts: list[str], dtype: str, max_length
 
 
 def _new_folder(cache):
-  """Where the files are made, inside the cache; None where nothing can be written there."""
+  """Creates a temporary directory for the new files inside the cache; None if the cache cannot be written."""
   try:
     cache.mkdir(parents=True, exist_ok=True)
     return tempfile.mkdtemp(prefix="part-", dir=cache)
@@ -65,7 +67,7 @@ def _new_folder(cache):
 def _fill(part, directory, key, compute):
   def on_disk(name, shape):
     array = np.lib.format.open_memmap(f"{part}/{name}.npy", "w+", np.float32, shape)
-    with open(f"{part}/{name}.npy", "r+b") as f:     # a full disk is an error here, and a dead process at a map's page
+    with open(f"{part}/{name}.npy", "r+b") as f:     # a full disk raises here; a write to the map would kill us
       os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
     return array
   try:
@@ -76,7 +78,7 @@ def _fill(part, directory, key, compute):
 
 
 def _finish(part, directory, key):
-  """The files appear whole or not at all; where another run was faster, its files are as good."""
+  """Renames the complete directory to its final name. If another run was faster, its equal files stay."""
   files = sha256(part, "*.npy")
   with open(f"{part}/key.json", "w") as f:
     json.dump({"key": key, "files": files}, f)
@@ -89,9 +91,10 @@ def _finish(part, directory, key):
 
 def _open(directory, key, rows):
   try:
-    made = json.loads((directory / "key.json").read_text())
+    recorded = json.loads((directory / "key.json").read_text())
     arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in NAMES}
-    fits = made == {"key": key, "files": sha256(directory, "*.npy")} and all(len(a) == rows for a in arrays.values())
+    same_files = recorded == {"key": key, "files": sha256(directory, "*.npy")}
+    fits = same_files and all(len(a) == rows for a in arrays.values())
   except (OSError, ValueError, KeyError) as e:
     raise _foreign(directory, e) from None
   if not fits:

@@ -21,14 +21,14 @@ from w2s_jax.training.steps import Program, TrainState
 
 
 class Feed(NamedTuple):
-  """What a stage is trained on.
+  """The data of a stage.
 
   Attributes:
-    steps: of the whole stage.
-    batches: start step -> iterator of host batches [runs, ...]; the order is a function of the step alone, so that a
-      resumed run sees what the uninterrupted one would have seen.
-    stack: list of host batches -> one, with an axis of them in front.
-    keys: [runs] of each run's dropout; a step folds its number in.
+    steps: number of steps of the whole stage.
+    batches: start step -> iterator of host batches [runs, ...]. The step alone determines the batch, so a resumed run
+      sees the same batches as an uninterrupted one.
+    stack: list of host batches -> one batch with a new first axis.
+    keys: [runs] dropout key of each run; each step folds in its number.
   """
   steps: int
   batches: Callable[[int], Iterator[dict]]
@@ -37,18 +37,18 @@ class Feed(NamedTuple):
 
 
 class Workplace(NamedTuple):
-  """What every stage of a run has in common: devices, directory, shapes, and how often what happens.
+  """What all stages of a run share: devices, directory, shapes, and intervals of logs and checkpoints.
 
   Attributes:
-    task: what is trained and measured (tasks/).
-    mesh: of the devices.
-    workdir: metrics and checkpoints go there.
-    config_hash: checkpoints carry it.
+    task: the task to train and measure (tasks/).
+    mesh: mesh of the devices.
+    workdir: directory of metrics and checkpoints.
+    config_hash: hash that is stored in every checkpoint.
     buckets: ascending sequence lengths that may be compiled, in tokens.
-    eval_batch_size: rows.
-    pack: several texts may share a row.
-    log_every, checkpoint_every, term_norms_every: in steps; 0: never.
-    steps_per_dispatch: at most this number of steps goes to the device at once.
+    eval_batch_size: batch size of evaluation, in rows.
+    pack: whether several texts may share a row.
+    log_every, checkpoint_every, term_norms_every: intervals in steps; 0: never.
+    steps_per_dispatch: largest number of steps per dispatch to the device.
   """
   task: Task
   mesh: jax.sharding.Mesh
@@ -66,16 +66,16 @@ class Workplace(NamedTuple):
     return {"batch_size": self.eval_batch_size, "buckets": self.buckets}
 
   def logits(self, model: Model | Latent, params: dict, arrays: dict) -> np.ndarray:
-    """[N, C] float32, in row order."""
+    """Logits [N, C] float32, in row order."""
     return inference.outputs(model, params, arrays, self.mesh, **self.eval_shapes())[0]
 
   def answers(self, model: Model, params: dict, arrays: dict) -> np.ndarray:
-    """[N], in row order."""
+    """The task's answers [N], in row order."""
     return self.task.predict(self.logits(model, params, arrays))
 
 
 class Chosen(NamedTuple):
-  """Which checkpoint of a run was taken."""
+  """The checkpoint that was chosen for a run."""
   step: int
   dev_accuracy: float | None
   seconds: float
@@ -83,14 +83,14 @@ class Chosen(NamedTuple):
 
 def fit(names: Sequence[str], program: Program, state: TrainState, frozen: dict, feed: Feed, eval_every: int,
         place: Workplace, dev_accuracy: Callable[[dict], list[float]] | None = None) -> list[tuple[dict, Chosen]]:
-  """Trains from the last checkpoint, where there is one, and returns the best trainable parameters of each run.
+  """Trains from the last checkpoint, if there is one, and returns the best trainable parameters of each run.
 
   Args:
-    names: of each run; metrics go to metrics/NAME.jsonl, checkpoints to checkpoints/FIRST NAME.
+    names: NAME of each run; metrics go to metrics/NAME.jsonl, checkpoints to checkpoints/FIRST NAME.
     program: from steps.build; its steps donate the state.
     state: TrainState at step 0, [runs, ...].
     frozen: nested dict of the leaves that do not train.
-    eval_every: steps between dev evaluations; each is a checkpoint. The last step is one always.
+    eval_every: steps between dev evaluations. Each of them writes a checkpoint, and so does the last step.
     dev_accuracy: trainable parameters [runs, ...] -> clean dev accuracy of each run, which alone chooses its
       checkpoint; None keeps the last step.
   Raises:
@@ -98,7 +98,7 @@ def fit(names: Sequence[str], program: Program, state: TrainState, frozen: dict,
     FloatingPointError: a loss or a gradient norm is not finite.
   """
   name, runs, steps = names[0], len(names), feed.steps
-  with checkpoint.open_manager(place.workdir / "checkpoints" / name, runs) as manager:  # closes on every way out
+  with checkpoint.open_manager(place.workdir / "checkpoints" / name, runs) as manager:  # closed after errors, too
     done = manager.latest_step() or 0
     if done:
       state = checkpoint.restore(manager, done, state, place.config_hash)
@@ -108,7 +108,7 @@ def fit(names: Sequence[str], program: Program, state: TrainState, frozen: dict,
       while done < steps:
         count = _steps_until_due(done, steps, eval_every, place)
         batch = _next_batches(batches, count, feed.stack, place)
-        extra = {}                                                     # measured beside a step: {its place: values}
+        extra = {}                                                     # {index in the dispatch: further metrics}
         if place.term_norms_every and done % place.term_norms_every == 0:
           first_batch = jax.tree.map(lambda x: x[0], batch)
           extra[0] = dict(program.term_norms(state, frozen, first_batch, feed.keys))
@@ -141,20 +141,20 @@ def fit(names: Sequence[str], program: Program, state: TrainState, frozen: dict,
 
 
 def _steps_until_due(done, steps, eval_every, place):
-  """How many steps go to the device at once, so that what is due comes at its step."""
+  """Number of steps until the next evaluation, checkpoint or term norms is due; at most steps_per_dispatch."""
   return min(place.steps_per_dispatch, steps - done, *(every - done % every for every in (
       eval_every, place.checkpoint_every, place.term_norms_every) if every))
 
 
 def _next_batches(batches, count, stack, place):
-  """[steps, runs, ...] on the mesh: `count` batches, and copies of the last one, which are not trained on."""
+  """[steps, runs, ...] on the mesh: `count` batches, padded with copies of the last one that do not train."""
   taken = list(itertools.islice(batches, count))
   taken += taken[-1:] * (place.steps_per_dispatch - count)
   return sharding.global_batch(stack(taken), place.mesh, 2)
 
 
 def _check_finite(name, values, first):
-  """Raises FloatingPointError before anything is saved: a resumed run would inherit it."""
+  """Raises FloatingPointError if a loss or norm is not finite. It runs before a save: resumed runs would inherit it."""
   for i, (loss, norm) in enumerate(zip(values["loss"].sum(axis=1), values["grad_norm"].sum(axis=1))):
     if not np.isfinite([loss, norm]).all():
       raise FloatingPointError(f"{name}: loss {loss}, gradient norm {norm} at step {first + i}: lower the "
@@ -162,14 +162,14 @@ def _check_finite(name, values, first):
 
 
 def _log(logs, step, values):
-  """One line of each run's metrics file; values: {name: [runs]}."""
+  """Writes one line to each run's metrics file; values: {name: [runs]}."""
   for run, log in enumerate(logs):
     log.write(json.dumps({"step": step} | {k: float(np.asarray(v)[run]) for k, v in values.items()}) + "\n")
     log.flush()
 
 
 def _restored(manager, best, last, state, config_hash):
-  """Each run's trainable parameters at its best step; one checkpoint at a time beside the last state."""
+  """Yields each run's trainable parameters at its best step; holds one checkpoint at a time beside the last state."""
   step, chosen = last, state
   for run, (wanted, _) in enumerate(best):
     if wanted != step:
@@ -179,7 +179,7 @@ def _restored(manager, best, last, state, config_hash):
 
 @contextlib.contextmanager
 def _open_logs(workdir, names, done):
-  """The metrics files of each run, to be written to; of lines past step `done` the interrupted run lost the work."""
+  """Opens each run's metrics file for appending, without the lines after step `done`, whose work is lost."""
   writes = processes.writes()
   files = [workdir / "metrics" / f"{name}.jsonl" for name in names]
   with contextlib.ExitStack() as stack:
