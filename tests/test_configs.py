@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from conftest import ELECTRA
 from flax import traverse_util
 
 from w2s_jax import InputError, sharding
@@ -71,6 +72,16 @@ def test_abstract_evaluation(name, arg):
     assert set(jax.tree.leaves(trees.label_tree(state.params))) == set(labels)
     batch = abstract.training_batch(plan, CLASSIFICATION, B, T, False)
     assert unchanged(step, state, fixed, batch) == {"loss", "ce", "grad_norm"}
+
+
+def test_soft_tokens_are_planned_as_wide_as_the_vocabulary():
+  """ELECTRA's embeddings are narrower than its layers."""
+  c = config("llama_badnet")
+  c.lora.targets = ("all-linear",)
+  _, params = abstract.defense_plan("w2s_adv", c, Model(ELECTRA))
+  words = params["embeddings"]["word_embeddings"]
+  assert words["soft"].shape == (DEFENSES["w2s_adv"].recipe.soft_tokens(c.defense), 16)
+  assert words["embedding"].shape == (64, 16) and params["embeddings_project"]["kernel"].shape == (16, 32)
 
 
 def parameters(model):
