@@ -210,16 +210,12 @@ class DebertaClassifier(nn.Module):
       distances = layers.layer_norm(c.layer_norm_eps, "distance_norm")(distances)
     mask = layers.text_mask(segment_ids) & (segment_ids > 0)[:, None, :, None]
     x = layers.layer_stack(Block, c, self.train, x, mask, distances.astype(c.dtype))
-    hidden = x.astype(jnp.float32)
-    features = layers.pool(hidden, jnp.zeros((len(hidden), 1), int) if texts is None else texts[..., 0])
-    if c.head == "lm":
-      table = embeddings.variables["params"]["word_embeddings"]["embedding"]
-      return layers.ClassifierOutput(heads.PredictionHead(c, name="lm_head")(features, table), features, hidden, x)
     def pooler(pooled):
       pooled = layers.dropout(c.pooler_dropout, self.train)(pooled)
       return heads.gelu(layers.Dense(c.hidden_size, True, c.initializer_range, name="pooler")(pooled))
-    logits, features = heads.classify(c, self.train, features, pooler)
-    return layers.ClassifierOutput(logits, features, hidden, x)
+    hidden = x.astype(jnp.float32)
+    return heads.outputs(c, self.train, embeddings, heads.PredictionHead(c, name="lm_head"), pooler,
+                         heads.first_token(hidden, texts), hidden, x)
 
 
 _LAYER = "deberta.encoder.layer.{}"

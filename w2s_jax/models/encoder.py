@@ -180,18 +180,14 @@ class EncoderClassifier(nn.Module):
       if c.embedding_size:
         x = layers.Dense(c.hidden_size, True, c.initializer_range, name="embeddings_project")(x)
     x = layers.layer_stack(Block, c, self.train, x, layers.text_mask(segment_ids))
-    hidden = x.astype(jnp.float32)
-    features = layers.pool(hidden, jnp.zeros((len(hidden), 1), int) if texts is None else texts[..., 0])
-    if c.head == "lm":
-      table = embeddings.variables["params"]["word_embeddings"]["embedding"]
-      return layers.ClassifierOutput(heads.PredictionHead(c, name="lm_head")(features, table), features, hidden, x)
     def pooler(pooled):
       if c.model_type in (*ROBERTAS, "electra"):
         pooled = layers.dropout(c.head_dropout, self.train)(pooled)
       pooled = layers.Dense(c.hidden_size, True, c.initializer_range, name="pooler")(pooled)
       return {"distilbert": nn.relu, "electra": heads.gelu}.get(c.model_type, jnp.tanh)(pooled)
-    logits, features = heads.classify(c, self.train, features, pooler)
-    return layers.ClassifierOutput(logits, features, hidden, x)
+    hidden = x.astype(jnp.float32)
+    return heads.outputs(c, self.train, embeddings, heads.PredictionHead(c, name="lm_head"), pooler,
+                         heads.first_token(hidden, texts), hidden, x)
 
 
 def _tensors(name, prefix, embeddings, layer, parts, head, lm_head, unused):

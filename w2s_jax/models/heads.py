@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from w2s_jax import InputError
 from w2s_jax.models import layers
@@ -46,6 +47,30 @@ def lm_logits(head: PredictionHead, params: dict, hidden: jax.Array) -> jax.Arra
     raise InputError(layers.NO_LANGUAGE_MODEL)
   table = params["embeddings"]["word_embeddings"]["embedding"]
   return head.apply({"params": params["lm_head"]}, hidden, table)
+
+
+def outputs(config: SharedConfig, train: bool, embeddings: nn.Module, predict: nn.Module,
+            pooler: Callable[[jax.Array], jax.Array], features: jax.Array, hidden: jax.Array,
+            stream: jax.Array) -> layers.ClassifierOutput:
+  """What an encoder returns, by `config.head`; for use inside a compact module.
+
+  Args:
+    embeddings: its table of the vocabulary is called "word_embeddings".
+    predict: (features, table [V, E]) -> language-model logits [B, V], for config.head "lm".
+    pooler: see `classify`, for the other heads.
+    features: [B, D], the pooled vectors.
+    hidden, stream: see ClassifierOutput.
+  """
+  if config.head == "lm":
+    table = embeddings.variables["params"]["word_embeddings"]["embedding"]
+    return layers.ClassifierOutput(predict(features, table), features, hidden, stream)
+  logits, features = classify(config, train, features, pooler)
+  return layers.ClassifierOutput(logits, features, hidden, stream)
+
+
+def first_token(hidden: jax.Array, texts: jax.Array | None) -> jax.Array:
+  """[B, D], each text's first token of hidden [R, T, D]; texts: see Model.apply."""
+  return layers.pool(hidden, jnp.zeros((len(hidden), 1), int) if texts is None else texts[..., 0])
 
 
 def classify(config: SharedConfig, train: bool, features: jax.Array,

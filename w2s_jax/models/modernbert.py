@@ -219,14 +219,11 @@ class ModernBertClassifier(nn.Module):
     x = layers.layer_stack(Block, c, self.train, x, *rotary(c, T), jnp.stack([seen, seen & near]),
                            per_layer=(kinds, np.arange(len(kinds)) == 0))
     hidden = layers.layer_norm(c.layer_norm_eps, "norm", c.norm_bias)(x)
-    features = layers.pool(hidden, jnp.zeros((len(hidden), 1), int) if texts is None else texts[..., 0])
-    if c.head == "lm":
-      table = embeddings.variables["params"]["word_embeddings"]["embedding"]
-      return layers.ClassifierOutput(prediction_head(c, "lm_head")(features, table), features, hidden, x)
-    if c.mean_pooling:
+    features = heads.first_token(hidden, texts)
+    if c.mean_pooling and c.head != "lm":
       features = layers.mean_pool(hidden, segment_ids, texts)
-    logits, features = heads.classify(c, self.train, features, prediction_head(c, "pooler"))
-    return layers.ClassifierOutput(logits, features, hidden, x)
+    return heads.outputs(c, self.train, embeddings, prediction_head(c, "lm_head"), prediction_head(c, "pooler"),
+                         features, hidden, x)
 
 
 # L layers, F feed-forward width, V vocabulary, W feature width, C classes.
