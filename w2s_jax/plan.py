@@ -213,11 +213,11 @@ def search(name: str, config: Any, devices: Sequence, B: int, T: int, topology: 
   return sorted(tried, key=lambda plan: -plan["batch"] / plan["step_seconds_estimate"] if plan["fits"] else 0)
 
 
-def _verdict(one):
-  if "error" in one:
-    return f"does not fit: {one['error']}"
-  used = f"{one['per_chip']['total'] / GIB:.2f} of {one['per_chip']['hbm'] / GIB:.0f} GiB"
-  return (f"{'fits' if one['fits'] else 'does not fit'}, {used}, about {one['step_seconds_estimate']:.3f} s a step "
+def _verdict(plan):
+  if "error" in plan:
+    return f"does not fit: {plan['error']}"
+  used = f"{plan['per_chip']['total'] / GIB:.2f} of {plan['per_chip']['hbm'] / GIB:.0f} GiB"
+  return (f"{'fits' if plan['fits'] else 'does not fit'}, {used}, about {plan['step_seconds_estimate']:.3f} s a step "
           "(estimate)")
 
 
