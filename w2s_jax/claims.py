@@ -56,7 +56,7 @@ def check_config(config: ConfigDict, workdir: Path) -> None:
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-  """{"a.b": value} of nested dicts."""
+  """{"a.b": value} of a nested dict {"a": {"b": value}}."""
   out = {}
   for k, v in tree.items():
     out |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}

@@ -181,7 +181,7 @@ class Stage:
 
 @dataclasses.dataclass
 class OptionalStage(Stage):
-  """A stage that may be left out: warm-up and teacher."""
+  """A stage that may train nothing: warm-up or teacher."""
   epochs: int = field(1, "number of passes over the rows; 0: the stage trains nothing", low=0)
 
 

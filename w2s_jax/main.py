@@ -35,7 +35,7 @@ _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Find the other processes
 
 
 def default_workdir(argv: list[str]) -> Path:
-  """runs/CONFIG[-ARGUMENT] from the --config flag as it was typed."""
+  """The default of --workdir: runs/CONFIG[-ARGUMENT], from the --config flag as the user typed it."""
   file, _, argument = command.typed_config(argv).partition(":")
   return Path("runs") / "-".join(filter(None, [Path(file).stem, re.sub(r"[^A-Za-z0-9]+", "-", argument).strip("-")]))
 
