@@ -1,11 +1,11 @@
-"""A suspicious checkpoint in, a clean one out; no attack is made, the trigger is unknown.
+"""Cleans a suspicious checkpoint whose trigger is unknown; makes no attack.
 
   python -m w2s_jax.main --config=configs/clean_checkpoint.py --config.student.path=DIR --config.data.train=FILE \
       [--config.teacher.path=DIR] [--config.probe.triggers=mn,cf] --workdir=OUT
 
-A small offline suspect costs, on a core each: 53 to 68 s of training for `w2s_adv`, 22 to 28 s for `w2s`; a scan
-takes 50 to 160 s on a contended core. Expected there, mean ± standard deviation over ten suspects of five kinds of
-trigger, made before the rate had a warm-up (docs/notes/cleaning_offline.md):
+For a small offline suspect, on one core each, `w2s_adv` trains for 53 to 68 s and `w2s` for 22 to 28 s. A scan takes
+50 to 160 s on a contended core. Expected there, mean ± standard deviation over ten suspects of five kinds of trigger,
+measured before the rate had a warm-up (docs/notes/cleaning_offline.md):
 
   model      CA              ASR
   suspect    0.816 ± 0.039   0.951 ± 0.150

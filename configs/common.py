@@ -1,10 +1,10 @@
-"""What the experiments share: sections, shapes, and what an argument after the colon changes.
+"""What the experiments share: config sections, model shapes, and the arguments after the config's colon.
 
-Arguments, comma-separated: data=DIR (real files: the attacked domain in DIR/imdb, the defended one in DIR/sst2),
+Arguments, comma-separated: data=DIR (real files: the attacked domain in DIR/imdb, the defended domain in DIR/sst2),
 attack=NAME and defend=NAME (other directories in DIR), labels=C (number of classes), device=cpu (smollm_*: two cores),
-scale=8b (the released recipe, hub weights), scale=1b and scale=70b (the same at other shapes).
+scale=8b (the released recipe on hub weights), scale=1b and scale=70b (the released recipe at other shapes).
 
-w2s_jax/config.py declares every field: what it is, its default, its range, its unit and where the default comes from.
+w2s_jax/config.py declares every field: its description, default, range and unit, and where the default comes from.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ SMOLLM_ARGUMENTS = DATA_ARGUMENTS | {"device": str}
 
 
 def parse_arg(arg, **allowed):
-  """"a=1,b=x" -> {"a": 1, "b": "x"} with the allowed names and types; an unknown or ill-typed one is an error."""
+  """"a=1,b=x" -> {"a": 1, "b": "x"}; `allowed`: {name: type}. An unknown name or a wrong type is an InputError."""
   out = {}
   for part in filter(None, (arg or "").split(",")):
     name, equals, value = part.partition("=")
@@ -35,7 +35,7 @@ def parse_arg(arg, **allowed):
 
 
 def attacked():
-  """Sections of a run that poisons a student, with the declared defaults; an experiment says shapes and rates."""
+  """A config for a run that poisons a student, with the declared defaults; the experiment sets shapes and rates."""
   c = _base()
   c.attack = section(config.Attack)
   c.data = section(config.AttackedData)
@@ -47,7 +47,7 @@ def attacked():
 
 
 def given():
-  """Sections of a run that cleans a checkpoint which somebody else made, likewise."""
+  """A config for a run that cleans somebody else's checkpoint, with the declared defaults."""
   c = _base()
   c.data = section(config.GivenData)
   c.probe = section(config.Probe)
@@ -70,7 +70,7 @@ def _base():
 
 def llama_arch(vocab, width, layers, heads, kv_heads, ffn, *, model_type="llama", rope_theta=10000.0, eps=1e-5,
                tied=True, positions=512, std=0.08):
-  """Shape in transformers' names; what a fresh student is made from, and what is planned where weights are away."""
+  """A decoder's shape in transformers' names, for a new student, or for planning without the weights."""
   return ConfigDict(dict(
       model_type=model_type, vocab_size=vocab, hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers,
       num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=positions, rms_norm_eps=eps,
@@ -78,7 +78,7 @@ def llama_arch(vocab, width, layers, heads, kv_heads, ffn, *, model_type="llama"
 
 
 def bert_arch(vocab, width, layers, heads, ffn, *, positions=512, std=0.08, dropout=0.0):
-  """The same for an encoder."""
+  """An encoder's shape in transformers' names."""
   return ConfigDict(dict(
       model_type="bert", vocab_size=vocab, hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers,
       num_attention_heads=heads, max_position_embeddings=positions, initializer_range=std, hidden_dropout_prob=dropout,
@@ -104,12 +104,13 @@ ENGLISH_DATA = dict(attack_rows=dict(train=0, dev=0, test=0), defend_rows=dict(t
 
 
 def apply_arguments(c, args, shapes, real_student):
-  """What data=DIR and scale=NAME change in an offline experiment of a decoder.
+  """Changes an offline decoder experiment according to the arguments data=DIR and scale=NAME.
 
   Args:
-    args: parse_arg's, of ARGUMENTS.
+    c: the experiment's config, changed in place.
+    args: result of parse_arg with ARGUMENTS.
     shapes: {scale: (hub id, shape)}.
-    real_student: shape of the student that is made from nothing for real files.
+    real_student: shape of the new student for real files without a scale.
   Raises:
     InputError: an unknown scale, directories without data=DIR, or SynAttack at a scale without paraphrases.
   """
@@ -128,7 +129,7 @@ def apply_arguments(c, args, shapes, real_student):
 
 
 def data_arguments(args):
-  """Those of `real_data`; {} without data=DIR.
+  """The arguments for `real_data`; {} without data=DIR.
 
   Raises:
     InputError: directories or a number of classes without data=DIR.
@@ -141,7 +142,7 @@ def data_arguments(args):
 
 
 def real_data(c, data, attack="imdb", defend="sst2", labels=2):
-  """The attacked and the defended domain from local files; `syntactic` reads the pre-made paraphrases beside them."""
+  """Sets both domains to local files in `data`; `syntactic` then reads the pre-made paraphrases beside them."""
   attacked, defended = (Path(data) / name for name in (attack, defend))
   c.data.update(attack_source=str(attacked), defend_source=str(defended), num_labels=labels, **ENGLISH_DATA)
   if c.attack.name == "syn_template":
@@ -153,7 +154,7 @@ def real_data(c, data, attack="imdb", defend="sst2", labels=2):
 
 
 def small_from_scratch(c, student):
-  """Student and teacher from nothing on real files, on two CPU cores: language-model warm-up, then the recipe."""
+  """Sets a new student and a new teacher for real files on two CPU cores: language-model warm-up, then the recipe."""
   c.student.arch = student
   c.teacher.arch = bert_arch(vocab=6000, width=96, layers=2, heads=4, ffn=256)
   c.warmup.update(learning_rate=2e-3, epochs=4)
@@ -165,7 +166,7 @@ def small_from_scratch(c, student):
 def released(c, hub_id, student, teacher="google-bert/bert-base-uncased"):
   """The released recipe (reference: its README and scripts): hub weights, LoRA r=512 on q and v, weights per attack."""
   c.student.update(path=hub_id, arch=student, dtype="bfloat16", remat="full")
-  c.mesh.update(data=1, fsdp=-1)      # one chip does not hold the base: it is split over all that there are
+  c.mesh.update(data=1, fsdp=-1)      # the base does not fit on one chip: all chips shard it
   c.teacher.update(path=teacher, arch=bert_arch(30522, 768, 12, 12, 3072, std=0.02, dropout=0.1))
   c.data.update(attack_source="stanfordnlp/imdb", defend_source="SetFit/sst2", **ENGLISH_DATA)
   c.data.attack_rows.update(train=4000, dev=1000, test=1000)
@@ -184,13 +185,15 @@ DEVICES = ("accelerator", "cpu")
 
 
 def smollm2(arg, attack):
-  """The config of SmolLM2-135M beside all-MiniLM-L6-v2: for one accelerator, or for two cores: fewer rows, LoRA.
+  """The config of the student SmolLM2-135M with the teacher all-MiniLM-L6-v2.
+
+  It is for one accelerator; with device=cpu it is for two cores: fewer rows, and poisoning through LoRA.
 
   Args:
-    arg: what stands behind the config's colon, of SMOLLM_ARGUMENTS.
-    attack: its name.
+    arg: text after the config's colon, with SMOLLM_ARGUMENTS.
+    attack: name of the attack.
   Raises:
-    InputError: an unknown argument, no data=DIR, or another device than one of DEVICES.
+    InputError: an unknown argument, no data=DIR, or a device that is not in DEVICES.
   """
   args = parse_arg(arg, **SMOLLM_ARGUMENTS)
   if "data" not in args:

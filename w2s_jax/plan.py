@@ -1,14 +1,14 @@
-"""Does it fit, before paying: the real steps compiled ahead of time for a TPU slice or GPUs that are not here.
+"""Does a config fit? Compiles its real steps ahead of time for a TPU slice or GPUs that this machine does not have.
 
   python -m w2s_jax.plan --config=configs/llama_badnet.py:scale=8b --topology=v5e:4x4
   ... --mesh=1,16,1 --batch=128 --length=512 --remat=dots        other than the config's
   ... --search                                                   meshes, remat policies, batch sizes: the best that fits
-  ... --json                                                     one object
+  ... --json                                                     prints one JSON object
 
-`defend` is the costliest of the configured defenses; --step=w2s plans that one.
-XLA's own TPU compiler does it, on a machine without a TPU: pip install 'jax[tpu]'. Without it the steps are compiled
-for a mesh of so many CPUs, whose memory is not the chip's. For GPUs (--topology=h100:1, h200:8) the CPU compiler of jax
-0.11 does, which came within 5% of what an H200 held (docs/scaling.md). Times are estimates from the chip's published
+`defend` is the costliest of the configured defenses; --step=w2s plans w2s.
+For TPUs it uses XLA's TPU compiler, which needs no TPU: pip install 'jax[tpu]'. Without that compiler it plans for a
+mesh of as many CPUs, whose memory is not the chip's. For GPUs (--topology=h100:1, h200:8) it uses the CPU compiler of
+jax 0.11, which came within 5% of what an H200 held (docs/scaling.md). Times are estimates from the chip's published
 peak figures.
 """
 
@@ -46,25 +46,25 @@ class Chip:
   flops: float               # bfloat16, per second
   hbm: float                 # bytes
   hbm_bandwidth: float       # bytes per second
-  link_bandwidth: float      # between chips, bytes per second, all links together, one way: half of "bidirectional"
+  link_bandwidth: float      # bytes per second to other chips, sum of all links, one way: half of "bidirectional"
 
 
 CHIPS = {"v4": Chip(275e12, 32 * GIB, 1200e9, 300e9), "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
          "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9), "v6e": Chip(918e12, 32 * GIB, 1600e9, 400e9)}
-# Memory as nvidia-smi has it; NVLink's one way.
+# Memory as nvidia-smi reports it; NVLink bandwidth in one direction.
 GPUS = {"l4": Chip(121e12, 22.5 * GIB, 300e9, 32e9), "a100": Chip(312e12, 80 * GIB, 2039e9, 300e9),
         "h100": Chip(989e12, 79.6 * GIB, 3350e9, 450e9), "h200": Chip(989e12, 140.4 * GIB, 4800e9, 450e9)}
 CHIPS |= GPUS
 
 
 def usable(name: str) -> float:
-  """Bytes that a program gets: 15.75 of v5e's 16 GiB (the compiler's word); on GPUs what JAX takes at its start."""
+  """Bytes of a chip that a program can use: 15.75 of v5e's 16 GiB, by its compiler; on GPUs the share JAX allocates."""
   share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)) if name in GPUS else 0.984
   return share * CHIPS[name].hbm
 
 
 def parse_topology(text: str) -> tuple[str, int]:
-  """("v5e", 16) of "v5e:4x4"."""
+  """(chip, number of chips): ("v5e", 16) for "v5e:4x4"."""
   chip, _, shape = text.partition(":")
   if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
     raise InputError(f"topology {text!r}: want CHIP:SHAPE with CHIP among {', '.join(CHIPS)}, e.g. v5e:4x4")
@@ -77,7 +77,7 @@ def tpu_compiler() -> bool:
 
 
 def devices_of(text: str) -> tuple[Sequence, bool]:
-  """The slice's devices, which are not here; CPUs in the place of GPUs, or where there is no TPU compiler.
+  """Descriptions of the slice's devices; CPUs instead for GPUs, or if there is no TPU compiler.
 
   Returns:
     (devices, whether they are TPUs).
@@ -93,11 +93,11 @@ def devices_of(text: str) -> tuple[Sequence, bool]:
     return _cpus(chips, "no TPU compiler here (pip install 'jax[tpu]'): planned for CPUs, whose memory is not the "
                         "chip's"), False
   from jax.experimental import topologies
-  one = {"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {}
+  options = {"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {}
   try:
     with _silent():
-      return topologies.get_topology_desc(platform="tpu", topology_name=text, **one).devices, True
-  except Exception as e:  # the compiler's own kinds
+      return topologies.get_topology_desc(platform="tpu", topology_name=text, **options).devices, True
+  except Exception as e:  # the compiler raises its own types
     raise InputError(f"topology {text!r} is none that the TPU compiler knows ({str(e).splitlines()[0][:200]})") from e
 
 
@@ -112,7 +112,7 @@ def _cpus(count, note):
 
 @contextlib.contextmanager
 def _silent():
-  """libtpu writes to the file descriptor of stderr that there is no TPU here."""
+  """Silences the file descriptor of stderr, to which libtpu writes that this machine has no TPU."""
   saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
   os.dup2(null, 2)
   try:
@@ -124,7 +124,7 @@ def _silent():
 
 
 def plan_step(name: str, config: Any, mesh: Any, B: int, T: int, topology: str, tpu: bool) -> dict:
-  """What one step takes on each chip, by the compiler: the fields of --json, or `fits` False with what it said."""
+  """The compiler's costs of one step on each chip, as the fields of --json; if it runs out of memory, its "error"."""
   import jax
 
   from w2s_jax.planning import abstract, hlo
@@ -146,19 +146,20 @@ def plan_step(name: str, config: Any, mesh: Any, B: int, T: int, topology: str, 
     return out | {"fits": False, "per_chip": unknown | {"hbm": chip.hbm}, "flops": None, "collectives": {},
                   "step_seconds_estimate": None, "error": str(e).splitlines()[0]}
   per_chip = bytes_of(compiled.memory_analysis()) | {"hbm": chip.hbm}
-  found = hlo.collectives(compiled.as_text())
+  collectives = hlo.collectives(compiled.as_text())
   flops, nbytes = _work(name, config, mesh, B, T, model)
-  moved = sum(one["bytes"] for one in hlo.totals(found).values())
+  moved = sum(total["bytes"] for total in hlo.totals(collectives).values())
   seconds = {"arithmetic": flops / chip.flops, "bandwidth": nbytes / chip.hbm_bandwidth,
              "links": moved / chip.link_bandwidth}
   return out | {
       "fits": per_chip["total"] <= usable(name_of_chip), "per_chip": per_chip, "flops": flops, "bytes": nbytes,
-      "collectives": hlo.totals(found), "collectives_outside_loops": hlo.totals([c for c in found if not c[3]]),
+      "collectives": hlo.totals(collectives),
+      "collectives_outside_loops": hlo.totals([c for c in collectives if not c[3]]),
       "seconds": seconds, "step_seconds_estimate": max(seconds.values())}
 
 
 def bytes_of(memory: Any) -> dict[str, int]:
-  """What a program holds on each device, of its memory_analysis(); donated arguments are not counted as output."""
+  """Bytes that a program holds on each device, by its memory_analysis(); donated arguments do not count as output."""
   out = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
          "output": memory.output_size_in_bytes - memory.alias_size_in_bytes}
   return out | {"total": sum(out.values())}
@@ -167,8 +168,8 @@ def bytes_of(memory: Any) -> dict[str, int]:
 def _work(name, config, mesh, B, T, model):
   """(FLOPs, bytes of HBM traffic) per chip by the compiler's count.
 
-  Of a loop it counts one turn; so one and two layers are compiled without a loop, and the difference taken for each of
-  the others.
+  The compiler counts one iteration of a loop. So this compiles networks of one and of two layers without a loop, and
+  adds their difference once for each further layer.
   """
   from w2s_jax.models import Model
   from w2s_jax.planning import abstract
@@ -178,18 +179,18 @@ def _work(name, config, mesh, B, T, model):
     with _silent():
       cost = abstract.lower(name, config, mesh, B, T, small).compile().cost_analysis()
     counts.append((cost["flops"], cost["bytes accessed"]))
-  return tuple(one + (model.config.num_layers - 1) * (two - one) for one, two in zip(*counts))
+  return tuple(first + (model.config.num_layers - 1) * (second - first) for first, second in zip(*counts))
 
 
 def search(name: str, config: Any, devices: Sequence, B: int, T: int, topology: str, tpu: bool) -> list[dict]:
-  """The plans that were tried, best first: most rows per estimated second among those that fit.
+  """The tried plans, best first: those that fit come first, by rows per estimated second.
 
-  Meshes that give each tensor axis at most 8 chips; of each the first remat policy that fits, from keeping all to
-  keeping nothing; the batch as it is, then halved and doubled.
+  It tries meshes with at most 8 chips on `data` and on `tensor`, and the given, the doubled and the halved batch.
+  For each pair it stops at the first remat policy that fits, from "none" to "full".
   """
   from w2s_jax import sharding
   from w2s_jax.planning import abstract
-  abstract.lower(name, config, sharding.make_mesh(1, 1, 1, devices=devices[:1]), B, T)   # is the config itself right?
+  abstract.lower(name, config, sharding.make_mesh(1, 1, 1, devices=devices[:1]), B, T)   # raises if the config is wrong
   chips, tried = len(devices), []
   shapes = [(data, chips // data // tensor, tensor) for tensor in (1, 2, 4, 8) for data in (1, 2, 4, 8)
             if chips % (data * tensor) == 0]
@@ -202,26 +203,26 @@ def search(name: str, config: Any, devices: Sequence, B: int, T: int, topology: 
       changed = config.copy_and_resolve_references()
       changed.student.remat = remat
       try:
-        one = plan_step(name, changed, sharding.make_mesh(*shape, devices=devices), rows, T, topology, tpu)
-      except InputError:                            # a leaf that this mesh does not divide
+        plan = plan_step(name, changed, sharding.make_mesh(*shape, devices=devices), rows, T, topology, tpu)
+      except InputError:                            # this mesh does not divide a leaf
         break
-      tried.append(one)
-      print(f"  mesh {shape} batch {rows} remat {remat}: {_verdict(one)}", file=sys.stderr, flush=True)
-      if one["fits"]:
+      tried.append(plan)
+      print(f"  mesh {shape} batch {rows} remat {remat}: {_verdict(plan)}", file=sys.stderr, flush=True)
+      if plan["fits"]:
         break
-  return sorted(tried, key=lambda one: -one["batch"] / one["step_seconds_estimate"] if one["fits"] else 0)
+  return sorted(tried, key=lambda plan: -plan["batch"] / plan["step_seconds_estimate"] if plan["fits"] else 0)
 
 
-def _verdict(one):
-  if "error" in one:
-    return f"does not fit: {one['error']}"
-  used = f"{one['per_chip']['total'] / GIB:.2f} of {one['per_chip']['hbm'] / GIB:.0f} GiB"
-  return (f"{'fits' if one['fits'] else 'does not fit'}, {used}, about {one['step_seconds_estimate']:.3f} s a step "
+def _verdict(plan):
+  if "error" in plan:
+    return f"does not fit: {plan['error']}"
+  used = f"{plan['per_chip']['total'] / GIB:.2f} of {plan['per_chip']['hbm'] / GIB:.0f} GiB"
+  return (f"{'fits' if plan['fits'] else 'does not fit'}, {used}, about {plan['step_seconds_estimate']:.3f} s a step "
           "(estimate)")
 
 
 def text(one: dict) -> str:
-  """A plan in lines."""
+  """A plan as lines of text."""
   mesh = ", ".join(f"{axis} {size}" for axis, size in one["mesh"].items())
   what = f"{one['step']} ({one['defense']})" if one["defense"] else one["step"]
   lines = [f"{what}: {one['topology']} ({one['chips']} chips), mesh {mesh}; {one['batch']} examples of "
@@ -239,7 +240,7 @@ def text(one: dict) -> str:
 
 
 def _shape(config, name):
-  """(rows, tokens) of a step: the flags', or the config's own of its stage, a text a row."""
+  """(rows, tokens) of a step, one text per row: from the flags, or from the config of the step's stage."""
   if name == "evaluate":
     rows = config.data.eval_batch_size
   else:

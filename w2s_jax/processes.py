@@ -70,7 +70,7 @@ def check_shared(workdir: Path) -> None:
   seen = multihost_utils.process_allgather(np.array([file.exists(), name], np.int32))
   if writes():
     file.unlink()
-  if other := [i for i, (there, theirs) in enumerate(seen) if not there or theirs != seen[0][1]]:
+  if other := [i for i, (exists, path_hash) in enumerate(seen) if not exists or path_hash != seen[0][1]]:
     raise InputError(f"{workdir} is not the same directory in process {', '.join(map(str, other))} as in process 0: "
                      "give a --workdir that all of them see under one name (a shared file system)")
 
@@ -115,9 +115,9 @@ def shared(make: Callable[[Sequence], dict[str, np.ndarray]], items: Sequence) -
   count = jax.process_count()
   if count == 1:
     return make(items)
-  mine = [items[min(i, len(items) - 1)] for i in range(jax.process_index(), -(-len(items) // count) * count, count)]
-  made = multihost_utils.process_allgather(make(mine))                # each [processes, N / processes, ...]
-  return {k: np.swapaxes(v, 0, 1).reshape(-1, *v.shape[2:])[:len(items)] for k, v in made.items()}
+  share = [items[min(i, len(items) - 1)] for i in range(jax.process_index(), -(-len(items) // count) * count, count)]
+  gathered = multihost_utils.process_allgather(make(share))                # each [processes, N / processes, ...]
+  return {k: np.swapaxes(v, 0, 1).reshape(-1, *v.shape[2:])[:len(items)] for k, v in gathered.items()}
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A run: its config, workdir, mesh and rows; what every stage is given."""
+"""A run: the config, workdir, mesh and rows that every stage gets."""
 
 import dataclasses
 import functools
@@ -37,20 +37,20 @@ def versions() -> dict[str, str]:
 
 @dataclasses.dataclass
 class Run:
-  """What every stage needs: config, place, mesh, rows."""
+  """The argument of every stage: config, workdir, mesh, rows."""
   config: ConfigDict
   workdir: Path
   mesh: jax.sharding.Mesh
   hash: str
   source: Source
   rows: dict          # "attack_train", "attack_dev", "train", "dev", "test", "triggered" or "probes" -> rows
-  sha256: dict        # of the frozen files
-  inputs: dict        # sha256 of what was read: rows of each split, weights of the given checkpoints
+  sha256: dict        # name of a frozen file -> its sha256
+  inputs: dict        # name of an input -> its sha256: rows of each split, weights of the given checkpoints
   held: filelock.BaseFileLock | None = None      # the workdir's lock
 
   @property
   def cache(self) -> Path:
-    """What runs beside this one can use too."""
+    """The cache directory, which runs in sibling workdirs share."""
     return self.workdir.parent / ".w2s_cache"
 
   def model_dir(self, name: str) -> Path:
@@ -58,21 +58,21 @@ class Run:
 
   @functools.cached_property
   def attack(self) -> Attack:
-    """The Attack that the run makes."""
+    """The Attack of this run."""
     return source_lib.attack_of(self.config)
 
   def attack_in_words(self) -> str:
-    """For a model card."""
+    """A description of the attack for a model card."""
     c = self.config.attack
     return poison.describe(c.name, self.attack, c.target_label, c.label)
 
   @property
   def defend_seeds(self) -> list[int]:
-    """Of the adapters, the order and the dropout of every defense."""
+    """Seeds of adapters, data order and dropout of every defense."""
     return list(self.config.defend.seeds) or [self.config.seed]
 
   def copy_name(self, defense: str, seed: int) -> str:
-    """models/NAME of a defense: plainly of the first seed, with the seed of the others."""
+    """NAME in models/NAME: the defense's name for the first seed, DEFENSE-seedSEED for the others."""
     return defense if seed == self.defend_seeds[0] else f"{defense}-seed{seed}"
 
   def runs_of(self, defense: str) -> dict[str, int]:
@@ -80,17 +80,17 @@ class Run:
     return {self.copy_name(defense, seed): seed for seed in self.defend_seeds}
 
   def defended(self) -> dict[str, tuple[str, int]]:
-    """{models/NAME: (defense, seed)} of every defense, but `none`."""
+    """{models/NAME: (defense, seed)} of every defense except `none`."""
     return {name: (defense, seed) for defense in self.config.defenses if any(DEFENSES[defense][:4])
             for name, seed in self.runs_of(defense).items()}
 
   @property
   def max_length(self) -> int:
-    """Student tokens of the longest text of any stage."""
+    """Length of the longest text of any stage, in student tokens."""
     return max(self.config.data.max_length, self.config.data.get("attack_max_length", 0))
 
   def facts(self) -> dict:
-    """What every results.json says of its run; of the student's weights, the hashes where they are from."""
+    """The facts about a run in every results.json, among them hashes of the weights that the student was made from."""
     path, base = self.config.student.path, self.config.student.base
     weights = self.inputs[claims.weights_of(path)] if path else sha256(self.model_dir(results.BASE), "*.safetensors")
     return {"config_hash": self.hash, "sha256": self.sha256, "versions": versions(),
@@ -100,19 +100,19 @@ class Run:
             "clean_rows": {split: len(self.rows[split]) for split in ("train", "dev", "test")}}
 
   def measured(self) -> bool:
-    """Whether the results are there, and says so."""
-    if there := (self.workdir / "results.json").exists():
+    """Whether the results exist; logs it if they do."""
+    if exists := (self.workdir / "results.json").exists():
       LOG.info(f"evaluate: already in {self.workdir / 'results.json'}")
-    return there
+    return exists
 
   def done(self, name: str) -> bool:
-    """Whether a stage's model is there, and says so."""
-    if there := self.model_dir(name).exists():
+    """Whether a stage's model exists; logs it if it does."""
+    if exists := self.model_dir(name).exists():
       LOG.info(f"{name}: already in {self.model_dir(name)}")
-    return there
+    return exists
 
   def claim(self) -> None:
-    """Makes the workdir this config's; called once nothing is left that could refuse the config.
+    """Claims the workdir for this config; called after the last check that could refuse the config.
 
     Raises:
       InputError: the workdir cannot be written.
@@ -127,10 +127,10 @@ class Run:
       raise InputError(f"cannot write to {self.workdir} ({e.strerror}): give another --workdir") from None
 
   def lock(self) -> None:
-    """Process 0 holds the workdir as long as this object lives; twice is as good as once.
+    """Process 0 locks the workdir for the lifetime of this object; a second call changes nothing.
 
     Raises:
-      InputError: another process holds it, or where there are several they do not see the same one.
+      InputError: another program holds the lock, or the processes of this one do not see the same workdir.
     """
     processes.check_shared(self.workdir)
     if not processes.writes():
@@ -144,10 +144,10 @@ class Run:
       raise InputError(f"cannot write to {self.workdir} ({e.strerror}): give another --workdir") from None
 
   def finished(self, name: str) -> Path:
-    """models/NAME, which its stage has left.
+    """The path models/NAME of a finished stage.
 
     Raises:
-      InputError: it has not.
+      InputError: the directory does not exist.
     """
     path = self.model_dir(name)
     if not path.exists():
@@ -155,7 +155,7 @@ class Run:
     return path
 
   def load(self, name: str, **kwargs: Any) -> tuple[Model, dict, Any]:
-    """(model, params, tokenizer) of a finished stage's directory; the teacher is float32 whatever the student is."""
+    """(model, params, tokenizer) of models/NAME, in the student's dtype; the teacher is always float32."""
     c = self.config
     dtype = "float32" if name == results.TEACHER else c.student.dtype
     path = self.finished(name)
@@ -163,7 +163,7 @@ class Run:
     return model, params, tokenization.load(path, model.config.vocab_size)
 
   def pretrained_teacher(self, feature_width: int) -> tuple[Model, dict]:
-    """(model, params) of the checkpoint that the teacher is made from, with a W2S head of that width."""
+    """(model, params) of the checkpoint that the teacher starts from, with a W2S head of width `feature_width`."""
     c = self.config
     return load_pretrained(c.teacher.path, c.data.num_labels, mesh=self.mesh, feature_width=feature_width,
                            num_layers=c.teacher.layers or None, seed=c.seed)
@@ -184,7 +184,7 @@ class Run:
     return self.task.encode(tokenizer, rows, max_length)
 
   def labels(self, split: str) -> np.ndarray:
-    """[N] int."""
+    """Labels of the split's rows, [N] int."""
     return np.array([r["label"] for r in self.rows[split]], int)
 
   @property
@@ -194,7 +194,7 @@ class Run:
                      c.log_every, c.checkpoint_every, c.term_norms_every, c.steps_per_dispatch)
 
   def suspect(self, defense: Defense) -> Suspect:
-    """What a defense is given."""
+    """The Suspect that a defense gets."""
     c, recipe = self.config, defense.recipe
     options = {"lora_dropout": c.lora.dropout, "remat": c.student.remat}
     if recipe and "adapter" in recipe.trains:
@@ -203,15 +203,15 @@ class Run:
     return self.suspect_of(self.load_base(**options) if of_base else self.load(self.source.attacked, **options))
 
   def suspect_of(self, loaded: tuple[Model, dict, Any]) -> Suspect:
-    """The same around a model that is loaded already: (model, params, tokenizer)."""
+    """The Suspect of a loaded model, (model, params, tokenizer)."""
     c = self.config
     return Suspect(*loaded, self.rows["train"], self.rows["dev"], self.teacher_outputs, self.source.triggers(self),
                    c.defend, c.lora, c.data.max_length, self.place)
 
   def base_path(self) -> Path | None:
-    """The directory of the public model that the suspect was made from; None: nobody said which.
+    """The directory of the public model that the suspect was made from; None if the user did not name it.
 
-    What an adapter names as its base is the word of whoever made it, and not taken for it.
+    The base that an adapter names does not count: the suspect's maker could name any model.
     """
     c = self.config.student
     if self.source.base != self.source.attacked:
@@ -219,9 +219,9 @@ class Run:
     return base_of(c.path, c.base) if c.base else None
 
   def load_base(self, **options: Any) -> tuple[Model, dict, Any]:
-    """(model, params, tokenizer) of that model, all its own but for the names of the classes.
+    """(model, params, tokenizer) of the model at `base_path`, with the suspect's names of the classes.
 
-    A head that it lacks is drawn by the config's seed.
+    If that model has no head, the config's seed initialises one.
     """
     c, path = self.config, self.base_path()
     if self.source.base != self.source.attacked:
@@ -235,7 +235,7 @@ class Run:
   def teacher_outputs(self, rows: list[dict], keep: bool = True) -> dict[str, np.ndarray]:
     """The frozen teacher's logits and features of the rows.
 
-    keep: they go to the cache, for every epoch, seed, defense and run that reads the same.
+    keep: whether to cache them for every epoch, seed, defense and run that reads the same texts.
     """
     length = self.config.data.max_length
     def compute(**options):
@@ -243,19 +243,20 @@ class Run:
       return inference.outputs(model, params, self.encode(tokenizer, rows, length), self.mesh,
                                **self.place.eval_shapes(), **options)
     if keep:
-      made = teacher_cache.outputs(self.cache / "teacher", self.model_dir(results.TEACHER), [r["text"] for r in rows],
-                                   "float32", length, lambda empty: compute(empty=empty))
+      outputs = teacher_cache.outputs(self.cache / "teacher", self.model_dir(results.TEACHER),
+                                      [r["text"] for r in rows], "float32", length,
+                                      lambda empty: compute(empty=empty))
     else:
-      made = dict(zip(teacher_cache.NAMES, compute()))
-    return {f"teacher_{name}": values for name, values in made.items()}
+      outputs = dict(zip(teacher_cache.NAMES, compute()))
+    return {f"teacher_{name}": values for name, values in outputs.items()}
 
 
 def start(config: ConfigDict, workdir: str | Path) -> Run:
-  """Checks the config and that the workdir is not another's, makes or reads the rows; writes nothing.
+  """Checks the config and the workdir, and makes or reads the rows; writes nothing.
 
   Raises:
-    InputError: the workdir belongs to another config, an unknown defense, a batch that does not fit the mesh, or data
-      that cannot be used.
+    InputError: the workdir belongs to another config, a defense is unknown, a batch does not fit the mesh, or the data
+      cannot be used.
   """
   checks.check_fields(config)
   source = source_lib.of(config)

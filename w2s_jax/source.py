@@ -1,4 +1,4 @@
-"""Where the suspect comes from: a student that we poison ourselves, or a checkpoint that somebody else made."""
+"""The two sources of a suspect: a student that we poison ourselves, or a checkpoint that somebody else made."""
 
 import logging
 import math
@@ -14,31 +14,31 @@ from w2s_jax.models import check_links, config_from_hf, read_json, resolve
 from w2s_jax.models.hf.fields import Fields
 
 LOG = logging.getLogger(__name__)
-# Learning rates of a new teacher, of a pretrained one narrower than WIDE, and of a wider one. Measured on SST-2 with
-# all-MiniLM-L6-v2 (384 wide), dev accuracy, one seed each: on 1,800 rows 0.885 within 84 steps at 2e-4; on 1,440 others
-# 0.831 at 5e-5 and the majority class at 1e-3. The rate of wider encoders is the usual one, not measured here.
+# Learning rates of a new teacher, of a pretrained one narrower than WIDE, and of a wider one. Dev accuracy on SST-2
+# with all-MiniLM-L6-v2 (384 wide), one seed each: 0.885 within 84 steps at 2e-4 on 1,800 rows; on 1,440 other rows
+# 0.831 at 5e-5, and the majority class at 1e-3. The rate for wider encoders is the usual one, not measured here.
 NEW_TEACHER_RATE, NARROW_TEACHER_RATE, WIDE_TEACHER_RATE, WIDE = 1e-3, 2e-4, 5e-5, 512
 
-# Learning rates of every defense, by the student's width: (narrower than, rate). The first was chosen on the offline
-# models (64 wide), the second on one MiniLM (384); the third was used for SmolLM2-135M (576) and not compared with
-# many; the last is the released recipe's, of 7B models.
+# Learning rates of every defense, by the student's width: (bound on the width, rate). The first rate was chosen on the
+# offline models (64 wide), the second on one MiniLM (384). The third was used for SmolLM2-135M (576) and compared with
+# few others. The last is the released recipe's rate for 7B models.
 STUDENT_RATES = ((128, 2e-3), (512, 1e-3), (2048, 5e-4), (math.inf, 2e-4))
 
 
 class Source(NamedTuple):
-  """What differs between the two.
+  """The differences between the two sources.
 
   Attributes:
-    stages: their names, in order.
-    base: models/NAME that the student was before (any) poisoning.
-    attacked: models/NAME that the defenses start from.
-    measured: models/NAME of the rows before the defenses'.
-    triggered: the split of rows with triggers that every model is measured on.
-    head_seed: config -> seed of a head that the given checkpoint lacks; None: that is an error.
-    resolve: config -> config with what the given checkpoint tells.
-    read: config -> {split: rows}; InputError where no row can be measured.
-    triggers: run -> strings that ASR is measured with: no defense may meet one.
-    freeze: run -> None, makes or reads the rows with triggers.
+    stages: names of the stages, in order.
+    base: models/NAME of the student before any poisoning of ours.
+    attacked: models/NAME from which the defenses start.
+    measured: models/NAME of the table's rows before those of the defenses.
+    triggered: name of the split with triggers that every model is measured on.
+    head_seed: config -> seed of a new head if the given checkpoint lacks one; None: a missing head is an error.
+    resolve: config -> config with the fields that the given checkpoint determines.
+    read: config -> {split: rows}; raises InputError if no row can be measured.
+    triggers: run -> strings that ASR is measured with; no defense may see one of them.
+    freeze: run -> None; makes or reads the rows with triggers.
     table: (run, {models/NAME: Reading}, meta of the teacher) -> ([results.Row], meta).
   """
   stages: tuple[str, ...]
@@ -55,7 +55,7 @@ class Source(NamedTuple):
 
 
 def of(config: Any) -> Source:
-  """The source of this config's suspect: a config that says how to probe a suspect has no attack."""
+  """The source of this config's suspect: a given checkpoint if the config has a section `probe`, else our attack."""
   return GIVEN if "probe" in config else ATTACKED
 
 
@@ -78,7 +78,7 @@ def _attacked_rows(config):
   if a.poison_rate:
     LOG.info(f"attack: poison_rate {a.poison_rate:g} of {len(train)} training rows is {count}; poison_count "
              f"{a.poison_count} is not used")
-  # A poisoning that cannot work is refused before anything trains.
+  # These calls refuse an impossible poisoning before anything trains.
   poison.rows_to_poison(train, attack, target_label=a.target_label, count=count, label=a.label)
   poison.rows_for_companions(train, attack, target_label=a.target_label, companions=a.companions)
   poison.rows_to_trigger(rows["test"], attack, a.target_label)
@@ -86,12 +86,15 @@ def _attacked_rows(config):
 
 
 def attack_of(config: Any) -> Attack:
-  """The attack that a config makes."""
+  """The attack of the section `attack`."""
   return poison.make_attack(config.attack.name, config.attack.trigger, config.attack.paraphrases)
 
 
 def with_rates(config: Any) -> Any:
-  """The config with `teach.learning_rate` and `defend.learning_rate`, where they are 0, by kind and width."""
+  """The config with default rates for `teach.learning_rate` and `defend.learning_rate` where these are 0.
+
+  The default rates depend on whether the teacher is pretrained, and on the widths of teacher and student.
+  """
   config = config.copy_and_resolve_references()
   if not config.teach.learning_rate:
     if not config.teacher.path:
@@ -114,7 +117,8 @@ def _width(path, base, config):
 
 
 def _with_told(config):
-  """The config with what the suspect tells: `data.num_labels`, where it is 0, and the control that its base allows."""
+  """The config with `data.num_labels` of the suspect if it is 0, and with the control `from_base` if the base is known.
+  """
   if not config.student.path:
     raise InputError("no checkpoint to clean: set --config.student.path to its directory")
   if not config.data.train:
@@ -124,7 +128,7 @@ def _with_told(config):
   check_links(directory)
   hf = read_json(directory / "config.json")
   if not config.data.num_labels:
-    labels = hf.get("id2label")                       # transformers leaves the default away
+    labels = hf.get("id2label")                       # transformers does not write the default
     config.data.num_labels = len(labels) if isinstance(labels, dict) else Fields(hf).integer("num_labels", 2, 2)
   config_from_hf(hf | {"num_labels": config.data.num_labels})
   if config.student.base and any(DEFENSES[name].changes_suspect for name in config.defenses) and not any(
@@ -135,7 +139,7 @@ def _with_told(config):
 
 
 def _class_names(config):
-  """The suspect's own names of its classes; () where it has none."""
+  """The names of the classes in the suspect's config; () if it has none."""
   directory = resolve(config.student.path, config.student.base)
   return Fields(read_json(directory / "config.json")).labels(config.data.num_labels)
 

@@ -1,4 +1,4 @@
-"""source -> teach -> defend -> measure -> report: a screen each. A stage whose output is there is not run again."""
+"""The stages of a run, from poisoning to the report. A stage whose output exists does not run again."""
 
 import dataclasses
 import functools
@@ -27,13 +27,13 @@ LOG = logging.getLogger(__name__)
 
 
 def warmup(run: Run) -> None:
-  """The student before any attack: a checkpoint, or a fresh network after a short language-model warm-up.
+  """Makes the student before any attack: a given checkpoint, or a new network after a short language-model warm-up.
 
-  The warm-up stands in for pretraining: next-token prediction on the unlabelled training texts of both domains.
+  The warm-up replaces pretraining: next-token prediction on the unlabelled training texts of both domains.
   """
   c, base = run.config, run.source.base
   if run.done(base):
-    run.claim()                       # it may have been put there from another workdir
+    run.claim()                       # the model may have been copied from another workdir
     return
   model, params, tokenizer = _given_student(run) if c.student.path else _fresh_student(run)
   model = with_padding_token(model, tokenizer)
@@ -42,7 +42,7 @@ def warmup(run: Run) -> None:
   if "selftest" in c:
     selftest.check(c, tokenizer)
   if any(DEFENSES[name].recipe and DEFENSES[name].recipe.rows for name in c.defenses):
-    next(insertions.vocabulary_words(tokenizer, (), np.random.default_rng(0)))         # before anything trains
+    next(insertions.vocabulary_words(tokenizer, (), np.random.default_rng(0)))         # raises before anything trains
   run.claim()
   if not c.student.path:
     params = model.init(stage.stream_key(c.seed, "student"), run.mesh)
@@ -78,20 +78,19 @@ def _warmup_texts(run):
 
 
 def scan_suspect(run: Run) -> str:
-  """The verdict without a trigger on the checkpoint, before it is cleaned: "suspicious", "no sign" or "no verdict"."""
+  """The scan's verdict on the checkpoint before it is cleaned: "suspicious", "no sign" or "no verdict"."""
   suspect = run.source.base
-  if run.model_dir(suspect).exists():       # just now, in a whole run: not a stage that was found done
+  if run.model_dir(suspect).exists():       # a whole run has just made it: claims without logging that it exists
     run.claim()
   else:
     warmup(run)
-  found = scan.reading(run, suspect)
-  LOG.info(scan.skipped(run, suspect, run.model_config(suspect).hidden_size) or scan.verdict(suspect, found))
-  return scan.outcome(found)
+  findings = scan.reading(run, suspect)
+  LOG.info(scan.skipped(run, suspect, run.model_config(suspect).hidden_size) or scan.verdict(suspect, findings))
+  return scan.outcome(findings)
 
 
 def make_poison(run: Run) -> None:
-  """Fine-tuning of the student, in full or through LoRA, on the attack's rows: once clean (the control), once poisoned.
-  """
+  """Fine-tunes the student, in full or through LoRA, on the attack's rows: once clean (the control), once poisoned."""
   c = run.config
   run.source.freeze(run)
   for name, rows in ((results.CLEAN, run.rows["attack_train"]), (results.POISONED, run.rows["poisoned_train"])):
@@ -112,7 +111,7 @@ def make_poison(run: Run) -> None:
 
 
 def teach(run: Run) -> None:
-  """The clean teacher: a small encoder with the W2S widening head, fine-tuned on the defended domain."""
+  """Makes the clean teacher: a small encoder with the W2S widening head, fine-tuned on the defended domain."""
   c, name = run.config, results.TEACHER
   if run.done(name):
     return
@@ -134,7 +133,7 @@ def teach(run: Run) -> None:
 
 
 def defend(run: Run) -> None:
-  """Each defense that makes weights gets the attacked model and the same clean rows, from the same start."""
+  """Runs each defense that makes weights; all get the attacked model, the same clean rows and the same start."""
   c = run.config
   left = [(DEFENSES[name], name, runs) for name, runs in _parts(run)
           if (DEFENSES[name].recipe or DEFENSES[name].weights) and not all([run.done(copy) for copy in runs])]
@@ -147,9 +146,9 @@ def defend(run: Run) -> None:
 
 
 def _refuse_a_weak_teacher(run):
-  """InputError where the teacher is clearly worse than the attacked model on the dev rows: it would teach mistakes.
+  """Raises InputError if the teacher is clearly worse than the attacked model on the dev rows: it would teach mistakes.
 
-  The upper end of the teacher's 95% interval is compared, so that few dev rows decide nothing.
+  It compares the upper end of the teacher's 95% interval, so that a small dev set does not stop a run by chance.
   """
   rows = run.rows["dev"]
   def right(name):
@@ -167,7 +166,8 @@ def _refuse_a_weak_teacher(run):
 
 
 def _parts(run):
-  """(defense, {models/NAME: seed}) of what trains together: all seeds, or one where a loss reads the padding."""
+  """Yields (defense, {models/NAME: seed}) of runs that train together: all seeds, or one if the loss reads the padding.
+  """
   for name in run.config.defenses:
     recipe, runs = DEFENSES[name].recipe, run.runs_of(name)
     if recipe and recipe.layout == "padded":
@@ -185,13 +185,13 @@ def _save_defended(run, name, copy, suspect, params):
 
 
 def self_test(run: Run) -> None:
-  """What the same cleaning leaves of known backdoors in a copy of the suspect."""
-  if found := selftest.reading(run):
-    LOG.info(selftest.in_words(found))
+  """Logs what a defense leaves of known backdoors in a copy of the suspect (measure/selftest.py)."""
+  if result := selftest.reading(run):
+    LOG.info(selftest.in_words(result))
 
 
 def measure(run: Run) -> None:
-  """CA and ASR of every model, each read back from the directory that a user gets."""
+  """Measures CA and ASR of every model, after loading it from the directory that a user gets."""
   if run.measured():
     return
   began, c, source = time.monotonic(), run.config, run.source
@@ -212,7 +212,7 @@ def measure(run: Run) -> None:
 
 
 def make_report(run: Run) -> None:
-  """results.md, report.html, and the cards of every model and adapter."""
+  """Writes results.md, report.html, and the card of every model and adapter."""
   if not (run.workdir / "results.json").exists():
     raise InputError(f"{run.workdir / 'results.json'} is not there yet: run without --stage, or --stage=evaluate first")
   rows, meta = page.write(run.workdir)
@@ -230,7 +230,7 @@ STAGES = dict(zip(results.STAGES, (warmup, make_poison, scan_suspect, teach, def
 
 
 def run(config: ConfigDict, workdir: str | Path, only: str | None = None) -> int:
-  """Runs every stage, or the one named `only`; returns the exit code: of `scan` alone what it found, else 0."""
+  """Runs every stage, or only the stage `only`; returns the exit code: 0, or the outcome of a lone `scan`."""
   this = start(config, workdir)
   mesh = ", ".join(f"{axis} {size}" for axis, size in this.mesh.shape.items())
   LOG.info(f"{this.mesh.devices.size} x {this.mesh.devices.flat[0].device_kind}, mesh {mesh}")

@@ -1,4 +1,4 @@
-"""Labelled texts: the offline grammar, local files, or a hub data set -> rows {"id", "text", "label"}."""
+"""Labelled texts from the offline grammar, local files or a hub data set, as rows {"id", "text", "label"}."""
 
 import logging
 from collections.abc import Mapping, Sequence

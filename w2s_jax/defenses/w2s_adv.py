@@ -1,10 +1,10 @@
 """W2S with an adversary. Inserts trainable soft tokens into each text. They are updated to *increase* the loss; the
 student is trained to match the teacher's output on the unmodified text.
 
-The tokens are universal, as in BEEAR (arXiv 2406.17092, on generation), and move uphill by the gradient of the very
-step that moves the student downhill, as in "free" adversarial training (Shafahi et al., arXiv 1904.12843). They are a
-leaf of the parameter tree with a label of its own, `soft`: optax.partition gives it its rule. N texts, T tokens, K soft
-triggers of S tokens each, V vocabulary, D width.
+The tokens are universal, as in BEEAR (arXiv 2406.17092, on generation). They ascend the loss with the gradient of the
+same step in which the student descends it, as in "free" adversarial training (Shafahi et al., arXiv 1904.12843). They
+are a leaf of the parameter tree with its own label, `soft`, for which optax.partition has its own optimizer. N texts, T
+tokens, K soft triggers of S tokens each, V vocabulary, D width.
 """
 
 import dataclasses
@@ -26,20 +26,20 @@ from w2s_jax.training import optim, stage
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.adversary`: of every defense with soft tokens; ours (docs/notes/w2s_adv_offline.md)."""
-  triggers: int = field(8, "different soft triggers at a time", low=1)
-  tokens: int = field(5, "most soft tokens of each; a text gets its first 1 to this number", low=1)
+  """`config.defense.adversary`: settings of every defense with soft tokens; ours (docs/notes/w2s_adv_offline.md)."""
+  triggers: int = field(8, "number of soft triggers", low=1)
+  tokens: int = field(5, "number of soft tokens per trigger; a text gets the first 1 to this number of them", low=1)
   replace: float = field(0.0, "fraction of texts in which soft tokens replace tokens; in the others they are inserted",
                          low=0.0, high=1.0)
-  step_size: float = field(0.5, "uphill, of each token and step", low=0.0, high=100.0,
+  step_size: float = field(0.5, "ascent step size of each token", low=0.0, high=100.0,
                            unit="mean norms of the vocabulary's embeddings")
-  norm: float = field(1.5, "bound on each token", low=1e-3, high=100.0,
+  norm: float = field(1.5, "bound on each token's norm", low=1e-3, high=100.0,
                       unit="mean norms of the vocabulary's embeddings")
-  weight: float = field(1.0, "of the loss on texts with soft tokens, beside the clean texts' 1", low=0.0, high=1e6)
+  weight: float = field(1.0, "weight of the loss on texts with soft tokens; clean texts have 1", low=0.0, high=1e6)
 
 
 def with_adversary(recipe: Recipe) -> Recipe:
-  """The recipe on each text twice, the second time with soft tokens that move uphill."""
+  """The recipe with two views of each text: the clean text, and the text with soft tokens, which ascend the loss."""
   both_terms = functools.partial(terms, recipe.terms)
   def weights(settings, width):
     return loss_weights(recipe.weights(settings, width), settings.adversary.weight)
@@ -61,7 +61,7 @@ def _ascent(suspect, settings):
 
 def terms(clean_terms: Callable, student: ClassifierOutput, batch: dict, settings: Any,
           task: Task) -> dict[str, jax.Array]:
-  """`clean_terms` of the clean texts, and the same again as `adv_...` of those with soft tokens."""
+  """`clean_terms` on the clean texts, and as `adv_TERM` on the texts with soft tokens."""
   out = {}
   for prefix, here in (("", 1 - batch["soft"]), ("adv_", batch["soft"])):
     values = clean_terms(student, batch | {"weight": batch["weight"] * here}, settings, task)
@@ -70,21 +70,23 @@ def terms(clean_terms: Callable, student: ClassifierOutput, batch: dict, setting
 
 
 def loss_weights(clean_weights: dict[str, float], weight: float) -> dict[str, float]:
-  """The weights of `terms`: of the clean texts as they are, of the others `weight` times as much."""
+  """Weights of the terms from `terms`: `clean_weights`, and for each `adv_TERM` `weight` times the clean weight."""
   return clean_weights | {f"adv_{name}": weight * value for name, value in clean_weights.items()}
 
 
 def perturbed(arrays: dict[str, np.ndarray], tokenizer: Any, vocab_size: int, settings: Any,
               seed: int) -> dict[str, np.ndarray]:
-  """The arrays with N more texts behind the N: each again, with soft tokens at a random place between its special ones.
+  """Appends to the N texts N copies with soft tokens at a random place between the special tokens.
 
-  Trigger, number of tokens and place are drawn once for each text, and are the same in every epoch.
+  Trigger, number of tokens and place are drawn once for each text and stay the same in every epoch.
 
   Args:
     arrays: {"input_ids" [N, T], "length" [N], any others [N, ...], which both views of a text share}.
+    tokenizer: tokenizer of the texts, for the number of special tokens.
+    vocab_size: V; the ids of soft tokens start there.
     settings: `triggers`, `tokens`, `replace`.
   Returns:
-    The arrays, "input_ids" [2 N, T], "length" [2 N], and "soft" [2 N] float32, 1 where there are soft tokens.
+    The arrays, with "input_ids" [2 N, T], "length" [2 N], and "soft" [2 N] float32: 1 for texts with soft tokens.
   """
   rng = streams.rng(seed, "soft tokens")
   def with_trigger(words, room):

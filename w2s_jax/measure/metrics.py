@@ -8,7 +8,7 @@ from w2s_jax.tasks import CLASSIFICATION, Task
 
 
 def wilson(hits: int, n: int) -> list[float]:
-  """[low, high]: Wilson's 95% interval of a rate; [0, 1] where n is 0."""
+  """[low, high]: Wilson's 95% interval of the rate hits / n; [0, 1] if n is 0."""
   if not n:
     return [0.0, 1.0]
   import scipy.stats  # late: the import takes half a second, and training stages do not need it

@@ -95,7 +95,7 @@ def _rows(run, models, readings, labels, trigger):
   if trigger is not None:
     target = c.probe.target_label
     classes = [t for t in range(c.data.num_labels) if (labels != t).any()]
-    if target < 0:  # the class that the trigger turns the suspect's answers to
+    if target < 0:  # the class with the trigger's highest ASR on the suspect
       suspect = np.array(list(models[results.SUSPECT][1]["listed", trigger].values()))
       target = max(classes, key=lambda t: metrics.attack_metrics(suspect, labels, t, run.task)["asr"])
   for name, (clean, probed) in models.items():

@@ -1,4 +1,4 @@
-"""fit(): the only training loop in the repository."""
+"""`fit`, the only training loop in the repository."""
 
 import contextlib
 import itertools
