@@ -116,7 +116,10 @@ def _ropes(fields):
   full = lengths | {"rope_theta": fields.values.get("rope_theta"), "rope_scaling": fields.values.get("rope_scaling")}
   local = lengths | {"rope_theta": fields.values.get("rope_local_base_freq")}
   def rope(kind, values, theta):
-    return rotary.Rope.from_hf(Fields(values | {"rope_parameters": ropes.values.get(kind)}, fields.where), theta)
+    made = rotary.Rope.from_hf(Fields(values | {"rope_parameters": ropes.values.get(kind)}, fields.where), theta)
+    if made.rope_type == "longrope":
+      raise InputError(f"the model's {ropes.where}: rope_type longrope is not implemented in a gemma3_text")
+    return made
   return {"rope": rope(FULL, full, 1e6), "local_rope": rope(SLIDING, local, 1e4)}
 
 
