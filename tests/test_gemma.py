@@ -21,7 +21,7 @@ from w2s_jax.adapters import soft
 from w2s_jax.data import tokenization
 from w2s_jax.models import Model, config_from_hf, load_pretrained, save_pretrained
 from w2s_jax.models.latent import Latent
-from w2s_jax.models.llama import Rope
+from w2s_jax.models.rotary import Rope
 
 saved = test_models.saved
 GEMMAS = ("gemma", "gemma2", "gemma3_text")

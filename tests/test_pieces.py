@@ -1,7 +1,5 @@
 """Tensors of safetensors files a piece at a time: numpy and safetensors themselves are what is compared with."""
 
-import json
-import struct
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from w2s_jax import InputError
 from w2s_jax.models.hf import pieces
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
@@ -86,18 +83,3 @@ def test_what_a_thread_raises_is_raised(tmp_path):
 def test_dtypes_that_are_not_read_are_not_written(tmp_path):
   with pytest.raises(ValueError, match=r"saved in float32, float16, bfloat16, not \['a float64'\]"):
     pieces.create(tmp_path / "file", {"a": jax.ShapeDtypeStruct((4, 4), np.dtype("float64"))})
-
-
-def test_a_name_twice_in_a_header_is_read_as_safetensors_does_or_refused(tmp_path, monkeypatch):
-  """The JSON parser that finds the bytes is not the one that checked them: they must agree."""
-  def entry(shape, begin, end):
-    return json.dumps({"dtype": "F32", "shape": shape, "data_offsets": [begin, end]})
-  header = ('{"a":' + entry([2], 0, 8) + ',"a":' + entry([6], 0, 24) + "}").encode()
-  content = np.arange(6, dtype=np.float32)
-  (tmp_path / "file").write_bytes(struct.pack("<Q", len(header)) + header + content.tobytes())
-  np.testing.assert_array_equal(pieces.mapped(pieces.stored(tmp_path / "file")["a"], slice(0, 6)), content)
-  np.testing.assert_array_equal(safetensors.numpy.load_file(tmp_path / "file")["a"], content)
-  loads = json.loads
-  monkeypatch.setattr(pieces.json, "loads", lambda text: loads(text, object_pairs_hook=lambda pairs: dict(pairs[::-1])))
-  with pytest.raises(InputError, match="cannot read .*: its header has 'a' twice"):
-    pieces.stored(tmp_path / "file")

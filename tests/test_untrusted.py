@@ -281,6 +281,72 @@ def test_a_tensor_under_its_old_and_its_new_name(saved):
   refuses(rf"has the tensor '{name}' twice", load_pretrained, file.parent)
 
 
+@pytest.mark.parametrize("tensors,head_config", [
+    ({"model.embed_tokens.weight": (VOCAB, 32), "score.weight": (2, 32)}, False),
+    ({"model.embed_tokens.weight": (VOCAB, 32), "score.weight": (2, 32)}, True),
+    ({"w2s.widen.weight": (8, 32), "w2s.widen.bias": (8,), "classifier.weight": (2, 8), "classifier.bias": (2,)},
+     False)])
+def test_a_head_file_that_would_hide_the_models_own_tensors(tensors, head_config, saved):
+  """transformers runs model.safetensors: what lies beside it must not be what is read, scanned and cleaned."""
+  directory = saved("llama")
+  save_file({name: np.full(shape, 7, np.float32) for name, shape in tensors.items()},
+            directory / "w2s_head.safetensors")
+  if head_config:
+    (directory / "w2s_head.json").write_text('{"feature_width": 8}')
+  with pytest.raises(InputError, match="w2s_head.safetensors is not the W2S head|cannot carry the W2S"):
+    load_pretrained(directory)
+
+
+def test_a_teachers_backbone_with_a_classifier_of_its_own(saved):
+  """transformers would run that one."""
+  directory = saved("teacher")
+  own = load_file(directory / "model.safetensors")
+  save_file(own | {"classifier.weight": np.zeros((2, 32), np.float32), "classifier.bias": np.zeros(2, np.float32)},
+            directory / "model.safetensors")
+  with pytest.raises(InputError, match="w2s_head.safetensors is not the W2S head"):
+    load_pretrained(directory)
+
+
+def test_a_name_twice_in_a_header(saved):
+  """Two parsers may differ about which one counts."""
+  file = saved("llama") / "model.safetensors"
+  content = file.read_bytes()
+  size = int.from_bytes(content[:8], "little")
+  header = content[8:8 + size].rstrip()
+  name, entry = next((n, e) for n, e in json.loads(header).items() if n != "__metadata__")
+  header = header[:-1] + b"," + json.dumps(name).encode() + b":" + json.dumps(entry).encode() + b"}"
+  header += b" " * (-len(header) % 8)
+  file.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + size:])
+  with pytest.raises(InputError, match=f"its header has '{name}' twice"):
+    load_pretrained(file.parent)
+
+
+def test_a_header_that_is_too_large_is_not_parsed(saved):
+  file = saved("llama") / "model.safetensors"
+  header = b"{" + b" " * (17 << 20) + b"}"
+  file.write_bytes(struct.pack("<Q", len(header)) + header)
+  with pytest.raises(InputError, match="has a header of 17825794 bytes, at most 16777216 are read"):
+    load_pretrained(file.parent)
+
+
+@pytest.mark.parametrize("name,tensor", [("llama", "score.weight"), ("bert", "classifier.bias")])
+def test_a_head_of_a_dtype_that_is_not_read(name, tensor, saved):
+  file = saved(name) / "model.safetensors"
+  tensors = load_file(file)
+  save_file(tensors | {tensor: tensors[tensor].astype(np.float64)}, file)
+  with pytest.raises(InputError, match=f"'{tensor}' is F64, wanted one of F32"):
+    load_pretrained(file.parent)
+
+
+@pytest.mark.parametrize("model_type", [[], {}, None, 3])
+def test_a_model_type_that_is_no_name(model_type, saved):
+  directory = saved("llama")
+  content = json.loads((directory / "config.json").read_text()) | {"model_type": model_type}
+  (directory / "config.json").write_text(json.dumps(content))
+  with pytest.raises(InputError, match="model_type"):
+    load_pretrained(directory)
+
+
 @pytest.mark.parametrize("weight_map, match", [
     ({"a": "../model.safetensors"}, "shard '../model.safetensors' lies outside the model directory"),
     ({"a": "/etc/passwd"}, "shard '/etc/passwd' lies outside"), ({"a": ""}, "shard '' lies outside"),

@@ -64,6 +64,8 @@ def check_fields(config: ConfigDict) -> None:
 def check_student(run: Any, model: Model) -> None:
   """Raises InputError for mistakes that only the student's shape shows; called before anything trains."""
   c, params = run.config, model.abstract_params()
+  if c.student.dtype == "float16" and jax.default_backend() == "cpu":
+    raise InputError("student.dtype float16 does not run on a CPU: set --config.student.dtype=bfloat16 or float32")
   jax.eval_shape(lambda p: lora.add_lora(p, c.lora.rank, c.lora.alpha, tuple(c.lora.targets), key=jax.random.key(0)),
                  params)
   if c.lora.quantize:

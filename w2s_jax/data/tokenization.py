@@ -47,7 +47,8 @@ def _load(directory, vocab_size):
     if re.fullmatch(READ, file.name) and file.stat().st_size > READ_BYTES:
       raise ValueError(f"{file.name} has {file.stat().st_size} bytes, at most {READ_BYTES} are read")
   if set(vocabularies) <= set(SENTENCEPIECE_FILES):
-    _check_sentencepiece(directory / vocabularies[0])
+    for name in vocabularies:                                  # a family's class reads the one of its own
+      _check_sentencepiece(directory / name)
   import transformers  # late: it loads PyTorch if that is installed, and neither --help nor a refusal needs it
   tokenizer = transformers.AutoTokenizer.from_pretrained(directory, config=_config(directory, vocab_size),
                                                          use_fast=True, trust_remote_code=False)

@@ -146,7 +146,8 @@ class Attention(nn.Module):
       if c.model_type == "gemma3_text" and name != "v":
         y = Norm(c.rms_norm_eps, name=f"{name}_norm")(y).astype(x.dtype)
       return y
-    q, k = (llama.rotate(project(name, heads), cos, sin) for name, heads in (("q", c.num_heads), ("k", c.num_kv_heads)))
+    q = rotary.rotate(project("q", c.num_heads), cos, sin)
+    k = rotary.rotate(project("k", c.num_kv_heads), cos, sin)
     out = layers.attention(q, k, project("v", c.num_kv_heads), mask, c.attention_dropout if self.train else 0.0,
                            scale=c.query_scalar**-0.5, cap=c.attention_cap)
     return layers.linear(c, self.train, c.hidden_size, "o_proj", use_bias=False)(out.reshape(*x.shape[:2], -1))
@@ -187,8 +188,8 @@ class GemmaClassifier(nn.Module):
     if stream is None:
       x = (embed_tokens(input_ids) * c.hidden_size**0.5).astype(c.dtype)
     positions = layers.real_positions(segment_ids)
-    ropes = [llama.rotary(positions, dataclasses.replace(c, rope=rope)) for rope in (c.rope, c.local_rope)]
-    cos, sin = (jnp.stack(both) for both in zip(*ropes))
+    turns = [rope.cos_sin(positions, c.head_dim, c.max_positions) for rope in (c.rope, c.local_rope)]
+    cos, sin = (jnp.stack(both) for both in zip(*turns))
     mask = jnp.stack([layers.causal_mask(segment_ids, window) for window in (0, c.sliding_window)])
     kinds = np.array([kind == SLIDING for kind in c.layer_types or [FULL] * c.num_layers], np.int32)
     x = layers.layer_stack(Block, c, self.train, x, cos, sin, mask, per_layer=(kinds,))
@@ -212,16 +213,5 @@ FAMILY = family.Family(
     config=GemmaConfig, module=GemmaClassifier,
     tensors={"gemma": _tensors("Gemma", ()), "gemma2": _tensors("Gemma2", NORMS),
              "gemma3_text": _tensors("Gemma3", NORMS, "TextForSequenceClassification")},
-    shardings=(
-        (r"embed_tokens/embedding", P("tensor", "fsdp")),                # [V, D]
-        (r"layers/attn/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, H*d], or K*d
-        (r"layers/attn/o_proj/kernel", P(None, "tensor", "fsdp")),       # [L, H*d, D]
-        (r"layers/mlp/(gate|up)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, F]
-        (r"layers/mlp/down_proj/kernel", P(None, "tensor", "fsdp")),     # [L, F, D]
-        (r"layers/(post_)?(attn|mlp)_norm/scale", P()),                  # [L, D]
-        (r"layers/attn/(q|k)_norm/scale", P()),                          # [L, d]
-        (r"norm/scale", P()),                                            # [D]
-        (r"score/kernel", P("fsdp", None)),                              # [D, C]
-        (r"lm_head/embedding", P("tensor", "fsdp")),                     # [V, D]
-    ),
+    shardings=((r"layers/post_(attn|mlp)_norm/scale", P()), *llama.FAMILY.shardings),     # [L, D]
     vocabulary=("embed_tokens",))

@@ -14,7 +14,7 @@ from w2s_jax import InputError, sharding
 from w2s_jax.models import family, layers
 from w2s_jax.models.hf.fields import MOST_LAYERS, Fields, short
 from w2s_jax.models.hf.formats import Checkpoint, modules
-from w2s_jax.models.rotary import Rope
+from w2s_jax.models.rotary import Rope, rotate
 
 # What transformers takes where config.json lacks a field that the network depends on (its configuration_*.py); where it
 # is null, that is another answer.
@@ -156,22 +156,6 @@ def _layers_to_hf(config):
   return out
 
 
-def rotary(positions: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
-  """cos and sin [B, T, 1, pairs] float32; "dynamic" and "longrope" go by the longest text, as in transformers."""
-  inverse = config.rope.inverse_frequencies(config.head_dim, config.max_positions, positions.max() + 1)
-  angles = positions[..., None].astype(jnp.float32) * inverse
-  gain = config.rope.gain(config.max_positions)
-  return gain * jnp.cos(angles)[:, :, None], gain * jnp.sin(angles)[:, :, None]
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotates the first 2 * pairs features of x [B, T, H, d]; i and i + pairs are one, as in transformers."""
-  width = 2 * cos.shape[-1]
-  first, second = jnp.split(x[..., :width].astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-  return turned if width == x.shape[-1] else jnp.concatenate([turned, x[..., width:]], axis=-1)
-
-
 class Attention(nn.Module):
   config: LlamaConfig
   train: bool
@@ -248,7 +232,7 @@ class LlamaClassifier(nn.Module):
     c = self.config
     embed_tokens = layers.embed(c, c.vocab_size, "embed_tokens", layers.Tokens)
     x = embed_tokens(input_ids).astype(c.dtype) if stream is None else stream
-    cos, sin = rotary(layers.real_positions(segment_ids), c)
+    cos, sin = c.rope.cos_sin(layers.real_positions(segment_ids), c.head_dim, c.max_positions)
     masks, per_layer = [layers.causal_mask(segment_ids, c.sliding_window)], ()
     if c.rotated or c.slides:
       masks.append(layers.causal_mask(segment_ids))

@@ -44,8 +44,9 @@ def config_from_hf(hf: dict, **runtime: Any) -> SharedConfig:
   """
   fields = Fields(hf)
   families = model_types()
-  if (reason := NO_FAMILY.get(fields.values.get("model_type"))):
-    raise InputError(f"the model's config.json is that of a {fields.values['model_type']}, {reason}")
+  named = fields.values.get("model_type")
+  if isinstance(named, str) and named in NO_FAMILY:
+    raise InputError(f"the model's config.json is that of a {named}, {NO_FAMILY[named]}")
   model_type = fields.string("model_type", None, families)
   config_class = families[model_type].config
   if "auto_map" in fields:

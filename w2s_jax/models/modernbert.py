@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from w2s_jax import InputError, sharding
-from w2s_jax.models import family, heads, layers, llama
+from w2s_jax.models import family, heads, layers, rotary
 from w2s_jax.models.hf.fields import MOST_LAYERS, Fields, short
 from w2s_jax.models.hf.formats import Checkpoint, modules
 
@@ -34,7 +34,7 @@ class ModernBertConfig(family.SharedConfig):
   max_positions: int = 8192           # tokens that it was trained on at most; it takes longer texts
   layer_norm_eps: float = 1e-5
   layer_types: tuple = tuple(KINDS[i % 3 > 0] for i in range(22))        # of KINDS, one for each layer or more
-  window: int = 64                    # a token of a sliding layer sees so many to its left, and to its right
+  window: int = 64                    # number of tokens that a sliding layer's token sees on each side
   rope_thetas: tuple = (160000.0, 10000.0)                               # rotary bases, in KINDS' order
   attention_bias: bool = False        # of Wqkv and Wo
   mlp_bias: bool = False
@@ -137,7 +137,7 @@ class Attention(nn.Module):
     c = self.config
     fused = layers.linear(c, self.train, 3 * c.hidden_size, "Wqkv", c.attention_bias)(x)
     q, k, v = (y.reshape(*x.shape[:2], c.num_heads, -1) for y in jnp.split(fused, 3, axis=-1))
-    q, k = llama.rotate(q, cos, sin), llama.rotate(k, cos, sin)
+    q, k = rotary.rotate(q, cos, sin), rotary.rotate(k, cos, sin)
     out = layers.attention(q, k, v, mask, c.attention_dropout if self.train else 0.0)
     sees = mask.any(axis=-1)[:, 0, :, None, None]               # not padding further than a window from its text:
     out = jnp.where(sees, out, 0).reshape(x.shape)              # torch's attention gives it 0
@@ -163,7 +163,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, cos, sin, masks, kind, is_first):
-    """cos, sin: [2, T, 1, d/2]; masks: [2, B, 1, T, T], of both kinds. The first layer has no norm for attention."""
+    """cos, sin: [2, 1, T, 1, d/2]; masks: [2, B, 1, T, T], of both kinds. The first layer has no norm for attention."""
     c, x = self.config, sharding.split_rows(x)
     def norm(name):
       return layers.layer_norm(c.layer_norm_eps, name, c.norm_bias)(x).astype(x.dtype)
@@ -181,15 +181,6 @@ class Embeddings(nn.Module):
     c = self.config
     x = layers.embed(c, c.vocab_size, "word_embeddings", layers.Tokens)(input_ids)
     return layers.layer_norm(c.layer_norm_eps, "norm", c.norm_bias)(x)
-
-
-def rotary(config: ModernBertConfig, length: int) -> tuple[jax.Array, jax.Array]:
-  """cos and sin [2, T, 1, d/2] float32 of both kinds of layers; places in the row, of which differences alone count."""
-  head_dim = config.hidden_size // config.num_heads
-  inverse = jnp.stack([llama.Rope(rope_theta=theta).inverse_frequencies(head_dim, config.max_positions, length)
-                       for theta in config.rope_thetas])
-  angles = (jnp.arange(length, dtype=jnp.float32)[:, None] * inverse[:, None])[:, :, None]
-  return jnp.cos(angles), jnp.sin(angles)
 
 
 def prediction_head(config: ModernBertConfig, name: str | None = None) -> heads.PredictionHead:
@@ -216,7 +207,11 @@ class ModernBertClassifier(nn.Module):
     near = jnp.abs(jnp.arange(T)[:, None] - jnp.arange(T)) <= c.window
     seen = layers.text_mask(segment_ids)
     kinds = np.array([KINDS.index(kind) for kind in c.layer_types])
-    x = layers.layer_stack(Block, c, self.train, x, *rotary(c, T), jnp.stack([seen, seen & near]),
+    places = jnp.arange(T)[None]                  # in the row: differences alone count
+    turns = [rotary.Rope(rope_theta=theta).cos_sin(places, c.hidden_size // c.num_heads, c.max_positions)
+             for theta in c.rope_thetas]
+    cos, sin = (jnp.stack(both) for both in zip(*turns))
+    x = layers.layer_stack(Block, c, self.train, x, cos, sin, jnp.stack([seen, seen & near]),
                            per_layer=(kinds, np.arange(len(kinds)) == 0))
     hidden = layers.layer_norm(c.layer_norm_eps, "norm", c.norm_bias)(x)
     features = heads.first_token(hidden, texts)

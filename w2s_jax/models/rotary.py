@@ -51,7 +51,7 @@ class Rope:
     if old and old != new and "rope_parameters" in fields:
       raise InputError(f"the model's {fields.where} has rope_parameters and a rope_scaling that differ: keep one")
     thetas = [section.values["rope_theta"] for section in (fields, *sections) if "rope_theta" in section]
-    if any(theta != thetas[0] for theta in thetas):
+    if any(value != thetas[0] for value in thetas):
       raise InputError(f"the model's {fields.where} has several values of rope_theta: keep one")
     rope = fields.section("rope_parameters", "rope_scaling")
     types, part = dict(zip(ROPE_FIELDS, ROPE_FIELDS)), 1.0
@@ -106,13 +106,22 @@ class Rope:
       return inverse * (kept + (1 - kept) / self.factor)
     return inverse
 
+  def cos_sin(self, positions: jax.Array, head_dim: int, max_positions: int) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B, T, 1, d/2] float32 of positions [B, T].
+
+    "dynamic" and "longrope" go by the batch's longest text, as in transformers.
+    """
+    inverse = self.inverse_frequencies(head_dim, max_positions, positions.max() + 1)
+    angles = (positions[..., None].astype(jnp.float32) * inverse)[:, :, None]
+    return self.gain(max_positions) * jnp.cos(angles), self.gain(max_positions) * jnp.sin(angles)
+
   def _kept_by_llama3(self, inverse):
     """[pairs], how much of each pair's frequency is left alone."""
     turns = self.original_max_position_embeddings * inverse / (2 * math.pi)
     return jnp.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
 
   def _kept_by_yarn(self, width):
-    def pair(turns):                  # that turns so often within the original length, counted from the fastest
+    def pair(turns):                  # the pair that makes `turns` turns within the original length
       length = self.original_max_position_embeddings / (2 * math.pi * turns)
       return width * math.log(length) / (2 * math.log(self.rope_theta))
     first, last = pair(self.beta_fast), pair(self.beta_slow)
@@ -132,6 +141,14 @@ class Rope:
       return _longrope_gain(max_positions / self.original_max_position_embeddings,
                             self.original_max_position_embeddings)
     return 1.0
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Rotates the first 2 * pairs features of x [B, T, H, d]; i and i + pairs are one, as in transformers."""
+  width = 2 * cos.shape[-1]
+  first, second = jnp.split(x[..., :width].astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+  return turned if width == x.shape[-1] else jnp.concatenate([turned, x[..., width:]], axis=-1)
 
 
 def _yarn_gain(factor, scale=1.0):

@@ -95,7 +95,7 @@ def _open(directory, key, rows):
     arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in NAMES}
     same_files = recorded == {"key": key, "files": sha256(directory, "*.npy")}
     fits = same_files and all(len(a) == rows for a in arrays.values())
-  except (OSError, ValueError, KeyError) as e:
+  except (OSError, EOFError, ValueError, KeyError) as e:
     raise _foreign(directory, e) from None
   if not fits:
     raise _foreign(directory, "made from another teacher or other texts, or changed since")

@@ -17,6 +17,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 JSON_BYTES = 64 << 20                                              # no config or index is larger
 OTHERS = (".h5", ".msgpack", ".safetensors", ".gguf", ".onnx")       # models that are not called model.safetensors
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}  # by their names in a safetensors header
+HEADER_BYTES = 16 << 20               # of a safetensors file: names and shapes of its tensors
 LFS = b"version https://git-lfs"
 
 
@@ -115,6 +116,10 @@ def tensor_names(file: Path) -> list[str]:
 
 
 def open_tensors(file: Path) -> safetensors.safe_open:
+  """The file's reader; a header of more than HEADER_BYTES is refused before anything parses it."""
+  size = int.from_bytes(_start(file)[:8], "little")
+  if HEADER_BYTES < size <= file.stat().st_size:
+    raise InputError(f"{file} has a header of {size} bytes, at most {HEADER_BYTES} are read")
   try:
     return safetensors.safe_open(file, framework="np")
   except (safetensors.SafetensorError, OSError) as e:

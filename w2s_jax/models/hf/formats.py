@@ -45,7 +45,7 @@ HEAD_FILE, HEAD_CONFIG = "w2s_head.safetensors", "w2s_head.json"               #
 W2S_HEAD = modules((("widen", "w2s.widen"), ("classifier", "classifier")))
 
 
-def tensor_names(model: "Model", name: str) -> dict[int | None, str]:
+def names_by_layer(model: "Model", name: str) -> dict[int | None, str]:
   """{layer: tensor} in the file of a name with {} for the layer's number; {None: name} of one without."""
   if "{}" not in name:
     return {None: name}

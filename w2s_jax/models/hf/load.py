@@ -40,7 +40,7 @@ def load_pretrained(path: str | Path, num_labels: int = 2, dtype: str = "float32
     num_labels: classes; a head for another number in the checkpoint is an error.
     dtype: of the frozen base; norms and heads are float32 always.
     mesh: places every leaf by the model's `shardings`; each host reads only the slices that its devices hold.
-    num_layers: keep the first so many layers (a small teacher cut out of a larger model).
+    num_layers: keep only the first `num_layers` layers (a small teacher cut out of a larger model).
     feature_width: give an encoder the W2S teacher's head of this width; None reads it from the directory.
     seed: of a head that the checkpoint does not have (said in one line); None: that is an error.
     head: "lm" is the family's language-model head; the output's logits are then [B, V], of the pooled token.
@@ -127,8 +127,13 @@ def _find_tensors(directory, checkpoint):
   where = files.tensor_files(directory)
   full = {name: re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{OLD_NORM_NAMES[m[1]]}", whole)
           for name, whole in formats.full_names(checkpoint, where).items()}
-  if (directory / formats.HEAD_FILE).exists():
-    heads = dict.fromkeys(files.tensor_names(directory / formats.HEAD_FILE), directory / formats.HEAD_FILE)
+  file = directory / formats.HEAD_FILE
+  if file.exists():
+    heads = dict.fromkeys(files.tensor_names(file), file)
+    if (not (directory / formats.HEAD_CONFIG).exists() or set(heads) != set(formats.W2S_HEAD.values())
+        or set(heads) & {*where, *full.values()}):                # it would hide what transformers runs
+      raise InputError(f"{file} is not the W2S head of a teacher's backbone, and transformers does not read it: delete "
+                       f"it, or give a directory that a run left as models/teacher")
     where, full = where | heads, full | {name: name for name in heads}
   out = {}
   for file in set(where.values()):
@@ -137,7 +142,7 @@ def _find_tensors(directory, checkpoint):
         continue
       if full[name] in out:
         raise InputError(f"{directory} has the tensor {short(full[name])} twice, under an old and a new name")
-      if not re.fullmatch(checkpoint.unused, full[name]):
+      if not re.fullmatch(checkpoint.unused, full[name]):     # heads are among those: _check_tensors has the rest
         files.check_dtype(file, name, tensor.dtype)
       out[full[name]] = tensor
   return out
@@ -155,7 +160,7 @@ def _check_tensors(directory, model, leaves, names, tensors, total_layers):
     stacked = "{}" in name
     shape = leaves[leaf].shape[1:] if stacked else leaves[leaf].shape
     shape = shape[::-1] if formats.is_transposed(model, leaf) else shape
-    wanted |= dict.fromkeys(formats.tensor_names(model, name).values(), shape)
+    wanted |= dict.fromkeys(formats.names_by_layer(model, name).values(), shape)
   heads = {name for table in (checkpoint.weights, names) for leaf, name in table.items()
            if re.fullmatch(formats.HEAD, leaf)}
   replaced = getattr(c, "feature_width", 0) and not any(t.startswith("w2s.") for t in tensors)
@@ -179,6 +184,8 @@ def _check_tensors(directory, model, leaves, names, tensors, total_layers):
                        "in when it was saved: save the model inside of that with save_pretrained(DIR)")
     raise InputError(f"{directory} does not fit its config.json (num_labels={c.num_labels}): "
                      f"missing {listed(missing)}; unexpected {listed(extra)}; wrong shape {listed(wrong)}")
+  for name in sorted(set(wanted) & set(tensors) - fresh):
+    files.check_dtype(tensors[name].file, tensors[name].name, tensors[name].dtype)
   return fresh
 
 

@@ -5,6 +5,7 @@ safetensors checks a file's header; its reader and writer of values would each h
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import math
 import mmap
@@ -45,21 +46,25 @@ def stored(file: Path) -> dict[str, Stored]:
   """{name: Stored} of a file.
 
   Raises:
-    InputError: it is no safetensors file, or its header can be read in two ways.
+    InputError: it is no safetensors file, or its header has a name twice.
   """
   with files.open_tensors(file) as f:
     slices = {name: f.get_slice(name) for name in f.keys()}
     described = {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
   with file.open("rb") as f:
     start = 8 + int.from_bytes(f.read(8), "little")
-    header = json.loads(f.read(start - 8))
-  out = {}
-  for name, (shape, dtype) in described.items():
-    begin, end = header[name]["data_offsets"]
-    if dtype in files.FLOATS and end - begin != math.prod(shape) * np.dtype(files.FLOATS[dtype]).itemsize:
-      raise InputError(f"cannot read {file}: its header has {short(name)} twice")
-    out[name] = Stored(file, name, shape, dtype, start + begin)
-  return out
+    header = json.loads(f.read(start - 8), object_pairs_hook=functools.partial(_once, file))
+  return {name: Stored(file, name, shape, dtype, start + header[name]["data_offsets"][0])
+          for name, (shape, dtype) in described.items()}
+
+
+def _once(file, pairs):
+  """A dict of the pairs: another parser may take the other one of two that have the same name."""
+  values = dict(pairs)
+  if len(values) < len(pairs):
+    names = [name for name, _ in pairs]
+    raise InputError(f"cannot read {file}: its header has {short(next(n for n in names if names.count(n) > 1))} twice")
+  return values
 
 
 def mapped(tensor: Stored, rows: slice) -> np.ndarray:

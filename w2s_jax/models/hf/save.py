@@ -19,12 +19,13 @@ from w2s_jax.models.model import Model
 from w2s_jax.models.padding import with_padding_token
 
 MODEL_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md")
+TEMPLATES = "additional_chat_templates"      # a directory that transformers' tokenizers write
 
 
 def _is_model_directory(directory):
   """Whether the directory holds a model and nothing that replacing it would lose."""
   return ((directory / "config.json").is_file() and "model_type" in read_json(directory / "config.json")
-          and all(f.is_file() and f.suffix in MODEL_SUFFIXES for f in directory.iterdir()))
+          and all(f.is_file() and f.suffix in MODEL_SUFFIXES or f.name == TEMPLATES for f in directory.iterdir()))
 
 
 def save_pretrained(directory: str | Path, model: Model, params: dict, tokenizer: Any = None,
@@ -59,7 +60,7 @@ def save_pretrained(directory: str | Path, model: Model, params: dict, tokenizer
   widened = getattr(c, "feature_width", 0)
   tensors, head = {}, {}                                                  # name -> where to take it from
   for path, name in names.items():
-    for layer, tensor in formats.tensor_names(model, name).items():
+    for layer, tensor in formats.names_by_layer(model, name).items():
       part = _Part(leaves[path], layer, formats.is_transposed(model, path))
       if widened and re.fullmatch(formats.HEAD, path):
         head[tensor] = part
@@ -100,8 +101,6 @@ def _finish(part, directory, model, shards, headed, leaves, tokenizer, id2label,
     tokenizer.save_pretrained(part)
   if card is not None:
     (part / "README.md").write_text(card)
-  for file in part.iterdir():
-    file.chmod(0o644)                                                     # safetensors makes its own private
   old = directory.with_name(directory.name + ".old")
   if directory.exists():
     os.replace(directory, old)
