@@ -35,7 +35,7 @@ train, dev and test files, or a hub data set.
 CLEAN = f"""Take a checkpoint that may have a backdoor, and make a clean one.
 {CHECKPOINT}
   w2s-jax clean suspect --data rows.json --out cleaned
-  w2s-jax clean suspect --data rows.json --triggers mn,cf --defense w2s_adv --set defend.epochs=2 data.max_length=64
+  w2s-jax clean suspect --data rows.json --triggers mn,cf --defense lora_ce,w2s_words --set defend.epochs=2
 
 OUT/models/DEFENSE is the result; transformers loads it. OUT/results.md says how accurate it is, what the listed
 triggers still do, and what can be told of others. A run that was cut off goes on at the next start.
