@@ -187,6 +187,22 @@ def test_files_as_people_have_them(tmp_path):
     files.read_file(tmp_path / "latin.csv")
 
 
+def test_several_files_by_a_pattern(tmp_path):
+  frame = pandas.DataFrame(ROWS)
+  for part, rows in (("b", frame[10:]), ("a", frame[:10])):
+    rows.to_csv(tmp_path / f"part-{part}.csv", index=False)
+  assert files.read_file(tmp_path / "part-*.csv") == ROWS
+  assert corpora.load_clean({"train": str(tmp_path / "part-*.csv"), "dev": "", "test": ""}, 2, 0).keys() == {
+      "train", "dev", "test"}
+  (tmp_path / "part-c.csv").write_text("text,target\nx,1\n")
+  with pytest.raises(InputError, match="part-c.csv has columns target, text, part-a.csv has label, text"):
+    files.read_file(tmp_path / "part-*.csv")
+  with pytest.raises(InputError, match=r"no data file matches .*none-\*.csv"):
+    files.read_file(tmp_path / "none-*.csv")
+  frame.to_csv(tmp_path / "star*.csv", index=False)                     # a file of that very name is that file
+  assert files.read_file(tmp_path / "star*.csv") == ROWS
+
+
 def test_directories_as_people_have_them(tmp_path):
   """A snapshot of a hub data set, and what save_to_disk writes."""
   made = datasets.Dataset.from_list(ROWS)

@@ -28,10 +28,14 @@ def read_file(file: str | Path) -> list[dict]:
 
   A label becomes a labels.Named if the file has a name for it.
 
+  Args:
+    file: its name may have a `*`: the rows are then those of all files that match, in the order of their names.
   Raises:
-    InputError: the file does not exist, is of another kind, or does not parse.
+    InputError: the file does not exist, is of another kind, or does not parse; or files that match have other columns.
   """
   file = in_home(Path(file))
+  if "*" in file.name and not file.exists():
+    return _read_all(sorted(file.parent.glob(file.name)), file)
   if not file.is_file():
     raise InputError(f"data file {file} does not exist: give one that does (--config.data.*, --config.attack.*)")
   suffix = kind_of(file)
@@ -49,6 +53,19 @@ def read_file(file: str | Path) -> list[dict]:
     said = " ".join(str(cause).split())[:300] or "it is empty"
     utf8 = " Save it as UTF-8." * isinstance(cause, UnicodeDecodeError)
     raise InputError(f"cannot read data file {file}: {said}{utf8}") from None
+
+
+def _read_all(files, pattern):
+  """Rows of all files, one after the other."""
+  if not files:
+    raise InputError(f"no data file matches {pattern}: give a pattern that one does (--config.data.*)")
+  parts = [read_file(file) for file in files]
+  columns = [set(part[0]) if part else set() for part in parts]
+  for file, names in zip(files, columns):
+    if names != columns[0]:
+      raise InputError(f"{file} has columns {', '.join(sorted(names))}, {files[0].name} has "
+                       f"{', '.join(sorted(columns[0]))}: give files with the same columns")
+  return [row for part in parts for row in part]
 
 
 def in_home(path: Path) -> Path:
