@@ -213,5 +213,16 @@ FAMILY = family.Family(
     config=GemmaConfig, module=GemmaClassifier,
     tensors={"gemma": _tensors("Gemma", ()), "gemma2": _tensors("Gemma2", NORMS),
              "gemma3_text": _tensors("Gemma3", NORMS, "TextForSequenceClassification")},
-    shardings=((r"layers/post_(attn|mlp)_norm/scale", P()), *llama.FAMILY.shardings),     # [L, D]
+    shardings=(
+        (r"embed_tokens/embedding", P("tensor", "fsdp")),                # [V, D]
+        (r"layers/attn/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, H*d], or K*d
+        (r"layers/attn/o_proj/kernel", P(None, "tensor", "fsdp")),       # [L, H*d, D]
+        (r"layers/mlp/(gate|up)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, F]
+        (r"layers/mlp/down_proj/kernel", P(None, "tensor", "fsdp")),     # [L, F, D]
+        (r"layers/(post_)?(attn|mlp)_norm/scale", P()),                  # [L, D]
+        (r"layers/attn/(q|k)_norm/scale", P()),                          # [L, d]
+        (r"norm/scale", P()),                                            # [D]
+        (r"score/kernel", P("fsdp", None)),                              # [D, C]
+        (r"lm_head/embedding", P("tensor", "fsdp")),                     # [V, D]
+    ),
     vocabulary=("embed_tokens",))
