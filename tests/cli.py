@@ -42,6 +42,8 @@ def w2s_forked(*args):
 
 
 def _main(args, *streams):
+  import datasets
+  datasets.disable_progress_bars()                  # main does so by the environment, before it is imported
   for fd, name in enumerate(streams, 1):
     os.dup2(os.open(name, os.O_WRONLY), fd)
   os.chdir(ROOT)

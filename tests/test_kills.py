@@ -87,6 +87,7 @@ def test_ctrl_c_while_jax_is_imported_is_one_line(tmp_path):
   (tmp_path / "jax").mkdir()
   (tmp_path / "jax/__init__.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)")
   out = subprocess.run([sys.executable, "-m", "w2s_jax.main", CONFIG, f"--workdir={tmp_path / 'w'}"], cwd=ROOT,
-                       env=ENV | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+                       env=ENV | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+                       preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a background job is deaf
   assert (out.returncode, out.stderr.strip().count("\n")) == (130, 0), out.stderr
   assert "interrupted: the same command goes on from the last checkpoint" in out.stderr
