@@ -233,7 +233,7 @@ def test_loaded_onto_a_mesh_is_the_same_and_lies_by_the_rules(sizes, host, origi
   """Also as on an accelerator, where an array is put together on the device."""
   mesh = sharding.make_mesh(*sizes)
   monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)             # so that every matrix is put together from pieces
-  monkeypatch.setattr(load, "HOST", host)
+  monkeypatch.setattr(load.pieces, "HOST", host)
   for directory in originals.values():
     model, params = load_pretrained(directory, mesh=mesh)
     same(params, load_pretrained(directory)[1])

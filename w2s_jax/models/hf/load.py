@@ -24,7 +24,6 @@ LOG = logging.getLogger(__name__)
 OLD_NORM_NAMES = {"gamma": "weight", "beta": "bias"}               # of checkpoints converted from TensorFlow
 FLOAT32 = r".*(norm|score|pooler|classifier|widen)/.*"             # norms and heads stay float32 whatever the base is
 WRAPPED = ("module.", "_orig_mod.", "base_model.model.", "_fsdp_wrapped_module.")      # DDP, torch.compile, peft, FSDP
-HOST = "cpu"                                                       # whose devices take over an array of ours as it is
 
 
 def load_pretrained(path: str | Path, num_labels: int = 2, dtype: str = "float32",
@@ -211,7 +210,7 @@ def _place(read, shape, dtype, place, transposed, run):
     cut = _cut([index[axis] for axis in order], pieces.PIECE_BYTES // jnp.dtype(dtype).itemsize)
     cut = [tuple(piece[axis] for axis in order) for piece in cut]
     sizes = [s.stop - s.start for s in index]
-    if device.platform == HOST or len(cut) == 1:
+    if device.platform == pieces.HOST or len(cut) == 1:
       whole = pieces.empty(sizes, dtype)
       run(lambda piece: read(piece, whole[_within(piece, index)]), cut)
       shards.append(jax.block_until_ready(jax.device_put(whole, device)))

@@ -22,6 +22,7 @@ from w2s_jax import InputError
 from w2s_jax.models.hf import files
 from w2s_jax.models.hf.fields import short
 
+HOST = "cpu"                       # the platform whose devices share memory with numpy: no copy either way
 PIECE_BYTES = 4 << 20              # read, or transposed and written, at a time by each thread
 TILE = 128                         # rows and columns that are transposed at a time
 THREADS = min(16, os.cpu_count() or 1)

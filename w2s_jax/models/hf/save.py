@@ -126,11 +126,27 @@ class _Part(NamedTuple):
 
   def values(self) -> np.ndarray:
     """As they lie in the leaf; all processes must ask."""
-    if self.layer is None:
-      return processes.fetch(self.leaf)
-    if isinstance(self.leaf, np.ndarray) or [device.platform for device in self.leaf.devices()] == ["cpu"]:
-      return np.asarray(self.leaf)[self.layer]                            # a view; leaf[layer] of JAX is a copy
-    return processes.fetch(self.leaf[self.layer])
+    if isinstance(self.leaf, np.ndarray):
+      return self.leaf if self.layer is None else self.leaf[self.layer]
+    if self.leaf.is_fully_addressable and {device.platform for device in self.leaf.devices()} == {pieces.HOST}:
+      return _on_host(self.leaf, self.layer)
+    return processes.fetch(self.leaf if self.layer is None else self.leaf[self.layer])
+
+
+def _on_host(leaf, layer):
+  """A leaf, or a layer of it, from shards that lie in the host's memory: a view of one, or several put together.
+
+  JAX would compile a program that takes the layer out, and keep a copy of the whole leaf.
+  """
+  shards = [(shard.index, np.asarray(shard.data)) for shard in leaf.addressable_shards if shard.replica_id == 0]
+  if layer is not None:                                                   # no rule shards the layers' axis
+    shards = [(index[1:], values[layer]) for index, values in shards]
+  if len(shards) == 1:
+    return shards[0][1]
+  out = np.empty(leaf.shape if layer is None else leaf.shape[1:], leaf.dtype)
+  for index, values in shards:
+    out[index] = values
+  return out
 
 
 def _write(file, parts, run):
