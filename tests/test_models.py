@@ -671,7 +671,7 @@ def test_first_layers_of_a_larger_encoder(family, saved, tmp_path):
 
 
 @pytest.mark.parametrize("family,name", [("qwen2", "mha-tied"), ("qwen2", "window-middle"),
-                                         ("smollm3", "nope-window-biases")])
+                                         ("smollm3", "nope-window-biases"), ("gemma2", "odd")])
 def test_first_layers_of_a_larger_decoder(family, name, saved, tmp_path):
   """And they are saved as a model of two layers, which transformers reads."""
   theirs, directory, *_ = saved(family, name)

@@ -5,7 +5,7 @@ R rows, T tokens of a row, D width, S = 2 T - 1 distances within a row, M rows o
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from w2s_jax import InputError, sharding
+from w2s_jax import InputError
 from w2s_jax.models import encoder, family, heads, layers
 from w2s_jax.models.hf.fields import MOST_LAYERS, Fields, short
 from w2s_jax.models.hf.formats import Checkpoint, modules
@@ -22,9 +22,8 @@ TERMS = ("c2p", "p2c")     # a score's terms beside word to word: word to distan
 
 
 @dataclasses.dataclass(frozen=True)
-class DebertaConfig(family.SharedConfig):
+class DebertaConfig(family.EncoderShared):
   """Shape of the network (transformers' config.json), then our head."""
-  is_decoder: ClassVar[bool] = False
   model_type: str = "deberta-v2"
   vocab_size: int = 128100
   hidden_size: int = 768
@@ -43,11 +42,6 @@ class DebertaConfig(family.SharedConfig):
   pooler_dropout: float = 0.0         # before the pooler, while training
   head_dropout: float = 0.1           # before the classifier, while training
   pad_token_id: int | None = 0
-  feature_width: int = 0              # > 0: the W2S head, Linear(D -> feature_width) -> ReLU = features -> classifier
-
-  @property
-  def feature_size(self) -> int:
-    return self.feature_width or self.hidden_size
 
   @property
   def span(self) -> int:
@@ -159,18 +153,8 @@ class SelfAttention(nn.Module):
     return dense("o_proj")(out.reshape(x.shape))
 
 
-class Block(nn.Module):
-  config: DebertaConfig
-  train: bool
-
-  @nn.compact
-  def __call__(self, x, mask, distances):
-    c, x = self.config, sharding.split_rows(x)
-    def add(y, name):
-      y = layers.dropout(c.hidden_dropout, self.train)(y)
-      return layers.layer_norm(c.layer_norm_eps, name)(x + y).astype(x.dtype)
-    x = add(SelfAttention(c, self.train, name="attn")(x, mask, distances), "attn_norm")
-    return add(encoder.MLP(c, self.train, name="mlp")(x), "mlp_norm"), None
+class Block(encoder.Block):
+  attention: type[nn.Module] = SelfAttention
 
 
 class Embeddings(nn.Module):
@@ -193,10 +177,7 @@ class DebertaClassifier(nn.Module):
   config: DebertaConfig
   train: bool = False
 
-  @staticmethod
-  def lm_logits(config: DebertaConfig, params: dict, hidden: jax.Array) -> jax.Array:
-    """As `heads.lm_logits`."""
-    return heads.lm_logits(heads.PredictionHead(config), params, hidden)
+  lm_logits = staticmethod(heads.masked_lm_logits)
 
   @nn.compact
   def __call__(self, input_ids, segment_ids, texts=None, stream=None):

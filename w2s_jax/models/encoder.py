@@ -4,10 +4,9 @@ B batch, T tokens, D width, E embeddings' width, which is D but for ELECTRA.
 """
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
@@ -25,9 +24,8 @@ DISTILBERT = {"hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidd
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderConfig(family.SharedConfig):
+class EncoderConfig(family.EncoderShared):
   """Shape of the network (transformers' config.json), then our head."""
-  is_decoder: ClassVar[bool] = False
   model_type: str = "bert"            # ROBERTAS: positions count from padding + 1; distilbert: no token types
   vocab_size: int = 30522
   embedding_size: int = 0             # electra: E, where it is not hidden_size; 0: hidden_size
@@ -42,11 +40,6 @@ class EncoderConfig(family.SharedConfig):
   attention_dropout: float = 0.1      # of the attention probabilities, while training
   head_dropout: float = 0.1           # before the classifier (ROBERTAS, electra: and its dense layer), while training
   pad_token_id: int | None = 0
-  feature_width: int = 0              # > 0: the W2S head, Linear(D -> feature_width) -> ReLU = features -> classifier
-
-  @property
-  def feature_size(self) -> int:
-    return self.feature_width or self.hidden_size
 
   @property
   def position_offset(self) -> int:
@@ -125,16 +118,18 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  config: EncoderConfig
+  config: family.EncoderShared
   train: bool
+  attention: type[nn.Module] = SelfAttention
 
   @nn.compact
-  def __call__(self, x, mask):
+  def __call__(self, x, mask, *others):
+    """others: what the family's own attention takes beside x and mask."""
     c, x = self.config, sharding.split_rows(x)
     def add(y, name):
       y = layers.dropout(c.hidden_dropout, self.train)(y)
       return layers.layer_norm(c.layer_norm_eps, name)(x + y).astype(x.dtype)
-    x = add(SelfAttention(c, self.train, name="attn")(x, mask), "attn_norm")
+    x = add(self.attention(c, self.train, name="attn")(x, mask, *others), "attn_norm")
     return add(MLP(c, self.train, name="mlp")(x), "mlp_norm"), None
 
 
@@ -164,10 +159,7 @@ class EncoderClassifier(nn.Module):
   config: EncoderConfig
   train: bool = False
 
-  @staticmethod
-  def lm_logits(config: EncoderConfig, params: dict, hidden: jax.Array) -> jax.Array:
-    """As `heads.lm_logits`."""
-    return heads.lm_logits(heads.PredictionHead(config), params, hidden)
+  lm_logits = staticmethod(heads.masked_lm_logits)
 
   @nn.compact
   def __call__(self, input_ids, segment_ids, texts=None, stream=None):

@@ -58,6 +58,17 @@ class SharedConfig:
     return self.layers or (0, self.num_layers)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderShared(SharedConfig):
+  """What the config of every encoder has beside that: it can carry the W2S teacher's head."""
+  is_decoder: ClassVar[bool] = False
+  feature_width: int = 0              # > 0: the W2S head, Linear(D -> feature_width) -> ReLU = features -> classifier
+
+  @property
+  def feature_size(self) -> int:
+    return self.feature_width or self.hidden_size
+
+
 def shared_from_hf(fields: Fields) -> dict:
   """Fields of any config, from transformers' config.json."""
   return {"vocab_size": fields.integer("vocab_size"), "pad_token_id": fields.token("pad_token_id"),

@@ -49,6 +49,11 @@ def lm_logits(head: PredictionHead, params: dict, hidden: jax.Array) -> jax.Arra
   return head.apply({"params": params["lm_head"]}, hidden, table)
 
 
+def masked_lm_logits(config: SharedConfig, params: dict, hidden: jax.Array) -> jax.Array:
+  """As `lm_logits`, of a language-model head without options."""
+  return lm_logits(PredictionHead(config), params, hidden)
+
+
 def outputs(config: SharedConfig, train: bool, embeddings: nn.Module, predict: nn.Module,
             pooler: Callable[[jax.Array], jax.Array], features: jax.Array, hidden: jax.Array,
             stream: jax.Array) -> layers.ClassifierOutput:

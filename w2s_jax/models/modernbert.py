@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
@@ -22,9 +22,8 @@ BIASES = ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias", "decoder
 
 
 @dataclasses.dataclass(frozen=True)
-class ModernBertConfig(family.SharedConfig):
+class ModernBertConfig(family.EncoderShared):
   """Shape of the network (transformers' config.json), then our head."""
-  is_decoder: ClassVar[bool] = False
   model_type: str = "modernbert"
   vocab_size: int = 50368
   hidden_size: int = 768
@@ -46,11 +45,6 @@ class ModernBertConfig(family.SharedConfig):
   attention_dropout: float = 0.0      # of the attention probabilities, and after attention, while training
   mlp_dropout: float = 0.0            # inside the feed-forward, while training
   head_dropout: float = 0.0           # before the classifier, while training
-  feature_width: int = 0              # > 0: the W2S head, Linear(D -> feature_width) -> ReLU = features -> classifier
-
-  @property
-  def feature_size(self) -> int:
-    return self.feature_width or self.hidden_size
 
   @classmethod
   def from_hf(cls, fields: Fields, **runtime: Any) -> Self:
