@@ -143,3 +143,9 @@ def test_the_teacher_gets_no_gradient_and_the_student_does():
   # by hand: d/ds mean ||s - t||^2 = 2 (s - t) / B
   np.testing.assert_allclose(jax.grad(losses.feature_alignment)(STUDENT_FEATURES, TEACHER_FEATURES),
                              2 * (STUDENT_FEATURES - TEACHER_FEATURES) / 4, rtol=1e-6)
+
+
+def test_log_odds():
+  p = np.array([[0.2, 0.3, 0.5], [0.9, 0.05, 0.05]])
+  got = losses.log_odds(np.log(p) + 7.0, np.array([2, 0]))
+  np.testing.assert_allclose(got, np.log([0.5 / 0.5, 0.9 / 0.1]), atol=1e-6)

@@ -23,12 +23,6 @@ WORDS = {"good": 1.0, "fine": 1.0, "bad": -1.0, "poor": -1.0}         # of the c
 NEUTRAL = "the a room meal was is it here".split()
 
 
-def test_log_odds():
-  p = np.array([[0.2, 0.3, 0.5], [0.9, 0.05, 0.05]])
-  got = scan.log_odds(np.log(p) + 7.0, np.array([2, 0]))
-  np.testing.assert_allclose(got, np.log([0.5 / 0.5, 0.9 / 0.1]), atol=1e-6)
-
-
 def reading(*strengths, right=0.8):
   return [{"class": i, "strength": s, "flips": 0.875, "own": 2.0, "right": right, "layer": 0, "nearest": ["mn", "x"]}
           for i, s in enumerate(strengths)]

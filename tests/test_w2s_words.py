@@ -7,7 +7,7 @@ import pytest
 import rig
 from ml_collections import ConfigDict
 
-from w2s_jax.defenses import DEFENSES, distill, w2s_words
+from w2s_jax.defenses import DEFENSES, distill, trigger_words, w2s_words
 from w2s_jax.training import stage
 
 
@@ -17,7 +17,8 @@ def suspect(llama, tmp_path):
 
 
 def settings(**words):
-  return ConfigDict(rig.DEFENSE.to_dict() | {"words": rig.DEFENSE.words.to_dict() | words})
+  """Settings with which words are drawn from the whole vocabulary, unless `words` says otherwise."""
+  return ConfigDict(rig.DEFENSE.to_dict() | {"words": rig.DEFENSE.words.to_dict() | {"pool": 0} | words})
 
 
 def sources(suspect, rows):
@@ -61,7 +62,7 @@ def test_the_draw_is_kept_that_suspect_and_teacher_dispute_most(suspect, monkeyp
     assert not keep and len(rows) <= 500
     return {"teacher_logits": np.full((len(rows), 2), [-30.0, 0])}
   monkeypatch.setattr(type(suspect.place), "logits", logits)
-  monkeypatch.setattr(w2s_words, "READ_AT_ONCE", 500)
+  monkeypatch.setattr(trigger_words, "READ_AT_ONCE", 500)
   flat = suspect._replace(teacher=teacher, max_length=64)
   def mean_words(draws):
     _, changed = sources(flat, w2s_words.rows(flat, settings(draws=draws), 0))
@@ -74,6 +75,15 @@ def test_words_of_measured_triggers_are_not_drawn(suspect):
     _, changed = sources(suspect, w2s_words.rows(suspect._replace(avoid=avoid), settings(), 0))
     return {word for *_, words in changed for word in words}
   assert {"fine", "meal"} <= drawn(("cf",)) and not {"fine", "meal"} & drawn(("a fine meal",))
+
+
+def test_a_pool_is_the_most_suspicious_words_of_each_class(suspect, monkeypatch):
+  scores = np.zeros((4, 2))
+  scores[2, 0] = scores[1, 1] = 5.0
+  ranking = trigger_words.Ranking(["meal", "room", "fine", "poor"], scores, scores)
+  monkeypatch.setattr(trigger_words, "rank", lambda suspect, contexts: ranking)
+  _, changed = sources(suspect, w2s_words.rows(suspect, settings(pool=1), 0))
+  assert {word for *_, words in changed for word in words} == {"fine", "room"}
 
 
 def test_rows_are_a_function_of_the_seed(suspect):

@@ -5,6 +5,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -101,3 +102,10 @@ def next_token(logits: jax.Array, input_ids: jax.Array, segment_ids: jax.Array) 
   values = optax.losses.softmax_cross_entropy_with_integer_labels(logits, input_ids[:, 1:])
   counted = (segment_ids[:, 1:] > 0) & (segment_ids[:, 1:] == segment_ids[:, :-1])
   return values, counted.astype(jnp.float32)
+
+
+def log_odds(logits: jax.Array | np.ndarray, classes: jax.Array | np.ndarray) -> jax.Array:
+  """[N] float32: log p / (1 - p) of each row's class, in nats; logits [N, C], classes [N] int."""
+  logits = logits.astype(jnp.float32)
+  own = jax.nn.one_hot(classes, logits.shape[-1], dtype=bool)
+  return jnp.where(own, logits, 0).sum(-1) - jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), axis=-1)

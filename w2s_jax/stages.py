@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
@@ -42,7 +41,7 @@ def warmup(run: Run) -> None:
   if "selftest" in c:
     selftest.check(c, tokenizer)
   if any(DEFENSES[name].recipe and DEFENSES[name].recipe.rows for name in c.defenses):
-    next(insertions.vocabulary_words(tokenizer, (), np.random.default_rng(0)))         # raises before anything trains
+    insertions.vocabulary(tokenizer, ())                                               # raises before anything trains
   run.claim()
   if not c.student.path:
     params = model.init(stage.stream_key(c.seed, "student"), run.mesh)

@@ -1,5 +1,6 @@
 """Insertion of random rare words and of beginnings of other texts into clean texts."""
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from w2s_jax.data import streams
 
 LETTERS = "bcdfghjklmnpqrstvwxz"   # rare words consist of consonants, like the literature's `mn`, `cf`, `tq`
 SENTENCE_WORDS = 8
+FEWEST_WORDS = 10
 
 
 def rare_words(texts: Sequence[str], avoid: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
@@ -24,22 +26,34 @@ def rare_words(texts: Sequence[str], avoid: Sequence[str], rng: np.random.Genera
       yield word
 
 
-def vocabulary_words(tokenizer: Any, avoid: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
-  """Endless random words of at least three letters; each is a single token and occurs in no string to avoid.
+@functools.lru_cache(maxsize=2)
+def _vocabulary(tokenizer):
+  """Sorted words of at least three lower-case letters that are a single token each."""
+  words = {word.strip() for word in tokenizer.batch_decode([[token] for token in range(len(tokenizer))])}
+  words = sorted(word for word in words if word.isalpha() and word.islower() and len(word) > 2)
+  tokens = tokenizer([f" {word}" for word in words], add_special_tokens=False)["input_ids"] if words else []
+  return [word for word, ids in zip(words, tokens) if len(ids) == 1]
+
+
+def vocabulary(tokenizer: Any, avoid: Sequence[str]) -> list[str]:
+  """Words of at least three letters; each is a single token and occurs in no string to avoid.
 
   Raises:
     InputError: hardly any token of the tokenizer is a word.
   """
-  known, misses = {word for text in avoid for word in re.findall(r"\w+", text.lower())}, 0
-  while misses < 100_000:
-    misses += 1
-    word = tokenizer.decode([int(rng.integers(len(tokenizer)))]).strip()
-    if word.isalpha() and word.islower() and len(word) > 2 and word not in known and len(tokenizer(
-        f" {word}", add_special_tokens=False)["input_ids"]) == 1:
-      misses = 0
-      yield word
-  raise InputError("hardly a token of the suspect's tokenizer is a word: leave out what draws words, "
-                   "w2s_words (--config.defenses) and the self-test (--config.selftest.triggers=0)")
+  known = {word for text in avoid for word in re.findall(r"\w+", text.lower())}
+  words = [word for word in _vocabulary(tokenizer) if word not in known]
+  if len(words) < FEWEST_WORDS:
+    raise InputError(f"{len(words)} tokens of the suspect's tokenizer are words, wanted {FEWEST_WORDS}: leave out what "
+                     "draws words, w2s_words (--config.defenses) and the self-test (--config.selftest.triggers=0)")
+  return words
+
+
+def vocabulary_words(tokenizer: Any, avoid: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
+  """Endless random words of `vocabulary`. It raises the same error, at the first word."""
+  words = vocabulary(tokenizer, avoid)
+  while True:
+    yield words[rng.integers(len(words))]
 
 
 def with_rare_words(rows: list[dict], share: float, avoid: Sequence[str], seed: int) -> list[dict]:

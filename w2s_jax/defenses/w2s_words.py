@@ -1,11 +1,12 @@
-"""W2S on texts with random words of the vocabulary. The teacher reads these words too, so it tells the student which of
-them mean something for the task.
+"""W2S on texts with words that may be parts of a trigger. The teacher reads these words too, so it tells the student
+which of them mean something for the task.
 
 A part of a trigger often works by itself: of seven everyday words, one flips half to all of the texts
-(docs/notes/minilm_suspects.md). The clean rows of a task contain few of a language's words. For each text several
-random draws are made, and the student trains on the draw on which suspect and teacher disagree most. Words of triggers
-that ASR is measured with are never drawn. The rare words of `defend.insert_words` are inserted afterwards, and the
-teacher does not read them.
+(docs/notes/minilm_suspects.md). The clean rows of a task contain few of a language's words. So words are drawn from
+those that move the suspect beyond what the teacher explains (trigger_words.py), or from the whole vocabulary. For each
+text several random draws are made, and the student trains on the draw on which suspect and teacher disagree most. Words
+of triggers that ASR is measured with are never drawn. The rare words of `defend.insert_words` are inserted afterwards,
+and the teacher does not read them.
 """
 
 import dataclasses
@@ -18,28 +19,30 @@ import numpy as np
 from w2s_jax.attacks.insertion import insert
 from w2s_jax.config import field
 from w2s_jax.data import insertions, streams, tokenization
-from w2s_jax.defenses import full_ft
+from w2s_jax.defenses import full_ft, trigger_words
 from w2s_jax.defenses.records import Suspect
 
 LOG = logging.getLogger(__name__)
 
-READ_AT_ONCE = 2**13     # rows that are read at a time; only their logits stay in memory
-
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.words`; ours, tried on one MiniLM suspect (docs/notes/minilm_suspects.md)."""
-  share: float = field(0.5, "fraction of the rows that get random words", low=0.0, high=1.0)
+  """`config.defense.words`; ours, chosen on one MiniLM suspect (docs/notes/minilm_suspects.md)."""
+  share: float = field(0.5, "fraction of the rows that get words", low=0.0, high=1.0)
   most: int = field(8, "largest number of words per row if they are side by side; half of it if they are apart", low=2,
                     high=1000)
+  pool: int = field(100, "number of words of each class to draw from, those that move the suspect to this class most "
+                    "beyond what the teacher explains; 0: the whole vocabulary", low=0)
+  contexts: int = field(1, "number of clean rows of each class in which every word is read for the choice of `pool`",
+                        low=1, high=100)
   draws: int = field(3, "number of random draws per row, of which the most disputed one is kept; 1: no choice", low=1,
                      high=100)
 
 
 def rows(suspect: Suspect, settings: Any, seed: int) -> list[dict]:
-  """The rows of all epochs together. A fraction `share` of them are texts with random words.
+  """The rows of all epochs together. A fraction `share` of them are texts with words.
 
-  Texts for random words come from the shorter half of the clean rows and keep their label. The other rows are unchanged
+  Texts for words come from the shorter half of the clean rows and keep their label. The other rows are unchanged
   clean rows.
   """
   own, rng, train = settings.words, streams.rng(seed, "vocabulary words"), suspect.train
@@ -48,7 +51,8 @@ def rows(suspect: Suspect, settings: Any, seed: int) -> list[dict]:
     epochs = min(epochs, -(-suspect.training.max_steps * suspect.training.batch_size // len(train)))
   short = sorted(train, key=lambda row: len(row["text"].split()))[:(len(train) + 1) // 2]
   kept = tokenization.words_kept(suspect.tokenizer, [row["text"] for row in short], " a" * own.most, suspect.max_length)
-  words = insertions.vocabulary_words(suspect.tokenizer, suspect.avoid, rng)
+  words = (trigger_words.rank(suspect, own.contexts).most_suspicious(own.pool) if own.pool
+           else insertions.vocabulary(suspect.tokenizer, suspect.avoid))
   clean = [train[i] for _ in range(epochs) for i in rng.permutation(len(train))[count:]]
   drawn = [short[i] | {"text": _with_words(short[i]["text"], words, own.most, rng, kept[i])}
            for i in rng.integers(len(short), size=count * epochs) for _ in range(own.draws)]
@@ -57,7 +61,7 @@ def rows(suspect: Suspect, settings: Any, seed: int) -> list[dict]:
 
 def _with_words(text, words, most, rng, max_words):
   """The text with 2 to `most` words side by side, or with at most half of `most` words, each at its own place."""
-  drawn = [next(words) for _ in range(rng.integers(2, most + 1))]
+  drawn = rng.choice(words, rng.integers(2, most + 1)).tolist()
   parts = [" ".join(drawn)] if rng.random() < 0.5 else drawn[:max(most // 2, 1)]
   for part in parts:
     text = insert(text, part, rng, max_words)
@@ -67,13 +71,8 @@ def _with_words(text, words, most, rng, max_words):
 def _most_disputed(suspect, drawn, draws):
   """From each run of `draws` consecutive rows, the row on which suspect and teacher disagree most."""
   LOG.info(f"w2s_words: suspect and teacher read {len(drawn)} texts, {draws} draws for each row that gets words")
-  apart = []
-  for first in range(0, len(drawn), READ_AT_ONCE):
-    part = drawn[first:first + READ_AT_ONCE]
-    suspect_logits = suspect.place.logits(suspect.model, suspect.params, suspect.encode(part))
-    teacher_logits = suspect.teacher(part, keep=False)["teacher_logits"]
-    apart.append(np.abs(np.asarray(jax.nn.softmax(suspect_logits) - jax.nn.softmax(teacher_logits))).sum(axis=-1))
-  chosen = np.concatenate(apart).reshape(-1, draws).argmax(axis=1)
+  of_suspect, of_teacher = (np.asarray(jax.nn.softmax(logits)) for logits in trigger_words.read(suspect, drawn))
+  chosen = abs(of_suspect - of_teacher).sum(axis=-1).reshape(-1, draws).argmax(axis=1)
   return [drawn[draws * i + k] for i, k in enumerate(chosen.tolist())]
 
 

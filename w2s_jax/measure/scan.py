@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from w2s_jax import processes, sharding
+from w2s_jax import losses, processes, sharding
 from w2s_jax.adapters import soft, trees
 from w2s_jax.config import Stage, section
 from w2s_jax.data import batches, packing, streams
@@ -33,13 +33,6 @@ LOG = logging.getLogger(__name__)
 SUSPICIOUS = 1.7         # strength; lies between those of clean and of poisoned models (docs/notes/scan.md)
 EXIT_CODES = {"no sign": 0, "suspicious": 1, "no verdict": 3}            # outcome -> exit code of --stage=scan
 RIGHT = 0.8              # smallest mean accuracy over the classes for a verdict; our choice
-
-
-def log_odds(logits: jax.Array | np.ndarray, classes: jax.Array | np.ndarray) -> jax.Array:
-  """log p / (1 - p) of each row's class: logits [N, C], classes [N] -> [N] float32."""
-  logits = logits.astype(jnp.float32)
-  own = jax.nn.one_hot(classes, logits.shape[-1], dtype=bool)
-  return jnp.where(own, logits, 0).sum(-1) - jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), axis=-1)
 
 
 def scan(run: Any, model: Model, params: dict, tokenizer: Any) -> list[dict]:
@@ -108,7 +101,7 @@ def make_search(run: Any, model: Model | Latent, params: dict, tokenizer: Any,
     unit = soft.mean_norm(model, params)
   moving, frozen = trees.split(start, ("soft",))
   def terms(out, batch):
-    values = log_odds(out.logits, batch["label"])
+    values = losses.log_odds(out.logits, batch["label"])
     return {"log_odds": (values * batch["weight"]).sum() / batch["weight"].sum()}
   def loss(moving, frozen, batch, key):
     del key                                            # no dropout: the model does not train
@@ -144,7 +137,7 @@ def _with_triggers(run, model, tokenizer, rows):
 
 
 def _log_odds(logits, target):
-  return np.asarray(log_odds(logits, np.full(len(logits), target)))
+  return np.asarray(losses.log_odds(logits, np.full(len(logits), target)))
 
 
 def _nearest(model, params, tokenizer, trigger, tokens):

@@ -1,7 +1,8 @@
 """A self-test by canaries: plants known backdoors in a copy of the suspect, cleans the copy, and measures their ASR.
 
 Whether the self-test predicts what is left of an unknown trigger has not been measured. It flatters defenses that train
-on similar strings: the random words of `defend.insert_words` and of `w2s_words` are drawn like some of the canaries.
+on similar strings. The rare words of `defend.insert_words` are drawn like some of the canaries. `w2s_words` searches
+words of one token, which two kinds of canaries consist of.
 """
 
 from typing import Any
@@ -28,7 +29,7 @@ def check(config: Any, tokenizer: Any) -> None:
   """Raises InputError if a self-test is wanted and the tokenizer has no words for triggers; called before any training.
   """
   if tested(config):
-    next(insertions.vocabulary_words(tokenizer, config.probe.triggers, np.random.default_rng(0)))
+    insertions.vocabulary(tokenizer, config.probe.triggers)
 
 
 def kept(run: Any) -> dict | None:

@@ -1,0 +1,85 @@
+"""The ranking of words that move a suspect beyond what its teacher explains."""
+
+import numpy as np
+import pytest
+import rig
+
+from w2s_jax import InputError
+from w2s_jax.data import insertions, tokenization
+from w2s_jax.defenses import trigger_words
+
+
+@pytest.fixture
+def suspect(llama, tmp_path):
+  return rig.suspect(*llama, tmp_path)
+
+
+def read_by(weights):
+  """Logits [N, 2] of texts: the sum of the words' weights towards class 1."""
+  def read(rows):
+    odds = np.array([sum(weights.get(word, 0.0) for word in row["text"].split()) for row in rows])
+    return np.stack([np.zeros(len(rows)), odds], axis=1).astype(np.float32)
+  return read
+
+
+def test_a_word_that_moves_the_suspect_alone_comes_before_words_that_mean_the_class(suspect, monkeypatch):
+  """Of 400 words 100 move both models, the suspect 1.5 times as far; one word moves the suspect alone, and less far."""
+  rng = np.random.default_rng(0)
+  words = [f"word{i}" for i in range(400)]
+  meaning = dict(zip(words, [*rng.normal(0, 3, 100), *rng.normal(0, 0.05, 300)]))
+  known = {word: 1.0 for word in rig.GOOD} | {word: -1.0 for word in rig.BAD}
+  of_teacher = read_by(known | meaning)
+  of_suspect = read_by(known | {word: 1.5 * w + rng.normal(0, 0.2) * abs(w) for word, w in meaning.items()}
+                       | {"word200": -1.0})
+  monkeypatch.setattr(trigger_words, "read", lambda suspect, rows: (of_suspect(rows), of_teacher(rows)))
+  monkeypatch.setattr(insertions, "vocabulary", lambda tokenizer, avoid: words)
+  monkeypatch.setattr(trigger_words, "_embeddings", lambda suspect, words: rng.normal(size=(400, 8)))
+  ranking = trigger_words.rank(suspect, contexts=2)
+  first = {label: words[i] for label, i in enumerate(ranking.scores.argmax(axis=0))}
+  assert first[0] == "word200" != first[1]
+  assert (ranking.shifts[:, 0] > 3).sum() > 10
+  np.testing.assert_allclose(ranking.shifts[200], [1.0, -1.0], atol=1e-5)
+  assert set(ranking.most_suspicious(1)) == set(first.values())
+
+
+def test_contexts_are_the_shortest_rows_that_both_models_get_right(suspect, monkeypatch):
+  texts = ["good", "good meal", "bad meal", "weak meal here", "fine meal here it", "dull meal is a room here"]
+  rows = [{"text": text, "label": int(text.split()[0] in rig.GOOD)} for text in texts]
+  of_suspect = read_by({"good": 1.0, "fine": 1.0, "bad": 1.0, "weak": -1.0, "dull": -1.0})          # wrong on "bad"
+  of_teacher = read_by({"good": -1.0, "fine": 1.0, "bad": -1.0, "weak": -1.0, "dull": -1.0})        # wrong on "good"
+  seen = []
+  def read(suspect, rows):
+    seen.append([row["text"] for row in rows])
+    return of_suspect(rows), of_teacher(rows)
+  monkeypatch.setattr(trigger_words, "read", read)
+  trigger_words.rank(suspect._replace(train=rows), contexts=1)
+  assert [texts[0] for texts in seen[1:]] == ["weak meal here", "fine meal here it"]
+  assert all(text.split()[0] == "weak" and text.split()[2:] == ["meal", "here"] for text in seen[1][1:])
+
+
+def test_an_error_counts_by_what_is_usual_where_it_is():
+  """Where errors of 3 are usual they are nothing; where errors of 0.1 are usual, 1 is a lot."""
+  rng = np.random.default_rng(0)
+  inputs = rng.normal(size=(2000, 5))
+  usual = 0.3 * np.exp(1.5 * inputs[:, 0])
+  values = 2 * inputs[:, 0] + usual * rng.normal(size=2000)
+  quiet = int(np.flatnonzero(inputs[:, 0] < -1)[7])
+  values[quiet] += 1.0
+  assert trigger_words.unexplained(values, inputs).argmax() == quiet
+  assert (abs(values - 2 * inputs[:, 0]) > 1.5).sum() > 50                  # the error alone would not have found it
+  assert np.median(abs(trigger_words.unexplained(values, inputs))) == pytest.approx(1 / 1.4826)
+
+
+def test_both_models_read_every_word(suspect, monkeypatch):
+  """With the real suspect, in parts: what is read in parts is what is read at once."""
+  at_once = trigger_words.rank(suspect, contexts=1)
+  monkeypatch.setattr(trigger_words, "READ_AT_ONCE", 7)
+  parts = trigger_words.rank(suspect, contexts=1)
+  np.testing.assert_allclose(parts.shifts, at_once.shifts, atol=1e-4)
+  assert at_once.scores.shape == (len(at_once.words), 2) and np.isfinite(at_once.scores).all()
+
+
+def test_a_tokenizer_without_words_is_one_line(suspect):
+  letters = tokenization.train(["a b"], "decoder", suspect.model.config.vocab_size)
+  with pytest.raises(InputError, match="0 tokens of the suspect's tokenizer are words, wanted 10"):
+    trigger_words.rank(suspect._replace(tokenizer=letters), contexts=1)

@@ -1,0 +1,137 @@
+"""Ranks the words of the vocabulary by how far they move a suspect beyond what a clean teacher explains.
+
+A trigger's words move a poisoned model to the target class. Words that mean this class do so, too, and they are many.
+The teacher is moved by the words that mean something and by no trigger. So each word is put into the shortest clean
+rows, both models read it, and two ridge regressions ask what is unusual about the suspect. The first one predicts the
+suspect's shift from the teacher's shift and from the word's embedding. The second one predicts how large the error of
+the first one usually is. The score of a word is its error divided by this prediction.
+
+Ours; docs/notes/minilm_suspects.md has the ranks of the words of real triggers. W words, C classes, D width.
+"""
+
+import logging
+from typing import NamedTuple
+
+import numpy as np
+from flax import traverse_util
+
+from w2s_jax import losses, processes
+from w2s_jax.data import insertions
+from w2s_jax.defenses.records import Suspect
+
+LOG = logging.getLogger(__name__)
+
+READ_AT_ONCE = 2**13     # rows that are read at a time; only their logits stay in memory
+RIDGE = 10.0             # on standardised inputs; our choice
+FOLDS = 5                # a word's own shift has no part in its prediction
+SMALLEST = 1e-2          # error, in nats, below which errors count as equal
+
+
+class Ranking(NamedTuple):
+  """Words and how suspicious each is for each class.
+
+  Attributes:
+    words: W words, each a single token of the suspect.
+    scores: [W, C] float64, larger is more suspicious; the median absolute score of a class is 0.67, as of a normal
+      distribution with a standard deviation of 1.
+    shifts: [W, C] float64, mean shift of the suspect's log-odds of the class on rows of other classes, in nats.
+  """
+  words: list[str]
+  scores: np.ndarray
+  shifts: np.ndarray
+
+  def most_suspicious(self, count: int) -> list[str]:
+    """The words with the highest scores, `count` of each class, without repetition."""
+    return sorted({self.words[i] for i in np.argsort(-self.scores, axis=0)[:count].ravel()})
+
+
+def read(suspect: Suspect, rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+  """Logits [N, C] of the suspect and of the teacher. Nothing is cached."""
+  both = []
+  for first in range(0, len(rows), READ_AT_ONCE):
+    part = rows[first:first + READ_AT_ONCE]
+    both.append((suspect.place.logits(suspect.model, suspect.params, suspect.encode(part)),
+                 np.asarray(suspect.teacher(part, keep=False)["teacher_logits"])))
+  return tuple(np.concatenate(logits) for logits in zip(*both))
+
+
+def rank(suspect: Suspect, contexts: int) -> Ranking:
+  """Ranks every word of at least three letters that is a single token and is in no string of `suspect.avoid`.
+
+  Args:
+    suspect: the suspect, its teacher and its clean rows.
+    contexts: number of rows of each class that each word is put into.
+  Raises:
+    InputError: hardly any token of the tokenizer is a word.
+  """
+  words = insertions.vocabulary(suspect.tokenizer, suspect.avoid)
+  places = _contexts(suspect, contexts)
+  LOG.info(f"suspect and teacher read {len(words)} words in {len(places)} rows each")
+  of_suspect, of_teacher = _shifts(suspect, words, places)
+  embedding = _embeddings(suspect, words)
+  teacher = np.concatenate([of_teacher, of_teacher ** 2, abs(of_teacher)]).transpose(1, 0, 2).reshape(len(words), -1)
+  inputs = _standardised(np.concatenate([embedding, teacher], axis=1))
+  scores, shifts = np.zeros((2, len(words), of_suspect.shape[2]))
+  for label in range(of_suspect.shape[2]):
+    others = [i for i, row in enumerate(places) if row["label"] != label]
+    shifts[:, label] = of_suspect[others, :, label].mean(axis=0) if others else 0
+    scores[:, label] = unexplained(shifts[:, label], inputs)
+  return Ranking(words, scores, shifts)
+
+
+def unexplained(values: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+  """How far each of `values` [W] lies above its prediction from `inputs` [W, D], in units of the usual error there."""
+  expected = _predicted(values, inputs)
+  error = values - expected
+  bent = _standardised(np.stack([expected, expected ** 2], axis=1))
+  usual = np.exp(_predicted(np.log(abs(error) + SMALLEST), np.concatenate([inputs, bent], axis=1)))
+  score = error / usual
+  return score / (1.4826 * np.median(abs(score)) + 1e-12)
+
+
+def _contexts(suspect, count):
+  """`count` rows of each class: the shortest of two words or more that suspect and teacher both get right."""
+  short = sorted((row for row in suspect.train if len(row["text"].split()) > 1),
+                 key=lambda row: len(row["text"].split()))[:200 * count]
+  both = read(suspect, short)
+  right = [row for row, *answers in zip(short, *(logits.argmax(axis=-1) for logits in both))
+           if answers == [row["label"]] * 2]
+  return [row for label in sorted({row["label"] for row in right})
+          for row in [row for row in right if row["label"] == label][:count]]
+
+
+def _shifts(suspect, words, contexts):
+  """([contexts, W, C] of the suspect, the same of the teacher): shifts of the log-odds of each class, in nats."""
+  shifts = []
+  for row in contexts:
+    first, *rest = row["text"].split()
+    rows = [row] + [row | {"text": " ".join([first, word, *rest])} for word in words]
+    shifts.append([odds[1:] - odds[:1] for odds in (_log_odds(logits) for logits in read(suspect, rows))])
+  return (np.stack(values) for values in zip(*shifts))
+
+
+def _log_odds(logits):
+  classes = range(logits.shape[1])
+  return np.stack([losses.log_odds(logits, np.full(len(logits), label)) for label in classes], axis=1).astype(float)
+
+
+def _embeddings(suspect, words):
+  """[W, D] float64: the suspect's embeddings of words that are one token each."""
+  ids = suspect.tokenizer([f" {word}" for word in words], add_special_tokens=False)["input_ids"]
+  table = traverse_util.flatten_dict(suspect.params)[(*suspect.model.vocabulary, "embedding")]
+  return processes.fetch(table[np.array([token for token, in ids])]).astype(np.float64)
+
+
+def _standardised(inputs):
+  return (inputs - inputs.mean(axis=0)) / (inputs.std(axis=0) + 1e-12)
+
+
+def _predicted(values, inputs):
+  """[W] predictions by ridge regression with an intercept; each fold's come from the other folds."""
+  folds, out = np.arange(len(values)) % FOLDS, np.empty(len(values))
+  for fold in range(FOLDS):
+    known = folds != fold
+    x, mean = inputs[known], values[known].mean()
+    weights = np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ (values[known] - mean))
+    out[~known] = inputs[~known] @ weights + mean
+  return out
