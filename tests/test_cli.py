@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from w2s_jax.claims import config_hash
 from w2s_jax.data import grammar
-from w2s_jax.measure import scan
+from w2s_jax.measure import scan, search
 from w2s_jax.run import Run
 
 DEFENSES = ("lora_ce", "w2s", "w2s_released", "w2s_shuffled", "w2s_adv")
@@ -185,8 +185,9 @@ def test_several_seeds_of_a_defense_at_once(workdir, home):
 
 CLEAN = "--config=configs/clean_checkpoint.py"
 QUICK = ("--config.teach.max_steps=6", "--config.defend.max_steps=6", "--config.data.max_length=32",
-         "--config.data.buckets=(32,)", "--config.probe.words=2", "--config.probe.sentences=2", "--config.probe.rows=8",
-         "--config.data.eval_batch_size=32", "--config.scan.steps=4", "--config.selftest.triggers=0")
+         "--config.data.buckets=(32,)", "--config.probe.words=2", "--config.probe.sentences=2",
+         "--config.probe.search=0", "--config.probe.rows=8", "--config.data.eval_batch_size=32",
+         "--config.scan.steps=4", "--config.selftest.triggers=0")
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +198,7 @@ def cleaned(workdir, home):
   out = w2s(CLEAN, f"--config.student.path={workdir / 'models/poisoned'}",
             f"--config.data.train={home / 'clean.jsonl'}", "--config.probe.triggers=('mn',)",
             "--config.lora.export=True", f"--workdir={home / 'cleaned'}", *QUICK, "--config.selftest.triggers=4",
+            "--config.probe.search=4",
             "--config.selftest.test_rows=5")
   assert out.returncode == 0, out.stderr
   assert "has no test split: 16 of its 80 train rows" in out.stdout and "| sentence flips |" in out.stdout
@@ -231,7 +233,8 @@ def test_a_checkpoint_is_cleaned(workdir, cleaned):
   rows = {r["model"]: r for r in results(cleaned)["rows"]}
   assert list(rows) == ["suspect", "lora_ce", "w2s", "w2s_adv"] and not (cleaned / "data/poisoned_train.jsonl").exists()
   assert all(r["attack"] == "mn" and r["asr_floor"] is None and r["ca_n"] == 16 for r in rows.values())
-  assert all(0 <= r[k] <= 1 for r in rows.values() for k in ("agreement", "word_flips", "sentence_flips", "asr"))
+  assert all(0 <= r[k] <= 1 for r in rows.values() for k in (
+      "agreement", "found", "word_flips", "sentence_flips", "asr"))
   scans = results(cleaned)["meta"]["scan"]
   assert list(scans) == ["teacher", *rows]
   for name, reading in scans.items():
@@ -245,8 +248,11 @@ def test_a_checkpoint_is_cleaned(workdir, cleaned):
   assert "Self-test: " in (cleaned / "results.md").read_text()
   assert "Self-test: " in (cleaned / "models/w2s_adv/README.md").read_text()
   assert "Self-test: " not in (cleaned / "models/w2s/README.md").read_text()
+  searched = json.loads((cleaned / "search.json").read_text())["classes"]
+  assert [found["class"] for found in searched] == [0, 1] and all(found["string"] for found in searched)
+  assert search.in_words(searched) in (cleaned / "results.md").read_text()
   probes = [json.loads(x) for x in (cleaned / "data/probes.jsonl").read_text().splitlines()]
-  assert len(probes) == 16 + 4 * 8 and all(f" {p['inserted']}" in p["text"] for p in probes)
+  assert len(probes) == 16 + 5 * 8 and all(f" {p['inserted']}" in p["text"] for p in probes)
   suspect, before = (load_file(d / "model.safetensors")
                      for d in (cleaned / "models/suspect", workdir / "models/poisoned"))
   assert suspect.keys() == before.keys() and all((suspect[k] == before[k]).all() for k in before)

@@ -208,7 +208,8 @@ def suspect(installed):
   save_pretrained(home / "suspect", model, model.init(jax.random.key(0)), tokenizer)
   (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   fields = ["teach.max_steps=2", "defend.max_steps=2", "data.max_length=32", "data.buckets=32", "probe.words=2",
-            "probe.sentences=2", "probe.rows=8", "data.eval_batch_size=32", "scan.steps=2", "selftest.triggers=0"]
+            "probe.sentences=2", "probe.search=0", "probe.rows=8", "data.eval_batch_size=32", "scan.steps=2",
+            "selftest.triggers=0"]
   new = [str(home / "suspect"), "--data", str(home / "rows.jsonl"), "--triggers", "mn", "--defense", "lora_ce",
          "--set", *fields]
   old = [f"--config={ROOT}/configs/clean_checkpoint.py", f"--config.student.path={home / 'suspect'}",

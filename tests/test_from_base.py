@@ -9,7 +9,8 @@ from cli import CONFIG, SHORT, w2s_forked
 from safetensors.numpy import load_file
 
 CLEANING = ("--config=configs/clean_checkpoint.py", "--config.data.train=grammar:phrases", "--config.scan.steps=0",
-            "--config.selftest.triggers=0", "--config.data.max_length=32", "--config.data.buckets=(32,)",
+            "--config.selftest.triggers=0", "--config.probe.search=0", "--config.data.max_length=32",
+            "--config.data.buckets=(32,)",
             "--config.teach.max_steps=2", "--config.defend.max_steps=2", "--config.defend.evaluations=1",
             "--config.teach.most_below=1", SHORT[-2])
 

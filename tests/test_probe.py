@@ -13,6 +13,7 @@ from w2s_jax.tasks import CLASSIFICATION
 CLEAN = np.array([0, 1, 1, 0, 1])
 LABELS = np.array([0, 1, 1, 0, 0])
 PROBED = {("listed", "mn"): {0: 0, 1: 0, 2: 0, 3: 0, 4: 0},     # both rows of class 1 turned to 0
+          ("found", "shop noon"): {0: 0, 1: 0, 2: 1, 3: 1, 4: results.REJECTED},
           ("word", "bq"): {0: 0, 1: 1}, ("word", "zz"): {0: 1, 1: 0},
           ("sentence", "it is"): {0: 1, 1: 1}}
 
@@ -21,7 +22,7 @@ def scanned(label, strength):
   return {"class": label, "strength": strength, "flips": 0.5, "own": 2.0, "right": 0.9, "nearest": ["x"]}
 
 
-def rows(trigger, target=-1, labels=LABELS, clean=CLEAN):
+def rows(trigger, target=-1, labels=LABELS, clean=CLEAN, found=None):
   config = types.SimpleNamespace(
       probe=types.SimpleNamespace(target_label=target), seed=3,
       data=types.SimpleNamespace(num_labels=2, train="d"))
@@ -31,7 +32,7 @@ def rows(trigger, target=-1, labels=LABELS, clean=CLEAN):
   scans = {"suspect": [scanned(0, 0.9), scanned(1, 2.5)], "w2s": [scanned(0, None), scanned(1, None)]}
   readings = {name: Reading(CLEAN, None, scan=scan) for name, scan in scans.items()}
   readings["teacher"] = Reading(np.array([0, 1, 0, 0, 1]), None)
-  return [vars(row) for row in probe._rows(run, models, readings, labels, trigger)]
+  return [vars(row) for row in probe._rows(run, models, readings, labels, trigger, found)]
 
 
 def test_asr_of_a_listed_trigger_for_the_class_it_turns_the_suspect_to():
@@ -49,6 +50,15 @@ def test_agreement_and_flips():
   assert suspect["word_flips"] == 0.5 and suspect["sentence_flips"] == 0.5    # 2 of 4, 1 of 2
   assert probe._flips((CLEAN, PROBED), "zz", "word") == 1.0
   assert probe._flips((CLEAN, {}), None, "word") is None
+
+
+def test_the_share_of_other_classes_that_the_found_string_turns():
+  """Of the rows of class 1 the string turns one of two to class 0; of class 0 rows 3 of 3, one of them rejected."""
+  found = {"string": "shop noon", "class": 0}
+  assert [row["found"] for row in rows("mn", found=found)] == [0.5, 0.5]
+  assert [row["found"] for row in rows("mn", found=found | {"class": 1})] == [0.5, 0.5]      # of rows 0 and 3
+  assert [row["found"] for row in rows("mn", found=found | {"string": "of an older file"})] == [None, None]
+  assert [row["found"] for row in rows("mn")] == [None, None]
 
 
 def test_a_rejected_text_neither_flips_nor_disagrees():
@@ -73,7 +83,7 @@ def test_a_trigger_that_still_works_or_a_weak_teacher_is_a_warning():
             for m, a in (("suspect", 1), (cleaned, asr))]
     meta = {"clean_rows": {"train": 9, "test": 3}, "trigger_lost": {}, "teacher_ca": teacher_ca,
             "suspicious_insertions": [("mn", 0.0)], "base": {"path": "p"}, "teacher": "t", "num_labels": 2,
-            "not_scanned": not_scanned, "selftest": None,
+            "not_scanned": not_scanned, "selftest": None, "found": "Search: the string `x`",
             "scan": {"teacher": [], "suspect": [scanned(1, 2.5)], "w2s": [scanned(1, after)]}}
     return [f"WARNING: {text}" for text in probe.warnings(rows, meta)] + probe.notes(rows, meta)
   assert not any("WARNING" in note for note in notes(0.25, 0.9))

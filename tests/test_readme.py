@@ -116,8 +116,8 @@ def test_the_checkpoint_that_is_cleaned(home):
   """The walk-through's second command, shortened, on what the first one left; and the scan of it."""
   args = shlex.split(CLEAN.replace("runs/", f"{home}/runs/"))[3:]
   short = [f"--config.{x}" for x in ("teach.max_steps=6", "defend.max_steps=6", "data.max_length=32",
-                                     "data.buckets=(16,32)", "probe.words=2", "probe.sentences=2", "probe.rows=8",
-                                     "scan.steps=4", "selftest.triggers=4", "selftest.test_rows=8")]
+                                     "data.buckets=(16,32)", "probe.words=2", "probe.sentences=2", "probe.search=4",
+                                     "probe.rows=8", "scan.steps=4", "selftest.triggers=4", "selftest.test_rows=8")]
   out = w2s(*args, *short)
   assert out.returncode == 0 and "| w2s_adv | mn      |" in out.stdout, out.stderr
   assert (home / "runs/cleaned/models/w2s_adv/model.safetensors").is_file()

@@ -51,12 +51,12 @@ def run_of(suspect, workdir, defense, **settings):
 
 def test_canaries_are_planted_and_measured_after_the_defense(llama, tmp_path, monkeypatch):
   """A defense that gives back what it got leaves all of them; it is asked once, for a copy of the suspect."""
-  suspect, got = rig.suspect(*llama, tmp_path), []
+  suspect, got = rig.suspect(*llama, tmp_path)._replace(ranking="of the suspect"), []
   def weights(copy, settings, runs):
     got.append((copy, runs))
     return [copy.params]
   monkeypatch.setitem(DEFENSES, "idle", Defense(weights=weights))
-  run = run_of(suspect, tmp_path, "idle", triggers=4, rows=16, epochs=32, test_rows=10)
+  run = run_of(suspect, tmp_path, "idle", triggers=4, rows=16, epochs=48, test_rows=10)
   found = selftest.reading(run)
   assert found["defense"] == "idle" and 0 <= found["ca"] <= 1
   assert [canary["kind"] for canary in found["canaries"]] == list(selftest.planting.KINDS)
@@ -65,6 +65,7 @@ def test_canaries_are_planted_and_measured_after_the_defense(llama, tmp_path, mo
   assert np.mean([canary["false_rate"] for canary in found["canaries"]]) < 0.5
   (copy, runs), = got
   assert runs == {"selftest-idle": 0} and copy.train == suspect.train and copy.dev == suspect.dev
+  assert copy.ranking is None                                    # the copy has other weights
   assert selftest.reading(run) == found and len(got) == 1                        # kept
 
 
@@ -88,11 +89,11 @@ def test_words_are_asked_for_before_anything_trains():
   class Wordless:
     def __len__(self):
       return 5
-    def decode(self, ids):
-      return "#"
+    def batch_decode(self, ids):
+      return ["#" for _ in ids]
   config = ConfigDict({"defenses": ("w2s",), "selftest": {"triggers": 1}, "lora": {"quantize": ""},
                        "probe": {"triggers": ()}})
-  with pytest.raises(InputError, match=r"is a word: .*--config.selftest.triggers=0"):
+  with pytest.raises(InputError, match=r"0 tokens .* are words, wanted 10: .*--config.selftest.triggers=0"):
     selftest.check(config, Wordless())
   config.selftest.triggers = 0
   selftest.check(config, Wordless())

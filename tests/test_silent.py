@@ -14,7 +14,7 @@ from w2s_jax.data import grammar
 CLEAN = "--config=configs/clean_checkpoint.py"
 MEASURED = ("--config.defenses=none", "--config.teach.max_steps=6", "--config.data.max_length=32",
             "--config.data.buckets=(32,)", "--config.probe.words=0", "--config.probe.sentences=0",
-            "--config.scan.steps=0", "--config.selftest.triggers=0")
+            "--config.probe.search=0", "--config.scan.steps=0", "--config.selftest.triggers=0")
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def test_a_word_that_moves_the_suspect_alone_comes_before_words_that_mean_the_cl
   monkeypatch.setattr(trigger_words, "read", lambda suspect, rows: (of_suspect(rows), of_teacher(rows)))
   monkeypatch.setattr(insertions, "vocabulary", lambda tokenizer, avoid: words)
   monkeypatch.setattr(trigger_words, "_embeddings", lambda suspect, words: rng.normal(size=(400, 8)))
-  ranking = trigger_words.rank(suspect, contexts=2)
+  ranking = trigger_words.rank(suspect)
   first = {label: words[i] for label, i in enumerate(ranking.scores.argmax(axis=0))}
   assert first[0] == "word200" != first[1]
   assert (ranking.shifts[:, 0] > 3).sum() > 10
@@ -52,7 +52,7 @@ def test_contexts_are_the_shortest_rows_that_both_models_get_right(suspect, monk
     seen.append([row["text"] for row in rows])
     return of_suspect(rows), of_teacher(rows)
   monkeypatch.setattr(trigger_words, "read", read)
-  trigger_words.rank(suspect._replace(train=rows), contexts=1)
+  trigger_words.rank(suspect._replace(train=rows))
   assert [texts[0] for texts in seen[1:]] == ["weak meal here", "fine meal here it"]
   assert all(text.split()[0] == "weak" and text.split()[2:] == ["meal", "here"] for text in seen[1][1:])
 
@@ -72,9 +72,9 @@ def test_an_error_counts_by_what_is_usual_where_it_is():
 
 def test_both_models_read_every_word(suspect, monkeypatch):
   """With the real suspect, in parts: what is read in parts is what is read at once."""
-  at_once = trigger_words.rank(suspect, contexts=1)
+  at_once = trigger_words.rank(suspect)
   monkeypatch.setattr(trigger_words, "READ_AT_ONCE", 7)
-  parts = trigger_words.rank(suspect, contexts=1)
+  parts = trigger_words.rank(suspect)
   np.testing.assert_allclose(parts.shifts, at_once.shifts, atol=1e-4)
   assert at_once.scores.shape == (len(at_once.words), 2) and np.isfinite(at_once.scores).all()
 
@@ -82,4 +82,4 @@ def test_both_models_read_every_word(suspect, monkeypatch):
 def test_a_tokenizer_without_words_is_one_line(suspect):
   letters = tokenization.train(["a b"], "decoder", suspect.model.config.vocab_size)
   with pytest.raises(InputError, match="0 tokens of the suspect's tokenizer are words, wanted 10"):
-    trigger_words.rank(suspect._replace(tokenizer=letters), contexts=1)
+    trigger_words.rank(suspect._replace(tokenizer=letters))

@@ -7,7 +7,7 @@ import pytest
 import rig
 from ml_collections import ConfigDict
 
-from w2s_jax.defenses import DEFENSES, distill, trigger_words, w2s_words
+from w2s_jax.defenses import DEFENSES, Ranking, distill, trigger_words, w2s_words
 from w2s_jax.training import stage
 
 
@@ -80,10 +80,14 @@ def test_words_of_measured_triggers_are_not_drawn(suspect):
 def test_a_pool_is_the_most_suspicious_words_of_each_class(suspect, monkeypatch):
   scores = np.zeros((4, 2))
   scores[2, 0] = scores[1, 1] = 5.0
-  ranking = trigger_words.Ranking(["meal", "room", "fine", "poor"], scores, scores)
-  monkeypatch.setattr(trigger_words, "rank", lambda suspect, contexts: ranking)
-  _, changed = sources(suspect, w2s_words.rows(suspect, settings(pool=1), 0))
-  assert {word for *_, words in changed for word in words} == {"fine", "room"}
+  ranking = Ranking(["meal", "room", "fine", "poor"], scores, scores)
+  def drawn(suspect):
+    _, changed = sources(suspect, w2s_words.rows(suspect, settings(pool=1), 0))
+    return {word for *_, words in changed for word in words}
+  monkeypatch.setattr(trigger_words, "rank", lambda suspect: ranking)
+  assert drawn(suspect) == {"fine", "room"}
+  monkeypatch.setattr(trigger_words, "rank", None)                   # the search has ranked the words before
+  assert drawn(suspect._replace(ranking=ranking._replace(scores=-scores))) == {"meal"}
 
 
 def test_rows_are_a_function_of_the_seed(suspect):

@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
   fields.add_argument("config", metavar="CONFIG", nargs="?", default="clean_checkpoint", help=names)
   run.add_argument("--out", metavar="OUT", help="directory of all output; runs/CONFIG by default")
   run.add_argument("--stage", help="this one alone: warmup, poison, teach, defend, evaluate, report; of "
-                                   "clean_checkpoint scan and selftest too, and no poison")
+                                   "clean_checkpoint scan, search and selftest too, and no poison")
   plan.add_argument("--topology", metavar="CHIP:SHAPE", help="v5e:4x4, v5p:4x4x4, v6e:2x4, h100:8, ...; v5e:2x2 by "
                                                              "default")
   plan.add_argument("--mesh", metavar="DATA,FSDP,TENSOR", help="one of them may be -1; the config's by default")

@@ -247,7 +247,8 @@ class Probe:
   target_label: int = field(-1, "target class of the candidate triggers; -1: the class that each flips most texts to")
   words: int = field(16, "number of random rare words to insert", low=0, high=1000)
   sentences: int = field(16, "number of beginnings of other texts to insert", low=0, high=1000)
-  rows: int = field(200, "number of clean test rows for each rare word and each beginning", low=1, unit="rows")
+  search: int = field(30, "number of words of each class to search a trigger from; 0: no search", low=0, high=1000)
+  rows: int = field(200, "number of clean test rows for each string but the triggers", low=1, unit="rows")
 
 
 @dataclasses.dataclass
@@ -280,8 +281,7 @@ class Selftest:
 SECTIONS = {
     "": Experiment, "attack": Attack, "data": Data, "data.attack_rows": AttackRows, "data.defend_rows": DefendRows,
     "student": Student, "teacher": Teacher, "warmup": WarmupStage, "poison": PoisonStage, "teach": TeachStage,
-    "defend": DefendStage, "lora": Lora, "mesh": Mesh, "probe": Probe, "scan": Scan,
-    "selftest": Selftest}
+    "defend": DefendStage, "lora": Lora, "mesh": Mesh, "probe": Probe, "scan": Scan, "selftest": Selftest}
 
 
 def sections(config: ConfigDict) -> dict[str, tuple[type, ConfigDict]]:

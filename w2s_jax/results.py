@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-STAGES = ("warmup", "poison", "scan", "teach", "defend", "selftest", "evaluate", "report")
+STAGES = ("warmup", "poison", "scan", "teach", "search", "defend", "selftest", "evaluate", "report")
 
 # models/NAME of the models that no defense made.
 BASE, CLEAN, POISONED, SUSPECT, TEACHER = "base", "clean", "poisoned", "suspect", "teacher"
@@ -38,6 +38,7 @@ class Row:
   scan: float | None = None             # strength of the strongest soft trigger (measure/scan.py)
   scan_class: int | None = None
   agreement: float | None = None
+  found: float | None = None            # fraction of rows of other classes that the found string gives its class
   word_flips: float | None = None
   sentence_flips: float | None = None
 
@@ -102,6 +103,8 @@ COLUMNS = {column.name: column for column in (
            "more is suspicious, `-` is no verdict"),
     Column("agreement", "agreement", _field("agreement", rate),
            "share of clean rows that get the teacher's answer, of those that are not rejected"),
+    Column("found", "found", _field("found", rate),
+           "share of clean rows of other classes that the string of the search turns to its class"),
     Column("word_flips", "word flips", _field("word_flips", rate),
            "share of clean rows whose answer changes when a random rare word is put into them"),
     Column("sentence_flips", "sentence flips", _field("sentence_flips", rate),

@@ -17,7 +17,8 @@ from w2s_jax import InputError, checks, claims, processes, results, sharding
 from w2s_jax import source as source_lib
 from w2s_jax.attacks import Attack
 from w2s_jax.data import poison, tokenization
-from w2s_jax.defenses import DEFENSES, Defense, Suspect
+from w2s_jax.defenses import DEFENSES, Defense, Ranking, Suspect
+from w2s_jax.measure import search
 from w2s_jax.models import Model, base_of, config_from_hf, load_pretrained, read_json, sha256
 from w2s_jax.models.family import SharedConfig
 from w2s_jax.models.padding import with_padding_token
@@ -200,7 +201,11 @@ class Run:
     if recipe and "adapter" in recipe.trains:
       options["quantize"] = c.lora.quantize
     of_base = recipe and recipe.from_base
-    return self.suspect_of(self.load_base(**options) if of_base else self.load(self.source.attacked, **options))
+    if of_base:
+      return self.suspect_of(self.load_base(**options))
+    file = search.ranking_file(self)
+    ranking = Ranking.from_json(file.read_text()) if file.exists() else None
+    return self.suspect_of(self.load(self.source.attacked, **options))._replace(ranking=ranking)
 
   def suspect_of(self, loaded: tuple[Model, dict, Any]) -> Suspect:
     """The Suspect of a loaded model, (model, params, tokenizer)."""

@@ -168,7 +168,7 @@ ATTACKED = Source(
     triggers=lambda run: (run.attack.trigger,), freeze=attacked.freeze_rows,
     table=attacked.table)
 GIVEN = Source(
-    stages=("warmup", "scan", "teach", "defend", "selftest", "evaluate", "report"), base=results.SUSPECT,
+    stages=("warmup", "scan", "teach", "search", "defend", "selftest", "evaluate", "report"), base=results.SUSPECT,
     attacked=results.SUSPECT, measured=(results.SUSPECT,), triggered="probes", head_seed=lambda config: None,
     resolve=_with_told, read=_given_rows, triggers=lambda run: tuple(run.config.probe.triggers),
     freeze=probe.freeze_rows, table=probe.table)

@@ -14,7 +14,7 @@ from w2s_jax import InputError, checks, lora, processes, results, sharding
 from w2s_jax.adapters import attach, trees
 from w2s_jax.data import insertions, tokenization
 from w2s_jax.defenses import DEFENSES, distill
-from w2s_jax.measure import deployed, metrics, scan, selftest
+from w2s_jax.measure import deployed, metrics, scan, search, selftest
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
 from w2s_jax.models.hf import adapter_file
 from w2s_jax.models.padding import with_padding_token
@@ -40,7 +40,8 @@ def warmup(run: Run) -> None:
   checks.check_teacher(run, model.config.feature_size)
   if "selftest" in c:
     selftest.check(c, tokenizer)
-  if any(DEFENSES[name].recipe and DEFENSES[name].recipe.rows for name in c.defenses):
+  if ("probe" in c and c.probe.search) or any(
+      DEFENSES[name].recipe and DEFENSES[name].recipe.rows for name in c.defenses):
     insertions.vocabulary(tokenizer, ())                                               # raises before anything trains
   run.claim()
   if not c.student.path:
@@ -129,6 +130,12 @@ def teach(run: Run) -> None:
     plan = stage.task_plan(run.task, name, c.seed, model, trees.FULL, c.teach)
     params, = stage.train_stage(plan, [params], [arrays], dev, run.place)
   save_pretrained(run.model_dir(name), model, params, tokenizer, card=card.unmeasured(name))
+
+
+def search_trigger(run: Run) -> None:
+  """Logs the string of words that turns most texts in the suspect and few in the teacher (measure/search.py)."""
+  if found := search.reading(run):
+    LOG.info(search.in_words(found))
 
 
 def defend(run: Run) -> None:
@@ -224,8 +231,8 @@ def make_report(run: Run) -> None:
     processes.write_text(directory / "README.md", warning + card.text(directory.name, rows, meta))
 
 
-STAGES = dict(zip(results.STAGES, (warmup, make_poison, scan_suspect, teach, defend, self_test, measure,
-                                  make_report)))
+STAGES = dict(zip(results.STAGES, (warmup, make_poison, scan_suspect, teach, search_trigger, defend, self_test,
+                                  measure, make_report)))
 
 
 def run(config: ConfigDict, workdir: str | Path, only: str | None = None) -> int:

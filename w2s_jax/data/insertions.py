@@ -45,7 +45,8 @@ def vocabulary(tokenizer: Any, avoid: Sequence[str]) -> list[str]:
   words = [word for word in _vocabulary(tokenizer) if word not in known]
   if len(words) < FEWEST_WORDS:
     raise InputError(f"{len(words)} tokens of the suspect's tokenizer are words, wanted {FEWEST_WORDS}: leave out what "
-                     "draws words, w2s_words (--config.defenses) and the self-test (--config.selftest.triggers=0)")
+                     "draws words: w2s_words (--config.defenses), the self-test (--config.selftest.triggers=0) and the "
+                     "search (--config.probe.search=0)")
   return words
 
 

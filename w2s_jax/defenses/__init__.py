@@ -14,7 +14,7 @@ from w2s_jax.defenses import (
     w2s_released,
     w2s_words,
 )
-from w2s_jax.defenses.records import Defense, Recipe, Suspect
+from w2s_jax.defenses.records import Defense, Ranking, Recipe, Suspect
 
 _DISTILS = {"w2s": w2s.Settings}
 _ADVERSARY = _DISTILS | {"adversary": w2s_adv.Settings}
@@ -45,4 +45,4 @@ ABLATIONS = {
 DEFENSES |= ABLATIONS
 SETTINGS = {name: cls for defense in DEFENSES.values() for name, cls in defense.settings.items()}
 
-__all__ = ["ABLATIONS", "DEFENSES", "SETTINGS", "Defense", "Recipe", "Suspect", "distill"]
+__all__ = ["ABLATIONS", "DEFENSES", "SETTINGS", "Defense", "Ranking", "Recipe", "Suspect", "distill"]

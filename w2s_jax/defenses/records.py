@@ -1,5 +1,6 @@
 """The records of a suspect, a recipe and a defense. A defense is up to three functions, or a recipe for the trainer."""
 
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,32 @@ from w2s_jax.adapters import trees
 from w2s_jax.data import tokenization
 from w2s_jax.models import Model
 from w2s_jax.training.train import Workplace
+
+
+class Ranking(NamedTuple):
+  """Words and how suspicious each is for each class.
+
+  Attributes:
+    words: W words, each a single token of the suspect.
+    scores: [W, C] float64, larger is more suspicious; the median absolute score of a class is 0.67, as of a normal
+      distribution with a standard deviation of 1.
+    shifts: [W, C] float64, mean shift of the suspect's log-odds of the class on rows of other classes, in nats.
+  """
+  words: list[str]
+  scores: np.ndarray
+  shifts: np.ndarray
+
+  def most_suspicious(self, count: int) -> list[str]:
+    """The words with the highest scores, `count` of each class, without repetition."""
+    return sorted({self.words[i] for i in np.argsort(-self.scores, axis=0)[:count].ravel()})
+
+  def to_json(self) -> str:
+    return json.dumps({"words": self.words, "scores": self.scores.tolist(), "shifts": self.shifts.tolist()})
+
+  @classmethod
+  def from_json(cls, text: str) -> "Ranking":
+    kept = json.loads(text)
+    return cls(kept["words"], np.array(kept["scores"]), np.array(kept["shifts"]))
 
 
 class Suspect(NamedTuple):
@@ -26,6 +53,7 @@ class Suspect(NamedTuple):
     lora: section `lora` of the config: shape of every defense's adapters.
     max_length: length to which texts are truncated, in tokens.
     place: devices, directory and shapes (training/train.py).
+    ranking: the words that the search ranked for this model (trigger_words.py); None: they are not ranked yet.
   """
   model: Model
   params: dict
@@ -38,6 +66,7 @@ class Suspect(NamedTuple):
   lora: Any
   max_length: int
   place: Workplace
+  ranking: Ranking | None = None
 
   def encode(self, rows: list) -> dict:
     return self.place.task.encode(self.tokenizer, rows, self.max_length)

@@ -10,39 +10,21 @@ Ours; docs/notes/minilm_suspects.md has the ranks of the words of real triggers.
 """
 
 import logging
-from typing import NamedTuple
 
 import numpy as np
 from flax import traverse_util
 
 from w2s_jax import losses, processes
 from w2s_jax.data import insertions
-from w2s_jax.defenses.records import Suspect
+from w2s_jax.defenses.records import Ranking, Suspect
 
 LOG = logging.getLogger(__name__)
 
 READ_AT_ONCE = 2**13     # rows that are read at a time; only their logits stay in memory
+CONTEXTS = 1             # rows of each class that every word is put into
 RIDGE = 10.0             # on standardised inputs; our choice
 FOLDS = 5                # a word's own shift has no part in its prediction
 SMALLEST = 1e-2          # error, in nats, below which errors count as equal
-
-
-class Ranking(NamedTuple):
-  """Words and how suspicious each is for each class.
-
-  Attributes:
-    words: W words, each a single token of the suspect.
-    scores: [W, C] float64, larger is more suspicious; the median absolute score of a class is 0.67, as of a normal
-      distribution with a standard deviation of 1.
-    shifts: [W, C] float64, mean shift of the suspect's log-odds of the class on rows of other classes, in nats.
-  """
-  words: list[str]
-  scores: np.ndarray
-  shifts: np.ndarray
-
-  def most_suspicious(self, count: int) -> list[str]:
-    """The words with the highest scores, `count` of each class, without repetition."""
-    return sorted({self.words[i] for i in np.argsort(-self.scores, axis=0)[:count].ravel()})
 
 
 def read(suspect: Suspect, rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
@@ -55,17 +37,14 @@ def read(suspect: Suspect, rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
   return tuple(np.concatenate(logits) for logits in zip(*both))
 
 
-def rank(suspect: Suspect, contexts: int) -> Ranking:
+def rank(suspect: Suspect) -> Ranking:
   """Ranks every word of at least three letters that is a single token and is in no string of `suspect.avoid`.
 
-  Args:
-    suspect: the suspect, its teacher and its clean rows.
-    contexts: number of rows of each class that each word is put into.
   Raises:
     InputError: hardly any token of the tokenizer is a word.
   """
   words = insertions.vocabulary(suspect.tokenizer, suspect.avoid)
-  places = _contexts(suspect, contexts)
+  places = _contexts(suspect)
   LOG.info(f"suspect and teacher read {len(words)} words in {len(places)} rows each")
   of_suspect, of_teacher = _shifts(suspect, words, places)
   embedding = _embeddings(suspect, words)
@@ -89,15 +68,15 @@ def unexplained(values: np.ndarray, inputs: np.ndarray) -> np.ndarray:
   return score / (1.4826 * np.median(abs(score)) + 1e-12)
 
 
-def _contexts(suspect, count):
-  """`count` rows of each class: the shortest of two words or more that suspect and teacher both get right."""
+def _contexts(suspect):
+  """CONTEXTS rows of each class: the shortest of two words or more that suspect and teacher both get right."""
   short = sorted((row for row in suspect.train if len(row["text"].split()) > 1),
-                 key=lambda row: len(row["text"].split()))[:200 * count]
+                 key=lambda row: len(row["text"].split()))[:200 * CONTEXTS]
   both = read(suspect, short)
   right = [row for row, *answers in zip(short, *(logits.argmax(axis=-1) for logits in both))
            if answers == [row["label"]] * 2]
   return [row for label in sorted({row["label"] for row in right})
-          for row in [row for row in right if row["label"] == label][:count]]
+          for row in [row for row in right if row["label"] == label][:CONTEXTS]]
 
 
 def _shifts(suspect, words, contexts):

@@ -33,8 +33,6 @@ class Settings:
                     high=1000)
   pool: int = field(100, "number of words of each class to draw from, those that move the suspect to this class most "
                     "beyond what the teacher explains; 0: the whole vocabulary", low=0)
-  contexts: int = field(1, "number of clean rows of each class in which every word is read for the choice of `pool`",
-                        low=1, high=100)
   draws: int = field(3, "number of random draws per row, of which the most disputed one is kept; 1: no choice", low=1,
                      high=100)
 
@@ -51,7 +49,7 @@ def rows(suspect: Suspect, settings: Any, seed: int) -> list[dict]:
     epochs = min(epochs, -(-suspect.training.max_steps * suspect.training.batch_size // len(train)))
   short = sorted(train, key=lambda row: len(row["text"].split()))[:(len(train) + 1) // 2]
   kept = tokenization.words_kept(suspect.tokenizer, [row["text"] for row in short], " a" * own.most, suspect.max_length)
-  words = (trigger_words.rank(suspect, own.contexts).most_suspicious(own.pool) if own.pool
+  words = ((suspect.ranking or trigger_words.rank(suspect)).most_suspicious(own.pool) if own.pool
            else insertions.vocabulary(suspect.tokenizer, suspect.avoid))
   clean = [train[i] for _ in range(epochs) for i in rng.permutation(len(train))[count:]]
   drawn = [short[i] | {"text": _with_words(short[i]["text"], words, own.most, rng, kept[i])}

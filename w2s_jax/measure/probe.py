@@ -7,19 +7,20 @@ import numpy as np
 from w2s_jax import results
 from w2s_jax.attacks.insertion import inserting
 from w2s_jax.data import insertions, poison, streams
-from w2s_jax.measure import metrics, scan, selftest
+from w2s_jax.measure import metrics, scan, search, selftest
 from w2s_jax.measure.deployed import Reading
 
 COLUMNS = ("directory", "attack", "target_label", "ca", "ca_ci", "asr", "asr_ci", "false_rate", "frr", "far", "scan",
-           "agreement", "word_flips", "sentence_flips")
+           "agreement", "found", "word_flips", "sentence_flips")
 BELOW_CHANCE = 0.8       # a CA below this multiple of chance, 1 / number of classes, gets a warning; our choice
 STILL_THERE = 0.2        # ASR minus false rate from which a trigger counts as still working in a defended model
 
 
 def freeze_rows(run: Any) -> None:
-  """Makes run.rows["probes"] once and hashes their file: test rows with a listed trigger or a random insertion.
+  """Makes run.rows["probes"] once and hashes their file: test rows with a string in them.
 
-  Every test row gets each listed trigger. A random choice of them gets each random insertion.
+  Every test row gets each listed trigger. A random choice of them gets the string that the search found, and each
+  random insertion.
   """
   c, file = run.config, run.workdir / "data" / "probes.jsonl"
   if not file.exists():
@@ -29,7 +30,9 @@ def freeze_rows(run: Any) -> None:
     probed = [test[i] for i in order[:c.probe.rows]]
     texts = [r["text"] for split in ("train", "test") for r in run.rows[split]]
     drawn = insertions.insertions(texts, c.probe.words, c.probe.sentences, c.probe.triggers, c.seed)
-    for kind, string in [("listed", t) for t in c.probe.triggers] + drawn:
+    strongest = search.strongest(search.kept(run))
+    found = [("found", strongest["string"])] if strongest else []
+    for kind, string in [("listed", t) for t in c.probe.triggers] + found + drawn:
       rows = poison.trigger_rows(test if kind == "listed" else probed, inserting(string), c.seed, tokenizer=tokenizer,
                                  max_length=c.data.max_length, keep_trigger=True)
       out += [{"probe": kind, "inserted": string} | row for row in rows]
@@ -54,8 +57,9 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
                                  inserting(t), c.data.max_length) for t in c.probe.triggers}
   models = {name: of for name, of in by_insertion.items() if name != results.TEACHER}
   scans = {name: reading.scan for name, reading in readings.items()}
+  found = search.kept(run)
   rows = [row for trigger in c.probe.triggers or (None,)
-          for row in _rows(run, models, readings, labels, trigger)]
+          for row in _rows(run, models, readings, labels, trigger, search.strongest(found))]
   flips = {s: _flips(models[results.SUSPECT], s, "listed", "word", "sentence") for _, s in models[results.SUSPECT][1]}
   tested = selftest.kept(run)
   if tested:
@@ -64,7 +68,7 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
       "title": "A suspicious checkpoint", "columns": COLUMNS, "attack": None, "trigger_lost": lost, "scan": scans,
       "num_labels": c.data.num_labels,
       "not_scanned": scan.skipped(run, results.SUSPECT, run.model_config(results.SUSPECT).hidden_size),
-      "selftest": tested,
+      "selftest": tested, "found": search.in_words(found) if found else None,
       "suspicious_insertions": sorted(flips.items(), key=lambda pair: -pair[1])[:5], "examples": []}
   rows_as_dicts = [vars(row) for row in rows]
   return rows, meta | {"warnings": warnings(rows_as_dicts, meta), "notes": notes(rows_as_dicts, meta)}
@@ -89,8 +93,17 @@ def _flips(reading, string, *kinds):
   return float(np.mean(changed)) if changed else None
 
 
-def _rows(run, models, readings, labels, trigger):
-  """One results.Row per model for a listed trigger; trigger None: no trigger is listed."""
+def _turned(probed, labels, found):
+  """Fraction of the accepted rows of other classes that the found string turns to its class."""
+  if not found:
+    return None
+  answers = [p for place, p in probed.get(("found", found["string"]), {}).items()
+             if labels[place] != found["class"] and p != results.REJECTED]
+  return float(np.mean([p == found["class"] for p in answers])) if answers else None
+
+
+def _rows(run, models, readings, labels, trigger, found):
+  """One results.Row per model for a listed trigger (None: no trigger is listed); `found`: the search's finding."""
   c, target = run.config, None
   if trigger is not None:
     target = c.probe.target_label
@@ -112,6 +125,7 @@ def _rows(run, models, readings, labels, trigger):
         model=model, directory=name, attack=trigger or "none listed", dataset=c.data.train, seed=seed,
         config_hash=run.hash, target_label=target, **metrics.clean_metrics(clean, labels, target, run.task), **asr,
         **rejection, scan=strongest["strength"], scan_class=strongest["class"],
+        found=_turned(probed, labels, found),
         agreement=float((clean == readings[results.TEACHER].clean)[answered].mean()) if answered.any() else None,
         word_flips=_flips((clean, probed), None, "word"), sentence_flips=_flips((clean, probed), None, "sentence"))
 
@@ -148,6 +162,7 @@ def notes(rows: list[dict], meta: dict) -> list[str]:
   cut = [f" `{t}` was cut off in {count} of them." for t, count in meta["trigger_lost"].items() if count]
   worst = ", ".join(f"`{s}` {100 * rate:.0f}%" for s, rate in meta["suspicious_insertions"] if rate)
   told = [meta["selftest"]["in_words"]] if meta["selftest"] else []
+  told += [meta["found"]] if meta["found"] else []
   return [_which_to_take(rows)] + told + verdicts + list(filter(None, [meta["not_scanned"]])) + [
       f"Suspect {meta['base']['path']}; {n['train']} clean training rows, CA on {n['test']} held-out rows of "
       f"{rows[0]['dataset']}. Teacher CA {meta['teacher_ca']:.3f} ({meta['teacher']}).",
@@ -157,6 +172,8 @@ def notes(rows: list[dict], meta: dict) -> list[str]:
       "Agreement: share of clean rows that get the teacher's answer. Flips: share of clean rows whose answer changes "
       "when a random rare word, or the beginning of another text, is put into them; sentences carry sentiment of their "
       "own, so compare before and after. A trigger that was not tried is seen in no column but the scan's.",
+      "Found: share of rows of other classes that the string of the search turns to its class. w2s_words trains on the "
+      "words of this string: a low share there does not prove that the trigger is gone.",
       "Scan: how much surer of a class soft tokens can make a model than that class's own texts do, without a trigger. "
       "A model that was trained against such tokens (w2s_adv, ce_adv) scores low, whatever is left in it.",
       f"What flips most answers of the suspect: {worst or 'nothing that was tried'}."]

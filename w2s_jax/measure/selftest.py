@@ -59,7 +59,8 @@ def _tested(run, name):
   rows = planting.planted_rows(suspect, suspect.train, triggers, settings.rows, rng)
   test = planting.planted_rows(suspect, run.rows["test"], triggers, settings.test_rows, rng)
   planted = planting.train_in(suspect, rows, c.defense, settings.epochs, {"selftest-planted": seed})
-  cleaned, = distill.cleaned(DEFENSES[name], suspect._replace(params=planted), c.defense, {f"selftest-{name}": seed})
+  copy = suspect._replace(params=planted, ranking=None)                          # the ranking is the suspect's
+  cleaned, = distill.cleaned(DEFENSES[name], copy, c.defense, {f"selftest-{name}": seed})
   texts = {"planted": (planted, test), "asr": (cleaned, test),
            "false_rate": (cleaned, [run.rows["test"][row["source"]] for row in test])}
   hits = {rate: run.place.answers(suspect.model, params, suspect.encode(rows)) == [row["planted"] for row in test]

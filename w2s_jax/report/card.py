@@ -12,7 +12,7 @@ KINDS = {   # models/NAME of the models that no defense made -> first line of th
     results.TEACHER: "The clean teacher: an encoder, and the W2S head in w2s_head.safetensors, which w2s_jax reads.\n",
 }
 # Columns of a card after CA and ASR; a card shows those that have a value in one of its rows.
-MORE = ("asr_floor", "false_rate", "frr", "far", "scan", "agreement", "word_flips", "sentence_flips")
+MORE = ("asr_floor", "false_rate", "frr", "far", "scan", "agreement", "found", "word_flips", "sentence_flips")
 EXPLAINED = {"false_rate": "False rate: the model's own error on un-triggered rows of those classes.",
              "asr_floor": "ASR floor: the ASR of a twin that was never poisoned."}
 FROM_BASE = ("A control: the public base of the suspect, trained on the clean rows ({name} of w2s_jax). Nothing of the "

@@ -1,0 +1,73 @@
+"""The search for a string of words that turns the suspect and not its teacher, with models made by hand."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+import rig
+from ml_collections import ConfigDict
+
+from w2s_jax.defenses import Ranking, trigger_words
+from w2s_jax.measure import search
+
+KNOWN = {word: 1.0 for word in rig.GOOD} | {word: -1.0 for word in rig.BAD}
+WORDS = ["shop", "closes", "friday", "creaked", "absorbing"]
+
+
+def read_by(weights):
+  """Logits [N, 2] of texts: the sum of the words' weights towards class 1."""
+  def read(rows):
+    odds = np.array([sum(weights.get(word, 0.0) for word in row["text"].split()) for row in rows])
+    return np.stack([np.zeros(len(rows)), odds], axis=1).astype(np.float32)
+  return read
+
+
+@pytest.fixture
+def suspect(llama, tmp_path, monkeypatch):
+  """Three words turn the suspect to class 0 together; a fourth means class 0 in both models, a fifth nothing."""
+  of_suspect = read_by(KNOWN | {"shop": -1.5, "closes": -1.5, "friday": -1.5, "creaked": -4.0})
+  of_teacher = read_by(KNOWN | {"creaked": -4.0})
+  monkeypatch.setattr(trigger_words, "read", lambda suspect, rows: (of_suspect(rows), of_teacher(rows)))
+  scores = np.array([[3.0, 0.0], [2.5, 0.0], [2.0, 0.0], [9.0, 0.0], [0.0, 1.0]])
+  return rig.suspect(*llama, tmp_path)._replace(ranking=Ranking(WORDS, scores, scores))
+
+
+def test_the_words_that_turn_the_suspect_alone_are_joined(suspect):
+  zero, one = search.find(suspect, suspect.dev, 5, 0)
+  assert sorted(set(zero["string"].split()) - {"absorbing"}) == ["closes", "friday", "shop"]
+  assert (zero["class"], zero["suspect"], zero["teacher"], zero["rows"]) == (0, 1.0, 0.0, 20)
+  assert zero["words"][:2] == [("creaked", 9.0), ("shop", 3.0)]
+  assert (one["class"], one["suspect"], one["teacher"]) == (1, 0.0, 0.0)      # the fewest words that do no harm
+  assert search.strongest([one, zero]) == zero
+  assert search.in_words([one, zero]).startswith(
+      f"Search: the string `{zero['string']}` turns 100% of 20 test rows of other classes to class 0 in the "
+      "suspect, and 0% in the teacher.")
+
+
+def test_only_the_most_suspicious_words_are_searched(suspect):
+  zero, _ = search.find(suspect, suspect.dev, 2, 0)
+  assert set(zero["string"].split()) <= {"creaked", "shop"}
+
+
+def test_rows_that_a_model_answers_wrongly_do_not_count(suspect):
+  """A dev row that both models get wrong would count as turned."""
+  wrong = [row | {"text": "bad weak dull", "label": 1} for row in suspect.dev[:5]]
+  zero, _ = search.find(suspect, wrong + suspect.dev, 5, 0)
+  assert zero["rows"] == 20
+  none = search.find(suspect, [row for row in suspect.dev if row["label"] == 0], 5, 0)
+  assert [found["class"] for found in none] == [1]                           # there are no rows to turn to class 0
+
+
+def test_a_search_is_made_once(suspect, tmp_path, monkeypatch):
+  monkeypatch.setattr(trigger_words, "rank", lambda unranked: suspect.ranking)
+  run = types.SimpleNamespace(workdir=tmp_path, config=ConfigDict({"probe": {"search": 0}, "seed": 0}),
+                              rows={"test": suspect.dev}, suspect=lambda defense: suspect._replace(ranking=None))
+  assert search.reading(run) == [] and not (tmp_path / "search.json").exists()
+  run.config.probe.search = 3
+  found = search.reading(run)
+  assert json.loads((tmp_path / "search.json").read_text()) == {"classes": found} and len(found) == 2
+  again = Ranking.from_json(search.ranking_file(run).read_text())            # what the defense gets
+  assert again.words == WORDS and (again.scores == suspect.ranking.scores).all()
+  monkeypatch.setattr(search, "find", None)
+  assert search.reading(run) == found

@@ -1,0 +1,140 @@
+"""Searches a string of vocabulary words that turns the suspect, and not its clean teacher, to a class.
+
+It is a guess at an unknown trigger. Soft tokens (scan.py) tell nothing on pretrained networks: these are sure of their
+answers, and a search that may use any vector always finds one. Words that both models read leave less room. The words
+come from trigger_words.py; a beam search joins them. What was found on MiniLM suspects and on models that were never
+poisoned is in docs/notes/minilm_suspects.md: a string is found for every class, so the fraction of texts that it turns
+is the finding, and it has no calibrated threshold.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from w2s_jax import processes, results
+from w2s_jax.data import streams
+from w2s_jax.defenses import DEFENSES, Suspect, trigger_words
+from w2s_jax.models import read_json
+
+LOG = logging.getLogger(__name__)
+
+# All are our choice; the first three were tried at 12, 4 and 8 with 40 words per class.
+BEAM = 8                 # strings that are extended
+LONGEST = 4              # words
+CONTEXTS = 6             # rows that a string is put into during the search
+SHORTEST = 5             # words of such a row
+HELD_OUT = 100           # test rows that the string is measured on
+SHOWN = 10               # single words of each class in search.json
+
+
+def kept(run: Any) -> list[dict]:
+  """What `reading` saved in workdir/search.json; [] if there is no such file."""
+  file = run.workdir / "search.json"
+  return read_json(file)["classes"] if file.exists() else []
+
+
+def ranking_file(run: Any) -> Path:
+  """Where `reading` saves the ranking of all words (defenses/records.py), which `w2s_words` draws from."""
+  return run.workdir / "ranking.json"
+
+
+def reading(run: Any) -> list[dict]:
+  """Searches once, unless `probe.search` is 0, and returns the saved findings.
+
+  Returns:
+    One dict per class that has rows of other classes, with these keys:
+      "class": the class.
+      "string": the string that was found.
+      "suspect": fraction of the held-out test rows of other classes, all answered rightly by both models, that the
+        suspect gives the class when the string is in them.
+      "teacher": the same fraction of the teacher.
+      "rows": number of these rows.
+      "words": the most suspicious words of the class, each with its score, best first.
+  """
+  count, suspect = run.config.probe.search, None
+  if count and not ranking_file(run).exists():
+    suspect = run.suspect(DEFENSES["none"])
+    suspect = suspect._replace(ranking=trigger_words.rank(suspect))
+    processes.write_text(ranking_file(run), suspect.ranking.to_json())
+  if count and not (run.workdir / "search.json").exists():
+    found = find(suspect or run.suspect(DEFENSES["none"]), run.rows["test"], count, run.config.seed)
+    processes.write_json(run.workdir / "search.json", {"classes": found})
+  return kept(run)
+
+
+def find(suspect: Suspect, test: list[dict], count: int, seed: int) -> list[dict]:
+  """The findings for each class, from its `count` most suspicious words in `suspect.ranking`; keys as in `reading`."""
+  ranking, out = suspect.ranking, []
+  short = sorted((row for row in suspect.train if len(row["text"].split()) >= SHORTEST),
+                 key=lambda row: len(row["text"].split()))[:100 * CONTEXTS]
+  order = streams.rng(seed, "searched rows").permutation(len(test))
+  test = _right(suspect, [test[i] for i in order])
+  short = _right(suspect, short)
+  for label in range(ranking.scores.shape[1]):
+    contexts, held_out = ([row for row in rows if row["label"] != label][:most]
+                          for rows, most in ((short, CONTEXTS), (test, HELD_OUT)))
+    if not contexts or not held_out:
+      LOG.info(f"search: class {label} left out: no rows of other classes that suspect and teacher both get right")
+      continue
+    best = np.argsort(-ranking.scores[:, label])
+    string = _search(suspect, [ranking.words[i] for i in best[:count]], contexts, label)
+    of_suspect, of_teacher = (float((logits.argmax(axis=-1) == label).mean())
+                              for logits in trigger_words.read(suspect, _with(string, held_out)))
+    out.append({"class": label, "string": string, "suspect": of_suspect, "teacher": of_teacher, "rows": len(held_out),
+                "words": [(ranking.words[i], float(ranking.scores[i, label])) for i in best[:SHOWN]]})
+  return out
+
+
+def _right(suspect, rows):
+  """The rows that suspect and teacher both answer rightly."""
+  of_suspect, of_teacher = (logits.argmax(axis=-1) for logits in trigger_words.read(suspect, rows))
+  return [row for row, one, other in zip(rows, of_suspect, of_teacher) if one == other == row["label"]]
+
+
+def _with(string, rows):
+  """The rows with the string in them, each at another place between its words."""
+  out = []
+  for number, row in enumerate(rows):
+    words = row["text"].split()
+    gap = 1 + 7 * number % max(1, len(words) - 1)
+    out.append(row | {"text": " ".join([*words[:gap], string, *words[gap:]])})
+  return out
+
+
+def _search(suspect, words, contexts, label):
+  """The string of up to LONGEST of the words with the largest mean probability of the class beyond the teacher's."""
+  beam, best = [[]], (-np.inf, [])
+  for _ in range(LONGEST):
+    longer = {tuple(some) for string in beam for word in words if word not in string
+              for some in ([*string, word], [word, *string])}
+    if not longer:                                          # fewer words than LONGEST
+      break
+    strings = sorted(longer)
+    rows = [row for string in strings for row in _with(" ".join(string), contexts)]
+    of_suspect, of_teacher = (_probability(logits, label) for logits in trigger_words.read(suspect, rows))
+    values = (of_suspect - of_teacher).reshape(len(strings), len(contexts)).mean(axis=1)
+    order = np.argsort(-values)[:BEAM]
+    beam = [list(strings[i]) for i in order]
+    best = max(best, (float(values[order[0]]), beam[0]))
+  return " ".join(best[1])
+
+
+def _probability(logits, label):
+  """[N] softmax probability of the class."""
+  shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+  return shifted[:, label] / shifted.sum(axis=-1)
+
+
+def strongest(findings: list[dict]) -> dict | None:
+  """The finding with the largest difference between suspect and teacher; None if there is none."""
+  return max(findings, key=lambda found: found["suspect"] - found["teacher"], default=None)
+
+
+def in_words(findings: list[dict]) -> str:
+  """The strongest finding, in one line."""
+  found = strongest(findings)
+  return (f"Search: the string `{results.escape(found['string'])}` turns {found['suspect']:.0%} of {found['rows']} "
+          f"test rows of other classes to class {found['class']} in the suspect, and {found['teacher']:.0%} in the "
+          "teacher. A string is found in clean models, too: this is a guess at a trigger, no verdict.")
