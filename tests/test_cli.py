@@ -233,8 +233,7 @@ def test_a_checkpoint_is_cleaned(workdir, cleaned):
   rows = {r["model"]: r for r in results(cleaned)["rows"]}
   assert list(rows) == ["suspect", "lora_ce", "w2s", "w2s_adv"] and not (cleaned / "data/poisoned_train.jsonl").exists()
   assert all(r["attack"] == "mn" and r["asr_floor"] is None and r["ca_n"] == 16 for r in rows.values())
-  assert all(0 <= r[k] <= 1 for r in rows.values() for k in (
-      "agreement", "found", "word_flips", "sentence_flips", "asr"))
+  assert all(0 <= r[k] <= 1 for r in rows.values() for k in ("agreement", "word_flips", "sentence_flips", "asr"))
   scans = results(cleaned)["meta"]["scan"]
   assert list(scans) == ["teacher", *rows]
   for name, reading in scans.items():
@@ -249,10 +248,12 @@ def test_a_checkpoint_is_cleaned(workdir, cleaned):
   assert "Self-test: " in (cleaned / "models/w2s_adv/README.md").read_text()
   assert "Self-test: " not in (cleaned / "models/w2s/README.md").read_text()
   searched = json.loads((cleaned / "search.json").read_text())["classes"]
-  assert [found["class"] for found in searched] == [0, 1] and all(found["string"] for found in searched)
-  assert search.in_words(searched) in (cleaned / "results.md").read_text()
+  assert (cleaned / "ranking.json").exists()
+  if searched:                                     # there are rows that suspect and teacher both get right
+    assert all(0 <= row["found"] <= 1 for row in rows.values())
+    assert search.in_words(searched) in (cleaned / "results.md").read_text()
   probes = [json.loads(x) for x in (cleaned / "data/probes.jsonl").read_text().splitlines()]
-  assert len(probes) == 16 + 5 * 8 and all(f" {p['inserted']}" in p["text"] for p in probes)
+  assert len(probes) == 16 + (4 + bool(searched)) * 8 and all(f" {p['inserted']}" in p["text"] for p in probes)
   suspect, before = (load_file(d / "model.safetensors")
                      for d in (cleaned / "models/suspect", workdir / "models/poisoned"))
   assert suspect.keys() == before.keys() and all((suspect[k] == before[k]).all() for k in before)

@@ -57,6 +57,22 @@ def test_contexts_are_the_shortest_rows_that_both_models_get_right(suspect, monk
   assert all(text.split()[0] == "weak" and text.split()[2:] == ["meal", "here"] for text in seen[1][1:])
 
 
+def test_the_shortest_rows_with_enough_words_come_first():
+  rows = [{"text": text} for text in ("one", "one two three", "one two", "one two three four")]
+  assert [len(row["text"].split()) for row in trigger_words.shortest(rows, 3)] == [3, 4, 1, 2]
+
+
+def test_a_class_that_no_model_gets_right_has_a_context_all_the_same(suspect, monkeypatch):
+  always_one = read_by({word: 1.0 for word in rig.PLAIN + rig.GOOD})
+  seen = []
+  def read(suspect, rows):
+    seen.append(rows)
+    return always_one(rows), always_one(rows)
+  monkeypatch.setattr(trigger_words, "read", read)
+  assert np.isfinite(trigger_words.rank(suspect).scores).all()
+  assert [rows[0]["label"] for rows in seen[1:]] == [0, 1]
+
+
 def test_an_error_counts_by_what_is_usual_where_it_is():
   """Where errors of 3 are usual they are nothing; where errors of 0.1 are usual, 1 is a lot."""
   rng = np.random.default_rng(0)

@@ -37,6 +37,14 @@ def read(suspect: Suspect, rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
   return tuple(np.concatenate(logits) for logits in zip(*both))
 
 
+def shortest(rows: list[dict], words: int) -> list[dict]:
+  """The rows by their number of words, ascending; texts of fewer than `words` words come last."""
+  def length(row):
+    count = len(row["text"].split())
+    return count < words, count
+  return sorted(rows, key=length)
+
+
 def rank(suspect: Suspect) -> Ranking:
   """Ranks every word of at least three letters that is a single token and is in no string of `suspect.avoid`.
 
@@ -69,14 +77,13 @@ def unexplained(values: np.ndarray, inputs: np.ndarray) -> np.ndarray:
 
 
 def _contexts(suspect):
-  """CONTEXTS rows of each class: the shortest of two words or more that suspect and teacher both get right."""
-  short = sorted((row for row in suspect.train if len(row["text"].split()) > 1),
-                 key=lambda row: len(row["text"].split()))[:200 * CONTEXTS]
-  both = read(suspect, short)
-  right = [row for row, *answers in zip(short, *(logits.argmax(axis=-1) for logits in both))
-           if answers == [row["label"]] * 2]
-  return [row for label in sorted({row["label"] for row in right})
-          for row in [row for row in right if row["label"] == label][:CONTEXTS]]
+  """CONTEXTS rows of each class, those first that both models get right."""
+  short = shortest(suspect.train, 2)[:200 * CONTEXTS]
+  answers = zip(*(logits.argmax(axis=-1) for logits in read(suspect, short)))
+  wrong = [given != (row["label"],) * 2 for row, given in zip(short, answers)]
+  ordered = [short[i] for i in np.argsort(wrong, kind="stable")]
+  return [row for label in sorted({row["label"] for row in short})
+          for row in [row for row in ordered if row["label"] == label][:CONTEXTS]]
 
 
 def _shifts(suspect, words, contexts):

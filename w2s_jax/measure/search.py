@@ -67,8 +67,7 @@ def reading(run: Any) -> list[dict]:
 def find(suspect: Suspect, test: list[dict], count: int, seed: int) -> list[dict]:
   """The findings for each class, from its `count` most suspicious words in `suspect.ranking`; keys as in `reading`."""
   ranking, out = suspect.ranking, []
-  short = sorted((row for row in suspect.train if len(row["text"].split()) >= SHORTEST),
-                 key=lambda row: len(row["text"].split()))[:100 * CONTEXTS]
+  short = trigger_words.shortest(suspect.train, SHORTEST)[:100 * CONTEXTS]
   order = streams.rng(seed, "searched rows").permutation(len(test))
   test = _right(suspect, [test[i] for i in order])
   short = _right(suspect, short)
