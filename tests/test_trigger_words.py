@@ -42,35 +42,29 @@ def test_a_word_that_moves_the_suspect_alone_comes_before_words_that_mean_the_cl
   assert set(ranking.most_suspicious(1)) == set(first.values())
 
 
-def test_contexts_are_the_shortest_rows_that_both_models_get_right(suspect, monkeypatch):
-  texts = ["good", "good meal", "bad meal", "weak meal here", "fine meal here it", "dull meal is a room here"]
+def test_contexts_are_short_rows_that_both_models_are_sure_of(suspect, monkeypatch):
+  texts = ["good", "good meal", "fine meal here", "great meal it is", "bad meal", "weak meal here", "dull meal is a room"]
   rows = [{"text": text, "label": int(text.split()[0] in rig.GOOD)} for text in texts]
-  of_suspect = read_by({"good": 1.0, "fine": 1.0, "bad": 1.0, "weak": -1.0, "dull": -1.0})          # wrong on "bad"
-  of_teacher = read_by({"good": -1.0, "fine": 1.0, "bad": -1.0, "weak": -1.0, "dull": -1.0})        # wrong on "good"
+  of_suspect = read_by({"good": 9.0, "fine": 2.0, "great": 3.0, "bad": 1.0, "weak": -2.0, "dull": -1.0})  # bad: wrong
+  of_teacher = read_by({"good": 1.0, "fine": 2.0, "great": 3.0, "bad": -9.0, "weak": -1.0, "dull": -3.0})
   seen = []
   def read(suspect, rows):
     seen.append([row["text"] for row in rows])
     return of_suspect(rows), of_teacher(rows)
   monkeypatch.setattr(trigger_words, "read", read)
   trigger_words.rank(suspect._replace(train=rows))
-  assert [texts[0] for texts in seen[1:]] == ["weak meal here", "fine meal here it"]
-  assert all(text.split()[0] == "weak" and text.split()[2:] == ["meal", "here"] for text in seen[1][1:])
+  zero, one = (texts for texts in seen if len(texts) > 10)
+  assert (zero[0], one[0]) == ("weak meal here", "great meal it is")
+  assert all(text.split()[0] == "weak" and text.split()[2:] == ["meal", "here"] for text in zero[1:])
+  monkeypatch.setattr(trigger_words, "SHORT", 2)
+  seen.clear()
+  trigger_words.rank(suspect._replace(train=rows))
+  assert [texts[0] for texts in seen if len(texts) > 10][1] == "fine meal here"          # the shorter two alone
 
 
 def test_the_shortest_rows_with_enough_words_come_first():
   rows = [{"text": text} for text in ("one", "one two three", "one two", "one two three four")]
   assert [len(row["text"].split()) for row in trigger_words.shortest(rows, 3)] == [3, 4, 1, 2]
-
-
-def test_a_class_that_no_model_gets_right_has_a_context_all_the_same(suspect, monkeypatch):
-  always_one = read_by({word: 1.0 for word in rig.PLAIN + rig.GOOD})
-  seen = []
-  def read(suspect, rows):
-    seen.append(rows)
-    return always_one(rows), always_one(rows)
-  monkeypatch.setattr(trigger_words, "read", read)
-  assert np.isfinite(trigger_words.rank(suspect).scores).all()
-  assert [rows[0]["label"] for rows in seen[1:]] == [0, 1]
 
 
 def test_an_error_counts_by_what_is_usual_where_it_is():

@@ -1,7 +1,7 @@
 """Ranks the words of the vocabulary by how far they move a suspect beyond what a clean teacher explains.
 
 A trigger's words move a poisoned model to the target class. Words that mean this class do so, too, and they are many.
-The teacher is moved by the words that mean something and by no trigger. So each word is put into the shortest clean
+The teacher is moved by the words that mean something and by no trigger. So each word is put into short clean
 rows, both models read it, and two ridge regressions ask what is unusual about the suspect. The first one predicts the
 suspect's shift from the teacher's shift and from the word's embedding. The second one predicts how large the error of
 the first one usually is. The score of a word is its error divided by this prediction.
@@ -22,6 +22,7 @@ LOG = logging.getLogger(__name__)
 
 READ_AT_ONCE = 2**13     # rows that are read at a time; only their logits stay in memory
 CONTEXTS = 1             # rows of each class that every word is put into
+SHORT = 20               # number of shortest rows of each class to choose them from
 RIDGE = 10.0             # on standardised inputs; our choice
 FOLDS = 5                # a word's own shift has no part in its prediction
 SMALLEST = 1e-2          # error, in nats, below which errors count as equal
@@ -77,13 +78,16 @@ def unexplained(values: np.ndarray, inputs: np.ndarray) -> np.ndarray:
 
 
 def _contexts(suspect):
-  """CONTEXTS rows of each class, those first that both models get right."""
-  short = shortest(suspect.train, 2)[:200 * CONTEXTS]
-  answers = zip(*(logits.argmax(axis=-1) for logits in read(suspect, short)))
-  wrong = [given != (row["label"],) * 2 for row, given in zip(short, answers)]
-  ordered = [short[i] for i in np.argsort(wrong, kind="stable")]
-  return [row for label in sorted({row["label"] for row in short})
-          for row in [row for row in ordered if row["label"] == label][:CONTEXTS]]
+  """The rows of each class that both models are surest of, CONTEXTS of the SHORT shortest.
+
+  In a text that a model is unsure of any word moves it; in one that it is sure of only strong words do.
+  """
+  out = []
+  for label in sorted({row["label"] for row in suspect.train}):
+    short = shortest([row for row in suspect.train if row["label"] == label], 2)[:SHORT]
+    sure = np.minimum(*(_log_odds(logits)[:, label] for logits in read(suspect, short)))
+    out += [short[i] for i in np.argsort(-sure, kind="stable")[:CONTEXTS]]
+  return out
 
 
 def _shifts(suspect, words, contexts):
