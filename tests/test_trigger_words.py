@@ -43,7 +43,7 @@ def test_a_word_that_moves_the_suspect_alone_comes_before_words_that_mean_the_cl
 
 
 def test_contexts_are_short_rows_that_both_models_are_sure_of(suspect, monkeypatch):
-  texts = ["good", "good meal", "fine meal here", "great meal it is", "bad meal", "weak meal here", "dull meal is a room"]
+  texts = ["good", "good meal", "fine meal here", "great meal it is", "bad meal", "weak meal here", "dull meal is it"]
   rows = [{"text": text, "label": int(text.split()[0] in rig.GOOD)} for text in texts]
   of_suspect = read_by({"good": 9.0, "fine": 2.0, "great": 3.0, "bad": 1.0, "weak": -2.0, "dull": -1.0})  # bad: wrong
   of_teacher = read_by({"good": 1.0, "fine": 2.0, "great": 3.0, "bad": -9.0, "weak": -1.0, "dull": -3.0})
