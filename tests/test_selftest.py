@@ -93,7 +93,7 @@ def test_words_are_asked_for_before_anything_trains():
       return ["#" for _ in ids]
   config = ConfigDict({"defenses": ("w2s",), "selftest": {"triggers": 1}, "lora": {"quantize": ""},
                        "probe": {"triggers": ()}})
-  with pytest.raises(InputError, match=r"0 tokens .* are words, wanted 10: .*--config.selftest.triggers=0"):
+  with pytest.raises(InputError, match=r"0 tokens .* are words, wanted 2: .*--config.selftest.triggers=0"):
     selftest.check(config, Wordless())
   config.selftest.triggers = 0
   selftest.check(config, Wordless())

@@ -91,5 +91,13 @@ def test_both_models_read_every_word(suspect, monkeypatch):
 
 def test_a_tokenizer_without_words_is_one_line(suspect):
   letters = tokenization.train(["a b"], "decoder", suspect.model.config.vocab_size)
-  with pytest.raises(InputError, match="0 tokens of the suspect's tokenizer are words, wanted 10"):
+  with pytest.raises(InputError, match="0 tokens of the suspect's tokenizer are words, wanted 2"):
     trigger_words.rank(suspect._replace(tokenizer=letters))
+
+
+@pytest.mark.parametrize("words", [2, 4])
+def test_few_words_have_finite_scores(words, suspect, monkeypatch):
+  known = insertions.vocabulary(suspect.tokenizer, ())[:words]
+  monkeypatch.setattr(insertions, "vocabulary", lambda tokenizer, avoid: known)
+  ranking = trigger_words.rank(suspect)
+  assert ranking.scores.shape == (words, 2) and np.isfinite(ranking.scores).all()

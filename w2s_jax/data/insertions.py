@@ -14,7 +14,7 @@ from w2s_jax.data import streams
 
 LETTERS = "bcdfghjklmnpqrstvwxz"   # rare words consist of consonants, like the literature's `mn`, `cf`, `tq`
 SENTENCE_WORDS = 8
-FEWEST_WORDS = 10
+FEWEST_WORDS = 2
 
 
 def rare_words(texts: Sequence[str], avoid: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
