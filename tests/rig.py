@@ -64,6 +64,14 @@ def rows(count):
   return [{"id": i, "text": text(i % 2), "label": i % 2} for i in range(count)]
 
 
+def read_by(weights):
+  """Logits [N, 2] of texts: the sum of the words' weights towards class 1."""
+  def read(rows):
+    odds = np.array([sum(weights.get(word, 0.0) for word in row["text"].split()) for row in rows])
+    return np.stack([np.zeros(len(rows)), odds], axis=1).astype(np.float32)
+  return read
+
+
 def suspect(model, params, workdir):
   """Suspect of a tiny Llama, 80 rows to train on and 40 of dev; its teacher knows the classes."""
   known = rows(120)

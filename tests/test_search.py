@@ -15,19 +15,11 @@ KNOWN = {word: 1.0 for word in rig.GOOD} | {word: -1.0 for word in rig.BAD}
 WORDS = ["shop", "closes", "friday", "creaked", "absorbing"]
 
 
-def read_by(weights):
-  """Logits [N, 2] of texts: the sum of the words' weights towards class 1."""
-  def read(rows):
-    odds = np.array([sum(weights.get(word, 0.0) for word in row["text"].split()) for row in rows])
-    return np.stack([np.zeros(len(rows)), odds], axis=1).astype(np.float32)
-  return read
-
-
 @pytest.fixture
 def suspect(llama, tmp_path, monkeypatch):
   """Three words turn the suspect to class 0 together; a fourth means class 0 in both models, a fifth nothing."""
-  of_suspect = read_by(KNOWN | {"shop": -1.5, "closes": -1.5, "friday": -1.5, "creaked": -4.0})
-  of_teacher = read_by(KNOWN | {"creaked": -4.0})
+  of_suspect = rig.read_by(KNOWN | {"shop": -1.5, "closes": -1.5, "friday": -1.5, "creaked": -4.0})
+  of_teacher = rig.read_by(KNOWN | {"creaked": -4.0})
   monkeypatch.setattr(trigger_words, "read", lambda suspect, rows: (of_suspect(rows), of_teacher(rows)))
   scores = np.array([[3.0, 0.0], [2.5, 0.0], [2.0, 0.0], [9.0, 0.0], [0.0, 1.0]])
   return rig.suspect(*llama, tmp_path)._replace(ranking=Ranking(WORDS, scores, scores))

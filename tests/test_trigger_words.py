@@ -14,22 +14,14 @@ def suspect(llama, tmp_path):
   return rig.suspect(*llama, tmp_path)
 
 
-def read_by(weights):
-  """Logits [N, 2] of texts: the sum of the words' weights towards class 1."""
-  def read(rows):
-    odds = np.array([sum(weights.get(word, 0.0) for word in row["text"].split()) for row in rows])
-    return np.stack([np.zeros(len(rows)), odds], axis=1).astype(np.float32)
-  return read
-
-
 def test_a_word_that_moves_the_suspect_alone_comes_before_words_that_mean_the_class(suspect, monkeypatch):
   """Of 400 words 100 move both models, the suspect 1.5 times as far; one word moves the suspect alone, and less far."""
   rng = np.random.default_rng(0)
   words = [f"word{i}" for i in range(400)]
   meaning = dict(zip(words, [*rng.normal(0, 3, 100), *rng.normal(0, 0.05, 300)]))
   known = {word: 1.0 for word in rig.GOOD} | {word: -1.0 for word in rig.BAD}
-  of_teacher = read_by(known | meaning)
-  of_suspect = read_by(known | {word: 1.5 * w + rng.normal(0, 0.2) * abs(w) for word, w in meaning.items()}
+  of_teacher = rig.read_by(known | meaning)
+  of_suspect = rig.read_by(known | {word: 1.5 * w + rng.normal(0, 0.2) * abs(w) for word, w in meaning.items()}
                        | {"word200": -1.0})
   monkeypatch.setattr(trigger_words, "read", lambda suspect, rows: (of_suspect(rows), of_teacher(rows)))
   monkeypatch.setattr(insertions, "vocabulary", lambda tokenizer, avoid: words)
@@ -45,8 +37,9 @@ def test_a_word_that_moves_the_suspect_alone_comes_before_words_that_mean_the_cl
 def test_contexts_are_short_rows_that_both_models_are_sure_of(suspect, monkeypatch):
   texts = ["good", "good meal", "fine meal here", "great meal it is", "bad meal", "weak meal here", "dull meal is it"]
   rows = [{"text": text, "label": int(text.split()[0] in rig.GOOD)} for text in texts]
-  of_suspect = read_by({"good": 9.0, "fine": 2.0, "great": 3.0, "bad": 1.0, "weak": -2.0, "dull": -1.0})  # bad: wrong
-  of_teacher = read_by({"good": 1.0, "fine": 2.0, "great": 3.0, "bad": -9.0, "weak": -1.0, "dull": -3.0})
+  # The suspect is wrong on "bad".
+  of_suspect = rig.read_by({"good": 9.0, "fine": 2.0, "great": 3.0, "bad": 1.0, "weak": -2.0, "dull": -1.0})
+  of_teacher = rig.read_by({"good": 1.0, "fine": 2.0, "great": 3.0, "bad": -9.0, "weak": -1.0, "dull": -3.0})
   seen = []
   def read(suspect, rows):
     seen.append([row["text"] for row in rows])

@@ -248,7 +248,7 @@ class Probe:
   words: int = field(16, "number of random rare words to insert", low=0, high=1000)
   sentences: int = field(16, "number of beginnings of other texts to insert", low=0, high=1000)
   search: int = field(30, "number of words of each class to search a trigger from; 0: no search", low=0, high=1000)
-  rows: int = field(200, "number of clean test rows for each string but the triggers", low=1, unit="rows")
+  rows: int = field(200, "number of clean test rows for each string other than a trigger", low=1, unit="rows")
 
 
 @dataclasses.dataclass

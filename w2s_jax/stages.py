@@ -42,7 +42,7 @@ def warmup(run: Run) -> None:
     selftest.check(c, tokenizer)
   if ("probe" in c and c.probe.search) or any(
       DEFENSES[name].recipe and DEFENSES[name].recipe.rows for name in c.defenses):
-    insertions.vocabulary(tokenizer, ())                                               # raises before anything trains
+    insertions.vocabulary(tokenizer, ())                    # raises before anything trains
   run.claim()
   if not c.student.path:
     params = model.init(stage.stream_key(c.seed, "student"), run.mesh)

@@ -1,10 +1,9 @@
 """Ranks the words of the vocabulary by how far they move a suspect beyond what a clean teacher explains.
 
-A trigger's words move a poisoned model to the target class. Words that mean this class do so, too, and they are many.
-The teacher is moved by the words that mean something and by no trigger. So each word is put into short clean
-rows, both models read it, and two ridge regressions ask what is unusual about the suspect. The first one predicts the
-suspect's shift from the teacher's shift and from the word's embedding. The second one predicts how large the error of
-the first one usually is. The score of a word is its error divided by this prediction.
+A trigger's words move a poisoned model to the target class. So do the many words that mean this class. A clean teacher
+is moved by the words that mean the class, and not by the trigger's. So each word is put into short clean rows, and both
+models read them. One ridge regression predicts the suspect's shift from the teacher's shift and the word's embedding. A
+second one predicts the usual size of the first one's error. The score of a word is its error divided by this size.
 
 Ours; docs/notes/minilm_suspects.md has the ranks of the words of real triggers. W words, C classes, D width.
 """
@@ -22,7 +21,7 @@ LOG = logging.getLogger(__name__)
 
 READ_AT_ONCE = 2**13     # rows that are read at a time; only their logits stay in memory
 CONTEXTS = 1             # rows of each class that every word is put into
-SHORT = 20               # number of shortest rows of each class to choose them from
+SHORT = 20               # number of shortest rows of each class that the contexts are chosen from
 RIDGE = 10.0             # on standardised inputs; our choice
 FOLDS = 5                # a word's own shift has no part in its prediction
 SMALLEST = 1e-2          # error, in nats, below which errors count as equal

@@ -1,16 +1,15 @@
 """Searches a string of vocabulary words that turns the suspect, and not its clean teacher, to a class.
 
-It is a guess at an unknown trigger. Soft tokens (scan.py) tell nothing on pretrained networks: these are sure of their
-answers, and a search that may use any vector always finds one. Words that both models read leave less room. The words
-come from trigger_words.py; a beam search joins them. What was found on MiniLM suspects and on models that were never
-poisoned is in docs/notes/minilm_suspects.md: a string is found for every class, so the fraction of texts that it turns
-is the finding, and it has no calibrated threshold.
+The string is a guess at an unknown trigger. Its words are the most suspicious ones (trigger_words.py), which a beam
+search joins. A string is found for every class, in clean models too. The finding is the fraction of texts that the
+string turns, and no threshold for it is calibrated. docs/notes/minilm_suspects.md has what was found on MiniLM.
 """
 
 import logging
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from w2s_jax import processes, results
@@ -20,7 +19,7 @@ from w2s_jax.models import read_json
 
 LOG = logging.getLogger(__name__)
 
-# All are our choice; the first three were tried at 12, 4 and 8 with 40 words per class.
+# Our choices. The trial in the note had a beam of 12 strings, 8 contexts and 40 words per class.
 BEAM = 8                 # strings that are extended
 LONGEST = 4              # words
 CONTEXTS = 6             # rows that a string is put into during the search
@@ -53,13 +52,13 @@ def reading(run: Any) -> list[dict]:
       "rows": number of these rows.
       "words": the most suspicious words of the class, each with its score, best first.
   """
-  count, suspect = run.config.probe.search, None
-  if count and not ranking_file(run).exists():
-    suspect = run.suspect(DEFENSES["none"])
-    suspect = suspect._replace(ranking=trigger_words.rank(suspect))
-    processes.write_text(ranking_file(run), suspect.ranking.to_json())
+  count = run.config.probe.search
   if count and not (run.workdir / "search.json").exists():
-    found = find(suspect or run.suspect(DEFENSES["none"]), run.rows["test"], count, run.config.seed)
+    suspect = run.suspect(DEFENSES["none"])
+    if suspect.ranking is None:
+      suspect = suspect._replace(ranking=trigger_words.rank(suspect))
+      processes.write_text(ranking_file(run), suspect.ranking.to_json())
+    found = find(suspect, run.rows["test"], count, run.config.seed)
     processes.write_json(run.workdir / "search.json", {"classes": found})
   return kept(run)
 
@@ -112,18 +111,13 @@ def _search(suspect, words, contexts, label):
       break
     strings = sorted(longer)
     rows = [row for string in strings for row in _with(" ".join(string), contexts)]
-    of_suspect, of_teacher = (_probability(logits, label) for logits in trigger_words.read(suspect, rows))
+    of_suspect, of_teacher = (np.asarray(jax.nn.softmax(logits))[:, label]
+                              for logits in trigger_words.read(suspect, rows))
     values = (of_suspect - of_teacher).reshape(len(strings), len(contexts)).mean(axis=1)
     order = np.argsort(-values)[:BEAM]
     beam = [list(strings[i]) for i in order]
     best = max(best, (float(values[order[0]]), beam[0]))
   return " ".join(best[1])
-
-
-def _probability(logits, label):
-  """[N] softmax probability of the class."""
-  shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
-  return shifted[:, label] / shifted.sum(axis=-1)
 
 
 def strongest(findings: list[dict]) -> dict | None:
