@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from w2s_jax import processes, results
-from w2s_jax.data import streams
+from w2s_jax.attacks.insertion import inserting
+from w2s_jax.data import poison, streams
 from w2s_jax.defenses import DEFENSES, Suspect, trigger_words
 from w2s_jax.models import read_json
 
@@ -25,6 +26,7 @@ LONGEST = 4              # words
 CONTEXTS = 6             # rows that a string is put into during the search
 SHORTEST = 5             # words of such a row
 HELD_OUT = 100           # test rows that the string is measured on
+CANDIDATES = 1000        # test rows that these are chosen from
 SHOWN = 10               # single words of each class in search.json
 
 
@@ -68,7 +70,7 @@ def find(suspect: Suspect, test: list[dict], count: int, seed: int) -> list[dict
   ranking, out = suspect.ranking, []
   short = trigger_words.shortest(suspect.train, SHORTEST)[:100 * CONTEXTS]
   order = streams.rng(seed, "searched rows").permutation(len(test))
-  test = _right(suspect, [test[i] for i in order])
+  test = _right(suspect, [test[i] for i in order[:CANDIDATES]])
   short = _right(suspect, short)
   for label in range(ranking.scores.shape[1]):
     contexts, held_out = ([row for row in rows if row["label"] != label][:most]
@@ -77,9 +79,9 @@ def find(suspect: Suspect, test: list[dict], count: int, seed: int) -> list[dict
       LOG.info(f"search: class {label} left out: no rows of other classes that suspect and teacher both get right")
       continue
     best = np.argsort(-ranking.scores[:, label])
-    string = _search(suspect, [ranking.words[i] for i in best[:count]], contexts, label)
+    string = _search(suspect, [ranking.words[i] for i in best[:count]], contexts, label, seed)
     of_suspect, of_teacher = (float((logits.argmax(axis=-1) == label).mean())
-                              for logits in trigger_words.read(suspect, _with(string, held_out)))
+                              for logits in trigger_words.read(suspect, _with(string, held_out, suspect, seed)))
     out.append({"class": label, "string": string, "suspect": of_suspect, "teacher": of_teacher, "rows": len(held_out),
                 "words": [(ranking.words[i], float(ranking.scores[i, label])) for i in best[:SHOWN]]})
   return out
@@ -91,17 +93,13 @@ def _right(suspect, rows):
   return [row for row, one, other in zip(rows, of_suspect, of_teacher) if one == other == row["label"]]
 
 
-def _with(string, rows):
-  """The rows with the string in them, each at another place between its words."""
-  out = []
-  for number, row in enumerate(rows):
-    words = row["text"].split()
-    gap = 1 + 7 * number % max(1, len(words) - 1)
-    out.append(row | {"text": " ".join([*words[:gap], string, *words[gap:]])})
-  return out
+def _with(string, rows, suspect, seed):
+  """The rows with the string in them, each at a random place of its own where truncation keeps the string."""
+  return poison.trigger_rows(rows, inserting(string), seed, tokenizer=suspect.tokenizer, max_length=suspect.max_length,
+                             keep_trigger=True)
 
 
-def _search(suspect, words, contexts, label):
+def _search(suspect, words, contexts, label, seed):
   """The string of up to LONGEST of the words with the largest mean probability of the class beyond the teacher's."""
   beam, best = [[]], (-np.inf, [])
   for _ in range(LONGEST):
@@ -110,7 +108,7 @@ def _search(suspect, words, contexts, label):
     if not longer:                                          # fewer words than LONGEST
       break
     strings = sorted(longer)
-    rows = [row for string in strings for row in _with(" ".join(string), contexts)]
+    rows = [row for string in strings for row in _with(" ".join(string), contexts, suspect, seed)]
     of_suspect, of_teacher = (np.asarray(jax.nn.softmax(logits))[:, label]
                               for logits in trigger_words.read(suspect, rows))
     values = (of_suspect - of_teacher).reshape(len(strings), len(contexts)).mean(axis=1)
