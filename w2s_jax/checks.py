@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 from w2s_jax import InputError, claims, lora, quantized, sharding
 from w2s_jax import config as config_lib
 from w2s_jax.adapters import trees
-from w2s_jax.data import tokenization
+from w2s_jax.data import insertions, tokenization
 from w2s_jax.defenses import DEFENSES, SETTINGS, distill
+from w2s_jax.measure import selftest
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve
 from w2s_jax.models.hf.formats import HEAD_CONFIG
 from w2s_jax.models.padding import with_padding_token
@@ -97,6 +98,15 @@ def _check_base(run, name, model):
   if base.config.feature_size != model.config.feature_size:
     raise InputError(f"{path} has features {base.config.feature_size} wide, the suspect {model.config.feature_size}: "
                      "set --config.student.base to the model that it was made from, or leave it away")
+
+
+def check_words(config: ConfigDict, tokenizer: Any) -> None:
+  """Raises InputError if the run draws words of the vocabulary and hardly any token is a word."""
+  draws = any(DEFENSES[name].recipe and DEFENSES[name].recipe.rows for name in config.defenses)
+  if "probe" in config:
+    draws = draws or config.probe.search or selftest.tested(config)
+  if draws:
+    insertions.vocabulary(tokenizer, config.probe.triggers if "probe" in config else ())
 
 
 def check_teacher(run: Any, feature_width: int) -> None:

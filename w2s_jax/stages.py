@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from w2s_jax import InputError, checks, lora, processes, results, sharding
 from w2s_jax.adapters import attach, trees
-from w2s_jax.data import insertions, tokenization
+from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, distill
 from w2s_jax.measure import deployed, metrics, scan, search, selftest
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
@@ -38,11 +38,7 @@ def warmup(run: Run) -> None:
   model = with_padding_token(model, tokenizer)
   checks.check_student(run, model)
   checks.check_teacher(run, model.config.feature_size)
-  if "selftest" in c:
-    selftest.check(c, tokenizer)
-  if ("probe" in c and c.probe.search) or any(
-      DEFENSES[name].recipe and DEFENSES[name].recipe.rows for name in c.defenses):
-    insertions.vocabulary(tokenizer, ())                    # raises before anything trains
+  checks.check_words(c, tokenizer)
   run.claim()
   if not c.student.path:
     params = model.init(stage.stream_key(c.seed, "student"), run.mesh)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from w2s_jax import processes, results
-from w2s_jax.data import insertions, streams
+from w2s_jax.data import streams
 from w2s_jax.defenses import DEFENSES, distill, planting
 from w2s_jax.models import read_json
 
@@ -23,13 +23,6 @@ def tested(config: Any) -> str | None:
   if not names or not config.selftest.triggers or config.lora.quantize:   # planting merges adapters: no quantized base
     return None
   return names[-1]
-
-
-def check(config: Any, tokenizer: Any) -> None:
-  """Raises InputError if a self-test is wanted and the tokenizer has no words for triggers; called before any training.
-  """
-  if tested(config):
-    insertions.vocabulary(tokenizer, config.probe.triggers)
 
 
 def kept(run: Any) -> dict | None:
