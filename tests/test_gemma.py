@@ -144,7 +144,7 @@ def test_the_text_model_of_a_gemma_3_with_images(tmp_path, monkeypatch):
   theirs.save_pretrained(tmp_path / "DIR")
   with pytest.raises(InputError, match="a gemma3, which reads images too: give its text model OUT") as error:
     load_pretrained(tmp_path / "DIR")
-  recipe, base = re.fullmatch(r".*of a classifier (m = .*), and of a base (.*)", str(error.value)).groups()
+  recipe, base = re.fullmatch(r".*For a classifier: (m = .*)\. For a base: (.*)", str(error.value)).groups()
   monkeypatch.chdir(tmp_path)
   ids, mask = padded_ids(60)
   def run(code):

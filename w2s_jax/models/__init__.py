@@ -1,4 +1,4 @@
-"""Flax modules and everything that knows Hugging Face's formats."""
+"""Flax modules of the models, and the code that reads and writes Hugging Face's formats."""
 
 from w2s_jax.models.hf.files import check_links, read_json, sha256
 from w2s_jax.models.hf.load import load_pretrained

@@ -1,6 +1,7 @@
-"""DeBERTa-v2 and -v3 encoder: attention to words and to the distances between them (He et al., arXiv 2006.03654).
+"""DeBERTa-v2 and -v3 encoder with disentangled attention (He et al., arXiv 2006.03654).
 
-R rows, T tokens of a row, D width, S = 2 T - 1 distances within a row, M rows of the distance table.
+An attention score depends on the contents of two tokens and on the distance between them. R rows, T tokens per row,
+D width, S = 2 T - 1 distances within a row, M rows of the distance table.
 """
 
 import dataclasses
@@ -18,42 +19,42 @@ from w2s_jax.models import encoder, family, heads, layers
 from w2s_jax.models.hf.fields import MOST_LAYERS, Fields, short
 from w2s_jax.models.hf.formats import Checkpoint, modules
 
-TERMS = ("c2p", "p2c")     # a score's terms beside word to word: word to distance, and distance to word
+TERMS = ("c2p", "p2c")     # terms of a score besides content to content: content to position, position to content
 
 
 @dataclasses.dataclass(frozen=True)
 class DebertaConfig(family.EncoderShared):
-  """Shape of the network (transformers' config.json), then our head."""
+  """Shape of the network (transformers' config.json) and of our head."""
   model_type: str = "deberta-v2"
   vocab_size: int = 128100
   hidden_size: int = 768
   intermediate_size: int = 3072
   num_layers: int = 12
   num_heads: int = 12
-  max_positions: int = 512            # tokens of the longest text that it was made for; longer ones have logits too
-  max_distance: int = 512             # tokens: larger distances count as this one
-  distance_buckets: int = 256         # rows on each side: the nearer half a distance each, then by logarithm; 0: all so
+  max_positions: int = 512            # largest intended number of tokens of a text; the network accepts longer ones
+  max_distance: int = 512             # in tokens; larger distances are treated as this one
+  distance_buckets: int = 256         # rows per side: nearer half one per distance, rest log-spaced; 0: no buckets
   terms: tuple[str, ...] = TERMS
-  share_keys: bool = True             # distances go through the words' own q_proj and k_proj
-  norm_distances: bool = True         # a layer norm of the distance table
+  share_keys: bool = True             # the tokens' q_proj and k_proj also project the distances
+  norm_distances: bool = True         # apply a layer norm to the distance table
   layer_norm_eps: float = 1e-7
-  hidden_dropout: float = 0.1         # after embeddings, attention and feed-forward, of distances, while training
-  attention_dropout: float = 0.1      # of the attention probabilities, while training
+  hidden_dropout: float = 0.1         # after embeddings, attention and feed-forward, and on distances, while training
+  attention_dropout: float = 0.1      # on the attention probabilities, while training
   pooler_dropout: float = 0.0         # before the pooler, while training
   head_dropout: float = 0.1           # before the classifier, while training
   pad_token_id: int | None = 0
 
   @property
   def span(self) -> int:
-    """M / 2: rows of the distance table for keys to the left, and as many for those to the right."""
+    """M / 2, the number of rows of the distance table for keys on one side of a query."""
     return self.distance_buckets or self.max_distance
 
   @classmethod
   def from_hf(cls, fields: Fields, **runtime: Any) -> Self:
-    """From transformers' config.json (v4 or v5)."""
+    """Reads transformers' config.json (v4 or v5)."""
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     for name, wanted in (("relative_attention", True), ("position_biased_input", False)):
-      if fields.flag(name, not wanted) != wanted:          # what transformers takes where the field is absent
+      if fields.flag(name, not wanted) != wanted:          # transformers' default is `not wanted`
         raise InputError(f"the model's config.json: {name} {str(not wanted).lower()}, or none, is not supported (want "
                          f"{str(wanted).lower()})")
     fields.only(hidden_act="gelu", pooler_hidden_act="gelu", type_vocab_size=0, conv_kernel_size=0,
@@ -64,7 +65,7 @@ class DebertaConfig(family.EncoderShared):
     distance = fields.integer("max_relative_positions", -1, -1)
     distance = distance if distance > 0 else positions
     buckets = max(fields.integer("position_buckets", -1, -1), 0)
-    if buckets:                                            # else a logarithm of 0, or division by one
+    if buckets:                                            # beyond these bounds `distance_rows` would divide by 0
       fields.integer("position_buckets", low=2, high=2 * distance - 3)
     hidden_dropout = fields.rate("hidden_dropout_prob", 0.1)
     return cls(
@@ -79,7 +80,7 @@ class DebertaConfig(family.EncoderShared):
         **family.shared_from_hf(fields), **runtime)
 
   def to_hf(self) -> dict:
-    """transformers' config.json of this shape; with the W2S head only the backbone is theirs."""
+    """transformers' config.json for this shape. With the W2S head it describes the backbone alone."""
     return family.shared_to_hf(self) | {
         "hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
         "num_hidden_layers": self.num_layers, "num_attention_heads": self.num_heads, "hidden_act": "gelu",
@@ -93,7 +94,7 @@ class DebertaConfig(family.EncoderShared):
 
 
 def _terms(fields):
-  """`pos_att_type`, a list, or one string with | between its parts, as TERMS has them."""
+  """The names in `pos_att_type`, in the order of TERMS. The field is a list, or a string with | between the names."""
   value = fields.values.get("pos_att_type")
   names = [part.strip() for part in value.lower().split("|")] if isinstance(value, str) else value
   if not (isinstance(names, list) and names and all(name in TERMS for name in names)):
@@ -102,9 +103,10 @@ def _terms(fields):
 
 
 def distance_rows(config: DebertaConfig, tokens: int) -> np.ndarray:
-  """[S] int: the row of the distance table for each distance, a query's place less a key's, from 1 - T to T - 1.
+  """[S] int, the row of the distance table for each distance from 1 - T to T - 1.
 
-  In float32, as transformers' make_log_bucket_position: a logarithm near an integer is rounded up as there.
+  A distance is the query's position minus the key's. The logarithm is computed in float32, like in transformers'
+  make_log_bucket_position, so that values near an integer are rounded in the same way.
   """
   distance, span = np.arange(1 - tokens, tokens), config.span
   if config.distance_buckets:
@@ -117,10 +119,11 @@ def distance_rows(config: DebertaConfig, tokens: int) -> np.ndarray:
 
 
 def by_key(scores: jax.Array) -> jax.Array:
-  """[..., T, S] scores of a token with places from T - 1 before it to T - 1 behind -> [..., T, T], with each token.
+  """[..., T, S] scores of each token at offsets from 1 - T to T - 1 -> [..., T, T] scores with each other token.
 
-  Of row t those are the T scores from T - 1 - t on. They are shifted into place: gathered from the M rows' scores they
-  take 0.18 CPU seconds forward and backward instead of 0.10 (ours: 8 rows of 128 tokens, 12 heads of 64, M 512).
+  Row t needs the T scores from index T - 1 - t on. Padding and reshaping shift them into place, in 0.10 CPU seconds
+  forward and backward. A gather from the scores of the M table rows takes 0.18 (our measurement: 8 rows of 128 tokens,
+  12 heads of width 64, M 512).
   """
   *front, T, S = scores.shape
   flat = jnp.pad(scores, [(0, 0)] * len(front) + [(0, 0), (0, 1)]).reshape(*front, -1)
@@ -133,7 +136,7 @@ class SelfAttention(nn.Module):
 
   @nn.compact
   def __call__(self, x, mask, distances):
-    """distances: [S, D], by ascending distance."""
+    """distances: [S, D], embeddings of the distances in ascending order."""
     c = self.config
     dense = functools.partial(layers.linear, c, self.train, c.hidden_size)
     def heads(y):
@@ -143,11 +146,12 @@ class SelfAttention(nn.Module):
     distances = layers.dropout(c.hidden_dropout, self.train)(distances)
     bias = 0.0
     if "c2p" in c.terms:
-      to = heads((key if c.share_keys else dense("pos_k_proj"))(distances[::-1]))      # keys from left to right
-      bias += by_key(jnp.einsum("rqhd,shd->rhqs", q, to))
+      # Reversed, because the key's offset from the query ascends as the distance falls.
+      distance_keys = heads((key if c.share_keys else dense("pos_k_proj"))(distances[::-1]))
+      bias += by_key(jnp.einsum("rqhd,shd->rhqs", q, distance_keys))
     if "p2c" in c.terms:
-      of = heads((query if c.share_keys else dense("pos_q_proj"))(distances))
-      bias += by_key(jnp.einsum("rkhd,shd->rhks", k, of)).swapaxes(-1, -2)
+      distance_queries = heads((query if c.share_keys else dense("pos_q_proj"))(distances))
+      bias += by_key(jnp.einsum("rkhd,shd->rhks", k, distance_queries)).swapaxes(-1, -2)
     scale = (q.shape[-1] * (1 + len(c.terms)))**-0.5
     out = layers.attention(q, k, v, mask, c.attention_dropout if self.train else 0.0, bias * scale, scale)
     return dense("o_proj")(out.reshape(x.shape))
@@ -169,10 +173,10 @@ class Embeddings(nn.Module):
 
 
 class DebertaClassifier(nn.Module):
-  """Encoder with transformers' pooler and classifier, or with the W2S widening head (`config.feature_width`).
+  """Encoder with transformers' pooler and classifier, or, if `config.feature_width` is set, with the W2S widening head.
 
-  A row that is padded on the left is pooled on padding, as in transformers, where padding is 0 and sees all tokens
-  alike.
+  The pooler reads the first token of a row. If padding is on the left, this is a padding token, like in transformers.
+  The embedding of padding is 0, and padding attends to all tokens with equal weights.
   """
   config: DebertaConfig
   train: bool = False
@@ -181,7 +185,7 @@ class DebertaClassifier(nn.Module):
 
   @nn.compact
   def __call__(self, input_ids, segment_ids, texts=None, stream=None):
-    """As Model.apply has them, padded on the right -> ClassifierOutput."""
+    """Takes the arguments of Model.apply, with padding on the right, and returns a ClassifierOutput."""
     c, x = self.config, stream
     embeddings = Embeddings(c, name="embeddings")
     if stream is None:
@@ -217,7 +221,7 @@ FAMILY = family.Family(
                    ("layers/mlp_norm", f"{_LAYER}.output.LayerNorm"),
                    ("lm_head/norm", "cls.predictions.transform.LayerNorm")), "scale"),
         "lm_head/bias": "cls.predictions.bias",
-    }, unused=r"deberta\.embeddings\.(position_ids|position_embeddings\.weight)"     # which Microsoft's files have
+    }, unused=r"deberta\.embeddings\.(position_ids|position_embeddings\.weight)"     # in Microsoft's files
               r"|(pooler\.dense|classifier)\.(weight|bias)|(cls|(lm|mask)_predictions)\..*",
         language_model="ForMaskedLM")},
     shardings=(

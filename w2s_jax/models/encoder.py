@@ -1,6 +1,6 @@
-"""Encoder classifier (BERT, RoBERTa and its kin, DistilBERT, ELECTRA), and the W2S teacher's widening head.
+"""Encoder classifiers BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT and ELECTRA, also with the W2S widening head.
 
-B batch, T tokens, D width, E embeddings' width, which is D but for ELECTRA.
+B batch, T tokens, D width, E width of the embeddings, which differs from D in ELECTRA alone.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from w2s_jax.models import family, heads, layers
 from w2s_jax.models.hf.fields import MOST_LAYERS, Fields
 from w2s_jax.models.hf.formats import Checkpoint, modules
 
-ROBERTAS = ("roberta", "xlm-roberta", "camembert")          # one network, other texts and vocabularies
-# What DistilBERT calls the fields that BERT and RoBERTa have.
+ROBERTAS = ("roberta", "xlm-roberta", "camembert")          # one architecture, trained on different texts
+# {name of a config.json field in BERT and RoBERTa: its name in DistilBERT}
 DISTILBERT = {"hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidden_layers": "n_layers",
               "num_attention_heads": "n_heads", "hidden_dropout_prob": "dropout",
               "attention_probs_dropout_prob": "attention_dropout", "classifier_dropout": "seq_classif_dropout",
@@ -25,30 +25,30 @@ DISTILBERT = {"hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidd
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig(family.EncoderShared):
-  """Shape of the network (transformers' config.json), then our head."""
-  model_type: str = "bert"            # ROBERTAS: positions count from padding + 1; distilbert: no token types
+  """Shape of the network (transformers' config.json) and of our head."""
+  model_type: str = "bert"            # ROBERTAS: positions start at pad_token_id + 1; distilbert: no token types
   vocab_size: int = 30522
-  embedding_size: int = 0             # electra: E, where it is not hidden_size; 0: hidden_size
+  embedding_size: int = 0             # E, if it differs from hidden_size (electra); 0: hidden_size
   hidden_size: int = 768
   intermediate_size: int = 3072
   num_layers: int = 12
   num_heads: int = 12
-  max_positions: int = 512            # tokens of the longest text
+  max_positions: int = 512            # largest number of tokens of a text
   type_vocab_size: int = 2            # 0: no token types
   layer_norm_eps: float = 1e-12
   hidden_dropout: float = 0.1         # after the embeddings, attention and feed-forward, while training
-  attention_dropout: float = 0.1      # of the attention probabilities, while training
-  head_dropout: float = 0.1           # before the classifier (ROBERTAS, electra: and its dense layer), while training
+  attention_dropout: float = 0.1      # on the attention probabilities, while training
+  head_dropout: float = 0.1           # before the classifier, in ROBERTAS and electra also before its dense layer
   pad_token_id: int | None = 0
 
   @property
   def position_offset(self) -> int:
-    """Rows of the position table that no text uses."""
+    """Number of rows at the start of the position table that no real token uses."""
     return self.pad_token_id + 1 if self.model_type in ROBERTAS else 0
 
   @classmethod
   def from_hf(cls, fields: Fields, **runtime: Any) -> Self:
-    """From transformers' config.json (v4 or v5)."""
+    """Reads transformers' config.json (v4 or v5)."""
     model_type = fields.values["model_type"]
     names = DISTILBERT if model_type == "distilbert" else {}
     def name(field):
@@ -78,7 +78,7 @@ class EncoderConfig(family.EncoderShared):
         **shared, **runtime)
 
   def to_hf(self) -> dict:
-    """transformers' config.json of this shape; with the W2S head only the backbone is theirs."""
+    """transformers' config.json for this shape. With the W2S head it describes the backbone alone."""
     fields = {"hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
               "num_hidden_layers": self.num_layers, "num_attention_heads": self.num_heads, "hidden_act": "gelu",
               "hidden_dropout_prob": self.hidden_dropout, "attention_probs_dropout_prob": self.attention_dropout,
@@ -124,7 +124,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, mask, *others):
-    """others: what the family's own attention takes beside x and mask."""
+    """others: further arguments of the family's attention module."""
     c, x = self.config, sharding.split_rows(x)
     def add(y, name):
       y = layers.dropout(c.hidden_dropout, self.train)(y)
@@ -140,9 +140,9 @@ class Embeddings(nn.Module):
   def __call__(self, input_ids, segment_ids, packed):
     c = self.config
     positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
-    if packed:  # else padding on the left is counted, as in transformers
+    if packed:  # without packing, positions include padding on the left, like in transformers
       positions -= layers.text_starts(segment_ids)
-    if c.model_type in ROBERTAS:  # padding sits on the padding id, real tokens count up from the one behind it
+    if c.model_type in ROBERTAS:  # padding has position pad_token_id, real tokens count from pad_token_id + 1
       real = input_ids != c.pad_token_id
       positions = layers.count_in_text(real, segment_ids) * real + c.pad_token_id
     def embed(size, name, kind=nn.Embed):
@@ -155,7 +155,8 @@ class Embeddings(nn.Module):
 
 
 class EncoderClassifier(nn.Module):
-  """Encoder with transformers' pooler and classifier, or with the W2S widening head (`config.feature_width`)."""
+  """Encoder with transformers' pooler and classifier, or, if `config.feature_width` is set, with the W2S widening head.
+  """
   config: EncoderConfig
   train: bool = False
 
@@ -163,7 +164,7 @@ class EncoderClassifier(nn.Module):
 
   @nn.compact
   def __call__(self, input_ids, segment_ids, texts=None, stream=None):
-    """As Model.apply has them, padded on the right -> ClassifierOutput."""
+    """Takes the arguments of Model.apply, with padding on the right, and returns a ClassifierOutput."""
     c, x = self.config, stream
     embeddings = Embeddings(c, name="embeddings")
     if stream is None:
@@ -183,7 +184,13 @@ class EncoderClassifier(nn.Module):
 
 
 def _tensors(name, prefix, embeddings, layer, parts, head, lm_head, unused):
-  """parts: theirs, in the order q, k, v, o, norm, up, down, norm; lm_head: dense, norm, and where the bias is."""
+  """The Checkpoint of one model type, from transformers' module names.
+
+  Args:
+    parts: modules of a layer, in the order q, k, v, o, norm, up, down, norm.
+    head: (our module, transformers' module) pairs of the classifier's head.
+    lm_head: the language-model head's dense layer, its norm, and the module that has its bias.
+  """
   q, k, v, o, attn_norm, up, down, mlp_norm = (f"{prefix}{layer}.{{}}.{part}" for part in parts)
   return Checkpoint(name, prefix, {
       **{f"embeddings/{e}_embeddings/embedding": f"{prefix}embeddings.{e}_embeddings.weight" for e in embeddings},
@@ -201,7 +208,8 @@ _BERT = ("attention.self.query", "attention.self.key", "attention.self.value", "
          "attention.output.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm")
 _DISTILBERT = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "sa_layer_norm",
                "ffn.lin1", "ffn.lin2", "output_layer_norm")
-# Of all that encoders have alike. L layers, F feed-forward width, V vocabulary, W feature width, C classes.
+# The leaves that these encoders and DeBERTa share. L layers, F feed-forward width, V vocabulary, W feature width,
+# C classes.
 SHARDINGS = (
     (r"embeddings/word_embeddings/embedding", P("tensor", "fsdp")),      # [V, E]
     (r"layers/attn/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor")),     # [L, D, D]

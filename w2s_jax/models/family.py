@@ -1,4 +1,4 @@
-"""What a model file ends with, a Family, and what its config begins with, a SharedConfig."""
+"""`Family`, the record that each model file defines, and `SharedConfig`, the base class of its config."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,17 +12,18 @@ from w2s_jax.models.hf.formats import Checkpoint
 
 
 class Family(NamedTuple):
-  """One architecture, all that the house knows of it: a file, and a line of models.model.FAMILIES.
+  """Everything that the package knows about one architecture. models.model.FAMILIES lists the families.
 
   Attributes:
-    config: a SharedConfig with the network's shape; its from_hf(fields, **runtime) and to_hf() are transformers'
-      config.json.
-    module: (config, train) -> a module that is called as Model.apply calls it. Its lm_logits(config, params, hidden)
-      gives the language-model logits of every token, or raises InputError. Its layers are a `layers.layer_stack`.
-      Leaves have the names that the rules in adapters/trees.py (what trains) and FLOAT32 in hf/load.py know.
+    config: a subclass of SharedConfig with the network's shape. Its from_hf(fields, **runtime) reads transformers'
+      config.json, and its to_hf() returns one.
+    module: (config, train) -> the module that Model.apply calls. Its lm_logits(config, params, hidden) returns the
+      language-model logits of every token, or raises InputError. It runs its layers with `layers.layer_stack`. The
+      names of its leaves match the rules in adapters/trees.py (which leaves train) and FLOAT32 in hf/load.py (which
+      leaves stay float32).
     tensors: {model_type of config.json: how transformers writes it}.
-    shardings: (parameter path pattern, mesh axes) of the family's own leaves. The first full match wins; there is no
-      catch-all on purpose: a new parameter must be given its place. Adapters' and soft tokens' are in Model.shardings.
+    shardings: (parameter path pattern, mesh axes) of the family's own leaves. The first full match wins. There is no
+      catch-all on purpose: a new parameter needs a rule. Model.shardings adds rules for adapters and soft tokens.
     vocabulary: path of the module that embeds the tokens (layers.Tokens).
   """
   config: type["SharedConfig"]
@@ -34,18 +35,18 @@ class Family(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharedConfig:
-  """What the config of every family has beside the network's shape: its head, and how we run it."""
-  is_decoder: ClassVar[bool] = True   # pools a text's last token but padding; False, an encoder: the row's first
+  """The fields of every family's config besides the network's shape: the head, and how the network runs."""
+  is_decoder: ClassVar[bool] = True   # a decoder pools a text's last real token, an encoder usually its first token
   initializer_range: float = 0.02
-  head: str = "classifier"            # or "lm": logits of the next token (decoders), of the token in a place (encoders)
+  head: str = "classifier"            # or "lm": logits of the next token (decoder), of the same token (encoder)
   num_labels: int = 2
-  labels: tuple = ()                  # names of the classes; (): LABEL_0...
+  labels: tuple = ()                  # names of the classes; (): LABEL_0, LABEL_1, ...
   pad_token_id: int | None = None
   dtype: str = "float32"              # of the activations
-  remat: str = "none"                 # layers.REMAT_POLICIES or "none"
-  unroll: bool = False                # unroll the layer scan: same numbers, longer compile
+  remat: str = "none"                 # a key of layers.REMAT_POLICIES, or "none"
+  unroll: bool = False                # unroll the scan over layers: same results, longer compilation
   lora_dropout: float = 0.0           # on the adapter's input, while training
-  layers: tuple[int, int] | None = None   # run layers first..end-1 alone, as models/latent.py does; None: all
+  layers: tuple[int, int] | None = None   # (first, end): run only layers first..end-1 (models/latent.py); None: all
 
   @property
   def feature_size(self) -> int:
@@ -60,7 +61,7 @@ class SharedConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderShared(SharedConfig):
-  """What the config of every encoder has beside that: it can carry the W2S teacher's head."""
+  """The fields that every encoder's config adds: an encoder can have the W2S teacher's head."""
   is_decoder: ClassVar[bool] = False
   feature_width: int = 0              # > 0: the W2S head, Linear(D -> feature_width) -> ReLU = features -> classifier
 
@@ -70,13 +71,16 @@ class EncoderShared(SharedConfig):
 
 
 def shared_from_hf(fields: Fields) -> dict:
-  """Fields of any config, from transformers' config.json."""
+  """The fields that every family reads from transformers' config.json."""
   return {"vocab_size": fields.integer("vocab_size"), "pad_token_id": fields.token("pad_token_id"),
           "initializer_range": fields.positive("initializer_range", 0.02)}
 
 
 def decoder_from_hf(fields: Fields, tied: bool) -> dict:
-  """As `shared_from_hf`, of a decoder; `tied`: whether its embeddings are where config.json does not say."""
+  """The fields that every decoder reads, with those of `shared_from_hf`.
+
+  tied: whether embeddings are tied if config.json does not say.
+  """
   fields.only(is_causal=True)
   return shared_from_hf(fields) | {
       "tie_embeddings": fields.flag("tie_word_embeddings", tied), "bos_token_id": fields.token("bos_token_id"),
@@ -84,11 +88,11 @@ def decoder_from_hf(fields: Fields, tied: bool) -> dict:
 
 
 def shared_to_hf(config: SharedConfig) -> dict:
-  """transformers' names of what `shared_from_hf` reads."""
+  """The inverse of `shared_from_hf`."""
   return {name: getattr(config, name) for name in ("vocab_size", "initializer_range", "pad_token_id")}
 
 
 def decoder_to_hf(config: SharedConfig) -> dict:
-  """transformers' names of what `decoder_from_hf` reads."""
+  """The inverse of `decoder_from_hf`."""
   return shared_to_hf(config) | {"tie_word_embeddings": config.tie_embeddings, "bos_token_id": config.bos_token_id,
                                  "eos_token_id": config.eos_token_id}

@@ -1,4 +1,4 @@
-"""Gemma decoder classifier (Gemma, Gemma 2, Gemma 3's text model). B texts, T tokens, D width, H heads, L layers."""
+"""Decoder classifiers Gemma, Gemma 2 and Gemma 3's text model. B texts, T tokens, D width, H heads, L layers."""
 
 import dataclasses
 from typing import Any, Self
@@ -15,18 +15,18 @@ from w2s_jax.models.hf.fields import MOST_LAYERS, Fields, short
 from w2s_jax.models.hf.formats import Checkpoint, modules
 
 GELU = "gelu_pytorch_tanh"
-# Of Gemma 3 with images.
-TEXT_ALONE = ("give its text model OUT, which is, in transformers, of a classifier m = "
+# Advice in the error message for a Gemma 3 that also reads images.
+TEXT_ALONE = ("give its text model OUT, which transformers can save. For a classifier: m = "
               "AutoModelForSequenceClassification.from_pretrained(DIR); t = "
               "AutoModelForSequenceClassification.from_config(m.config.text_config); t.model, t.score = "
-              "m.model.language_model, m.score; t.save_pretrained(OUT), and of a base "
+              "m.model.language_model, m.score; t.save_pretrained(OUT). For a base: "
               "AutoModel.from_pretrained(DIR).language_model.save_pretrained(OUT)")
 FULL, SLIDING = "full_attention", "sliding_attention"
-PATTERN = {"gemma2": 2, "gemma3_text": 6}     # of that number of layers the last one sees all, the others a window
-# What transformers 5.24 takes where config.json is silent, by its configuration_gemma*.py.
+PATTERN = {"gemma2": 2, "gemma3_text": 6}     # every n-th layer is FULL, the others are SLIDING
+# Defaults of transformers 5.24 for fields that config.json does not have (its configuration_gemma*.py).
 DEFAULTS = {model_type: {
     "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True,
-    "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1} | own for model_type, own in {
+    "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1} | fields for model_type, fields in {
         "gemma": {"num_key_value_heads": 16},
         "gemma2": {"query_pre_attn_scalar": 256, "sliding_window": 4096, "attn_logit_softcapping": 50.0,
                    "final_logit_softcapping": 30.0},
@@ -36,20 +36,20 @@ DEFAULTS = {model_type: {
 
 @dataclasses.dataclass(frozen=True)
 class GemmaConfig(llama.LlamaConfig):
-  """Shape of the network (transformers' config.json): a Llama's, and what Gemma has beside it."""
-  model_type: str = "gemma2"          # gemma: no windows, norms after or caps; gemma3_text: norms on q, k
-  layer_types: tuple = ()             # FULL or SLIDING of each layer; (): all see all
-  local_rope: rotary.Rope = rotary.Rope()   # of the layers with a window; the others have `rope`
-  query_scalar: int = 256             # scores are divided by its square root
-  attention_cap: float = 0.0          # of the scores; 0: none
-  logit_cap: float = 0.0              # of the language-model logits; 0: none
+  """Shape of the network (transformers' config.json): the fields of a Llama, and Gemma's own."""
+  model_type: str = "gemma2"          # gemma: no windows, post-norms or caps; gemma3_text: norms on q and k
+  layer_types: tuple = ()             # FULL or SLIDING for each layer; (): all FULL
+  local_rope: rotary.Rope = rotary.Rope()   # of SLIDING layers; FULL layers use `rope`
+  query_scalar: int = 256             # attention scores are divided by its square root
+  attention_cap: float = 0.0          # soft cap of the attention scores; 0: none
+  logit_cap: float = 0.0              # soft cap of the language-model logits; 0: none
 
   @classmethod
   def from_hf(cls, fields: Fields, **runtime: Any) -> Self:
-    """From transformers' config.json (v4 or v5)."""
+    """Reads transformers' config.json (v4 or v5)."""
     model_type = fields.values["model_type"]
     fields = Fields(DEFAULTS[model_type] | fields.values, fields.where)
-    fields.string("hidden_act", GELU, ("gelu", GELU))             # by "gelu" Gemma's old files mean GELU too
+    fields.string("hidden_act", GELU, ("gelu", GELU))             # in Gemma's old files "gelu" means GELU too
     fields.only(hidden_activation=GELU, use_bidirectional_attention=False)
     shape = fields.values | {"hidden_act": None}
     if model_type == "gemma":
@@ -59,7 +59,7 @@ class GemmaConfig(llama.LlamaConfig):
       fields.only(sliding_window_pattern=2)
     ropes = {}
     if model_type == "gemma3_text":
-      fields.only(attn_logit_softcapping=None)                    # transformers' Gemma 3 has it and does not apply it
+      fields.only(attn_logit_softcapping=None)                    # transformers' Gemma 3 ignores this field
       ropes = _ropes(fields)
       shape |= {"rope_parameters": None, "rope_scaling": None, "rope_theta": None}
     config = super().from_hf(Fields(shape | {"layer_types": None}, fields.where), **runtime)
@@ -71,7 +71,7 @@ class GemmaConfig(llama.LlamaConfig):
         logit_cap=cap("final_logit_softcapping"), **{"local_rope": config.rope} | ropes)
 
   def to_hf(self) -> dict:
-    """transformers' config.json of this shape, in the v5 and the v4 form at once."""
+    """transformers' config.json for this shape, with the fields of v5 and of v4."""
     hf = super().to_hf() | {"hidden_act": GELU, "hidden_activation": GELU}
     if self.model_type == "gemma":
       return hf
@@ -85,7 +85,7 @@ class GemmaConfig(llama.LlamaConfig):
 
 
 def _layer_types(fields):
-  """(FULL or SLIDING, ...) of each layer, from `layer_types` or, as transformers 4 has it, `sliding_window_pattern`."""
+  """FULL or SLIDING for each layer, from `layer_types` or transformers 4's `sliding_window_pattern`."""
   num_layers = fields.integer("num_hidden_layers", high=MOST_LAYERS)
   pattern = fields.integer("sliding_window_pattern", PATTERN[fields.values["model_type"]])
   by_pattern = [SLIDING if layer % pattern else FULL for layer in range(1, num_layers + 1)]
@@ -101,9 +101,10 @@ def _layer_types(fields):
 
 
 def _ropes(fields):
-  """{field of GemmaConfig: Rope} of a Gemma 3, whose `rope_parameters` has one of each layer type.
+  """{field of GemmaConfig: Rope} of a Gemma 3.
 
-  transformers 4 has `rope_theta` and `rope_scaling` of the layers that see all, `rope_local_base_freq` of the others.
+  In transformers 5 `rope_parameters` has one entry per layer type. In transformers 4 `rope_theta` and `rope_scaling`
+  belong to the FULL layers, and `rope_local_base_freq` to the SLIDING layers.
   """
   ropes = fields.section("rope_parameters")
   if unknown := set(ropes.values) - {FULL, SLIDING}:
@@ -116,15 +117,15 @@ def _ropes(fields):
   full = lengths | {"rope_theta": fields.values.get("rope_theta"), "rope_scaling": fields.values.get("rope_scaling")}
   local = lengths | {"rope_theta": fields.values.get("rope_local_base_freq")}
   def rope(kind, values, theta):
-    made = rotary.Rope.from_hf(Fields(values | {"rope_parameters": ropes.values.get(kind)}, fields.where), theta)
-    if made.rope_type == "longrope":
+    parameters = rotary.Rope.from_hf(Fields(values | {"rope_parameters": ropes.values.get(kind)}, fields.where), theta)
+    if parameters.rope_type == "longrope":
       raise InputError(f"the model's {ropes.where}: rope_type longrope is not implemented in a gemma3_text")
-    return made
+    return parameters
   return {"rope": rope(FULL, full, 1e6), "local_rope": rope(SLIDING, local, 1e4)}
 
 
 class Norm(nn.Module):
-  """RMSNorm over the last axis, in float32; what is learned is how far its scale is from 1."""
+  """RMSNorm over the last axis, in float32. The parameter is the scale minus 1."""
   eps: float
 
   @nn.compact
@@ -159,7 +160,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, cos, sin, mask, kind):
-    """cos, sin, mask: of both kinds of layer, of which `kind`, 0 or 1, is this one's."""
+    """cos, sin, mask: stacked over the two kinds of layer; kind: index of this layer's kind, 0 FULL, 1 SLIDING."""
     c, x = self.config, sharding.split_rows(x)
     def norm(name, y):
       return Norm(c.rms_norm_eps, name=name)(y).astype(x.dtype)
@@ -172,7 +173,7 @@ class Block(nn.Module):
 
 
 class GemmaClassifier(nn.Module):
-  """Decoder with its head on the last token that is not padding; left or right padding give the same logits."""
+  """Decoder whose head reads the last token that is not padding. Left and right padding give the same logits."""
   config: GemmaConfig
   train: bool = False
 
@@ -182,14 +183,14 @@ class GemmaClassifier(nn.Module):
 
   @nn.compact
   def __call__(self, input_ids, segment_ids, texts=None, stream=None):
-    """As Model.apply has them -> ClassifierOutput."""
+    """Takes the arguments of Model.apply and returns a ClassifierOutput."""
     c, x = self.config, stream
     embed_tokens = layers.embed(c, c.vocab_size, "embed_tokens", layers.Tokens)
     if stream is None:
       x = (embed_tokens(input_ids) * c.hidden_size**0.5).astype(c.dtype)
     positions = layers.real_positions(segment_ids)
-    turns = [rope.cos_sin(positions, c.head_dim, c.max_positions) for rope in (c.rope, c.local_rope)]
-    cos, sin = (jnp.stack(both) for both in zip(*turns))
+    rotations = [rope.cos_sin(positions, c.head_dim, c.max_positions) for rope in (c.rope, c.local_rope)]
+    cos, sin = (jnp.stack(pair) for pair in zip(*rotations))
     mask = jnp.stack([layers.causal_mask(segment_ids, window) for window in (0, c.sliding_window)])
     kinds = np.array([kind == SLIDING for kind in c.layer_types or [FULL] * c.num_layers], np.int32)
     x = layers.layer_stack(Block, c, self.train, x, cos, sin, mask, per_layer=(kinds,))
@@ -198,14 +199,18 @@ class GemmaClassifier(nn.Module):
 
 
 def _tensors(name, norms, classifier="ForSequenceClassification"):
-  """Llama's, but `norms`: the layers' (ours, theirs), which have the same names for other things."""
+  """The Checkpoint of one model type: Llama's tensor names, with different names for the layers' norms.
+
+  norms: (our module, transformers' module) pairs. The same name can mean another norm than in a Llama:
+    post_attention_layernorm is a Llama's mlp_norm and a Gemma 2's post_attn_norm.
+  """
   checkpoint = llama.FAMILY.tensors["qwen3"]
   pairs = ((f"layers/{ours}", f"model.layers.{{}}.{theirs}") for ours, theirs in norms)
   weights = checkpoint.weights | modules(pairs, "scale", both=False)
   return Checkpoint(name, checkpoint.prefix, weights, checkpoint.unused, classifier=classifier)
 
 
-# L layers, K kv heads, d head width, F feed-forward width, V vocabulary, C classes.
+# L layers, K key/value heads, d head width, F feed-forward width, V vocabulary, C classes.
 NORMS = (("attn_norm", "input_layernorm"), ("post_attn_norm", "post_attention_layernorm"),
          ("mlp_norm", "pre_feedforward_layernorm"), ("post_mlp_norm", "post_feedforward_layernorm"))
 

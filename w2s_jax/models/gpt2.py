@@ -1,4 +1,4 @@
-"""GPT-2 decoder: learned positions, one fused projection for q, k and v. B batch, T tokens, D width, H heads."""
+"""GPT-2 decoder: learned positions, one fused projection to q, k and v. B batch, T tokens, D width, H heads."""
 
 import dataclasses
 from typing import Any, Self
@@ -25,15 +25,15 @@ class GPT2Config(family.SharedConfig):
   max_positions: int = 1024
   layer_norm_eps: float = 1e-5
   tie_embeddings: bool = True
-  embedding_dropout: float = 0.1      # while training
+  embedding_dropout: float = 0.1      # on the embeddings, while training
   hidden_dropout: float = 0.1         # after attention and feed-forward, while training
-  attention_dropout: float = 0.1      # of the attention probabilities, while training
+  attention_dropout: float = 0.1      # on the attention probabilities, while training
   bos_token_id: int | None = None
   eos_token_id: int | tuple | None = None
 
   @classmethod
   def from_hf(cls, fields: Fields, **runtime: Any) -> Self:
-    """From transformers' config.json (v4 or v5)."""
+    """Reads transformers' config.json (v4 or v5)."""
     fields.only(activation_function="gelu_new", scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
                 add_cross_attention=False)
     fields.one_of(hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
@@ -96,7 +96,7 @@ class Block(nn.Module):
 
 
 class GPT2Classifier(nn.Module):
-  """Decoder with its head on the last token that is not padding; left or right padding give the same logits."""
+  """Decoder whose head reads the last token that is not padding. Left and right padding give the same logits."""
   config: GPT2Config
   train: bool = False
 
@@ -104,7 +104,7 @@ class GPT2Classifier(nn.Module):
 
   @nn.compact
   def __call__(self, input_ids, segment_ids, texts=None, stream=None):
-    """As Model.apply has them -> ClassifierOutput."""
+    """Takes the arguments of Model.apply and returns a ClassifierOutput."""
     c, x = self.config, stream
     embed_tokens = layers.embed(c, c.vocab_size, "embed_tokens", layers.Tokens)
     if stream is None:

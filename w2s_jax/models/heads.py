@@ -1,6 +1,6 @@
-"""Heads of encoders: classes from a text's pooled vector, the vocabulary from a token's.
+"""Heads of encoders: the classifier on a text's pooled vector, and the language-model head on any token's vector.
 
-B texts, D width, E embeddings' width, V vocabulary, C classes.
+B texts, D width, E width of the embeddings, V vocabulary, C classes.
 """
 
 import functools
@@ -18,7 +18,7 @@ gelu = functools.partial(nn.gelu, approximate=False)
 
 
 class PredictionHead(nn.Module):
-  """Dense, GELU, norm: in masked language models before the vocabulary, in ModernBERT before the classes too."""
+  """Dense layer, GELU and norm, before a masked language model's logits; in ModernBERT also before the classifier."""
   config: SharedConfig
   dense_bias: bool = True
   norm_bias: bool = True
@@ -26,7 +26,7 @@ class PredictionHead(nn.Module):
 
   @nn.compact
   def __call__(self, x, table=None):
-    """x: [..., D]; table: the word embeddings [V, E] -> logits [..., V]; None -> [..., D]."""
+    """x: [..., D]. With a table, the word embeddings [V, E], returns logits [..., V]; without one, [..., D]."""
     c = self.config
     width = c.hidden_size if table is None else table.shape[1]
     x = gelu(layers.Dense(width, self.dense_bias, c.initializer_range, name="dense")(x))
@@ -38,10 +38,10 @@ class PredictionHead(nn.Module):
 
 
 def lm_logits(head: PredictionHead, params: dict, hidden: jax.Array) -> jax.Array:
-  """An encoder's logits [..., V] of the token in each place, from hidden [..., D].
+  """An encoder's language-model logits [..., V] of the token at each position, from hidden [..., D].
 
   Raises:
-    InputError: the model has a classifier for its head.
+    InputError: the model's head is a classifier.
   """
   if head.config.head != "lm":
     raise InputError(layers.NO_LANGUAGE_MODEL)
@@ -50,19 +50,19 @@ def lm_logits(head: PredictionHead, params: dict, hidden: jax.Array) -> jax.Arra
 
 
 def masked_lm_logits(config: SharedConfig, params: dict, hidden: jax.Array) -> jax.Array:
-  """As `lm_logits`, of a language-model head without options."""
+  """`lm_logits` with the default settings of PredictionHead."""
   return lm_logits(PredictionHead(config), params, hidden)
 
 
 def outputs(config: SharedConfig, train: bool, embeddings: nn.Module, predict: nn.Module,
             pooler: Callable[[jax.Array], jax.Array], features: jax.Array, hidden: jax.Array,
             stream: jax.Array) -> layers.ClassifierOutput:
-  """What an encoder returns, by `config.head`; for use inside a compact module.
+  """The output of an encoder with the head `config.head`; for use inside a compact module.
 
   Args:
-    embeddings: its table of the vocabulary is called "word_embeddings".
-    predict: (features, table [V, E]) -> language-model logits [B, V], for config.head "lm".
-    pooler: see `classify`, for the other heads.
+    embeddings: module whose table "word_embeddings" embeds the vocabulary.
+    predict: (features, table [V, E]) -> language-model logits [B, V]; used if config.head is "lm".
+    pooler: see `classify`; used for a classifier.
     features: [B, D], the pooled vectors.
     hidden, stream: see ClassifierOutput.
   """
@@ -74,17 +74,17 @@ def outputs(config: SharedConfig, train: bool, embeddings: nn.Module, predict: n
 
 
 def first_token(hidden: jax.Array, texts: jax.Array | None) -> jax.Array:
-  """[B, D], each text's first token of hidden [R, T, D]; texts: see Model.apply."""
+  """[B, D], the vector of each text's first token in hidden [R, T, D]; texts: see Model.apply."""
   return layers.pool(hidden, jnp.zeros((len(hidden), 1), int) if texts is None else texts[..., 0])
 
 
 def classify(config: SharedConfig, train: bool, features: jax.Array,
              pooler: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, jax.Array]:
-  """(logits [B, C], features) of the pooled vectors [B, D]; for use inside a compact module.
+  """(logits [B, C], features) from the pooled vectors [B, D]; for use inside a compact module.
 
   Args:
-    pooler: the layers of the family's own head between the pooled vector and its dropout and classifier. With
-      config.feature_width the W2S teacher's widening layer stands for them, and what it gives are the features.
+    pooler: the layers of the family's own head before its dropout and classifier. If config.feature_width is set, the
+      W2S teacher's widening layer replaces them. The features are then the output of that layer.
   """
   def dense(width, name):
     return layers.Dense(width, True, config.initializer_range, name=name)

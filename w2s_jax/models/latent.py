@@ -1,4 +1,4 @@
-"""Soft tokens in the middle of a network, where a trigger of many words may have become one direction.
+"""Soft tokens in the middle of a network. There a trigger of many words may already be a single direction.
 
 R rows, T tokens, D width, V vocabulary.
 """
@@ -21,11 +21,11 @@ from w2s_jax.models.model import Model
 
 @dataclasses.dataclass(frozen=True)
 class Latent:
-  """A Model whose soft tokens (layers.Tokens) come in behind its first `below` layers, 0 < below < all.
+  """A Model whose soft tokens (layers.Tokens) enter after its first `below` layers.
 
-  In their places those layers read the padding token, as a word. `apply`, `config`, `shardings` and
-  `vocabulary` are Model's.
-  (BEEAR, arXiv 2406.17092, perturbs behind a layer what is there.)
+  `below` is at least 1 and less than the number of layers. At the positions of the soft tokens the first layers read
+  the padding token, and the attention mask treats it as a real token. `apply`, `config`, `shardings` and `vocabulary`
+  work as in Model. BEEAR (arXiv 2406.17092) instead perturbs the hidden states of the text itself.
   """
   model: Model
   below: int
@@ -43,20 +43,22 @@ class Latent:
     return self.model.shardings
 
   def stream(self, params: dict, input_ids: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-    """[R, T, D]: what the first `below` layers make of the rows."""
+    """[R, T, D], the output of the first `below` layers."""
     words = jnp.where(input_ids < self.config.vocab_size, input_ids, self.config.pad_token_id or 0)
     return self._layers(0, self.below, params, words, *args, **kwargs).stream
 
   def words(self, params: dict, batch: dict[str, np.ndarray], special: Sequence[int],
             mesh: jax.sharding.Mesh) -> np.ndarray:
-    """[words, D] float32 on the host: what the first layers make of a batch's tokens, but of the special ones.
+    """[tokens, D] float32 on the host, the output of the first layers at a batch's real tokens.
 
-    batch: "input_ids", "segment_ids" [R, T].
+    Args:
+      batch: "input_ids", "segment_ids" [R, T].
+      special: ids of tokens to leave out.
     """
     batch = {name: batch[name] for name in ("input_ids", "segment_ids")}
-    there = sharding.global_batch(batch, mesh)
+    global_batch = sharding.global_batch(batch, mesh)
     with sharding.on(mesh):
-      stream = jax.jit(self.stream, out_shardings=sharding.replicated(mesh))(params, **there)
+      stream = jax.jit(self.stream, out_shardings=sharding.replicated(mesh))(params, **global_batch)
     return np.asarray(stream, np.float32)[(batch["segment_ids"] > 0) & ~np.isin(batch["input_ids"], special)]
 
   def apply(self, params: dict, input_ids: jax.Array, *args: Any, **kwargs: Any) -> layers.ClassifierOutput:
@@ -66,9 +68,9 @@ class Latent:
     return self._layers(self.below, self.config.num_layers, params, input_ids, *args, stream=stream, **kwargs)
 
   def _layers(self, first, end, params, *args, **kwargs):
-    """ClassifierOutput of the network with layers first..end-1 alone."""
+    """The output of the network with only its layers first..end-1."""
     part = Model(dataclasses.replace(self.config, layers=(first, end)))
     flat = traverse_util.flatten_dict(params)
-    flat.pop((*self.vocabulary, "soft"), None)       # as wide as the stream, which ELECTRA's embeddings are not
+    flat.pop((*self.vocabulary, "soft"), None)       # as wide as the stream; ELECTRA's embeddings may be narrower
     params = traverse_util.unflatten_dict(flat)
     return part.apply(params | {"layers": jax.tree.map(lambda x: x[first:end], params["layers"])}, *args, **kwargs)

@@ -1,6 +1,6 @@
-"""What every family shares: the output record, a linear layer with room for an adapter, masks, the layer stack.
+"""Parts that every family uses: the output record, a linear layer that may have an adapter, masks, the layer stack.
 
-B texts, R rows, T tokens of a row, D width. A row holds one text, or several one after the other (data/packing.py).
+B texts, R rows, T tokens per row, D width. A row holds one text, or several texts in sequence (data/packing.py).
 """
 
 import re
@@ -23,15 +23,15 @@ REMAT_POLICIES = {
 
 @flax.struct.dataclass
 class ClassifierOutput:
-  """What a classifier returns.
+  """The output of a model.
 
   Attributes:
-    logits: [B, C] float32.
-    features: [B, D] float32, the pooled vector after the final norm (last token but padding for decoders, first
-      token for encoders; for the W2S teacher the widened vector).
-    hidden: [R, T, D], every token's vector after the final norm; only the released feature loss and the
-      language-model warm-up read it.
-    stream: [R, T, D], the same before that norm, as the next layer would get it (Latent).
+    logits: [B, C] float32; [B, V] from a language-model head.
+    features: [B, D] float32, each text's pooled vector after the final norm: the last real token in decoders, the
+      first token or the mean of all tokens in encoders. With the W2S head it is the output of the widening layer.
+    hidden: [R, T, D], every token's vector after the final norm, for language-model logits and the released feature
+      loss.
+    stream: [R, T, D], every token's vector before the final norm, which a next layer would take (models/latent.py).
   """
   logits: jax.Array
   features: jax.Array
@@ -40,9 +40,10 @@ class ClassifierOutput:
 
 
 class Dense(nn.Module):
-  """Linear map [..., in] -> [..., out]; an adapter found beside the kernel changes what comes out (adapters.KINDS).
+  """Linear map [..., in] -> [..., out], with the effect of the adapter beside its kernel if there is one.
 
-  The adapter is data, not code: `attach.add` puts its leaves next to `kernel`; its input may have dropout of its own.
+  An adapter is data, not code: `attach.add` puts its leaves beside `kernel`, and adapters.KINDS says how to apply them.
+  `lora_dropout` is the rate of dropout on the adapter's input alone.
   """
   features: int
   use_bias: bool = False
@@ -65,21 +66,21 @@ class Dense(nn.Module):
 
 
 def linear(config: SharedConfig, train: bool, width: int, name: str, use_bias: bool = True) -> Dense:
-  """A Dense of a layer: it may carry an adapter, whose dropout is on while training."""
+  """A Dense inside a layer. It may have an adapter, whose dropout is on while training."""
   return Dense(width, use_bias, config.initializer_range, config.lora_dropout, train, name=name)
 
 
 def attention_kernel(q: jax.Array) -> Literal["cudnn", "xla"]:
-  """What jax.nn.dot_product_attention is to run on: "cudnn" on one GPU of NVIDIA's, if it takes q [B, T, H, d].
+  """The implementation of jax.nn.dot_product_attention for q [B, T, H, d].
 
-  cuDNN's never writes the scores to memory (docs/benchmarks.md has what that saves). Elsewhere "xla": on several GPUs
-  cuDNN's is untested, and its rule for vmap, under which runs train at once, fails on a mask that all heads share (jax
-  0.11, https://github.com/jax-ml/jax/pull/34920).
+  It is "cudnn" on a single NVIDIA GPU if cuDNN supports q, else "xla". cuDNN's kernel does not write the scores to
+  memory (docs/benchmarks.md has the savings). On several GPUs it is untested. Its vmap rule, which runs that train
+  together need, fails if all heads share one mask (jax 0.11, https://github.com/jax-ml/jax/pull/34920).
   """
-  takes = q.dtype.itemsize == 2 and q.shape[1] % 2 == q.shape[3] % 8 == 0 and q.shape[3] <= 128
-  if not takes or jax.default_backend() != "gpu" or jax.device_count() > 1 or _under_vmap_of_runs():
+  supported = q.dtype.itemsize == 2 and q.shape[1] % 2 == q.shape[3] % 8 == 0 and q.shape[3] <= 128
+  if not supported or jax.default_backend() != "gpu" or jax.device_count() > 1 or _under_vmap_of_runs():
     return "xla"
-  capability = getattr(jax.devices()[0], "compute_capability", "")        # from Ampere on; on AMD it is no number
+  capability = getattr(jax.devices()[0], "compute_capability", "")        # 8.0 is Ampere; on AMD it is no number
   return "cudnn" if re.fullmatch(r"([89]|\d\d)\.\d", capability) else "xla"
 
 
@@ -92,7 +93,7 @@ def _under_vmap_of_runs():
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:
-  """x within -cap..cap, nearly as it is where it is small (Gemma 2, arXiv 2408.00118, section 2); 0: x as it is."""
+  """Squashes x into -cap..cap, with little effect on small values (Gemma 2, arXiv 2408.00118, section 2); 0: no cap."""
   return cap * jnp.tanh(x / cap) if cap else x
 
 
@@ -101,14 +102,15 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, dropout
   """Scaled dot-product attention; for use inside a compact module.
 
   Args:
-    q: [B, T, H, d]; k, v: [B, T, K, d], each of the K heads serving H / K query heads.
-    mask: broadcastable to [B, H, T, T] bool, True where a query may look.
-    dropout_rate: of the attention probabilities; 0 where nothing is dropped (evaluation).
-    bias: broadcastable to [B, H, T, T], added to the scaled scores; None: nothing. cuDNN's kernel does not get one.
-    scale: of the scores; None: 1 / sqrt(d).
-    cap: of the scaled scores (softcap), which no kernel of the library knows; 0: none.
+    q: [B, T, H, d] queries.
+    k, v: [B, T, K, d]; each of the K key/value heads serves H / K query heads.
+    mask: broadcastable to [B, H, T, T] bool, True where a query may attend to a key.
+    dropout_rate: dropout rate of the attention probabilities; 0 in evaluation.
+    bias: broadcastable to [B, H, T, T], added to the scaled scores; None: no bias. With a bias cuDNN is not used.
+    scale: factor of the scores; None: 1 / sqrt(d).
+    cap: cap of the scaled scores (`softcap`), which jax.nn.dot_product_attention does not have; 0: no cap.
   Returns:
-    [B, T, H, d]; for a query that may look nowhere the mean of all v.
+    [B, T, H, d]. A query that may attend to no key gets the mean of all v.
   """
   if not dropout_rate and not cap:
     kernel = attention_kernel(q) if bias is None else "xla"
@@ -122,63 +124,69 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, dropout
 
 
 def text_mask(segment_ids: jax.Array) -> jax.Array:
-  """[R, 1, T, T] bool: a token sees the real tokens of its text; padding sees every real one, as in transformers."""
+  """[R, 1, T, T] bool: a token attends to its text's real tokens, padding to all real tokens, like in transformers."""
   query, key = segment_ids[:, None, :, None], segment_ids[:, None, None, :]
   return (key > 0) & ((query == key) | (query == 0))
 
 
 def causal_mask(segment_ids: jax.Array, window: int = 0) -> jax.Array:
-  """[R, 1, T, T] bool: of its text a token sees itself and those before it, `window` in all where that is not 0."""
+  """[R, 1, T, T] bool: a token attends to itself and to the tokens before it in its text.
+
+  window: number of tokens that a token attends to, itself included; 0: no limit.
+  """
   T = segment_ids.shape[1]
-  seen = jnp.tril(jnp.ones((T, T), bool))
+  mask = jnp.tril(jnp.ones((T, T), bool))
   if window:
-    seen &= ~jnp.tril(seen, -window)
-  return seen & text_mask(segment_ids)
+    mask &= ~jnp.tril(mask, -window)
+  return mask & text_mask(segment_ids)
 
 
 def text_starts(segment_ids: jax.Array) -> jax.Array:
-  """[R, T] int: where in the row the text of each token begins; padding goes with the text before it."""
+  """[R, T] int, the index of the first token of each token's text. Padding belongs to the text before it."""
   text = jax.lax.cummax(segment_ids, axis=1)
   begins = text != jnp.pad(text, ((0, 0), (1, 0)))[:, :-1]
   return jax.lax.cummax(jnp.where(begins, jnp.arange(text.shape[1]), 0), axis=1)
 
 
 def count_in_text(real: jax.Array, segment_ids: jax.Array) -> jax.Array:
-  """[R, T] int: how many tokens of its text are `real`, up to and with each."""
+  """[R, T] int, for each token the number of `real` tokens in its text up to it, itself included."""
   count = jnp.cumsum(real, axis=1)
   return count - jnp.take_along_axis(count - real, text_starts(segment_ids), axis=1)
 
 
 def real_positions(segment_ids: jax.Array) -> jax.Array:
-  """[R, T] int: the place of each token among the real ones of its text, whatever is to the left of that."""
+  """[R, T] int, the position of each token among the real tokens of its text. Padding on the left does not count."""
   return jnp.maximum(count_in_text(segment_ids > 0, segment_ids) - 1, 0)
 
 
 def pool(hidden: jax.Array, places: jax.Array) -> jax.Array:
-  """[R, T, D] -> [B, D]: G groups of R / G rows each, and [G, B / G] places in each group's R / G * T tokens."""
+  """[R, T, D] -> [B, D], the vectors at `places`.
+
+  places: [G, B / G] int. Each of G groups has R / G rows; a place is an index into the R / G * T tokens of its group.
+  """
   groups = hidden.reshape(len(places), -1, hidden.shape[-1])
   return jnp.take_along_axis(groups, places[..., None], axis=1).reshape(-1, hidden.shape[-1])
 
 
 def mean_pool(hidden: jax.Array, segment_ids: jax.Array, texts: jax.Array | None) -> jax.Array:
-  """[R, T, D] -> [B, D]: the mean over each text's real tokens; `texts` as Model.apply has them."""
+  """[R, T, D] -> [B, D], the mean over each text's real tokens; texts: see Model.apply."""
   if texts is None:
     texts = jnp.broadcast_to(jnp.array([0, hidden.shape[1] - 1]), (len(hidden), 1, 2))
   groups = hidden.reshape(len(texts), -1, hidden.shape[-1])
   places, (first, last) = jnp.arange(groups.shape[1]), jnp.split(texts, 2, axis=-1)
-  own = (first <= places) & (places <= last) & (segment_ids > 0).reshape(len(texts), 1, -1)
-  shares = own / jnp.maximum(own.sum(axis=-1, keepdims=True), 1)
+  members = (first <= places) & (places <= last) & (segment_ids > 0).reshape(len(texts), 1, -1)
+  shares = members / jnp.maximum(members.sum(axis=-1, keepdims=True), 1)
   return jnp.einsum("gbn,gnd->gbd", shares, groups, precision="highest").reshape(-1, hidden.shape[-1])
 
 
 def embed(config: SharedConfig, size: int, name: str, kind: type[nn.Embed] = nn.Embed, width: int = 0) -> nn.Embed:
-  """A table of `size` rows, as wide as the network where `width` is 0."""
+  """An embedding table of `size` rows; width 0 means the network's width."""
   return kind(size, width or config.hidden_size, embedding_init=nn.initializers.normal(config.initializer_range),
               name=name)
 
 
 class Tokens(nn.Embed):
-  """The vocabulary's embeddings; ids behind it are the rows of `soft` [S, D], where the parameters have that leaf."""
+  """Embeddings of the vocabulary. If the parameters have `soft` [S, D], ids beyond the vocabulary select its rows."""
 
   def __call__(self, input_ids):
     if not self.has_variable("params", "soft"):
@@ -188,17 +196,17 @@ class Tokens(nn.Embed):
 
 
 def place_soft(words: jax.Array, input_ids: jax.Array, soft: jax.Array, vocab_size: int) -> jax.Array:
-  """`words` [R, T, D], but rows of `soft` [S, D] where the ids are behind the vocabulary."""
+  """`words` [R, T, D] with rows of `soft` [S, D] at the ids beyond the vocabulary."""
   tokens = soft[jnp.maximum(input_ids - vocab_size, 0)].astype(words.dtype)
   return jnp.where((input_ids < vocab_size)[..., None], words, tokens)
 
 
 def last_places(config: SharedConfig, input_ids: jax.Array, segment_ids: jax.Array,
                 texts: jax.Array | None) -> jax.Array:
-  """`places` of `pool`: the last token of each text.
+  """`places` for `pool`: the last token of each text.
 
-  A classifier does not count its padding token, wherever it comes from, as transformers does not: a text that ends in
-  it is pooled at the token before.
+  A classifier skips the padding token even inside a text, like in transformers: if a text ends in the padding token,
+  the token before it is pooled.
   """
   if texts is None:
     real = segment_ids > 0
@@ -208,17 +216,17 @@ def last_places(config: SharedConfig, input_ids: jax.Array, segment_ids: jax.Arr
   if config.head != "classifier" or config.pad_token_id is None:
     return last
   words = ((input_ids != config.pad_token_id) & (segment_ids > 0)).reshape(len(texts), -1)
-  behind = jax.lax.cummax(jnp.where(words, jnp.arange(words.shape[1]), 0), axis=1)
-  return jnp.maximum(jnp.take_along_axis(behind, last, axis=1), first)
+  last_word = jax.lax.cummax(jnp.where(words, jnp.arange(words.shape[1]), 0), axis=1)
+  return jnp.maximum(jnp.take_along_axis(last_word, last, axis=1), first)
 
 
 def decoder_head(config: SharedConfig, embed_tokens: nn.Embed, norm: Callable[[jax.Array], jax.Array],
                  stream: jax.Array, input_ids: jax.Array, segment_ids: jax.Array,
                  texts: jax.Array | None) -> ClassifierOutput:
-  """What a decoder returns, from what its layers made and its final norm; for use inside a compact module.
+  """The output of a decoder from its layers' output `stream` and its final norm; for use inside a compact module.
 
-  Its logits are those of the `score` head, [B, C], or with `config.head` "lm" those of the next token, [B, V]; both
-  of the last token (`last_places`).
+  The logits are [B, C] from the `score` head, or, if `config.head` is "lm", [B, V] for the next token. Both are read at
+  each text's last token (`last_places`).
   """
   hidden = norm(stream)
   features = pool(hidden, last_places(config, input_ids, segment_ids, texts))
@@ -235,10 +243,10 @@ NO_LANGUAGE_MODEL = ("the language-model warm-up needs a decoder with tied embed
 
 
 def next_token_logits(config: SharedConfig, params: dict, hidden: jax.Array) -> jax.Array:
-  """A decoder's logits [..., V] of the next token, from hidden [..., D] behind the final norm.
+  """A decoder's logits [..., V] of the next token, from hidden [..., D] after the final norm.
 
   Raises:
-    InputError: its embeddings are not tied, and it has no head of its own.
+    InputError: the embeddings are not tied, and the model has no language-model head.
   """
   if "lm_head" not in params and not config.tie_embeddings:
     raise InputError(NO_LANGUAGE_MODEL)
@@ -257,21 +265,21 @@ def layer_norm(eps: float, name: str, use_bias: bool = True) -> nn.LayerNorm:
 
 def layer_stack(block: type[nn.Module], config: SharedConfig, train: bool, x: jax.Array, *args: jax.Array,
                 per_layer: Sequence[jax.Array] = ()) -> jax.Array:
-  """Runs `block` once for each of the config's layers over x, the last one's output; parameters lie under `layers`.
+  """Applies the config's layers to x, one after the other, as a scan over `block`.
 
-  They are stacked on a leading layer axis. `config.unroll` unrolls the scan over the same stacked parameters;
-  `config.remat` names a policy that says what the backward pass keeps ("none" keeps everything).
+  The parameters lie under `layers`, stacked on a leading layer axis, even if `config.unroll` unrolls the scan.
+  `config.remat` names the policy that chooses the values to keep for the backward pass ("none" keeps all).
 
   Args:
-    block: (x, *args, *its layer's part of per_layer) -> (x, None).
-    args: what every layer gets.
-    per_layer: arrays [config.num_layers, ...] or longer: a window, a rotary base of each layer. Where config.layers has
-      some of the layers run alone, these get their own.
+    block: (x, *args, *this layer's entries of per_layer) -> (x, None).
+    args: arguments that all layers share.
+    per_layer: arrays [config.num_layers or more, ...] with one entry per layer, such as its window or rotary base. If
+      `config.layers` selects layers, these get their own entries.
   Raises:
-    ValueError: an array has fewer layers than the config.
+    ValueError: an array has fewer entries than the config has layers.
   """
-  if short := [x.shape for x in map(jnp.asarray, per_layer) if len(x) < config.num_layers]:
-    raise ValueError(f"per-layer inputs of shapes {short} for {config.num_layers} layers")
+  if shapes := [x.shape for x in map(jnp.asarray, per_layer) if len(x) < config.num_layers]:
+    raise ValueError(f"per-layer inputs of shapes {shapes} for {config.num_layers} layers")
   first, end = config.layer_range
   if config.remat != "none":
     block = nn.remat(block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)

@@ -1,4 +1,4 @@
-"""Decoders of Llama's kind (Llama, Vicuna, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3). B batch, T tokens, H heads."""
+"""Decoders like Llama: Llama, Vicuna, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3. B batch, T tokens, H heads."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from w2s_jax.models.hf.fields import MOST_LAYERS, Fields, short
 from w2s_jax.models.hf.formats import Checkpoint, modules
 from w2s_jax.models.rotary import Rope, rotate
 
-# What transformers takes where config.json lacks a field that the network depends on (its configuration_*.py); where it
-# is null, that is another answer.
+# transformers' defaults for absent fields that the network depends on (its configuration_*.py). A field that is null
+# does not get its default.
 ABSENT = {"llama": {"max_position_embeddings": 2048},
           "mistral": {"max_position_embeddings": 131072, "sliding_window": 4096},
           "qwen2": {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28},
@@ -26,8 +26,8 @@ ABSENT = {"llama": {"max_position_embeddings": 2048},
                       "pad_token_id": 128004},
           "phi3": {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
                    "pad_token_id": 32000}}
-CHOOSES = ("qwen2", "qwen3", "smollm3")        # these choose the layers with a window,
-ALL_SLIDE = ("mistral", "phi3")                # all layers of these have it
+CHOOSES = ("qwen2", "qwen3", "smollm3")        # config.json says which layers have a window
+ALL_SLIDE = ("mistral", "phi3")                # all layers have the window, if there is one
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -45,22 +45,22 @@ class LlamaConfig(family.SharedConfig):
   max_positions: int = 4096
   rms_norm_eps: float = 1e-5
   rope: Rope = Rope()
-  rotated: tuple[bool, ...] = ()      # whether each layer's q and k are rotated; (): all layers' are
-  sliding_window: int = 0             # a token sees itself and the window - 1 before it; 0: all before it
-  slides: tuple[bool, ...] = ()       # whether each layer has the window; (): all have
+  rotated: tuple[bool, ...] = ()      # for each layer, whether it rotates q and k; (): all do
+  sliding_window: int = 0             # number of tokens that a token attends to, itself included; 0: no limit
+  slides: tuple[bool, ...] = ()       # for each layer, whether it has the window; (): all do
   attention_bias: bool = False        # on q, k, v and o
   mlp_bias: bool = False
   tie_embeddings: bool = False
-  attention_dropout: float = 0.0      # of the attention probabilities, while training
+  attention_dropout: float = 0.0      # on the attention probabilities, while training
   hidden_dropout: float = 0.0         # after attention and feed-forward, while training (Phi-3)
   bos_token_id: int | None = None
   eos_token_id: int | tuple | None = None
 
   @classmethod
   def from_hf(cls, fields: Fields, **runtime: Any) -> Self:
-    """From transformers' config.json (v4 or v5)."""
+    """Reads transformers' config.json (v4 or v5)."""
     model_type = fields.values["model_type"]
-    fields = Fields(ABSENT.get(model_type, {}) | fields.values, fields.where)       # Gemma has its own
+    fields = Fields(ABSENT.get(model_type, {}) | fields.values, fields.where)       # Gemma: gemma.DEFAULTS
     fields.only(hidden_act="silu")
     heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     kv_heads = fields.integer("num_key_value_heads", heads)
@@ -74,10 +74,10 @@ class LlamaConfig(family.SharedConfig):
     rotated = _rotated(fields, num_layers) if model_type == "smollm3" else ()
     window, slides = _windows(fields, num_layers, rotated)
     rope = Rope.from_hf(fields, 2e6 if model_type == "smollm3" else 1e4)
-    turning = rope.turning_width(head_dim)
-    if rope.rope_type == "longrope" and {2 * len(rope.short_factor), 2 * len(rope.long_factor)} != {turning}:
+    rotary_width = rope.turning_width(head_dim)
+    if rope.rope_type == "longrope" and {2 * len(rope.short_factor), 2 * len(rope.long_factor)} != {rotary_width}:
       raise InputError(f"the model's config.json: short_factor and long_factor have {len(rope.short_factor)} and "
-                       f"{len(rope.long_factor)} numbers, wanted half of the {turning} features that turn")
+                       f"{len(rope.long_factor)} numbers, wanted half of the {rotary_width} rotated features")
     return cls(model_type=model_type, hidden_size=width, intermediate_size=fields.integer("intermediate_size"),
                num_layers=num_layers, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
                max_positions=fields.integer("max_position_embeddings"),
@@ -87,7 +87,7 @@ class LlamaConfig(family.SharedConfig):
                **family.decoder_from_hf(fields, tied=False), **runtime)
 
   def to_hf(self) -> dict:
-    """transformers' config.json of this shape, in the v5 and the v4 form at once."""
+    """transformers' config.json for this shape, with the fields of v5 and of v4."""
     rope = self.rope.to_phi3() if self.model_type == "phi3" else self.rope.to_hf()
     return rope | _layers_to_hf(self) | family.decoder_to_hf(self) | {
         "hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
@@ -98,7 +98,7 @@ class LlamaConfig(family.SharedConfig):
 
 
 def _biases(fields):
-  """Of the linear layers, in the families that have the choice."""
+  """{field of LlamaConfig: flag} for the biases of linear layers that config.json sets for this model type."""
   model_type = fields.values["model_type"]
   choices = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",),
              "smollm3": ("attention_bias", "mlp_bias")}.get(model_type, ())
@@ -107,10 +107,10 @@ def _biases(fields):
 
 
 def _rotated(fields, num_layers):
-  """SmolLM3's choice of layers with rotary positions."""
+  """The field `rotated` of LlamaConfig, from SmolLM3's config.json."""
   if "no_rope_layers" in fields:
     entries = fields.entries("no_rope_layers", num_layers, num_layers)
-    rotated = [one.integer("no_rope_layers", low=0) > 0 for one in entries]
+    rotated = [entry.integer("no_rope_layers", low=0) > 0 for entry in entries]
   else:
     interval = fields.integer("no_rope_layer_interval", 4)
     rotated = [layer % interval != 0 for layer in range(1, num_layers + 1)]
@@ -118,7 +118,7 @@ def _rotated(fields, num_layers):
 
 
 def _windows(fields, num_layers, rotated):
-  """(sliding_window, slides) of LlamaConfig."""
+  """The fields (sliding_window, slides) of LlamaConfig."""
   model_type = fields.values["model_type"]
   if model_type not in CHOOSES:
     window = fields.integer("sliding_window") if model_type in ALL_SLIDE and "sliding_window" in fields else 0
@@ -127,12 +127,12 @@ def _windows(fields, num_layers, rotated):
   has_window = fields.flag("use_sliding_window", False) and "sliding_window" in fields
   if "layer_types" in fields:
     entries = fields.entries("layer_types", num_layers, num_layers)
-    slides = [one.string("layer_types", None, (FULL, SLIDING)) == SLIDING for one in entries]
+    slides = [entry.string("layer_types", None, (FULL, SLIDING)) == SLIDING for entry in entries]
   elif model_type == "smollm3":
-    slides = [has_window and not turns for turns in rotated or (True,) * num_layers]
+    slides = [has_window and not is_rotated for is_rotated in rotated or (True,) * num_layers]
   else:
-    full = fields.integer("max_window_layers", low=0)
-    slides = [has_window and layer >= full for layer in range(num_layers)]
+    first = fields.integer("max_window_layers", low=0)
+    slides = [has_window and layer >= first for layer in range(num_layers)]
   if any(slides) and not has_window:
     raise InputError(f"the model's config.json has sliding layers in layer_types, but use_sliding_window "
                      f"{short(fields.values.get('use_sliding_window'))} and sliding_window "
@@ -141,17 +141,17 @@ def _windows(fields, num_layers, rotated):
 
 
 def _layers_to_hf(config):
-  """transformers' names of what one family's layers have and another's lack."""
+  """The fields of config.json that only some of the model types have."""
   out, window = {}, config.sliding_window
   if config.model_type == "smollm3":
-    out["no_rope_layers"] = [int(one) for one in (config.rotated or (True,) * config.num_layers)[:config.num_layers]]
+    out["no_rope_layers"] = [int(flag) for flag in (config.rotated or (True,) * config.num_layers)[:config.num_layers]]
   if config.model_type == "phi3":
     out["resid_pdrop"] = config.hidden_dropout
   if config.model_type in ALL_SLIDE or window:
     out["sliding_window"] = window or None
   if config.model_type in CHOOSES and window:
     slides = (config.slides or (True,) * config.num_layers)[:config.num_layers]
-    out |= {"use_sliding_window": True, "layer_types": [SLIDING if one else FULL for one in slides],
+    out |= {"use_sliding_window": True, "layer_types": [SLIDING if has_window else FULL for has_window in slides],
             "max_window_layers": [*slides, True].index(True)}
   return out
 
@@ -206,7 +206,13 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, cos, sin, mask, far=None, rotated=None, slides=None):
-    """mask is of the window; the last three where layers differ: a mask without it, and what this layer has of each."""
+    """Applies the layer.
+
+    Args:
+      mask: attention mask with the window.
+      far: attention mask without the window; None if all layers are alike.
+      rotated, slides: whether this layer rotates q and k, and whether it has the window; None if all layers are alike.
+    """
     c, x = self.config, sharding.split_rows(x)
     if far is not None:
       cos, sin, mask = jnp.where(rotated, cos, 1), jnp.where(rotated, sin, 0), jnp.where(slides, mask, far)
@@ -220,7 +226,7 @@ class Block(nn.Module):
 
 
 class LlamaClassifier(nn.Module):
-  """Decoder with its head on the last token that is not padding; left or right padding give the same logits."""
+  """Decoder whose head reads the last token that is not padding. Left and right padding give the same logits."""
   config: LlamaConfig
   train: bool = False
 
@@ -228,7 +234,7 @@ class LlamaClassifier(nn.Module):
 
   @nn.compact
   def __call__(self, input_ids, segment_ids, texts=None, stream=None):
-    """As Model.apply has them -> ClassifierOutput."""
+    """Takes the arguments of Model.apply and returns a ClassifierOutput."""
     c = self.config
     embed_tokens = layers.embed(c, c.vocab_size, "embed_tokens", layers.Tokens)
     x = embed_tokens(input_ids).astype(c.dtype) if stream is None else stream
@@ -254,7 +260,7 @@ def _tensors(name):
   }, unused=r"score\.weight|lm_head\.weight|.*rotary_emb\.inv_freq")
 
 
-# L layers, K kv heads, d head width, F feed-forward width, V vocabulary, C classes.
+# L layers, K key/value heads, d head width, F feed-forward width, V vocabulary, C classes.
 FAMILY = family.Family(
     config=LlamaConfig, module=LlamaClassifier,
     tensors={"llama": _tensors("Llama"), "mistral": _tensors("Mistral"), "qwen2": _tensors("Qwen2"),

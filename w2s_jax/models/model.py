@@ -1,4 +1,4 @@
-"""Model: a network's shape and the functions on its parameters, which are a plain nested dict."""
+"""Model: a network's config with functions on the network's parameters, which are a plain nested dict."""
 
 import dataclasses
 import re
@@ -32,15 +32,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def model_types() -> dict[str, Family]:
-  """By model_type of config.json, of all families."""
+  """{model_type of config.json: Family}, for all families."""
   return {model_type: family for family in FAMILIES.values() for model_type in family.tensors}
 
 
 def config_from_hf(hf: dict, **runtime: Any) -> SharedConfig:
-  """The config of the family that has this config.json; `runtime` sets what that file does not have.
+  """The config of the family that a config.json names. `runtime` sets fields that config.json does not have.
 
   Raises:
-    InputError: unknown `model_type`; a field that is missing, out of range, or asks for what is not implemented.
+    InputError: an unknown `model_type`; a field that is missing, is out of range, or asks for an unimplemented feature.
   """
   fields = Fields(hf)
   families = model_types()
@@ -60,8 +60,8 @@ def config_from_hf(hf: dict, **runtime: Any) -> SharedConfig:
                        "(...ForSequenceClassification), or a backbone without a head")
   fields.only(problem_type="single_label_classification")
   if "transformers_weights" in fields:
-    raise InputError("the model's config.json has transformers_weights, by which transformers loads another file than "
-                     "model.safetensors: keep the file that is meant, under that name, and delete the field")
+    raise InputError("the model's config.json has transformers_weights, so transformers loads another file than "
+                     "model.safetensors: call the right file model.safetensors, and delete the field")
   if runtime.get("feature_width") and not hasattr(config_class, "feature_width"):
     raise InputError(f"a {model_type} cannot carry the W2S teacher's head: give an encoder as --config.teacher.path")
   if runtime.get("head", "classifier") not in ("classifier", "lm"):
@@ -79,12 +79,15 @@ def config_from_hf(hf: dict, **runtime: Any) -> SharedConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """`params` everywhere is a nested dict of arrays; adapters that lie in it are used, see adapters/."""
+  """A network's config with functions on its parameters.
+
+  `params` is a nested dict of arrays in all methods. It may contain adapters (adapters/); they then take effect.
+  """
   config: SharedConfig
 
   @property
   def family(self) -> Family:
-    """The one that has this model's type."""
+    """The Family of this model's type."""
     return model_types()[self.config.model_type]
 
   @property
@@ -94,7 +97,7 @@ class Model:
 
   @property
   def shardings(self) -> tuple[tuple[str, P], ...]:
-    """(parameter path pattern, mesh axes) of every leaf that the model may have, as sharding.py takes them."""
+    """(parameter path pattern, mesh axes) of every leaf that the model may have, for sharding.py."""
     return (*self.family.shardings, *trees.added_shardings())
 
   @property
@@ -105,23 +108,25 @@ class Model:
   def apply(self, params: dict, input_ids: jax.Array, attention_mask: jax.Array | None = None,
             texts: jax.Array | None = None, *, segment_ids: jax.Array | None = None,
             dropout_key: jax.Array | None = None, stream: jax.Array | None = None) -> layers.ClassifierOutput:
-    """Classifies a batch, of which `attention_mask` or `segment_ids` says what is real.
+    """Runs the model on a batch. `attention_mask` or `segment_ids` marks the padding.
 
     Args:
-      params: as `init` or `load_pretrained` gives it.
+      params: the parameters from `init` or `load_pretrained`.
       input_ids: [R, T] int; without `texts` a row is a text.
       attention_mask: [R, T] int, 0 on padding, 1 on the row's text.
-      segment_ids: [R, T] int, of rows that may hold several texts: 0 on padding, ascending numbers of a row's texts.
-      texts: [G, B / G, 2] int, or None: first and last token of each text, counted through the R / G rows of its group.
+      segment_ids: [R, T] int, for rows that may hold several texts: 0 on padding, else a number that ascends from text
+        to text.
+      texts: [G, B / G, 2] int, index of the first and last token of each text among the R / G * T tokens of its group;
+        None: a row is a text.
       dropout_key: a JAX key turns dropout on; without one the output is deterministic.
-      stream: [R, T, D], goes into the first layer instead of the embeddings of `input_ids`, which are then not read.
+      stream: [R, T, D], input of the first layer that replaces the embeddings of `input_ids`.
     Raises:
       ValueError: neither `attention_mask` nor `segment_ids` is given, or both are.
-      InputError: outside jit, of a token that the model does not know, or a text longer than its positions; inside of
-        jit such a text has NaN logits.
+      InputError: outside jit, a token is not in the vocabulary, or a text has more tokens than the model has positions.
+        Inside jit such a text has NaN logits.
     """
     if (attention_mask is None) == (segment_ids is None):
-      raise ValueError("give Model.apply either attention_mask, of a text a row, or segment_ids")
+      raise ValueError("give Model.apply either attention_mask, for one text per row, or segment_ids")
     if segment_ids is None:
       segment_ids = attention_mask
     if stream is None and not any(isinstance(x, jax.core.Tracer) for x in (input_ids, segment_ids)):
@@ -133,13 +138,13 @@ class Model:
   def _check_tokens(self, params, input_ids, segment_ids, texts):
     leaves = traverse_util.flatten_dict(params)
     soft = leaves.get((*self.vocabulary, "soft"))
-    known = self.config.vocab_size + (0 if soft is None else len(soft))
-    if input_ids.size and not 0 <= input_ids.min() <= input_ids.max() < known:           # NaN on padding spreads too
-      raise InputError(f"token ids are {input_ids.min()} to {input_ids.max()}, the model knows 0 to {known - 1}: use "
+    num_ids = self.config.vocab_size + (0 if soft is None else len(soft))
+    if input_ids.size and not 0 <= input_ids.min() <= input_ids.max() < num_ids:     # a NaN spreads from padding too
+      raise InputError(f"token ids are {input_ids.min()} to {input_ids.max()}, the model knows 0 to {num_ids - 1}: use "
                        "its own tokenizer")
     learned = any("position_embeddings" in path for path in leaves)
-    by_place = not self.config.is_decoder and self.config.model_type not in encoder.ROBERTAS
-    longest = 0 if texts is not None else input_ids.shape[1] if by_place else (segment_ids > 0).sum(axis=1).max()
+    padding_counts = not self.config.is_decoder and self.config.model_type not in encoder.ROBERTAS
+    longest = 0 if texts is not None else input_ids.shape[1] if padding_counts else (segment_ids > 0).sum(axis=1).max()
     if learned and longest > self.config.max_positions:
       raise InputError(f"a text has {longest} tokens, the model {self.config.max_positions} positions: cut it "
                        f"(truncation=True, max_length={self.config.max_positions})")
@@ -147,15 +152,15 @@ class Model:
   def lm_logits(self, params: dict, hidden: jax.Array) -> jax.Array:
     """Language-model logits [B, T, V] of every token, from `ClassifierOutput.hidden`.
 
-    A decoder's are of the next token; an encoder's, with head="lm", of the token in this place.
+    A decoder predicts the next token. An encoder with head="lm" predicts the token at the same position.
 
     Raises:
-      InputError: the model has no such head.
+      InputError: the model has no language-model head.
     """
     return self.family.module.lm_logits(self.config, params, hidden)
 
   def weight_names(self) -> dict[str, str]:
-    """{our parameter path: transformers' tensor name, {} for the layer number} of every leaf."""
+    """{our parameter path: transformers' tensor name} of every leaf; {} in a name is the place of the layer number."""
     return formats.weight_names(self, traverse_util.flatten_dict(self.abstract_params(), sep="/"))
 
   def abstract_params(self) -> dict:
@@ -163,10 +168,11 @@ class Model:
     return jax.eval_shape(self._init, jax.random.key(0))
 
   def init(self, key: jax.Array, mesh: jax.sharding.Mesh | None = None, only: Collection[str] | None = None) -> dict:
-    """Random parameters, created on the mesh's devices already sharded where a mesh is given.
+    """Random parameters.
 
     Args:
-      only: paths ("score/kernel") of the leaves to make; the others take no memory. None: all.
+      mesh: devices on which the parameters are created, sharded from the start; None: the default device.
+      only: paths ("score/kernel") of the leaves to create; the others take no memory. None: all.
     """
     def make(key):
       flat = traverse_util.flatten_dict(self._init(key), sep="/")

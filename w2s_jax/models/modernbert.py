@@ -1,6 +1,6 @@
-"""ModernBERT encoder: rotary positions, layers that see all or a window, gated feed-forward, norms in front.
+"""ModernBERT encoder: rotary positions, full and sliding-window attention, gated feed-forward, pre-norms.
 
-(Warner et al., arXiv 2412.13663.) B batch, T tokens, D width, H heads, d head width.
+Warner et al., arXiv 2412.13663. B batch, T tokens, D width, H heads, d head width.
 """
 
 import dataclasses
@@ -17,38 +17,38 @@ from w2s_jax.models import family, heads, layers, rotary
 from w2s_jax.models.hf.fields import MOST_LAYERS, Fields, short
 from w2s_jax.models.hf.formats import Checkpoint, modules
 
-KINDS = ("full_attention", "sliding_attention")                 # of layers
+KINDS = ("full_attention", "sliding_attention")                 # kinds of layers
 BIASES = ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias", "decoder_bias")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModernBertConfig(family.EncoderShared):
-  """Shape of the network (transformers' config.json), then our head."""
+  """Shape of the network (transformers' config.json) and of our head."""
   model_type: str = "modernbert"
   vocab_size: int = 50368
   hidden_size: int = 768
   intermediate_size: int = 1152
   num_layers: int = 22
   num_heads: int = 12
-  max_positions: int = 8192           # tokens that it was trained on at most; it takes longer texts
+  max_positions: int = 8192           # largest number of tokens of a training text; longer texts are accepted
   layer_norm_eps: float = 1e-5
-  layer_types: tuple = tuple(KINDS[i % 3 > 0] for i in range(22))        # of KINDS, one for each layer or more
-  window: int = 64                    # number of tokens that a sliding layer's token sees on each side
+  layer_types: tuple = tuple(KINDS[i % 3 > 0] for i in range(22))        # a kind per layer, or more
+  window: int = 64                    # number of tokens on each side that a token attends to in a sliding layer
   rope_thetas: tuple = (160000.0, 10000.0)                               # rotary bases, in KINDS' order
   attention_bias: bool = False        # of Wqkv and Wo
   mlp_bias: bool = False
   norm_bias: bool = False
   classifier_bias: bool = False       # of the head's dense layer
-  decoder_bias: bool = True           # of the vocabulary's logits
-  mean_pooling: bool = False          # features are the mean of a text's tokens, not its first one
-  embedding_dropout: float = 0.0      # while training
-  attention_dropout: float = 0.0      # of the attention probabilities, and after attention, while training
+  decoder_bias: bool = True           # of the language-model logits
+  mean_pooling: bool = False          # features are the mean over a text's tokens, not its first token
+  embedding_dropout: float = 0.0      # on the embeddings, while training
+  attention_dropout: float = 0.0      # on the attention probabilities and after attention, while training
   mlp_dropout: float = 0.0            # inside the feed-forward, while training
   head_dropout: float = 0.0           # before the classifier, while training
 
   @classmethod
   def from_hf(cls, fields: Fields, **runtime: Any) -> Self:
-    """From transformers' config.json (v4 or v5)."""
+    """Reads transformers' config.json (v4 or v5)."""
     window, width = fields.integer("local_attention", 128) // 2, fields.integer("hidden_size")
     num_layers, num_heads = fields.integer("num_hidden_layers", high=MOST_LAYERS), fields.integer("num_attention_heads")
     fields.only(hidden_activation="gelu", classifier_activation="gelu", sliding_window=window, rope_scaling=None,
@@ -70,9 +70,9 @@ class ModernBertConfig(family.EncoderShared):
                head_dropout=fields.rate("classifier_dropout", 0.0), **family.shared_from_hf(fields), **runtime)
 
   def to_hf(self) -> dict:
-    """transformers' config.json of this shape, in the v5 and, where layers take turns, the v4 form at once."""
+    """transformers' config.json for this shape, with the fields of v5 and, if every n-th layer is full, of v4."""
     kinds = list(self.layer_types[:self.num_layers])
-    every = next((n for n in range(1, len(kinds) + 1) if kinds == _turns(n, len(kinds))), None)
+    interval = next((n for n in range(1, len(kinds) + 1) if kinds == _turns(n, len(kinds))), None)
     named = ("hidden_size", "intermediate_size", "embedding_dropout", "attention_dropout", "mlp_dropout", *BIASES)
     full, sliding = self.rope_thetas
     return family.shared_to_hf(self) | {name: getattr(self, name) for name in named} | {
@@ -83,37 +83,37 @@ class ModernBertConfig(family.EncoderShared):
         "global_rope_theta": full, "local_rope_theta": sliding,
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": theta}
                             for kind, theta in zip(KINDS, self.rope_thetas)},
-    } | ({"global_attn_every_n_layers": every} if every else {})
+    } | ({"global_attn_every_n_layers": interval} if interval else {})
 
 
-def _turns(every, num_layers):
-  return [KINDS[i % every > 0] for i in range(num_layers)]
+def _turns(interval, num_layers):
+  return [KINDS[i % interval > 0] for i in range(num_layers)]
 
 
 def _layer_types(fields, num_layers):
-  """The kind of each layer: `layer_types` (transformers 5), or every n-th sees all (transformers 4)."""
-  every = fields.integer("global_attn_every_n_layers", 3)
+  """The kind of each layer, from `layer_types` (transformers 5) or `global_attn_every_n_layers` (transformers 4)."""
+  interval = fields.integer("global_attn_every_n_layers", 3)
   kinds = fields.values.get("layer_types")
   if kinds is None:
-    kinds = _turns(every, num_layers)
+    kinds = _turns(interval, num_layers)
   if not isinstance(kinds, list) or len(kinds) != num_layers or not all(kind in KINDS for kind in kinds):
     raise InputError(f"the model's {fields.where}: layer_types is {short(kinds)}, wanted one of {', '.join(KINDS)} for "
                      f"each of {num_layers} layers")
-  if "global_attn_every_n_layers" in fields and kinds != _turns(every, num_layers):
-    raise InputError(f"the model's {fields.where} has layer_types and another global_attn_every_n_layers, {every}: "
+  if "global_attn_every_n_layers" in fields and kinds != _turns(interval, num_layers):
+    raise InputError(f"the model's {fields.where} has layer_types and another global_attn_every_n_layers, {interval}: "
                      "keep one")
   return tuple(kinds)
 
 
 def _rope_thetas(fields):
-  """Rotary bases in KINDS' order: of `rope_parameters` (transformers 5), or of a field each (transformers 4)."""
+  """Rotary bases in KINDS' order, from `rope_parameters` (transformers 5) or a field per kind (transformers 4)."""
   nested, out = fields.section("rope_parameters"), []
-  if odd := sorted(nested.values.keys() - set(KINDS)):
-    raise InputError(f"the model's {nested.where} has {short(odd[0])}: want {' and '.join(KINDS)} alone")
+  if unknown := sorted(nested.values.keys() - set(KINDS)):
+    raise InputError(f"the model's {nested.where} has {short(unknown[0])}: want {' and '.join(KINDS)} alone")
   for kind, name, default in zip(KINDS, ("global_rope_theta", "local_rope_theta"), (160000.0, 10000.0)):
     rope = nested.section(kind)
     rope.only(rope_type="default", type="default")
-    if name in fields.values and name not in fields:            # transformers 4 takes the other kind's base for it
+    if name in fields.values and name not in fields:            # transformers 4 uses the other kind's base
       raise InputError(f"the model's {fields.where}: {name} is null, wanted a number")
     theta = fields.positive(name, default)
     if "rope_theta" in rope and name in fields:
@@ -133,8 +133,9 @@ class Attention(nn.Module):
     q, k, v = (y.reshape(*x.shape[:2], c.num_heads, -1) for y in jnp.split(fused, 3, axis=-1))
     q, k = rotary.rotate(q, cos, sin), rotary.rotate(k, cos, sin)
     out = layers.attention(q, k, v, mask, c.attention_dropout if self.train else 0.0)
-    sees = mask.any(axis=-1)[:, 0, :, None, None]               # not padding further than a window from its text:
-    out = jnp.where(sees, out, 0).reshape(x.shape)              # torch's attention gives it 0
+    # Padding further than a window from the text attends to no token. torch's attention then returns 0.
+    has_keys = mask.any(axis=-1)[:, 0, :, None, None]
+    out = jnp.where(has_keys, out, 0).reshape(x.shape)
     out = layers.linear(c, self.train, c.hidden_size, "Wo", c.attention_bias)(out)
     return layers.dropout(c.attention_dropout, self.train)(out)
 
@@ -157,7 +158,14 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, cos, sin, masks, kind, is_first):
-    """cos, sin: [2, 1, T, 1, d/2]; masks: [2, B, 1, T, T], of both kinds. The first layer has no norm for attention."""
+    """Applies the layer.
+
+    Args:
+      cos, sin: [2, 1, T, 1, d/2], for both KINDS.
+      masks: [2, B, 1, T, T], for both KINDS.
+      kind: index of this layer's kind.
+      is_first: whether this is the first layer, which has no attention norm.
+    """
     c, x = self.config, sharding.split_rows(x)
     def norm(name):
       return layers.layer_norm(c.layer_norm_eps, name, c.norm_bias)(x).astype(x.dtype)
@@ -182,30 +190,30 @@ def prediction_head(config: ModernBertConfig, name: str | None = None) -> heads.
 
 
 class ModernBertClassifier(nn.Module):
-  """Encoder with transformers' head, or with the W2S widening head (`config.feature_width`)."""
+  """Encoder with transformers' head, or, if `config.feature_width` is set, with the W2S widening head."""
   config: ModernBertConfig
   train: bool = False
 
   @staticmethod
   def lm_logits(config: ModernBertConfig, params: dict, hidden: jax.Array) -> jax.Array:
-    """As `heads.lm_logits`."""
+    """See `heads.lm_logits`."""
     return heads.lm_logits(prediction_head(config), params, hidden)
 
   @nn.compact
   def __call__(self, input_ids, segment_ids, texts=None, stream=None):
-    """As Model.apply has them, padded on the right -> ClassifierOutput."""
+    """Takes the arguments of Model.apply, with padding on the right, and returns a ClassifierOutput."""
     c, x, T = self.config, stream, input_ids.shape[1]
     embeddings = Embeddings(c, name="embeddings")
     if stream is None:
       x = layers.dropout(c.embedding_dropout, self.train)(embeddings(input_ids)).astype(c.dtype)
-    near = jnp.abs(jnp.arange(T)[:, None] - jnp.arange(T)) <= c.window
-    seen = layers.text_mask(segment_ids)
+    window = jnp.abs(jnp.arange(T)[:, None] - jnp.arange(T)) <= c.window
+    mask = layers.text_mask(segment_ids)
     kinds = np.array([KINDS.index(kind) for kind in c.layer_types])
-    places = jnp.arange(T)[None]                  # in the row: differences alone count
-    turns = [rotary.Rope(rope_theta=theta).cos_sin(places, c.hidden_size // c.num_heads, c.max_positions)
-             for theta in c.rope_thetas]
-    cos, sin = (jnp.stack(both) for both in zip(*turns))
-    x = layers.layer_stack(Block, c, self.train, x, cos, sin, jnp.stack([seen, seen & near]),
+    places = jnp.arange(T)[None]                  # in the row; scores depend on differences alone
+    rotations = [rotary.Rope(rope_theta=theta).cos_sin(places, c.hidden_size // c.num_heads, c.max_positions)
+                 for theta in c.rope_thetas]
+    cos, sin = (jnp.stack(pair) for pair in zip(*rotations))
+    x = layers.layer_stack(Block, c, self.train, x, cos, sin, jnp.stack([mask, mask & window]),
                            per_layer=(kinds, np.arange(len(kinds)) == 0))
     hidden = layers.layer_norm(c.layer_norm_eps, "norm", c.norm_bias)(x)
     features = heads.first_token(hidden, texts)
@@ -232,7 +240,7 @@ FAMILY = family.Family(
     shardings=(
         (r"embeddings/word_embeddings/embedding", P("tensor", "fsdp")),  # [V, D]
         (r"layers/attn/Wqkv/kernel", P(None, "fsdp", "tensor")),         # [L, D, 3*D]: q, k and v side by side
-        (r"layers/mlp/Wi/kernel", P(None, "fsdp", "tensor")),            # [L, D, 2*F]: what is activated, and its gate
+        (r"layers/mlp/Wi/kernel", P(None, "fsdp", "tensor")),            # [L, D, 2*F]: up and gate side by side
         (r"layers/(attn|mlp)/Wo/kernel", P(None, "tensor", "fsdp")),     # [L, D or F, D]
         (r"layers/(attn|mlp)/W(qkv|i|o)/bias", P()),
         (r"(.*/)?(attn_|mlp_)?norm/(scale|bias)", P()),

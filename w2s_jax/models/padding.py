@@ -1,4 +1,4 @@
-"""Which token is a decoder text's last one: what the model's config and its tokenizer say of padding must agree."""
+"""The padding token, by which a decoder finds a text's last token: config and tokenizer must agree on it."""
 
 import dataclasses
 from typing import Any
@@ -9,12 +9,12 @@ from w2s_jax.models.model import Model
 
 
 def with_padding_token(model: Model, tokenizer: Any) -> Model:
-  """The model with the tokenizer's padding token in its config, by which transformers pools a decoder's text.
+  """The model with the tokenizer's padding token in its config, where transformers reads it to pool a decoder's text.
 
   Raises:
-    InputError: a decoder's config names another one, and answers in batches are not those to single texts; or it
-      names none, and the tokenizer's is a token that texts end in; or a RoBERTa has another, behind which its positions
-      start.
+    InputError: a decoder's config names another padding token, and answers in batches would differ from those to single
+      texts. Or it names none, and texts end in the tokenizer's padding token. Or a RoBERTa's config, whose positions
+      start after the padding token, names another one.
   """
   c, pad = model.config, tokenizer.pad_token_id
   if c.model_type in ROBERTAS and c.pad_token_id != pad:
@@ -22,7 +22,7 @@ def with_padding_token(model: Model, tokenizer: Any) -> Model:
                      f"with {pad}: give the model its own tokenizer")
   if c.is_decoder and c.pad_token_id not in (None, pad):
     raise InputError(f"the model's config.json has pad_token_id {c.pad_token_id}, its tokenizer pads with {pad}: "
-                     "transformers would answer otherwise in batches than to a text alone. Set pad_token_id in "
+                     "transformers' answers in batches would differ from those to single texts. Set pad_token_id in "
                      f"config.json to {pad}, or pad_token in tokenizer_config.json")
   if c.is_decoder and c.pad_token_id is None and tokenizer("a")["input_ids"][-1] == pad:
     raise InputError(f"the model's config.json has no pad_token_id, and texts end in the token {pad} that its "

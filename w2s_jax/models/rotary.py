@@ -1,4 +1,7 @@
-"""Rotary positions (Su et al., arXiv 2104.09864) and the ways to stretch them, by config.json. d head width."""
+"""Rotary positions (Su et al., arXiv 2104.09864) and the ways to scale them that config.json can name.
+
+B texts, T tokens, H heads, d head width, P rotated pairs of features (d / 2 unless the rotation is partial).
+"""
 
 import dataclasses
 import math
@@ -16,34 +19,40 @@ ROPE_FIELDS = {"default": (), "linear": ("factor",), "dynamic": ("factor",),
                "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL),
                "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor", ORIGINAL),
                "longrope": ("short_factor", "long_factor", "attention_factor", ORIGINAL)}
-PHI3_TYPES = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}  # as transformers
+PHI3_TYPES = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}  # as in transformers
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-  """How fast each pair of features turns, in transformers' names."""
+  """The parameters of the pairs' rotation frequencies, under transformers' names."""
   rope_type: str = "default"          # a key of ROPE_FIELDS
   rope_theta: float = 10000.0
   factor: float = 1.0
-  low_freq_factor: float = 1.0        # llama3: wavelengths over original / low are divided by factor,
-  high_freq_factor: float = 4.0       # those under original / high are left alone, between them a ramp
-  beta_fast: float = 32.0             # yarn (arXiv 2309.00071): pairs that turn more often within the original length
-  beta_slow: float = 1.0              # are left alone, those that turn less often are divided by factor
-  truncate: bool = True               # yarn: the ramp between them begins and ends at whole pairs
-  attention_factor: float | None = None   # of cos and sin; None: by the stretch, see `gain`
-  short_factor: tuple[float, ...] = ()    # longrope (arXiv 2402.13753): divides each pair's frequency in texts of at
-  long_factor: tuple[float, ...] = ()     # most the original length, and in longer ones
+  # llama3 divides a pair's frequency by factor if its wavelength is above original / low, keeps it if the wavelength is
+  # below original / high, and interpolates between the two.
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  # yarn (arXiv 2309.00071) keeps the frequency of a pair that turns more than beta_fast times within the original
+  # length, divides it by factor if the pair turns less than beta_slow times, and interpolates between the two.
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  truncate: bool = True               # yarn: the interpolation begins and ends at whole pairs
+  attention_factor: float | None = None   # factor of cos and sin; None: see `gain`
+  # longrope (arXiv 2402.13753) divides each pair's frequency by its short_factor in texts of at most the original
+  # length, and by its long_factor in longer texts.
+  short_factor: tuple[float, ...] = ()
+  long_factor: tuple[float, ...] = ()
   original_max_position_embeddings: int = 8192
-  partial_rotary_factor: float = 1.0  # of the features of a head, the first ones; the others do not turn
+  partial_rotary_factor: float = 1.0  # fraction of a head's features that are rotated: the first ones
 
   @classmethod
   def from_hf(cls, fields: Fields, theta: float = 10000.0) -> Self:
-    """From `rope_parameters` (transformers 5), or `rope_scaling` and a top-level `rope_theta` (transformers 4).
+    """Reads `rope_parameters` (transformers 5), or `rope_scaling` and a top-level `rope_theta` (transformers 4).
 
     Args:
-      theta: rope_theta where the file has none.
+      theta: rope_theta if the file has none.
     Raises:
-      InputError: another type, or a parameter that the type needs is absent.
+      InputError: an unknown type, a parameter that is missing or out of range, or fields that contradict each other.
     """
     sections = [fields.section(name) for name in ("rope_parameters", "rope_scaling")]
     new, old = ({"rope_type" if name == "type" else name: value for name, value in section.values.items()
@@ -68,14 +77,17 @@ class Rope:
     return cls(rope_type, theta, partial_rotary_factor=part, **_parameters(rope_type, fields, rope))
 
   def to_hf(self) -> dict:
-    """Both forms at once."""
+    """The fields of config.json, those of transformers 5 and of transformers 4."""
     fields = {name: getattr(self, name) for name in ("rope_type", *ROPE_FIELDS[self.rope_type])}
     fields = {name: value for name, value in fields.items() if value is not None}
     scaling = {} if self.rope_type == "default" else {"rope_scaling": fields}
     return {"rope_theta": self.rope_theta, "rope_parameters": fields | {"rope_theta": self.rope_theta}} | scaling
 
   def to_phi3(self) -> dict:
-    """The form that transformers 5 and 4 both read of Phi-3; 4 takes no fields in rope_scaling but the first three."""
+    """The fields of a Phi-3's config.json that transformers 5 and 4 both read.
+
+    transformers 4 accepts only `type`, `short_factor` and `long_factor` in rope_scaling.
+    """
     fields = {"rope_theta": self.rope_theta, PARTIAL: self.partial_rotary_factor, "rope_scaling": None}
     if self.rope_type == "longrope":
       scaling = {"type": "longrope", "short_factor": self.short_factor, "long_factor": self.long_factor}
@@ -85,11 +97,11 @@ class Rope:
     return fields
 
   def turning_width(self, head_dim: int) -> int:
-    """Of the features of a head, how many turn."""
+    """Number of a head's features that are rotated, 2 P."""
     return int(head_dim * self.partial_rotary_factor)
 
   def inverse_frequencies(self, head_dim: int, max_positions: int, length: int | jax.Array) -> jax.Array:
-    """[pairs that turn] float32, of a text of `length` tokens, on which only "dynamic" and "longrope" depend."""
+    """[P] float32, each pair's angle per position. Only "dynamic" and "longrope" depend on `length`, in tokens."""
     theta: float | jax.Array = self.rope_theta
     width = self.turning_width(head_dim)
     if self.rope_type == "dynamic":
@@ -102,26 +114,26 @@ class Rope:
       return inverse / jnp.where(length > self.original_max_position_embeddings, jnp.asarray(self.long_factor),
                                  jnp.asarray(self.short_factor))
     if self.rope_type in ("llama3", "yarn"):
-      kept = self._kept_by_llama3(inverse) if self.rope_type == "llama3" else self._kept_by_yarn(width)
-      return inverse * (kept + (1 - kept) / self.factor)
+      share = self._kept_by_llama3(inverse) if self.rope_type == "llama3" else self._kept_by_yarn(width)
+      return inverse * (share + (1 - share) / self.factor)
     return inverse
 
   def cos_sin(self, positions: jax.Array, head_dim: int, max_positions: int) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, T, 1, d/2] float32 of positions [B, T].
+    """cos and sin [B, T, 1, P] float32 of positions [B, T].
 
-    "dynamic" and "longrope" go by the batch's longest text, as in transformers.
+    "dynamic" and "longrope" use the length of the batch's longest text, like transformers.
     """
     inverse = self.inverse_frequencies(head_dim, max_positions, positions.max() + 1)
     angles = (positions[..., None].astype(jnp.float32) * inverse)[:, :, None]
     return self.gain(max_positions) * jnp.cos(angles), self.gain(max_positions) * jnp.sin(angles)
 
   def _kept_by_llama3(self, inverse):
-    """[pairs], how much of each pair's frequency is left alone."""
+    """[P], the share of each pair's frequency that is not divided by `factor`."""
     turns = self.original_max_position_embeddings * inverse / (2 * math.pi)
     return jnp.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
 
   def _kept_by_yarn(self, width):
-    def pair(turns):                  # the pair that makes `turns` turns within the original length
+    def pair(turns):                  # index of the pair that makes `turns` turns within the original length
       length = self.original_max_position_embeddings / (2 * math.pi * turns)
       return width * math.log(length) / (2 * math.log(self.rope_theta))
     first, last = pair(self.beta_fast), pair(self.beta_slow)
@@ -132,7 +144,7 @@ class Rope:
     return 1 - jnp.clip((jnp.arange(width // 2, dtype=jnp.float32) - first) / ramp, 0, 1)
 
   def gain(self, max_positions: int) -> float:
-    """What cos and sin are multiplied by, which makes the scores of stretched positions larger."""
+    """The factor of cos and sin. It increases the attention scores if positions are scaled."""
     if self.attention_factor is not None:
       return self.attention_factor
     if self.rope_type == "yarn":
@@ -144,25 +156,25 @@ class Rope:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotates the first 2 * pairs features of x [B, T, H, d]; i and i + pairs are one, as in transformers."""
+  """Rotates the first 2 P features of x [B, T, H, d]; features i and i + P are a pair, like in transformers."""
   width = 2 * cos.shape[-1]
   first, second = jnp.split(x[..., :width].astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-  return turned if width == x.shape[-1] else jnp.concatenate([turned, x[..., width:]], axis=-1)
+  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+  return rotated if width == x.shape[-1] else jnp.concatenate([rotated, x[..., width:]], axis=-1)
 
 
 def _yarn_gain(factor, scale=1.0):
-  """transformers/modeling_rope_utils.py, `_compute_yarn_parameters`."""
+  """`gain` of yarn, as in `_compute_yarn_parameters` of transformers/modeling_rope_utils.py."""
   return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 def _longrope_gain(factor, original):
-  """transformers/modeling_rope_utils.py, `_compute_longrope_parameters`."""
+  """`gain` of longrope, as in `_compute_longrope_parameters` of transformers/modeling_rope_utils.py."""
   return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def _parameters(rope_type: str, fields: Fields, rope: Fields) -> dict[str, Any]:
-  """What Rope has beside its theta, of one type."""
+  """{field of Rope: value} for the parameters that a rope_type has besides rope_theta."""
   if rope_type == "default":
     return {}
   if rope_type == "longrope":
@@ -179,23 +191,27 @@ def _parameters(rope_type: str, fields: Fields, rope: Fields) -> dict[str, Any]:
       raise InputError(f"the model's {rope.where}: low_freq_factor {numbers['low_freq_factor']} must be less than "
                        f"high_freq_factor {numbers['high_freq_factor']}")
   if rope_type == "yarn":
-    for name, usual in (("beta_fast", 32.0), ("beta_slow", 1.0)):
-      numbers[name] = rope.positive(name) if rope.values.get(name) else usual    # 0 is the usual one to transformers
-    numbers["truncate"] = rope.flag("truncate", "truncate" not in rope.values)   # and null is false
+    for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+      numbers[name] = rope.positive(name) if rope.values.get(name) else default  # transformers reads 0 as the default
+    numbers["truncate"] = rope.flag("truncate", "truncate" not in rope.values)   # transformers reads null as false
   if rope_type in ("yarn", "longrope"):
     numbers["attention_factor"] = _attention_factor(rope_type, rope, numbers[ORIGINAL])
   return numbers
 
 
 def _place(name, fields, rope):
-  """Which of the two has the name; where both have it, they agree."""
+  """The one of `fields` and `rope` that has the field `name`.
+
+  Raises:
+    InputError: both have the field, with different values.
+  """
   if name in fields and name in rope and fields.values[name] != rope.values[name]:
     raise InputError(f"the model's {fields.where} has several values of {name}: keep one")
   return rope if name in rope else fields
 
 
 def _attention_factor(rope_type, rope, original):
-  """As the file has it, or what follows from other fields than Rope's; None: `gain` finds it."""
+  """The file's attention_factor, or one computed from fields that Rope does not have; None: `gain` computes it."""
   if "attention_factor" in rope:
     return rope.positive("attention_factor")
   if rope_type == "longrope":

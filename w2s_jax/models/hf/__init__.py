@@ -1,1 +1,1 @@
-"""Hugging Face model directories, in and out."""
+"""Reads and writes Hugging Face model directories."""

@@ -1,4 +1,4 @@
-"""A peft adapter in: LoRA merged into its base once, in the cache, into a directory that is read like any other."""
+"""Reads a peft adapter: merges its LoRA into its base, once, into a cached directory that is read like any other."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from w2s_jax.models.model import Model, config_from_hf
 
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
-# Fields of peft's config that do not change the merged network; any other one must be empty or false.
+# Fields of peft's config that are read here or that do not change the merged network. Any other must be empty or false.
 HARMLESS = ("peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "lora_dropout",
             "target_modules", "modules_to_save", "fan_in_fan_out", "bias", "use_rslora", "init_lora_weights",
             "rank_pattern", "peft_version", "auto_mapping", "qalora_group_size", "megatron_core", "ensure_weight_tying")
@@ -28,20 +28,20 @@ def is_adapter(directory: Path) -> bool:
   """Whether a directory holds an adapter and no model.
 
   Raises:
-    InputError: it holds both, of which transformers would run the model *with* the adapter.
+    InputError: it holds both. transformers would run the model *with* the adapter.
   """
-  there = (directory / ADAPTER_CONFIG).exists()
-  if there and any(directory.glob("model*.safetensors*")):
+  has_adapter = (directory / ADAPTER_CONFIG).exists()
+  if has_adapter and any(directory.glob("model*.safetensors*")):
     raise InputError(f"{directory} holds a model and an adapter ({ADAPTER_CONFIG}), which transformers attaches to it: "
                      "keep the adapter in a directory of its own and give that, with --config.student.base")
-  return there
+  return has_adapter
 
 
 def hub_id_of_base(directory: Path) -> str:
-  """The hub id that the adapter names as its base; a path in a stranger's file is not followed.
+  """The hub id that the adapter names as its base. A path is refused, because the file may come from a stranger.
 
   Raises:
-    InputError: it names none.
+    InputError: the adapter names no hub id.
   """
   base = files.read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
   hub_id = isinstance(base, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base, re.ASCII)
@@ -52,42 +52,45 @@ def hub_id_of_base(directory: Path) -> str:
 
 
 def directory_of(adapter: Path, base: Path) -> Path:
-  """The directory of safetensors that base and adapter were, or are now, merged into; of the base's dtype.
+  """The directory of safetensors with the base and the adapter merged, in the base's dtype; made on first use.
 
   Raises:
-    InputError: another kind of adapter; tensors that the base has no place for.
+    InputError: the adapter is of another kind, or has tensors that the base has no place for.
   """
   for directory in (adapter, base):
     files.check_links(directory)
-  if ours := sorted(file.name for file in base.glob("w2s_*")):
-    raise InputError(f"{base}, the base of {adapter}, has a {ours[0]}, which a merged model would not have: "
+  if w2s_files := sorted(file.name for file in base.glob("w2s_*")):
+    raise InputError(f"{base}, the base of {adapter}, has a {w2s_files[0]}, which a merged model would not have: "
                      "give a base without it")
   if not (adapter / ADAPTER_FILE).is_file():
     raise InputError(f"{adapter} has {ADAPTER_CONFIG} but no {ADAPTER_FILE}: an adapter_model.bin is a pickle, which "
                      "is never read; save the adapter anew with peft, which writes safetensors")
-  where, index = files.tensor_files(base), base / "model.safetensors.index.json"
+  file_of, index = files.tensor_files(base), base / "model.safetensors.index.json"
   tokenizer = _tokenizer_files(adapter) or _tokenizer_files(base)
   def build(out):
-    _write_merged(adapter, base, where, out)
+    _write_merged(adapter, base, file_of, out)
     for file in tokenizer:
       shutil.copy(file, out)
   parts = [adapter / ADAPTER_CONFIG, adapter / ADAPTER_FILE, base / "config.json", *([index] if index.exists() else []),
-           *sorted(set(where.values())), *tokenizer]
+           *sorted(set(file_of.values())), *tokenizer]
   return converted.directory_of(adapter, parts, build)
 
 
-def _write_merged(adapter, base, where, out):
-  """Config and tensors of base and adapter together: a file for each of the base's, one for the adapter's heads."""
+def _write_merged(adapter, base, file_of, out):
+  """Writes config.json and the merged tensors: one file for each of the base's files, one for the adapter's heads.
+
+  file_of: {tensor of the base: its file}.
+  """
   scale_of, targets = _scale(files.read_json(adapter / ADAPTER_CONFIG), adapter)
   hf = files.read_json(base / "config.json")
   checkpoint = Model(config_from_hf(hf | {"num_labels": 2})).checkpoint
-  full = formats.full_names(checkpoint, where)
+  full = formats.full_names(checkpoint, file_of)
   deltas, heads = _parts(adapter, set(full.values()), targets)
   placed = dict.fromkeys(heads, "model-heads.safetensors")
   safetensors.numpy.save_file(heads, out / "model-heads.safetensors", {"format": "pt"})
-  for number, file in enumerate(sorted(set(where.values()))):
+  for number, file in enumerate(sorted(set(file_of.values()))):
     values = {full[name]: _merged(file, name, deltas.get(full[name]), scale_of, checkpoint, adapter)
-              for name in where if where[name] == file and full[name] not in heads}
+              for name in file_of if file_of[name] == file and full[name] not in heads}
     safetensors.numpy.save_file(values, out / f"model-{number}.safetensors", {"format": "pt"})
     placed |= dict.fromkeys(values, f"model-{number}.safetensors")
   (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
@@ -95,55 +98,59 @@ def _write_merged(adapter, base, where, out):
 
 
 def _tokenizer_files(directory):
-  """The files of a directory's tokenizer; [] where it has no vocabulary."""
+  """The files of a directory's tokenizer; [] if it has no vocabulary."""
   if not any((directory / name).is_file() for name in VOCABULARY_FILES):
     return []
   return sorted(file for pattern in TOKENIZER for file in directory.glob(pattern) if file.is_file())
 
 
 def _scale(config: dict[str, Any], adapter: Path):
-  """(rank -> factor of B A, names of the adapted modules); refuses what is more than B A added to the kernels."""
+  """(function rank -> factor of B A, names of the adapted modules).
+
+  Raises:
+    InputError: the adapter does anything but add B A to kernels.
+  """
   fields = Fields(config, ADAPTER_CONFIG)
   fields.string("peft_type", None, ("LORA",))
   fields.string("bias", "none", ("none",))
   if config.get("init_lora_weights") not in (None, True, False, "gaussian", "eva", "orthogonal"):
     raise InputError(f"{adapter}: init_lora_weights {short(config['init_lora_weights'])} changes the base's own "
                      "kernels: merge it with peft (merge_and_unload) and give the merged model")
-  odd = [f"{name}={short(value)}" for name, value in config.items()
-         if value not in (None, False, 0, "", [], {}) and name not in HARMLESS]
-  if odd:
-    raise InputError(f"{adapter} is an adapter with {listed(odd)}, which is not implemented: merge it with peft "
+  unknown = [f"{name}={short(value)}" for name, value in config.items()
+             if value not in (None, False, 0, "", [], {}) and name not in HARMLESS]
+  if unknown:
+    raise InputError(f"{adapter} is an adapter with {listed(unknown)}, which is not implemented: merge it with peft "
                      "(merge_and_unload) and give the merged model")
-  alpha, square = fields.positive("lora_alpha"), fields.flag("use_rslora", False)
+  alpha, use_rslora = fields.positive("lora_alpha"), fields.flag("use_rslora", False)
   targets = config.get("target_modules")
   if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
     raise InputError(f"{adapter}: target_modules is {short(targets)}, wanted a list of names: merge it with peft "
                      "(merge_and_unload) and give the merged model")
-  return lambda rank: alpha / (rank ** 0.5 if square else rank), targets
+  return lambda rank: alpha / (rank ** 0.5 if use_rslora else rank), targets
 
 
 def _parts(adapter, base_names, targets):
-  """({tensor of the base: {"A", "B"}}, {tensor: value} of what the adapter has instead of the base's)."""
-  deltas, heads, odd = {}, {}, []
+  """({tensor of the base: {"A": array, "B": array}}, {tensor: array that replaces the base's})."""
+  deltas, heads, unknown = {}, {}, []
   for name in files.tensor_names(adapter / ADAPTER_FILE):
     place = re.fullmatch(r"base_model\.model\.(.{1,300}?)(?:\.lora_(A|B))?\.(weight|bias)", name, re.ASCII)
     target = f"{place[1]}.{place[3]}" if place else ""
-    adapted = place and any(f".{place[1]}".endswith(f".{module}") for module in targets)      # as peft decides it
+    adapted = place and any(f".{place[1]}".endswith(f".{module}") for module in targets)      # peft's rule
     if adapted and place[2] and place[3] == "weight" and target in base_names:
       deltas.setdefault(target, {})[place[2]] = files.float_tensor(adapter / ADAPTER_FILE, name)
     elif place and not adapted and not place[2] and "lora_" not in target:
       heads[target] = files.float_tensor(adapter / ADAPTER_FILE, name)
     else:
-      odd.append(name)
-  odd += [name for name, pair in deltas.items() if set(pair) != {"A", "B"}]
-  if odd:
+      unknown.append(name)
+  unknown += [name for name, pair in deltas.items() if set(pair) != {"A", "B"}]
+  if unknown:
     raise InputError(f"{adapter / ADAPTER_FILE} has tensors that its target_modules or its base have no place for: "
-                     f"{listed(odd)}: give the base that it was trained on (--config.student.base)")
+                     f"{listed(unknown)}: give the base that it was trained on (--config.student.base)")
   return deltas, heads
 
 
 def _merged(file, name, pair, scale_of, checkpoint, adapter):
-  """The base's tensor; of an adapted kernel kernel + scale B A, added in float32 and rounded once."""
+  """The base's tensor. An adapted kernel becomes kernel + scale B A, added in float32 and rounded once."""
   value = files.float_tensor(file, name)
   if pair is None:
     return value
@@ -158,7 +165,7 @@ def _merged(file, name, pair, scale_of, checkpoint, adapter):
 
 
 def _with_labels(hf, heads, checkpoint):
-  """The base's config.json as a classifier's, with as many classes as the adapter's head has rows."""
+  """The base's config.json as a classifier's. If the adapter has a head, its rows are as many as the classes."""
   hf = hf | {"architectures": [f"{checkpoint.name}ForSequenceClassification"]}
   rows = {len(value) for name, value in heads.items() if name in HEADS and value.ndim}
   labels = hf.get("id2label")

@@ -1,6 +1,7 @@
-"""w2s_adapter.safetensors: adapters that cannot be merged, beside the model that they belong to.
+"""The file w2s_adapter.safetensors: adapters that cannot be merged, saved beside their model.
 
-Names are our parameter paths, values float32, layers stacked. transformers ignores the file. It may be a stranger's.
+Tensors have our parameter paths as names. They are float32, with stacked layers. transformers ignores the file. It may
+come from a stranger.
 """
 
 from collections.abc import Mapping
@@ -22,17 +23,20 @@ loads is the model without the adapter, which was not measured. w2s_jax's `load_
 
 
 def paths_to_save(model: Model, leaves: Mapping[str, jax.Array | np.ndarray]) -> list[str]:
-  """Paths of the leaves that go to the file, among {path: array} of a whole tree.
+  """Paths of the leaves that belong in the file.
 
+  Args:
+    leaves: {path: array} of the whole tree.
   Raises:
-    ValueError: there are other leaves than the model's and these, or `find` would refuse these.
+    ValueError: a leaf of the model is missing, a leaf belongs neither to the model nor to the file, or `find` would
+      refuse the file.
   """
   names = model.weight_names()
   shapes = {path: leaf.shape for path, leaf in leaves.items()}
   absent = sorted(names.keys() - leaves.keys())
   wanted = {} if absent else attach.unmergeable(shapes, {path: shapes[path] for path in names}, _vocabulary(model))
-  if odd := sorted({*absent, *(leaves.keys() - names.keys()) ^ wanted.keys()}):
-    raise ValueError(f"params do not fit the model (merge adapters first): {odd}")
+  if misfits := sorted({*absent, *(leaves.keys() - names.keys()) ^ wanted.keys()}):
+    raise ValueError(f"params do not fit the model (merge adapters first): {misfits}")
   if wrong := attach.misfits(shapes, wanted):
     raise ValueError(f"adapters do not fit the model: {wrong}")
   if types := [f"{path} {leaves[path].dtype}" for path in sorted(wanted) if leaves[path].dtype != "float32"]:
@@ -42,13 +46,13 @@ def paths_to_save(model: Model, leaves: Mapping[str, jax.Array | np.ndarray]) ->
 
 def find(directory: Path, model: Model, base: Mapping[str, tuple[int, ...]],
          total_layers: int) -> dict[str, tuple[int, ...]]:
-  """{path: shape} of the file's leaves, of the layers that the model keeps; {} where there is no such file.
+  """{path: shape} of the file's leaves, with only the layers that the model keeps; {} if there is no file.
 
   Args:
     base: {path: shape} of the model's own leaves.
-    total_layers: of the checkpoint; the model may keep fewer.
+    total_layers: number of layers in the checkpoint; the model may keep fewer.
   Raises:
-    InputError: a leaf that no adapter of this model has, one that is missing, a wrong shape, a type but float32.
+    InputError: a leaf that no adapter of this model has, a missing leaf, a wrong shape, or a dtype other than float32.
   """
   file = directory / FILE
   if not file.exists():
@@ -62,13 +66,13 @@ def find(directory: Path, model: Model, base: Mapping[str, tuple[int, ...]],
            "wrong shape": attach.misfits(shapes, wanted), "no F32": types}
   if any(found.values()):
     raise InputError(f"{file} does not fit the model: " + "; ".join(
-        f"{what} {listed(names)}" for what, names in found.items()) + ": delete it if the model is to go without")
+        f"{problem} {listed(names)}" for problem, names in found.items()) + ": delete it if the model is to go without")
   return {path: (model.config.num_layers, *shape[1:]) if path.startswith("layers/") else shape
           for path, shape in shapes.items()}
 
 
 def read(directory: Path, path: str, index: tuple[slice, ...], out: np.ndarray) -> None:
-  """out[...] = the part `index` of a leaf."""
+  """Fills `out` with the part `index` of a leaf."""
   with files.open_tensors(directory / FILE) as f:
     out[...] = f.get_slice(path)[index]
 

@@ -1,4 +1,4 @@
-"""What was converted once: directories of safetensors beside the hub's cache, by the content they were made from."""
+"""A cache of converted models: directories of safetensors below $HF_HOME, named by the content of their sources."""
 
 import functools
 import hashlib
@@ -14,16 +14,18 @@ import huggingface_hub
 from w2s_jax import InputError
 
 LOG = logging.getLogger(__name__)
-VERSION = 2                                     # of what gguf.py and adapted.py make of a file
+VERSION = 2                                     # of the conversions; a new number converts all files again
 
 
 def directory_of(source: Path, files: list[Path], build: Callable[[Path], None]) -> Path:
-  """The directory below $HF_HOME that build(directory) filled, now or before, from files of this content.
+  """The cached directory for files of this content. If it does not exist yet, `build` fills it.
 
   Args:
-    source: what is converted, for messages.
+    source: the file or directory that is converted, for messages.
+    files: all files that the result depends on.
+    build: writes the result into the directory that it gets.
   Raises:
-    InputError: it cannot be written.
+    InputError: a file cannot be read, or the directory cannot be written.
   """
   try:
     contents = [_digest(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -44,7 +46,7 @@ def directory_of(source: Path, files: list[Path], build: Callable[[Path], None])
     build(part)
     os.replace(part, done)
   except OSError as e:
-    if not done.is_dir():                       # else another process was first
+    if not done.is_dir():                       # otherwise another process was first
       raise InputError(f"cannot write {done} ({e.strerror}): free some disk, or set HF_HOME elsewhere") from None
   finally:
     shutil.rmtree(part, ignore_errors=True)
@@ -53,6 +55,6 @@ def directory_of(source: Path, files: list[Path], build: Callable[[Path], None])
 
 @functools.lru_cache(maxsize=1000)
 def _digest(file, size, modified):
-  """sha256 of a file, once per process and state of the file."""
+  """sha256 of a file. A process computes it once unless the file's size or time of modification changes."""
   with file.open("rb") as f:
     return hashlib.file_digest(f, "sha256").hexdigest()

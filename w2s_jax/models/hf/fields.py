@@ -1,4 +1,7 @@
-"""config.json of a model directory, field by field: it may come from a stranger, and says what memory is allocated."""
+"""Reads config.json of a model directory field by field.
+
+The file may come from a stranger, and its numbers decide how much memory is allocated.
+"""
 
 import re
 import reprlib
@@ -7,18 +10,18 @@ from typing import Any, NoReturn
 
 from w2s_jax import InputError
 
-MOST = 2**24               # no dimension of a real model is larger
+MOST = 2**24               # largest accepted integer; no dimension of a real model is larger
 MOST_LAYERS = 1024
-LISTED = 5000              # characters of a list of tensors in an error
-_SHOWN = reprlib.Repr()    # however deep or long a value is, unlike repr
+LISTED = 5000              # largest number of characters of a list in an error message
+_SHOWN = reprlib.Repr()    # shortens deep and long values, unlike repr
 _SHOWN.maxstring = _SHOWN.maxother = 80
 
 
 class Fields:
-  """The fields of config.json, each read with its type and range; null counts as absent.
+  """The fields of config.json. A method reads one field and checks its type and range; null counts as absent.
 
   Raises:
-    InputError: (every method) a field that is absent without a default, of the wrong type or out of range.
+    InputError: (every method) the field is absent and has no default, or has a wrong type, or is out of range.
   """
 
   def __init__(self, values, where="config.json"):
@@ -50,7 +53,7 @@ class Fields:
     return float(value)
 
   def positive(self, name: str, default: float | None = None) -> float:
-    """A number that something is divided by or raised from."""
+    """A number above 0, such as a divisor or the base of a power."""
     return self.number(name, default, 1e-30)
 
   def rate(self, name: str, default: float) -> float:
@@ -70,39 +73,45 @@ class Fields:
     return value
 
   def only(self, **wanted: Any) -> None:
-    """The named fields must be absent or have the one value that is implemented."""
+    """Checks that each named field is absent or has the only value that is implemented."""
     for name, value in wanted.items():
       if name in self and self.values[name] != value:
         got = f"{name} {short(self.values[name])}"
         raise InputError(f"the model's {self.where}: {got} is not supported (want {short(value)})")
 
   def one_of(self, **names: str) -> None:
-    """{another name: ours} of one thing, of which transformers may take either: they must not differ."""
+    """Checks that two names of one thing do not have different values: transformers may read either.
+
+    names: {other name: the name that we read}.
+    """
     for other, name in names.items():
       if other in self and name in self and self.values[other] != self.values[name]:
         raise InputError(f"the model's {self.where} has {name} {short(self.values[name])} and {other} "
                          f"{short(self.values[other])}, two names of one thing: keep one")
 
   def token(self, name: str) -> int | None:
-    """A token id; None where the field is absent."""
+    """A token id; None if the field is absent."""
     return self.integer(name, low=-1) if name in self else None
 
   def tokens(self, name: str) -> int | tuple[int, ...] | None:
-    """As `token`, or a list of ids."""
+    """A token id, or a tuple if the field is a list of ids; None if the field is absent."""
     value = self.values.get(name)
     if isinstance(value, list) and len(value) < 100:
-      return tuple(Fields({name: one}, self.where).integer(name, low=-1) for one in value)
+      return tuple(Fields({name: token_id}, self.where).integer(name, low=-1) for token_id in value)
     return self.token(name)
 
   def entries(self, name: str, low: int = 0, high: int = MOST_LAYERS) -> list["Fields"]:
-    """The entries of a list, each as the one field `name`; low and high are of its length."""
+    """The entries of the list `name`, each as Fields with the single field `name`.
+
+    low, high: bounds of the list's length.
+    """
     value = self._get(name, None)
     if not isinstance(value, list) or not low <= len(value) <= high:
       raise self._wrong(name, value, f"a list of {low}..{high} entries")
-    return [Fields({name: one}, self.where) for one in value]
+    return [Fields({name: entry}, self.where) for entry in value]
 
   def section(self, *names: str) -> "Fields":
-    """The first of these fields that is there; empty where none is."""
+    """The object in the first of these fields that is present; empty if none is."""
     for name in names:
       if name in self:
         if not isinstance(self.values[name], dict):
@@ -111,7 +120,7 @@ class Fields:
     return Fields({}, f"{self.where}, {names[0]}")
 
   def labels(self, num_labels: int) -> tuple[str, ...]:
-    """Names of the classes in `id2label`, in their order; () where they are LABEL_0..., or of another number."""
+    """Names of the classes in `id2label`, by class; () if they are LABEL_0, ... or its keys are other classes."""
     names = self.values.get("id2label")
     keys = {str(i): f"LABEL_{i}" for i in range(num_labels)}
     if not isinstance(names, dict) or names == keys or set(names) != set(keys):
@@ -122,16 +131,16 @@ class Fields:
 
 
 def finite_json(value: str) -> NoReturn:
-  """For json.loads(parse_constant=...): Infinity and NaN are no numbers of a config."""
+  """`parse_constant` of json.loads: refuses Infinity and NaN, which no config needs."""
   raise ValueError(f"{value} is not a JSON number")
 
 
 def short(value: object) -> str:
-  """A value that came from outside, in one line of at most 80 characters."""
+  """A value from outside as one line of at most 80 characters, for messages."""
   return re.sub(r"\s+", " ", _SHOWN.repr(value))[:80]
 
 
 def listed(names: list[str]) -> str:
-  """A list in an error, which may be a stranger's: at most LISTED characters of it."""
+  """A list from outside as text of about LISTED characters at most, for messages."""
   text = str(names or "none")
   return text if len(text) <= LISTED else f"{text[:LISTED]}... ({len(names)} in all)"

@@ -1,4 +1,4 @@
-"""The files of a model directory, which may be a stranger's: which are opened, and what of them is believed."""
+"""Opens and checks the files of a model directory, which may come from a stranger."""
 
 import hashlib
 import json
@@ -14,10 +14,10 @@ from w2s_jax import InputError
 from w2s_jax.models.hf.fields import finite_json, listed, short
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-JSON_BYTES = 64 << 20                                              # no config or index is larger
-OTHERS = (".h5", ".msgpack", ".safetensors", ".gguf", ".onnx")       # models that are not called model.safetensors
-FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}  # by their names in a safetensors header
-HEADER_BYTES = 16 << 20               # of a safetensors file: names and shapes of its tensors
+JSON_BYTES = 64 << 20                                              # largest JSON file that is read
+OTHERS = (".h5", ".msgpack", ".safetensors", ".gguf", ".onnx")       # models in other files than model.safetensors
+FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}  # by name in a safetensors header
+HEADER_BYTES = 16 << 20               # largest header of a safetensors file that is read
 LFS = b"version https://git-lfs"
 
 
@@ -41,10 +41,10 @@ def read_json(path: Path) -> dict:
 
 
 def check_links(directory: Path) -> None:
-  """Refuses a directory with a link to elsewhere, or with what is neither a file nor a directory.
+  """Refuses a directory with a link to elsewhere, with an unprintable name, or with anything but files and directories.
 
-  It looks as deep as anything is read (transformers reads additional_chat_templates/*.jinja). The links of the
-  Hugging Face cache, from snapshots/REVISION to the blobs beside it, are its own.
+  It checks two levels, as deep as files are read (transformers reads additional_chat_templates/*.jinja). In the Hugging
+  Face cache, files in snapshots/REVISION may link to its blobs.
 
   Raises:
     InputError: names the file.
@@ -62,9 +62,10 @@ def check_links(directory: Path) -> None:
 
 
 def tensor_files(directory: Path) -> dict[str, Path]:
-  """{tensor name: safetensors file}, from one file or from the index's shards; refuses pickles and outside paths.
+  """{tensor name: safetensors file}, from one file or from the shards of an index.
 
-  An index must say of each shard exactly what is in it: transformers loads whole shards.
+  Pickles and paths outside the directory are refused. An index must name exactly the tensors of each shard, because
+  transformers loads whole shards.
   """
   index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
   if index.exists() and single.exists():
@@ -78,15 +79,15 @@ def tensor_files(directory: Path) -> dict[str, Path]:
         raise InputError(f"{index}: shard {short(name)} lies outside the model directory, or is no plain file name")
       if Path(name).suffix in PICKLES:
         raise InputError(f"{index}: shard {_pickle_hint(name)}")
-    where = {tensor: directory / name for tensor, name in names.items()}
-    for file in sorted(set(where.values())):
-      there, said = set(tensor_names(file)), {tensor for tensor in where if where[tensor] == file}
-      if missing := sorted(said - there):
+    file_of = {tensor: directory / name for tensor, name in names.items()}
+    for file in sorted(set(file_of.values())):
+      stored, indexed = set(tensor_names(file)), {tensor for tensor in file_of if file_of[tensor] == file}
+      if missing := sorted(indexed - stored):
         raise InputError(f"{file} has no tensor {short(missing[0])} although the index says so")
-      if beside := sorted(there - said):
+      if extra := sorted(stored - indexed):
         raise InputError(f"{file} has tensors that the index does not place there, which transformers would load: "
-                         f"{listed(beside)}")
-    return where
+                         f"{listed(extra)}")
+    return file_of
   if not single.exists():
     pickles = sorted(f.name for f in directory.glob("*") if f.suffix in PICKLES)
     hint = f"; {_pickle_hint(pickles[0])}" if pickles else what_is_there(directory)
@@ -95,7 +96,7 @@ def tensor_files(directory: Path) -> dict[str, Path]:
 
 
 def what_is_there(directory: Path) -> str:
-  """Where no model lies in a directory, the rest of the line that says so: what lies there instead."""
+  """The end of the message that a directory has no model: what it has instead, or ""."""
   below = sorted(str(file.parent.relative_to(directory)) for pattern in ("*/config.json", "snapshots/*/config.json")
                  for file in directory.glob(pattern) if b'"model_type"' in _start(file))
   if below:
@@ -116,7 +117,7 @@ def tensor_names(file: Path) -> list[str]:
 
 
 def open_tensors(file: Path) -> safetensors.safe_open:
-  """The file's reader; a header of more than HEADER_BYTES is refused before anything parses it."""
+  """The file's reader. A header of more than HEADER_BYTES is refused before it is parsed."""
   size = int.from_bytes(_start(file)[:8], "little")
   if HEADER_BYTES < size <= file.stat().st_size:
     raise InputError(f"{file} has a header of {size} bytes, at most {HEADER_BYTES} are read")
@@ -125,11 +126,11 @@ def open_tensors(file: Path) -> safetensors.safe_open:
   except (safetensors.SafetensorError, OSError) as e:
     if _start(file).startswith(LFS):
       raise InputError(f"{file} is a pointer of Git LFS, not the weights: fetch them with git lfs pull") from None
-    raise InputError(f"cannot read {file}: {str(e)[:300]!r}") from None  # it quotes the header, line ends and all
+    raise InputError(f"cannot read {file}: {str(e)[:300]!r}") from None  # e quotes the header with its line ends
 
 
 def _start(file):
-  """The first bytes of a file, enough for a config.json; none of what is no file."""
+  """The first 64 KiB of a file, enough for a config.json; b"" if it is no file."""
   if not file.is_file():
     return b""
   with file.open("rb") as f:
@@ -137,7 +138,7 @@ def _start(file):
 
 
 def check_dtype(file: Path, name: str, dtype: str) -> None:
-  """Raises InputError where a tensor's dtype, as its header has it, is none that a parameter is read from."""
+  """Raises InputError unless `dtype`, a tensor's dtype in the header, is in FLOATS."""
   if dtype not in FLOATS:
     raise InputError(f"{file}: {short(name)} is {dtype}, wanted one of {', '.join(FLOATS)}")
 

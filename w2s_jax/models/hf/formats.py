@@ -1,4 +1,4 @@
-"""How transformers writes a model type: the record of its tensors' names, which each family's file has."""
+"""`Checkpoint`, the record of how transformers writes a model type, and functions on tensor names."""
 
 import re
 from collections.abc import Iterable
@@ -12,14 +12,14 @@ class Checkpoint(NamedTuple):
   """How transformers writes one model type.
 
   Attributes:
-    name: of its classes: NAME + "ForSequenceClassification", "ForCausalLM", "Model".
-    prefix: of the backbone's tensors inside those; a file saved from the backbone class alone lacks it.
-    weights: {our parameter path: tensor name}, in which {} is the layer number.
-    unused: pattern of tensors that nobody reads here (other heads, buffers of transformers 4).
-    transposed: layers' kernels are [out, in] in the file (torch.nn.Linear); False for GPT-2's Conv1D.
-    language_model: what follows the name of its class with a language-model head.
-    classifier: what follows the name of its class with a classifier's head.
-    absent: pattern of tensors that no file has, of a leaf that only some layers read; its rows of the others are 1.
+    name: NAME in the classes NAME + "ForSequenceClassification", NAME + "ForCausalLM" and NAME + "Model".
+    prefix: prefix of the backbone's tensors in models with a head. A file saved from the backbone class lacks it.
+    weights: {our parameter path: tensor name}; {} in a name is the place of the layer number.
+    unused: pattern of tensors that are not read (other heads, buffers of transformers 4).
+    transposed: whether the file has the layers' kernels as [out, in] (torch.nn.Linear); False for GPT-2's Conv1D.
+    language_model: suffix of the class with a language-model head.
+    classifier: suffix of the class with a classifier.
+    absent: pattern of tensors that no file has, because their layer does not use the leaf. The leaf is 1 there.
   """
   name: str
   prefix: str
@@ -31,33 +31,39 @@ class Checkpoint(NamedTuple):
   absent: str = ""
 
 
-HEAD = r"(score|pooler|widen|classifier)/.*"   # our paths that a checkpoint may lack: initialised afresh, which is said
+HEAD = r"(score|pooler|widen|classifier)/.*"   # our paths that a checkpoint may lack: `load_pretrained` makes them
 
 
 def modules(pairs: Iterable[tuple[str, str]], kernel: str = "kernel", both: bool = True) -> dict[str, str]:
-  """{path: tensor name} of (our module, their module) pairs: kernel (or scale) and bias."""
+  """{our parameter path: tensor name} for (our module, transformers' module) pairs.
+
+  Args:
+    kernel: our name of transformers' leaf "weight".
+    both: whether to include the bias.
+  """
   return {f"{ours}/{leaf}": f"{theirs}.{tensor}" for ours, theirs in pairs
           for leaf, tensor in ((kernel, "weight"), ("bias", "bias"))[:2 if both else 1]}
 
 
-ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"        # peft's names
-HEAD_FILE, HEAD_CONFIG = "w2s_head.safetensors", "w2s_head.json"               # the W2S teacher's, beside its backbone
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"        # peft's file names
+HEAD_FILE, HEAD_CONFIG = "w2s_head.safetensors", "w2s_head.json"               # the W2S teacher's head
 W2S_HEAD = modules((("widen", "w2s.widen"), ("classifier", "classifier")))
 
 
 def names_by_layer(model: "Model", name: str) -> dict[int | None, str]:
-  """{layer: tensor} in the file of a name with {} for the layer's number; {None: name} of one without."""
+  """{layer: name of its tensor in the file} of a name with {} for the layer number; {None: name} of a name without {}.
+  """
   if "{}" not in name:
     return {None: name}
-  every = {layer: name.format(layer) for layer in range(model.config.num_layers)}
-  return {layer: tensor for layer, tensor in every.items() if not re.fullmatch(model.checkpoint.absent, tensor)}
+  tensors = {layer: name.format(layer) for layer in range(model.config.num_layers)}
+  return {layer: tensor for layer, tensor in tensors.items() if not re.fullmatch(model.checkpoint.absent, tensor)}
 
 
 def full_names(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, str]:
-  """{name in the file: name in the whole model}; a file saved from the backbone class alone lacks the prefix."""
+  """{name in the file: name in a model with a head}. A file saved from the backbone class lacks the prefix."""
   names = list(names)
-  bare = not any(name.startswith(checkpoint.prefix) for name in names)
-  return {name: f"{checkpoint.prefix}{name}" if bare else name for name in names}
+  lacks_prefix = not any(name.startswith(checkpoint.prefix) for name in names)
+  return {name: f"{checkpoint.prefix}{name}" if lacks_prefix else name for name in names}
 
 
 def weight_names(model: "Model", paths: Iterable[str]) -> dict[str, str]:

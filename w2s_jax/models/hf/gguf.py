@@ -1,7 +1,7 @@
-"""GGUF files in: converted once, in the cache, into a directory of safetensors that is read like any other.
+"""Reads GGUF files: converts each, once, into a cached directory of safetensors that is read like any other.
 
-A file is a stranger's: every length in its header is checked before anything is read by it, and a field or tensor that
-would change the network but is not known here is refused.
+A file may come from a stranger. Every length in its header is checked before it is used. Unknown fields and tensors
+that would change the network are refused.
 """
 
 import json
@@ -20,11 +20,11 @@ from w2s_jax.models.hf import converted
 from w2s_jax.models.hf.fields import Fields, listed, short
 from w2s_jax.models.model import config_from_hf
 
-MOST_ELEMENTS = 2_000_000      # of all arrays of a header; the largest tokenizers have 1.5M tokens, scores and merges
+MOST_ELEMENTS = 2_000_000      # in all arrays of a header; the largest tokenizers have 1.5M tokens, scores and merges
 MOST_FIELDS, MOST_TENSORS = 1000, 20_000
-MOST_LETTERS = 1000            # of a token
+MOST_LETTERS = 1000            # in a token
 CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-PERMUTED = ("llama",)          # q and k with the two of each rotary pair side by side
+PERMUTED = ("llama",)          # q and k have the two features of a rotary pair side by side
 CONFIG = {"block_count": "num_hidden_layers", "context_length": "max_position_embeddings",
           "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
           "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
@@ -36,9 +36,9 @@ LAYER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
          "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
          "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
          "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}   # transformers' names and the file's
-CONTROL, USER_DEFINED = 3, 4   # of tokenizer.ggml.token_type
-# How a byte-level tokenizer cuts a text before its merges, by tokenizer.ggml.pre.
+SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}   # {transformers' name: the file's}
+CONTROL, USER_DEFINED = 3, 4   # values of tokenizer.ggml.token_type
+# How a byte-level tokenizer splits a text before it merges, for each value of tokenizer.ggml.pre.
 WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
          r"|\s+")
 SPLITS = {"llama-bpe": WORDS % "{1,3}", "qwen2": WORDS % ""}
@@ -47,12 +47,12 @@ PLAIN = ("gpt-2", "default")
 
 
 def directory_of(file: Path) -> Path:
-  """The directory of safetensors that a GGUF file was, or is now, converted into.
+  """The directory of safetensors with a GGUF file's model; made on first use.
 
-  Weights are float32, as dequantized; layers are a file each.
+  Weights are dequantized to float32. Each layer has a file of its own.
 
   Raises:
-    InputError: the package gguf is not installed; the file lies about itself, or holds what is not known here.
+    InputError: the package gguf is not installed, a length in the file is false, or the file has unknown content.
   """
   def build(directory):
     header, tensors = _opened(file)
@@ -66,14 +66,14 @@ def directory_of(file: Path) -> Path:
 
 
 def _opened(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-  """({field: value}, {name: gguf's ReaderTensor}) of a file whose lengths are true."""
+  """({field: value}, {name: gguf's ReaderTensor}) of a file; refuses false lengths."""
   try:
     import gguf
   except ImportError:
     raise InputError(f"{file} is a GGUF file: pip install 'gguf>=0.17,<1' reads it, or give a directory of "
                      "safetensors") from None
   class Reader(gguf.GGUFReader):
-    """gguf's own, which takes what is beyond the end of the file for empty, and would count to 2^64 there."""
+    """gguf's reader with bounds. gguf's own reads empty values beyond the file's end, and could count to 2^64 there."""
     elements = 0
     def _get(self, offset, dtype, count=1, override_order=None):
       if not 0 <= offset <= offset + int(count) * np.dtype(dtype).itemsize <= len(self.data):
@@ -96,7 +96,7 @@ def _opened(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                        "read (or it is big-endian)")
     reader = Reader(file)
     alignment, end = int(reader.alignment), int(reader.data_offset)
-    for tensor in reader.tensors:                               # one after the other, as llama.cpp has it too
+    for tensor in reader.tensors:                               # without gaps, as in llama.cpp
       if tensor.data_offset != end:
         raise ValueError(f"the tensor {tensor.name} lies at byte {tensor.data_offset}, wanted {end}")
       end += -(-tensor.n_bytes // alignment) * alignment
@@ -110,7 +110,7 @@ def _config(file, header, tensors):
   """config.json of the network that the header describes.
 
   Raises:
-    InputError: another architecture, a field that is missing, or one that is not known here.
+    InputError: another architecture, a missing field or an unknown one.
   """
   kind = header.get("general.architecture")
   if not isinstance(kind, str) or kind not in CLASSES:
@@ -120,9 +120,9 @@ def _config(file, header, tensors):
   config = {"model_type": kind, "architectures": [f"{CLASSES[kind]}ForCausalLM"],
             "tie_word_embeddings": "output.weight" not in tensors,
             "vocab_size": len(_listed(file, header, "tokenizer.ggml.tokens")), "dtype": "float32"}
-  for name, ours in CONFIG.items():
+  for name, field in CONFIG.items():
     if name in network:
-      config[ours] = network.pop(name)
+      config[field] = network.pop(name)
     elif name not in ("attention.head_count_kv", "rope.freq_base", "attention.key_length"):
       raise InputError(f"{file} has no field {kind}.{name}")
   if network.get("rope.scaling.type") == "linear":
@@ -134,10 +134,10 @@ def _config(file, header, tensors):
   width = fields.integer("head_dim", fields.integer("hidden_size") // fields.integer("num_attention_heads") or 1)
   known = {"rope.dimension_count": width, "attention.value_length": width, "vocab_size": config["vocab_size"],
            "rope.scaling.type": "none", "rope.scaling.finetuned": False}
-  odd = sorted(f"{kind}.{name}={value!r:.40}" for name, value in network.items()
-               if name not in known or known[name] != value)
-  if odd:
-    raise InputError(f"{file} describes a network that is not implemented: {listed(odd)}")
+  unknown = sorted(f"{kind}.{name}={value!r:.40}" for name, value in network.items()
+                   if name not in known or known[name] != value)
+  if unknown:
+    raise InputError(f"{file} describes a network that is not implemented: {listed(unknown)}")
   return config
 
 
@@ -148,69 +148,69 @@ def _listed(file, header, name):
 
 
 def _write_tokenizer(file, header, directory):
-  """The header's tokenizer as a transformers directory; the file's chat template stays behind."""
-  import transformers  # here, not above: it loads PyTorch where that is installed
-  own = {name.removeprefix("tokenizer.ggml."): value for name, value in header.items()}
+  """Writes the header's tokenizer to the directory in transformers' format, without the file's chat template."""
+  import transformers  # imported here because it loads PyTorch if that is installed
+  fields = {name.removeprefix("tokenizer.ggml."): value for name, value in header.items()}
   tokens = _listed(file, header, "tokenizer.ggml.tokens")
   if not all(isinstance(token, str) and len(token) <= MOST_LETTERS for token in tokens):
     raise InputError(f"{file} has a token that is no text of at most {MOST_LETTERS} letters")
   try:
-    core = {"gpt2": _byte_level, "llama": _sentence_piece}[own.get("model")](own, tokens)
-    types = own.get("token_type") or [0] * len(tokens)
+    core = {"gpt2": _byte_level, "llama": _sentence_piece}[fields.get("model")](fields, tokens)
+    types = fields.get("token_type") or [0] * len(tokens)
     for kind in (CONTROL, USER_DEFINED):
       core.add_tokens([tokenizers.AddedToken(token, normalized=False, special=kind == CONTROL)
-                       for token, found in zip(tokens, types) if found == kind])
-    named = {f"{name}_token": tokens[own[f"{field}_token_id"]] for name, field in SPECIAL.items()
-             if f"{field}_token_id" in own}
-    frame = {}                                                                # the special tokens around a text
-    if Fields(own).flag("add_bos_token", own["model"] == "llama" or own.get("pre") == "llama-bpe"):
-      frame[named["bos_token"]] = own["bos_token_id"]
+                       for token, token_type in zip(tokens, types) if token_type == kind])
+    named = {f"{name}_token": tokens[fields[f"{field}_token_id"]] for name, field in SPECIAL.items()
+             if f"{field}_token_id" in fields}
+    frame = {}                                                                # {special token around a text: its id}
+    if Fields(fields).flag("add_bos_token", fields["model"] == "llama" or fields.get("pre") == "llama-bpe"):
+      frame[named["bos_token"]] = fields["bos_token_id"]
     single = [*frame, "$A"]
-    if Fields(own).flag("add_eos_token", False):
-      frame[named["eos_token"]] = own["eos_token_id"]
+    if Fields(fields).flag("add_eos_token", False):
+      frame[named["eos_token"]] = fields["eos_token_id"]
       single.append(named["eos_token"])
     if frame:
       core.post_processor = processors.TemplateProcessing(single=single, special_tokens=list(frame.items()))
     transformers.PreTrainedTokenizerFast(tokenizer_object=core, **named).save_pretrained(directory)
   except InputError:
     raise
-  except BaseException as e:  # whatever the library says of a vocabulary or merges; a panic in Rust is no Exception
+  except BaseException as e:  # the library's error for a bad vocabulary; a panic in Rust is no Exception
     if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
       raise
     raise InputError(f"no tokenizer to be had from {file}: {type(e).__name__} {short(str(e))}") from None
 
 
-def _byte_level(own, tokens):
-  """Byte pairs of bytes, as GPT-2's, or as the original tokenizer of Llama 3 (which puts <bos> first) or Qwen2."""
-  pre = own.get("pre", "default")
+def _byte_level(fields, tokens):
+  """A byte-level BPE tokenizer as in GPT-2, SmolLM, Llama 3 (which begins texts with a bos token) or Qwen2."""
+  pre = fields.get("pre", "default")
   if pre in SPLITS:
-    cut = [pre_tokenizers.Split(tokenizers.Regex(SPLITS[pre]), "isolated"),
-           pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    splits = [pre_tokenizers.Split(tokenizers.Regex(SPLITS[pre]), "isolated"),
+              pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
   elif pre in DIGITS:
-    cut = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
   elif pre in PLAIN:
-    cut = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    splits = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
   else:
     raise InputError(f"a GGUF tokenizer of pre {short(str(pre))} is not known, wanted one of "
                      f"{', '.join((*SPLITS, *DIGITS, *PLAIN))}: give a directory of safetensors")
   core = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(tokens)},
-                                                    [tuple(merge.split(" ")) for merge in own["merges"]],
+                                                    [tuple(merge.split(" ")) for merge in fields["merges"]],
                                                     ignore_merges=pre == "llama-bpe"))
   if pre == "qwen2":
     core.normalizer = normalizers.NFC()
-  core.pre_tokenizer, core.decoder = pre_tokenizers.Sequence(cut), decoders.ByteLevel()
+  core.pre_tokenizer, core.decoder = pre_tokenizers.Sequence(splits), decoders.ByteLevel()
   return core
 
 
-def _sentence_piece(own, tokens):
-  """Byte pairs of characters, as Llama 2's: of two neighbours those join first whose piece has the highest score."""
+def _sentence_piece(fields, tokens):
+  """A BPE tokenizer of characters as in Llama 2: the pair whose joined piece has the highest score merges first."""
   number = {token: i for i, token in enumerate(tokens)}
-  pairs = [(-own["scores"][i], number[token[:cut]], number[token[cut:]], token[:cut], token[cut:])
+  pairs = [(-fields["scores"][i], number[token[:cut]], number[token[cut:]], token[:cut], token[cut:])
            for token, i in number.items() for cut in range(1, len(token))
            if token[:cut] in number and token[cut:] in number]
   core = tokenizers.Tokenizer(tokenizers.models.BPE(number, [pair[3:] for pair in sorted(pairs)], byte_fallback=True,
-                                                    fuse_unk=True, unk_token=tokens[own["unknown_token_id"]]))
-  prefix = Fields(own).flag("add_space_prefix", True)
+                                                    fuse_unk=True, unk_token=tokens[fields["unknown_token_id"]]))
+  prefix = Fields(fields).flag("add_space_prefix", True)
   core.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first" if prefix else "never", split=False)
   core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
                                     decoders.Strip(" ", 1 if prefix else 0, 0)])
@@ -218,7 +218,7 @@ def _sentence_piece(own, tokens):
 
 
 def _write_tensors(file, header, tensors, directory):
-  """{name: (transformers' name, tensor)} dequantized: a file for each layer, one for the rest, and the index."""
+  """Writes {name: (transformers' name, tensor)} dequantized: a file for each layer, one for the rest, and the index."""
   from gguf.quants import dequantize
   shards = {}
   for name, (full, _) in tensors.items():
@@ -235,12 +235,12 @@ def _write_tensors(file, header, tensors, directory):
                          f"{short(str(e))}") from None
       values[full] = _halves(file, header, name, value)
     safetensors.numpy.save_file(values, directory / shard, {"format": "pt"})
-  where = {tensors[name][0]: shard for shard, members in shards.items() for name in members}
-  (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}, indent=2))
+  file_of = {tensors[name][0]: shard for shard, members in shards.items() for name in members}
+  (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": file_of}, indent=2))
 
 
 def _name(file, name, layers):
-  """transformers' name of a GGUF tensor of a network of that number of layers."""
+  """transformers' name of a GGUF tensor in a network with this number of layers."""
   layer = re.fullmatch(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)", name, re.ASCII)
   if layer and layer[2] in LAYER and int(layer[1]) < layers:
     return f"model.layers.{int(layer[1])}.{LAYER[layer[2]]}.{layer[3]}"
@@ -250,7 +250,10 @@ def _name(file, name, layers):
 
 
 def _halves(file, header, name, value):
-  """q and k with a head's rotary pairs as two halves, as transformers has them, where the file has them in turn."""
+  """The tensor with q and k in transformers' order: all first features of a head's rotary pairs, then all second ones.
+
+  Files of the PERMUTED architectures have the two features of a pair side by side.
+  """
   kind, part = header["general.architecture"], re.search(r"attn_(q|k)\.", name)
   if kind not in PERMUTED or not part:
     return value

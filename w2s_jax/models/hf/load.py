@@ -1,4 +1,4 @@
-"""Hugging Face model directories in: safetensors only, strict about every tensor, a piece at a time."""
+"""Reads Hugging Face model directories: safetensors only, with a check of every tensor, in small pieces."""
 
 import dataclasses
 import functools
@@ -21,8 +21,8 @@ from w2s_jax.models.model import Model, config_from_hf
 
 LOG = logging.getLogger(__name__)
 
-OLD_NORM_NAMES = {"gamma": "weight", "beta": "bias"}               # of checkpoints converted from TensorFlow
-FLOAT32 = r".*(norm|score|pooler|classifier|widen)/.*"             # norms and heads stay float32 whatever the base is
+OLD_NORM_NAMES = {"gamma": "weight", "beta": "bias"}               # in checkpoints converted from TensorFlow
+FLOAT32 = r".*(norm|score|pooler|classifier|widen)/.*"             # norms and heads are float32 in every base
 WRAPPED = ("module.", "_orig_mod.", "base_model.model.", "_fsdp_wrapped_module.")      # DDP, torch.compile, peft, FSDP
 
 
@@ -30,20 +30,20 @@ def load_pretrained(path: str | Path, num_labels: int = 2, dtype: str = "float32
                     mesh: jax.sharding.Mesh | None = None, *, num_layers: int | None = None,
                     feature_width: int | None = None, seed: int | None = 0, head: str | None = None,
                     quantize: str = "", **runtime: Any) -> tuple[Model, dict]:
-  """Loads a model directory or hub id, a piece at a time: what it takes above the arrays themselves is small.
+  """Loads a model directory or hub id in small pieces, with little memory beyond the arrays themselves.
 
-  Adapters that could not be merged (`w2s_adapter.safetensors`) come with it, which is said in one line.
+  It includes adapters that could not be merged (`w2s_adapter.safetensors`), and logs that it does.
 
   Args:
-    path: as `resolve` takes it, which also takes the base of an adapter.
-    num_labels: classes; a head for another number in the checkpoint is an error.
-    dtype: of the frozen base; norms and heads are float32 always.
-    mesh: places every leaf by the model's `shardings`; each host reads only the slices that its devices hold.
-    num_layers: keep only the first `num_layers` layers (a small teacher cut out of a larger model).
-    feature_width: give an encoder the W2S teacher's head of this width; None reads it from the directory.
-    seed: of a head that the checkpoint does not have (said in one line); None: that is an error.
-    head: "lm" is the family's language-model head; the output's logits are then [B, V], of the pooled token.
-    quantize: "int8", "int4" or "nf4": layer kernels become quantized.py's, each as soon as it is read.
+    path: see `resolve`, which can also take the base of an adapter.
+    num_labels: number of classes; a head for another number in the checkpoint is an error.
+    dtype: dtype of the frozen base; norms and heads are always float32.
+    mesh: devices for the leaves, placed by the model's `shardings`; each host reads only its devices' slices.
+    num_layers: number of layers to keep, from the first on (a small teacher from a larger model); None: all.
+    feature_width: width of the W2S teacher's head on an encoder; None: read from the directory.
+    seed: seed of a head that the checkpoint does not have (logged); None: a missing head is an error.
+    head: "lm" selects the family's language-model head; the output's logits are then [B, V], for the pooled token.
+    quantize: "int8", "int4" or "nf4" quantizes each layer kernel as soon as it is read (quantized.py).
     **runtime: remat, unroll, lora_dropout of the model's config.
   Returns:
     (Model, params): params is a nested dict of arrays.
@@ -86,22 +86,22 @@ def load_pretrained(path: str | Path, num_labels: int = 2, dtype: str = "float32
 
 
 def _fresh_head(directory, model, leaves, names, seed, mesh):
-  """{path: leaf} of what the checkpoint lacks, which is said."""
+  """{path: leaf} of new leaves for the tensors `names` that the checkpoint lacks; logs the names."""
   if not names:
     return {}
-  listed = ", ".join(sorted(names))
+  missing = ", ".join(sorted(names))
   if seed is None:
-    raise InputError(f"{directory} has no {listed}: it is no classifier; give a fine-tuned one")
-  LOG.warning(f"{directory}: no {listed} in the checkpoint; initialised with seed {seed}")
+    raise InputError(f"{directory} has no {missing}: it is no classifier; give a fine-tuned one")
+  LOG.warning(f"{directory}: no {missing} in the checkpoint; initialised with seed {seed}")
   return traverse_util.flatten_dict(model.init(jax.random.key(seed), mesh, leaves), sep="/")
 
 
 def _described(directory, num_labels, num_layers, feature_width, runtime):
-  """(Model, layers of the checkpoint, {tensor name: pieces.Stored}), by the config and safetensors' headers."""
+  """(Model, number of the checkpoint's layers, {tensor name: pieces.Stored}), from config and safetensors headers."""
   hf = files.read_json(directory / "config.json") | {"num_labels": num_labels}
   quantization = Fields(hf).section("quantization_config")
-  if quantization.values and quantization.values.get("quant_method") != "gguf":       # transformers leaves that behind
-    raise InputError(f"{directory} is quantized (quantization_config in its config.json), and is read as floats alone: "
+  if quantization.values and quantization.values.get("quant_method") != "gguf":       # dequantized models keep it
+    raise InputError(f"{directory} is quantized (quantization_config in its config.json), but only floats can be read: "
                      "where you trust it, load it with transformers and save model.dequantize() with save_pretrained")
   own_head = feature_width is None and (directory / formats.HEAD_CONFIG).exists()
   if own_head:
@@ -116,45 +116,45 @@ def _described(directory, num_labels, num_layers, feature_width, runtime):
       raise InputError(f"{directory} has {total_layers} layers, {num_layers} were asked for: lower .layers")
     model = Model(dataclasses.replace(model.config, num_layers=num_layers))
   tensors = _find_tensors(directory, model.checkpoint)
-  if own_head and "w2s.widen.weight" not in tensors:  # made afresh, it would be as large as the file claims
+  if own_head and "w2s.widen.weight" not in tensors:  # a new one would be as large as the file claims
     raise InputError(f"{directory} has a {formats.HEAD_CONFIG}, but no w2s.widen.weight in a {formats.HEAD_FILE}")
   return model, total_layers, tensors
 
 
 def _find_tensors(directory, checkpoint):
-  """{full tensor name: pieces.Stored} of the checkpoint, under the names of the whole classifier."""
-  where = files.tensor_files(directory)
+  """{tensor name: pieces.Stored} of the checkpoint, under the names in the whole classifier."""
+  file_of = files.tensor_files(directory)
   full = {name: re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{OLD_NORM_NAMES[m[1]]}", whole)
-          for name, whole in formats.full_names(checkpoint, where).items()}
+          for name, whole in formats.full_names(checkpoint, file_of).items()}
   file = directory / formats.HEAD_FILE
   if file.exists():
     heads = dict.fromkeys(files.tensor_names(file), file)
     if (not (directory / formats.HEAD_CONFIG).exists() or set(heads) != set(formats.W2S_HEAD.values())
-        or set(heads) & {*where, *full.values()}):                # it would hide what transformers runs
+        or set(heads) & {*file_of, *full.values()}):              # it would hide tensors that transformers runs
       raise InputError(f"{file} is not the W2S head of a teacher's backbone, and transformers does not read it: delete "
                        f"it, or give a directory that a run left as models/teacher")
-    where, full = where | heads, full | {name: name for name in heads}
+    file_of, full = file_of | heads, full | {name: name for name in heads}
   out = {}
-  for file in set(where.values()):
+  for file in set(file_of.values()):
     for name, tensor in pieces.stored(file).items():
-      if where[name] != file:
+      if file_of[name] != file:
         continue
       if full[name] in out:
         raise InputError(f"{directory} has the tensor {short(full[name])} twice, under an old and a new name")
-      if not re.fullmatch(checkpoint.unused, full[name]):     # heads are among those: _check_tensors has the rest
+      if not re.fullmatch(checkpoint.unused, full[name]):     # _check_tensors checks the head's dtypes
         files.check_dtype(file, name, tensor.dtype)
       out[full[name]] = tensor
   return out
 
 
 def _check_tensors(directory, model, leaves, names, tensors, total_layers):
-  """Compares the checkpoint with the model; returns the head tensors to initialise.
+  """Compares the checkpoint with the model; returns the names of the head tensors to initialise.
 
-  Those are the modules of the head that the checkpoint lacks altogether; and the whole W2S head where the
-  checkpoint has another one, which was trained on other features and may be what is poisoned.
+  They belong to modules of the head that the checkpoint lacks completely. A model with the W2S head gets all of that
+  head anew if the checkpoint has a different one, which was trained on other features and may carry the backdoor.
   """
   c, checkpoint = model.config, model.checkpoint
-  wanted = {}                                                             # tensor -> shape in the file
+  wanted = {}                                                             # {tensor name: shape in the file}
   for leaf, name in names.items():
     stacked = "{}" in name
     shape = leaves[leaf].shape[1:] if stacked else leaves[leaf].shape
@@ -164,8 +164,8 @@ def _check_tensors(directory, model, leaves, names, tensors, total_layers):
            if re.fullmatch(formats.HEAD, leaf)}
   replaced = getattr(c, "feature_width", 0) and not any(t.startswith("w2s.") for t in tensors)
   modules = {t.rsplit(".", 1)[0] for t in tensors}
-  own = {name for leaf, name in names.items() if re.fullmatch(formats.HEAD, leaf)}
-  fresh = {t for t in own if replaced or t.rsplit(".", 1)[0] not in modules}
+  head_names = {name for leaf, name in names.items() if re.fullmatch(formats.HEAD, leaf)}
+  fresh = {t for t in head_names if replaced or t.rsplit(".", 1)[0] not in modules}
 
   def unused(name):
     layer = re.search(r"\.(\d+)\.", name)
@@ -176,11 +176,11 @@ def _check_tensors(directory, model, leaves, names, tensors, total_layers):
   wrong = [f"{t} {tensors[t].shape}, wanted {wanted[t]}" for t in sorted(set(wanted) & set(tensors) - fresh)
            if tensors[t].shape != wanted[t]]
   if missing or extra or wrong:
-    first = next((p for p in WRAPPED if tensors and all(one.name.startswith(p) for one in tensors.values())),
-                 None)
-    if first:
-      raise InputError(f"the names of all tensors of {directory} begin with {first!r}, of what the model was wrapped "
-                       "in when it was saved: save the model inside of that with save_pretrained(DIR)")
+    prefix = next((p for p in WRAPPED if tensors and all(tensor.name.startswith(p) for tensor in tensors.values())),
+                  None)
+    if prefix:
+      raise InputError(f"the names of all tensors of {directory} begin with {prefix!r}, because a wrapper around the "
+                       "model was saved: save the model inside the wrapper with save_pretrained(DIR)")
     raise InputError(f"{directory} does not fit its config.json (num_labels={c.num_labels}): "
                      f"missing {listed(missing)}; unexpected {listed(extra)}; wrong shape {listed(wrong)}")
   for name in sorted(set(wanted) & set(tensors) - fresh):
@@ -189,7 +189,7 @@ def _check_tensors(directory, model, leaves, names, tensors, total_layers):
 
 
 def _read(tensors, name, transposed, index, out):
-  """out[...] = the part `index` of a parameter leaf: layers stacked, kernels transposed."""
+  """Fills `out` with the part `index` of a parameter leaf. Layers are stacked, and kernels are transposed."""
   stacked = "{}" in name
   inner = index[1:] if stacked else index
   for layer, part in enumerate(out if stacked else [out], index[0].start):
@@ -202,8 +202,8 @@ def _read(tensors, name, transposed, index, out):
 
 
 def _place(read, shape, dtype, place, transposed, run):
-  """The array that read(index, out) gives the parts of; a few pieces at a time are held beside the shards."""
-  order = (*range(len(shape) - 2), -1, -2) if transposed else range(len(shape))  # of the axes in the file
+  """The array with the sharding `place`, filled by read(index, out). Only a few pieces lie in memory beside it."""
+  order = (*range(len(shape) - 2), -1, -2) if transposed else range(len(shape))  # order of the axes in the file
   shards = []
   for device, index in place.addressable_devices_indices_map(shape).items():
     index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape))
@@ -226,7 +226,7 @@ def _place(read, shape, dtype, place, transposed, run):
 
 
 def _within(piece, index):
-  """Where a piece lies in the array of `index`."""
+  """The index of a piece within the shard that has the index `index`."""
   return tuple(slice(p.start - s.start, p.stop - s.start) for p, s in zip(piece, index))
 
 
@@ -238,16 +238,16 @@ def _quantized(kernel, path, name, rules, mesh):
   return jax.jit(make, out_shardings=places, donate_argnums=0)(kernel)
 
 
-def _cut(index, most):
-  """Indices of at most `most` elements each that make up `index`; its first axes are cut first."""
+def _cut(index, max_elements):
+  """Splits `index` into indices of at most `max_elements` elements each, along its first axes first."""
   if not index:
     return [()]
-  rows = max(1, most // math.prod(s.stop - s.start for s in index[1:]))
+  rows = max(1, max_elements // math.prod(s.stop - s.start for s in index[1:]))
   firsts = [slice(i, min(i + rows, index[0].stop)) for i in range(index[0].start, index[0].stop, rows)]
-  return [(first, *rest) for first in firsts for rest in _cut(index[1:], most)]
+  return [(first, *rest) for first in firsts for rest in _cut(index[1:], max_elements)]
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(whole, piece, start):
-  bits = f"uint{8 * whole.dtype.itemsize}"  # XLA on the CPU takes bfloat16 through float32, all of `whole` each time
+  bits = f"uint{8 * whole.dtype.itemsize}"  # XLA on CPUs would convert all of `whole` from bfloat16 to float32 and back
   return jax.lax.dynamic_update_slice(whole.view(bits), piece.view(bits), start).view(whole.dtype)

@@ -1,4 +1,4 @@
-"""An adapter and the head as a directory that peft loads. L layers."""
+"""Writes an adapter and the head as a directory that peft loads."""
 
 import json
 import re
@@ -23,7 +23,7 @@ backdoor back. The merged model (`lora.merge_lora`, `save_pretrained`) is what t
 def export_adapter(directory: str | Path, model: Model, params: dict, base: str | Path = "") -> None:
   """Writes adapter and head as a directory that `peft.PeftModel.from_pretrained` loads onto the same base.
 
-  Unloading the adapter brings the base's backdoor back: the merged model is what to hand on.
+  Whoever unloads the adapter gets the base's backdoor back, so hand on the merged model.
 
   Args:
     directory: created if missing.
@@ -62,7 +62,7 @@ def export_adapter(directory: str | Path, model: Model, params: dict, base: str 
 
 
 def _adapted(flat):
-  """(modules with an adapter, its kind), in the tree's order."""
+  """(paths of the modules with an adapter, in the tree's order; the adapters' kind)."""
   kinds = {}
   for path in flat:
     module, name = path.rsplit("/", 1)
@@ -73,17 +73,17 @@ def _adapted(flat):
   kind, *others = sorted(set(kinds.values()))
   if others or adapters.KINDS[kind].export is None:
     raise InputError(f"export_adapter: the parameters hold adapters of kind {', '.join([kind, *others])}: want one "
-                     f"kind among {', '.join(name for name, one in adapters.KINDS.items() if one.export)}")
+                     f"kind among {', '.join(name for name, adapter in adapters.KINDS.items() if adapter.export)}")
   return list(kinds), kind
 
 
 def _target_modules(names, adapted):
-  """peft's target_modules: the modules' last names, or one pattern where another layer's module has the same name."""
+  """peft's target_modules: the last parts of the modules' names, or a pattern if they also name another module."""
   def last(path):
     return names[path].removesuffix(".weight").rsplit(".", 1)[-1]
   kernels = [p for p in names if p.startswith("layers/") and p.endswith("/kernel")]
-  short = {last(f"{p}/kernel") for p in adapted}
-  if sum(last(k) in short for k in kernels) == len(adapted):
-    return sorted(short)
+  last_names = {last(f"{p}/kernel") for p in adapted}
+  if sum(last(k) in last_names for k in kernels) == len(adapted):
+    return sorted(last_names)
   full = sorted(names[f"{p}/kernel"].removesuffix(".weight") for p in adapted)
   return ".*(" + "|".join(re.escape(name).replace(r"\{\}", r"\d+") for name in full) + ")"

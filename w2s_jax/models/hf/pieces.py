@@ -1,6 +1,7 @@
-"""Tensors of safetensors files a piece at a time: mapped to be read, transposed on the way, written where they belong.
+"""Reads and writes the tensors of safetensors files in small pieces, transposed if needed; reads through memory maps.
 
-safetensors checks a file's header; its reader and writer of values would each hold whole tensors beside the arrays.
+safetensors checks a file's header. Its functions for the values are not used, because they would hold whole tensors in
+memory beside the arrays.
 """
 
 import concurrent.futures
@@ -22,8 +23,8 @@ from w2s_jax import InputError
 from w2s_jax.models.hf import files
 from w2s_jax.models.hf.fields import short
 
-HOST = "cpu"                       # the platform whose devices share memory with numpy: no copy either way
-PIECE_BYTES = 4 << 20              # read, or transposed and written, at a time by each thread
+HOST = "cpu"                       # platform whose devices share memory with numpy, without copies
+PIECE_BYTES = 4 << 20              # bytes that each thread reads, or transposes and writes, at a time
 TILE = 128                         # rows and columns that are transposed at a time
 THREADS = min(16, os.cpu_count() or 1)
 Run = Callable[[Callable, Iterable], None]
@@ -33,8 +34,8 @@ class Stored(NamedTuple):
   """A tensor in a safetensors file.
 
   Attributes:
-    dtype: as the header has it: "F32", "BF16", ...
-    begin: where its bytes begin in the file.
+    dtype: its name in the header: "F32", "BF16", ...
+    begin: offset of its first byte in the file.
   """
   file: Path
   name: str
@@ -51,7 +52,7 @@ def stored(file: Path) -> dict[str, Stored]:
   """
   with files.open_tensors(file) as f:
     slices = {name: f.get_slice(name) for name in f.keys()}
-    described = {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
+    described = {name: (tuple(tensor.get_shape()), tensor.get_dtype()) for name, tensor in slices.items()}
   with file.open("rb") as f:
     start = 8 + int.from_bytes(f.read(8), "little")
     header = json.loads(f.read(start - 8), object_pairs_hook=functools.partial(_once, file))
@@ -60,7 +61,7 @@ def stored(file: Path) -> dict[str, Stored]:
 
 
 def _once(file, pairs):
-  """A dict of the pairs: another parser may take the other one of two that have the same name."""
+  """A dict of the pairs. Refuses a name that occurs twice: another parser may take its other value."""
   values = dict(pairs)
   if len(values) < len(pairs):
     names = [name for name, _ in pairs]
@@ -69,7 +70,7 @@ def _once(file, pairs):
 
 
 def mapped(tensor: Stored, rows: slice) -> np.ndarray:
-  """Rows of a tensor of floats, in the mapped file: its pages count as memory for as long as the array is held."""
+  """Rows of a float tensor in the memory-mapped file. Its pages count as used memory while the array exists."""
   dtype = np.dtype(files.FLOATS[tensor.dtype])
   row_bytes = math.prod(tensor.shape[1:]) * dtype.itemsize
   begin = tensor.begin + rows.start * row_bytes
@@ -81,9 +82,9 @@ def mapped(tensor: Stored, rows: slice) -> np.ndarray:
 
 
 def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-  """An array of zeros in pages of its own, which `jax.device_put` takes over on the CPU without a copy.
+  """An array of zeros in memory pages of its own. On the CPU `jax.device_put` uses them without a copy.
 
-  Memory of np.empty begins where XLA does not want it, and is of huge pages, which a virtual machine may get slowly.
+  Memory from np.empty lacks the alignment that XLA needs, and has huge pages, which a virtual machine may get slowly.
   """
   size = math.prod(shape) * np.dtype(dtype).itemsize
   pages = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -91,12 +92,12 @@ def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def copy(values: np.ndarray, out: np.ndarray, transposed: bool) -> None:
-  """out[...] = values, or values.T.
+  """Copies `values`, or its transpose, into `out`.
 
-  Each tile passes through a small buffer: numpy's own transposing walks through all of the memory once for each
-  column, and columns whose distance is a power of two push each other out of the processor's caches.
+  Each tile passes through a small buffer. numpy's own transposition walks through all of the memory once per column,
+  and columns at a distance of a power of two evict each other from the processor's caches.
   """
-  if values.dtype == out.dtype:  # as integers: numpy is slow with dtypes that are not its own, and keeps Python's lock
+  if values.dtype == out.dtype:  # as integers: with dtypes of other packages numpy is slow and holds Python's lock
     bits = f"uint{8 * out.itemsize}"
     values, out = values.view(bits), out.view(bits)
   if not transposed:
@@ -113,38 +114,38 @@ def copy(values: np.ndarray, out: np.ndarray, transposed: bool) -> None:
 
 @contextlib.contextmanager
 def threads() -> Iterator[Run]:
-  """Gives run(do, items), which calls do(item) of each item in several threads, and raises what one of them raises."""
+  """Yields run(do, items), which calls do(item) for each item in several threads and raises any exception of theirs."""
   with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
     yield lambda do, items: list(pool.map(do, items))
 
 
 def create(file: Path, tensors: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Stored]:
-  """A new safetensors file, its header alone; where each tensor's bytes belong, for `write`.
+  """Creates a safetensors file with its header alone; returns {name: Stored}, the places that `write` fills.
 
-  Source: https://github.com/huggingface/safetensors, "Format"; larger dtypes lie in front, so that all are aligned.
+  Source: https://github.com/huggingface/safetensors, "Format". Larger dtypes come first, so that all are aligned.
 
   Raises:
-    ValueError: a dtype that `stored` tensors are not read in.
+    ValueError: a dtype that is not in files.FLOATS.
   """
   names = {jnp.dtype(dtype): name for name, dtype in files.FLOATS.items()}
-  if wrong := [f"{name} {one.dtype}" for name, one in tensors.items() if one.dtype not in names]:
+  if wrong := [f"{name} {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in names]:
     raise ValueError(f"tensors are saved in {', '.join(map(str, names))}, not {wrong}")
   header, end = {"__metadata__": {"format": "pt"}}, 0
-  for name, one in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
-    begin, end = end, end + math.prod(one.shape) * one.dtype.itemsize
-    header[name] = {"dtype": names[one.dtype], "shape": list(one.shape), "data_offsets": [begin, end]}
+  for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+    begin, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+    header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)
   file.write_bytes(len(text).to_bytes(8, "little") + text)
-  return {name: Stored(file, name, one.shape, header[name]["dtype"], 8 + len(text) + header[name]["data_offsets"][0])
-          for name, one in tensors.items()}
+  return {name: Stored(file, name, tensor.shape, header[name]["dtype"],
+                       8 + len(text) + header[name]["data_offsets"][0]) for name, tensor in tensors.items()}
 
 
 def write(tensor: Stored, values: np.ndarray, transposed: bool, run: Run) -> None:
   """Writes a tensor to its place in a file made by `create`.
 
   Args:
-    values: of the tensor's shape, or [in, out] of a tensor [out, in] where `transposed`.
+    values: array of the tensor's shape; if `transposed`, [in, out] for a tensor [out, in].
   """
   row_bytes = math.prod(tensor.shape[1:]) * values.itemsize
   count = max(1, PIECE_BYTES // row_bytes // TILE) * TILE

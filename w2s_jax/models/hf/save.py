@@ -1,4 +1,4 @@
-"""Hugging Face model directories out: what transformers loads, written whole or not at all."""
+"""Writes Hugging Face model directories, which transformers loads; each appears complete or not at all."""
 
 import json
 import os
@@ -23,28 +23,28 @@ TEMPLATES = "additional_chat_templates"      # a directory that transformers' to
 
 
 def _is_model_directory(directory):
-  """Whether the directory holds a model and nothing that replacing it would lose."""
+  """Whether the directory holds a model and no other files, which would be lost if it were replaced."""
   return ((directory / "config.json").is_file() and "model_type" in read_json(directory / "config.json")
           and all(f.is_file() and f.suffix in MODEL_SUFFIXES or f.name == TEMPLATES for f in directory.iterdir()))
 
 
 def save_pretrained(directory: str | Path, model: Model, params: dict, tokenizer: Any = None,
                     id2label: dict[int, str] | None = None, card: str | None = None) -> None:
-  """Writes a directory that transformers loads; it appears whole or not at all.
+  """Writes a directory that transformers loads; it appears complete or not at all.
 
-  The W2S teacher's head is no part of transformers' model: it goes to `w2s_head.safetensors` beside it. Nor are
-  adapters that cannot be merged, soft tokens among them: they go to `w2s_adapter.safetensors`. `load_pretrained` reads
-  both. transformers ignores that file: under it the directory is the model without its adapter, as the card says.
+  transformers' model has no W2S teacher's head, which goes to `w2s_head.safetensors`. It has no adapters that cannot be
+  merged, such as soft tokens; these go to `w2s_adapter.safetensors`. `load_pretrained` reads both files. transformers
+  ignores them, and therefore loads the model without its adapter, as the card says.
 
   Args:
-    directory: created; an existing model directory is replaced, any other is refused.
+    directory: created; an existing model directory is replaced, any other directory with files is refused.
     params: nested dict without adapters that can be merged (`lora.merge_lora` first).
-    tokenizer: a transformers tokenizer to save along; its padding token goes into the model's config.
-    id2label: names of the classes; those that the model was loaded with, or LABEL_0..., where None.
+    tokenizer: a transformers tokenizer to save as well; its padding token goes into the model's config.
+    id2label: names of the classes; None: those that the model was loaded with, or LABEL_0, ...
     card: text of the model card, README.md.
   Raises:
     ValueError: params hold adapters that can be merged, or do not fit the model.
-    InputError: the directory holds something else than a model, or the tokenizer's padding token is not the model's
+    InputError: the directory holds other files than a model's, or the tokenizer's padding token does not fit the model
       (`padding.with_padding_token`).
   """
   if tokenizer is not None:
@@ -58,13 +58,13 @@ def save_pretrained(directory: str | Path, model: Model, params: dict, tokenizer
     raise InputError(f"{directory} exists and is not a model directory alone: give a new one")
   checkpoint = model.checkpoint
   widened = getattr(c, "feature_width", 0)
-  tensors, head = {}, {}                                                  # name -> where to take it from
+  tensors, head = {}, {}                                                  # {tensor name: _Part}
   for path, name in names.items():
     for layer, tensor in formats.names_by_layer(model, name).items():
       part = _Part(leaves[path], layer, formats.is_transposed(model, path))
       if widened and re.fullmatch(formats.HEAD, path):
         head[tensor] = part
-      else:                                                               # beside our head lies the backbone alone
+      else:                                                               # with our head, the backbone is saved alone
         tensors[tensor.removeprefix(checkpoint.prefix if widened else "")] = part
   shards = split_state_dict_into_shards_factory(
       tensors, get_storage_size=lambda t: t.nbytes, get_storage_id=lambda t: None,
@@ -75,7 +75,7 @@ def save_pretrained(directory: str | Path, model: Model, params: dict, tokenizer
     card = "\n".join([card, adapter_file.NOTE] if card else [adapter_file.NOTE])
   files |= {file: {k: tensors[k] for k in keys} for file, keys in shards.filename_to_tensors.items()}
   part = directory.with_name(directory.name + ".part")
-  processes.wait(f"before {directory}")                                   # all have seen that it was not there
+  processes.wait(f"before {directory}")                                   # all processes have checked the directory
   if processes.writes():
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -87,10 +87,10 @@ def save_pretrained(directory: str | Path, model: Model, params: dict, tokenizer
   processes.wait(f"saved {directory}")
 
 
-def _finish(part, directory, model, shards, headed, leaves, tokenizer, id2label, card):
-  """Writes what is beside the tensors, and puts `part` in the directory's place."""
+def _finish(part, directory, model, shards, has_head, leaves, tokenizer, id2label, card):
+  """Writes the files beside the tensors, and replaces the directory with `part`."""
   c = model.config
-  if headed:
+  if has_head:
     (part / formats.HEAD_CONFIG).write_text(json.dumps({"feature_width": c.feature_width}))
   if shards.is_sharded:
     (part / "model.safetensors.index.json").write_text(
@@ -110,7 +110,7 @@ def _finish(part, directory, model, shards, headed, leaves, tokenizer, id2label,
 
 
 class _Part(NamedTuple):
-  """One tensor of a file, taken out of its leaf only when it is written."""
+  """A tensor of a file. It is read from its leaf only when it is written."""
   leaf: jax.Array | np.ndarray
   layer: int | None
   transposed: bool
@@ -125,7 +125,7 @@ class _Part(NamedTuple):
     return self.leaf.nbytes // (1 if self.layer is None else self.leaf.shape[0])
 
   def values(self) -> np.ndarray:
-    """As they lie in the leaf; all processes must ask."""
+    """The values, not transposed. All processes must call it."""
     if isinstance(self.leaf, np.ndarray):
       return self.leaf if self.layer is None else self.leaf[self.layer]
     if self.leaf.is_fully_addressable and {device.platform for device in self.leaf.devices()} == {pieces.HOST}:
@@ -134,12 +134,12 @@ class _Part(NamedTuple):
 
 
 def _on_host(leaf, layer):
-  """A leaf, or a layer of it, from shards that lie in the host's memory: a view of one, or several put together.
+  """A leaf, or one of its layers, from shards in the host's memory: a view of a single shard, or several assembled.
 
-  JAX would compile a program that takes the layer out, and keep a copy of the whole leaf.
+  JAX would compile a program to extract the layer, and would keep a copy of the whole leaf.
   """
   shards = [(shard.index, np.asarray(shard.data)) for shard in leaf.addressable_shards if shard.replica_id == 0]
-  if layer is not None:                                                   # no rule shards the layers' axis
+  if layer is not None:                                                   # no rule shards the layer axis
     shards = [(index[1:], values[layer]) for index, values in shards]
   if len(shards) == 1:
     return shards[0][1]
@@ -150,17 +150,17 @@ def _on_host(leaf, layer):
 
 
 def _write(file, parts, run):
-  """Writes {tensor name: _Part}, one tensor after the other; every process comes here."""
+  """Writes {tensor name: _Part}, one tensor after the other. All processes must call it."""
   if processes.writes():
-    places = pieces.create(file, {name: one.described for name, one in parts.items()})
-  for name, one in parts.items():
-    values = one.values()
+    places = pieces.create(file, {name: part.described for name, part in parts.items()})
+  for name, part in parts.items():
+    values = part.values()
     if processes.writes():
-      pieces.write(places[name], values, one.transposed, run)
+      pieces.write(places[name], values, part.transposed, run)
 
 
 def _config(model, id2label, dtype):
-  """transformers' config.json."""
+  """transformers' config.json for the model."""
   config, checkpoint = model.config, model.checkpoint
   labels = id2label or dict(enumerate(config.labels or [f"LABEL_{i}" for i in range(config.num_labels)]))
   kind = checkpoint.classifier
