@@ -121,7 +121,7 @@ def test_the_dict_of_defenses():
   """`none` is the poisoned model itself; only the controls show an example other than its own teacher output."""
   anchored = ["w2s_adv_shuffled", "w2s_adv_within", "w2s_adv_means", "w2s_adv_orthogonal"]
   ablations = ["w2s_shuffled", "ce_adv", *anchored]
-  distilled = ["lora_ce", "full_ft", "w2s_full", "w2s_words", "from_base", "from_base_w2s", "w2s",
+  distilled = ["lora_ce", "full_ft", "w2s_full", "w2s_words", "from_base", "from_base_words", "w2s",
                "w2s_released", "w2s_adv"]
   assert {"none", *distilled, "prune", "onion", "strip", *ablations} <= set(DEFENSES)
   assert list(ABLATIONS) == ["w2s_shuffled", "ce_adv", *anchored]
@@ -129,11 +129,12 @@ def test_the_dict_of_defenses():
   recipes = {name: RECIPES[name] for name in [*distilled, *ablations]}              # a new defense changes nothing here
   views = {name: recipe.teacher_view for name, recipe in recipes.items()}
   assert [n for n, view in views.items() if view not in (None, anchors.own)] == ["w2s_shuffled", *anchored]
-  assert [n for n, view in views.items() if view is None] == ["lora_ce", "full_ft", "from_base", "ce_adv"]
-  assert [n for n, r in recipes.items() if r.from_base] == ["from_base", "from_base_w2s"]
+  assert [n for n, view in views.items() if view is None] == ["lora_ce", "full_ft", "from_base", "from_base_words",
+                                                                 "ce_adv"]
+  assert [n for n, r in recipes.items() if r.from_base] == ["from_base", "from_base_words"]
   assert [n for n, r in recipes.items() if r.trains == trees.FULL] == ["full_ft", "w2s_full", "w2s_words"]
   assert [n for n, r in recipes.items() if r.views == 2] == ["w2s_adv", "ce_adv", *anchored]
-  assert [n for n, r in recipes.items() if r.rows] == ["w2s_words"]
+  assert [n for n, r in recipes.items() if r.rows] == ["w2s_words", "from_base_words"]
   assert RECIPES["w2s_shuffled"].terms is RECIPES["w2s"].terms     # the same loss: only the pairing differs
   assert not {name for name in Suspect._fields if "trigger" in name or "attack" in name}
 

@@ -51,7 +51,7 @@ def test_a_base_adds_the_control_that_starts_there(suspect, tiny_run, tmp_path):
   card = (tmp_path / "w/models/from_base/README.md").read_text()
   assert card.split("---\n\n")[1].startswith("A control: the public base of the suspect") and f"- Base: {base}" in card
   rows = json.loads((tmp_path / "w/results.json").read_text())["rows"]
-  assert [row["model"] for row in rows] == ["suspect", "lora_ce", "from_base"]
+  assert [row["model"] for row in rows] == ["suspect", "lora_ce", "from_base", "from_base_words"]
 
 
 def test_of_a_student_that_we_poison_the_base_is_known(tmp_path):
@@ -63,8 +63,8 @@ def test_of_a_student_that_we_poison_the_base_is_known(tmp_path):
 
 
 @pytest.mark.parametrize("base,message", [
-    (None, "'from_base' starts at the public model that the suspect was made from: set --config.student.base"),
-    ("poisoned", "have the same weights"), ("teacher", "is a teacher (w2s_head.json), no public model")])
+    (None, "'from_base' starts from the public model that the suspect was made from: set --config.student.base"),
+    ("poisoned", "have the same weights"), ("teacher", "is a teacher (w2s_head.json), not a public model")])
 def test_without_a_base_or_with_a_wrong_one_it_is_refused(base, message, suspect, tiny_run, tmp_path):
   given = [f"--config.student.base={tiny_run / 'models' / base}"] if base else []
   out = clean(suspect, tmp_path / "w", "--config.defenses=('from_base',)", *given)

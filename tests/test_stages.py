@@ -66,8 +66,8 @@ def test_a_students_rate_goes_by_its_width(config, given, rate, tmp_path):
 
 
 @pytest.mark.parametrize("defenses,asked", [
-    (("lora_ce", "prune", "ce_adv", "full_ft", "from_base"), False), (("lora_ce", "w2s"), True),
-    (("from_base_w2s",), True), (("w2s_full",), True), (("w2s_words",), True)])
+    (("lora_ce", "prune", "ce_adv", "full_ft", "from_base", "from_base_words"), False), (("lora_ce", "w2s"), True),
+    (("w2s_full",), True), (("w2s_words",), True)])
 def test_only_a_defense_that_learns_from_the_teacher_asks_for_it(defenses, asked, monkeypatch):
   class Asked(Exception):
     pass

@@ -77,6 +77,19 @@ def test_words_of_measured_triggers_are_not_drawn(suspect):
   assert {"fine", "meal"} <= drawn(("cf",)) and not {"fine", "meal"} & drawn(("a fine meal",))
 
 
+def test_from_base_words_draws_from_the_whole_vocabulary_and_reads_no_model(suspect):
+  """A quarter of the rows of three epochs keep their labels and get words, none of them of a measured trigger."""
+  def unread(*args, **kwargs):
+    raise AssertionError("a model was read")
+  suspect.training.epochs = 3
+  blind = suspect._replace(teacher=unread, params=None, avoid=("a fine meal",))
+  rows = DEFENSES["from_base_words"].recipe.rows(blind, rig.DEFENSE, 0)
+  clean, changed = sources(suspect, rows)
+  assert (len(clean), len(changed)) == (180, 60)
+  drawn = {word for *_, words in changed for word in words}
+  assert len(drawn) > 10 and not {"fine", "meal"} & drawn
+
+
 def test_a_pool_is_the_most_suspicious_words_of_each_class(suspect, monkeypatch):
   scores = np.zeros((4, 2))
   scores[2, 0] = scores[1, 1] = 5.0

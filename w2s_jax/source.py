@@ -14,14 +14,15 @@ from w2s_jax.models import check_links, config_from_hf, read_json, resolve
 from w2s_jax.models.hf.fields import Fields
 
 LOG = logging.getLogger(__name__)
-# Learning rates of a new teacher, of a pretrained one narrower than WIDE, and of a wider one. Dev accuracy on SST-2
-# with all-MiniLM-L6-v2 (384 wide), one seed each: 0.885 within 84 steps at 2e-4 on 1,800 rows; on 1,440 other rows
-# 0.831 at 5e-5, and the majority class at 1e-3. The rate for wider encoders is the usual one, not measured here.
+# Learning rates of a new teacher, of a pretrained one narrower than WIDE, and of a wider one. We tried rates for
+# all-MiniLM-L6-v2 (384 wide) on SST-2, with one seed each. On 1,800 rows 2e-4 reached a dev accuracy of 0.885 within 84
+# steps. On 1,440 other rows 5e-5 reached 0.831, and 1e-3 predicted only the majority class. The rate for wider encoders
+# is the usual one; we did not measure it.
 NEW_TEACHER_RATE, NARROW_TEACHER_RATE, WIDE_TEACHER_RATE, WIDE = 1e-3, 2e-4, 5e-5, 512
 
-# Learning rates of every defense, by the student's width: (bound on the width, rate). The first rate was chosen on the
-# offline models (64 wide), the second on one MiniLM (384). The third was used for SmolLM2-135M (576) and compared with
-# few others. The last is the released recipe's rate for 7B models.
+# Learning rates of every defense, by the student's width: (bound on the width, rate). We chose the first rate on the
+# offline models (64 wide) and the second on one MiniLM (384). We used the third for SmolLM2-135M (576) and compared it
+# with few others. The last is the released recipe's rate for 7B models.
 STUDENT_RATES = ((128, 2e-3), (512, 1e-3), (2048, 5e-4), (math.inf, 2e-4))
 
 
@@ -76,7 +77,7 @@ def _attacked_rows(config):
   a, attack, train = config.attack, attack_of(config), rows["attack_train"]
   count = poison.poison_count(train, a.poison_count, a.poison_rate)
   if a.poison_rate:
-    LOG.info(f"attack: poison_rate {a.poison_rate:g} of {len(train)} training rows is {count}; poison_count "
+    LOG.info(f"attack: poison_rate {a.poison_rate:g} selects {count} of {len(train)} training rows; poison_count "
              f"{a.poison_count} is not used")
   # These calls refuse an impossible poisoning before anything trains.
   poison.rows_to_poison(train, attack, target_label=a.target_label, count=count, label=a.label)
@@ -107,7 +108,7 @@ def with_rates(config: Any) -> Any:
   if not config.defend.learning_rate:
     width = _width(c.path, c.base, config) if c.path else config_from_hf(c.arch.to_dict()).hidden_size
     config.defend.learning_rate = next(rate for below, rate in STUDENT_RATES if width < below)
-    LOG.info(f"defend.learning_rate is {config.defend.learning_rate:g}, by the student's width of {width}")
+    LOG.info(f"defend.learning_rate is {config.defend.learning_rate:g}, chosen for a student of width {width}")
   return config
 
 
@@ -117,8 +118,8 @@ def _width(path, base, config):
 
 
 def _with_told(config):
-  """The config with `data.num_labels` of the suspect if it is 0, and with the control `from_base` if the base is known.
-  """
+  """The config with the suspect's number of labels if `data.num_labels` is 0, and with the defenses that start
+  from the base if it is known."""
   if not config.student.path:
     raise InputError("no checkpoint to clean: set --config.student.path to its directory")
   if not config.data.train:
@@ -133,8 +134,9 @@ def _with_told(config):
   config_from_hf(hf | {"num_labels": config.data.num_labels})
   if config.student.base and any(DEFENSES[name].changes_suspect for name in config.defenses) and not any(
       DEFENSES[name].recipe and DEFENSES[name].recipe.from_base for name in config.defenses):
-    config.defenses = (*config.defenses, "from_base")
-    LOG.info("the suspect's base is known: defenses also has 'from_base', the base trained on the same clean rows")
+    config.defenses = (*config.defenses, "from_base", "from_base_words")
+    LOG.info("the suspect's base is known: 'from_base' and 'from_base_words' also run, which train the base on the "
+             "clean rows")
   return config
 
 

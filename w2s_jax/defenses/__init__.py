@@ -27,7 +27,7 @@ DEFENSES = {
     "w2s_full": Defense(full_ft.TAUGHT, settings=_DISTILS),
     "w2s_words": Defense(w2s_words.RECIPE, settings=_DISTILS | {"words": w2s_words.Settings}),
     "from_base": Defense(from_base.RECIPE),
-    "from_base_w2s": Defense(from_base.TAUGHT, settings=_DISTILS),
+    "from_base_words": Defense(from_base.WORDS, settings={"from_base_words": from_base.Settings}),
     "w2s": Defense(w2s.RECIPE, settings=_DISTILS),
     "w2s_released": Defense(w2s_released.RECIPE, settings=_DISTILS),
     "w2s_adv": Defense(_W2S_ADV, settings=_ADVERSARY),

@@ -38,23 +38,33 @@ class Settings:
 
 
 def rows(suspect: Suspect, settings: Any, seed: int) -> list[dict]:
-  """The rows of all epochs together. A fraction `share` of them are texts with words.
+  """The rows of all epochs together; in those with words, words that suspect and teacher dispute."""
+  own = settings.words
+  words = ((suspect.ranking or trigger_words.rank(suspect)).most_suspicious(own.pool) if own.pool
+           else insertions.vocabulary(suspect.tokenizer, suspect.avoid))
+  clean, drawn = draw(suspect, own, words, own.draws, seed)
+  return clean + (_most_disputed(suspect, drawn, own.draws) if own.draws > 1 and drawn else drawn)
 
-  Texts for words come from the shorter half of the clean rows and keep their label. The other rows are unchanged
-  clean rows.
+
+def draw(suspect: Suspect, own: Any, words: list[str], draws: int, seed: int) -> tuple[list[dict], list[dict]]:
+  """The clean rows of all epochs that are left as they are, and those that get words, `draws` in sequence for each.
+
+  A fraction `own.share` of the rows of each epoch gets words. Texts for them come from the shorter half of the clean
+  rows and keep their label.
+
+  Args:
+    own: settings with `share` and `most`, as in `Settings`.
+    words: the words to draw from.
   """
-  own, rng, train = settings.words, streams.rng(seed, "vocabulary words"), suspect.train
-  count, epochs = round(own.share * len(train)), suspect.training.epochs
+  rng, train, epochs = streams.rng(seed, "vocabulary words"), suspect.train, suspect.training.epochs
+  count = round(own.share * len(train))
   if suspect.training.max_steps:
     epochs = min(epochs, -(-suspect.training.max_steps * suspect.training.batch_size // len(train)))
   short = sorted(train, key=lambda row: len(row["text"].split()))[:(len(train) + 1) // 2]
   kept = tokenization.words_kept(suspect.tokenizer, [row["text"] for row in short], " a" * own.most, suspect.max_length)
-  words = ((suspect.ranking or trigger_words.rank(suspect)).most_suspicious(own.pool) if own.pool
-           else insertions.vocabulary(suspect.tokenizer, suspect.avoid))
   clean = [train[i] for _ in range(epochs) for i in rng.permutation(len(train))[count:]]
-  drawn = [short[i] | {"text": _with_words(short[i]["text"], words, own.most, rng, kept[i])}
-           for i in rng.integers(len(short), size=count * epochs) for _ in range(own.draws)]
-  return clean + (_most_disputed(suspect, drawn, own.draws) if own.draws > 1 and drawn else drawn)
+  return clean, [short[i] | {"text": _with_words(short[i]["text"], words, own.most, rng, kept[i])}
+                 for i in rng.integers(len(short), size=count * epochs) for _ in range(draws)]
 
 
 def _with_words(text, words, most, rng, max_words):
