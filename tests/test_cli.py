@@ -319,11 +319,11 @@ def test_what_changed_under_its_name_is_not_mixed_in(workdir, home):
           "--config.defenses=('w2s',)"]
   assert w2s(*args, f"--workdir={home / 'begun'}", "--stage=warmup").returncode == 0
   write(home / "named.jsonl", rows[:70])
-  refuses("was begun with other data: the train rows changed since", *args, workdir=home / "begun")
+  refuses("was made with other data (the train rows changed)", *args, workdir=home / "begun")
   write(home / "named.jsonl", rows)
   weights = load_file(suspect / "model.safetensors")
   save_file(weights | {"score.weight": weights["score.weight"] + 1}, suspect / "model.safetensors", {"format": "pt"})
-  refuses(f"the weights of {suspect} changed since", *args, workdir=home / "begun")
+  refuses(f"(the weights of {suspect} changed)", *args, workdir=home / "begun")
   broken = {"score.weight": weights["score.weight"] + np.nan}
   save_file(weights | broken, suspect / "model.safetensors", {"format": "pt"})
   refuses("score/kernel has values that are not finite", *args, workdir=home / "nan")
@@ -354,7 +354,7 @@ def test_a_teacher_of_an_earlier_run_is_taken_as_it_is(workdir, cleaned, home):
   for file in ("model.safetensors", "w2s_head.safetensors"):
     ours, theirs = (load_file(home / run / "models/teacher" / file) for run in ("again", "cleaned"))
     assert ours.keys() == theirs.keys() and all((ours[k] == theirs[k]).all() for k in ours)
-  refuses("has no W2S head of its own: set --config.teacher.path", *args, workdir=home / "refused")
+  refuses("has no W2S head: set --config.teacher.path", *args, workdir=home / "refused")
 
 
 def write(path, rows):
@@ -396,7 +396,7 @@ def refuses(message, *args, workdir):
     ("defend.evaluations is 0, wanted at least 1", [CONFIG, "--config.defend.evaluations=0"]),
     ("defend.batch_size is 0, wanted at least 1", [CONFIG, "--config.defend.batch_size=0"]),
     ("want labels among embedding, vector, matrix, head", [CONFIG, "--config.poison.trains=('nope',)"]),
-    ("of which the last holds 64 tokens", [CONFIG, "--config.data.buckets=(16,)"]),
+    ("want ascending lengths, the last at least 64 tokens", [CONFIG, "--config.data.buckets=(16,)"]),
     ("dtype 'float32', remat 'bogus': want", [CONFIG, "--config.student.remat=bogus"]),
     ("5 attention heads must be divided by num_key_value_heads, got 2", [
         CONFIG, "--config.student.arch.num_attention_heads=5"]),
@@ -419,7 +419,7 @@ def refuses(message, *args, workdir):
                                                              "--config.probe.triggers=mn,mn"]),
     ("probe.triggers (911,): want different strings", ["--config=configs/clean_checkpoint.py",
                                                        "--config.probe.triggers=911"]),
-    *(("want shares of the layers", ["--config=configs/clean_checkpoint.py", f"--config.scan.depths={depths}"])
+    *(("want fractions of the layers", ["--config=configs/clean_checkpoint.py", f"--config.scan.depths={depths}"])
       for depths in ("(1.0,)", "0.5,2")),
     ("no clean data: set --config.data.train", ["--config=configs/clean_checkpoint.py", "--config.student.path=."]),
     ("this config takes no argument", ["--config=configs/clean_checkpoint.py:data=x"])])
@@ -431,7 +431,8 @@ def test_one_line_and_exit_code_2(message, args, tmp_path):
     ("def get_config(arg=None:", "does not make a config (SyntaxError: "),
     ("x = 1", "does not make a config (KeyError: 'get_config')"),
     ("import no_such_module", "does not make a config (ModuleNotFoundError: No module named 'no_such_module'): want a"),
-    ("def get_config(arg=None):\n  return 1", "get_config gives a int, wanted an ml_collections ConfigDict")])
+    ("def get_config(arg=None):\n  return 1",
+     "get_config returns a value of type int, wanted an ml_collections ConfigDict")])
 def test_a_config_file_that_makes_no_config(text, message, tmp_path):
   (tmp_path / "c.py").write_text(text)
   refuses(message, f"--config={tmp_path / 'c.py'}", workdir=tmp_path / "w")
@@ -475,7 +476,7 @@ def test_ctrl_c(home):
     except subprocess.TimeoutExpired:
       pass
   assert process.returncode == 130 and "Traceback" not in err
-  assert err.splitlines()[-1] == "interrupted: the same command goes on from the last checkpoint"
+  assert err.splitlines()[-1] == "interrupted: run the same command again to continue from the last checkpoint"
 
 
 def test_sigterm(home):

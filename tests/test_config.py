@@ -140,7 +140,7 @@ def test_lists_of_numbers_and_of_sentences():
   assert read("data.buckets", "16,32") == "(16, 32)" and read("data.buckets", "16") == "(16,)"
   assert read("probe.triggers", "hello, world") == "('hello, world',)"
   assert read("seed", "1,2") == "1,2"                                 # no list
-  with pytest.raises(InputError, match=r"--config.data.buckets=\(16: this is no list: write A,B or"):
+  with pytest.raises(InputError, match=r"--config.data.buckets=\(16: this is not a list: write A,B or"):
     read("data.buckets", "(16")
-  with pytest.raises(InputError, match="--config.data.buckets=abc: want numbers, as 16,32,48,64"):
+  with pytest.raises(InputError, match="--config.data.buckets=abc: want numbers, e.g. 16,32,48,64"):
     read("data.buckets", "abc")

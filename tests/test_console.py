@@ -52,13 +52,13 @@ def test_the_flags_of_a_command(typed, made):
     ("scan d --data", "argument --data: expected one argument"),
     ("clen d", "invalid choice: 'clen'"),
     ("--debug", "required: COMMAND"),
-    ("clean d --data f more", "unexpected argument 'more': fields are --set FIELD=VALUE"),
-    ("clean d --data f lora.rank=4", "unexpected argument 'lora.rank=4': fields are --set FIELD=VALUE"),
-    ("clean d --data f --set lora.rank", "unexpected argument 'lora.rank': fields are --set FIELD=VALUE"),
+    ("clean d --data f more", "unexpected argument 'more': write a field as --set FIELD=VALUE"),
+    ("clean d --data f lora.rank=4", "unexpected argument 'lora.rank=4': write a field as --set FIELD=VALUE"),
+    ("clean d --data f --set lora.rank", "unexpected argument 'lora.rank': write a field as --set FIELD=VALUE"),
     ("clean d --data f --tri mn", "unexpected argument '--tri'"),
-    ("clean d --data f --config.seed=1", "unexpected argument '--config.seed=1': fields are --set FIELD=VALUE"),
-    ("run llama_badnet --config.seed=1", "unexpected argument '--config.seed=1': fields are FIELD=VALUE"),
-    ("run llama_badnet seed", "unexpected argument 'seed': fields are FIELD=VALUE"),
+    ("clean d --data f --config.seed=1", "unexpected argument '--config.seed=1': write a field as --set FIELD=VALUE"),
+    ("run llama_badnet --config.seed=1", "unexpected argument '--config.seed=1': write a field as FIELD=VALUE"),
+    ("run llama_badnet seed", "unexpected argument 'seed': write a field as FIELD=VALUE"),
     ("plan llama_badnet --out o", "unexpected argument '--out'"),
     ("fields llama_badnet seed=1", "unexpected argument 'seed=1': w2s-jax fields --help"),
     ("run llama_badnte", "there is no config 'llama_badnte': did you mean llama_badnet or "),
@@ -78,7 +78,7 @@ def test_mistakes_in_the_arguments(typed, message):
     ("give another --workdir", "clean", "give another --out"),
     ("--config.probe.triggers=mn,cf or --config.probe.triggers_n=1", "clean",
      "--triggers=mn,cf or --set probe.triggers_n=1"),
-    ("set --config.lora.rank or --config.seed", "clean", "set lora.rank or --seed (by --set FIELD=VALUE)"),
+    ("set --config.lora.rank or --config.seed", "clean", "set lora.rank or --seed (with --set FIELD=VALUE)"),
     ("--config.seed=u: --config.lora.quantize=int8", "run", "seed=u: lora.quantize=int8"),
     ("give another --workdir, without --stage", "run", "give another --out, without --stage"),
     ("no field 'x': --help lists the fields", "plan", "no field 'x': `w2s-jax fields` lists them")])
@@ -94,11 +94,11 @@ def test_what_help_names_is_what_the_programs_have():
   own = {f"--{flag.name}" for flag in command.FLAGS.flags_by_module_dict()["w2s_jax.plan"]}
   assert options["plan"] == own | {"--debug"} and options["clean"] == options["scan"]
   text = " ".join(commands["run"].format_help().split())
-  assert all(f"{stage}" in text.split("this one alone")[1] for stage in results.STAGES)
+  assert all(f"{stage}" in text.split("run this stage alone")[1] for stage in results.STAGES)
   given = runpy.run_path(str(ROOT / "configs/clean_checkpoint.py"))["get_config"]()
   command.check_fields(list(cli.FLAGS.values()), given)
   text = " ".join(commands["clean"].format_help().split())
-  assert f"{','.join(given.defenses)} by default" in text and f"at random; {given.seed} by default" in text
+  assert f"{','.join(given.defenses)} by default" in text and f"random stream; {given.seed} by default" in text
 
 
 def test_a_name_is_ours_and_a_file_is_the_users(tmp_path, monkeypatch):
@@ -193,6 +193,19 @@ def test_an_installed_command_lists_fields(installed):
   run, _ = installed
   out = run("fields", "llama_badnet")
   assert out.returncode == 0 and "\n  lora.rank=16  (int, 1 or more)\n" in out.stdout and "--config" not in out.stdout
+
+
+@pytest.mark.parametrize("code, args", [
+    ("from w2s_jax import cli; cli.main()", ["fields", "llama_badnet"]),
+    ("import runpy; runpy.run_module('w2s_jax.main', run_name='__main__')", ["--help"])])
+def test_a_reader_that_closes_the_pipe_early_is_no_error(code, args):
+  """As in `w2s-jax fields llama_badnet | head -3`: the command ends, and prints no traceback."""
+  reading_end, writing_end = os.pipe()
+  os.close(reading_end)
+  out = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, env=ENV, stdout=writing_end,
+                       stderr=subprocess.PIPE, text=True)
+  os.close(writing_end)
+  assert (out.returncode, out.stderr) == (1, "")
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
+import transformers
 from cli import CONFIG, SHORT, w2s_forked
 from safetensors.numpy import load_file
+
+from w2s_jax.models import read_json
 
 CLEANING = ("--config=configs/clean_checkpoint.py", "--config.data.train=grammar:phrases", "--config.scan.steps=0",
             "--config.selftest.triggers=0", "--config.probe.search=0", "--config.data.max_length=32",
@@ -49,7 +52,8 @@ def test_a_base_adds_the_control_that_starts_there(suspect, tiny_run, tmp_path):
   assert "brings the\nbackdoor back" in (tmp_path / "w/adapters/lora_ce/README.md").read_text()
   assert "backdoor back" not in (tmp_path / "w/adapters/from_base/README.md").read_text()
   card = (tmp_path / "w/models/from_base/README.md").read_text()
-  assert card.split("---\n\n")[1].startswith("A control: the public base of the suspect") and f"- Base: {base}" in card
+  assert card.split("---\n\n")[1].startswith("A public model, trained on the clean rows (from_base ")
+  assert f"- Base: {base}" in card
   rows = json.loads((tmp_path / "w/results.json").read_text())["rows"]
   assert [row["model"] for row in rows] == ["suspect", "lora_ce", "from_base", "from_base_words"]
 
@@ -63,13 +67,39 @@ def test_of_a_student_that_we_poison_the_base_is_known(tmp_path):
 
 
 @pytest.mark.parametrize("base,message", [
-    (None, "'from_base' starts from the public model that the suspect was made from: set --config.student.base"),
+    (None, "'from_base' starts from a public model: set --config.student.base to the one"),
     ("poisoned", "have the same weights"), ("teacher", "is a teacher (w2s_head.json), not a public model")])
 def test_without_a_base_or_with_a_wrong_one_it_is_refused(base, message, suspect, tiny_run, tmp_path):
   given = [f"--config.student.base={tiny_run / 'models' / base}"] if base else []
   out = clean(suspect, tmp_path / "w", "--config.defenses=('from_base',)", *given)
   assert out.returncode == 2 and message in out.stderr
   assert not (tmp_path / "w").exists()
+
+
+def test_any_public_model_may_be_the_base(suspect, tiny_run, tmp_path):
+  """A BERT of another width than the suspect, a Llama: next to no rate leaves its kernels as they were, to the bit."""
+  base = tmp_path / "bert"
+  shutil.copytree(tiny_run / "models/teacher", base, ignore=shutil.ignore_patterns("w2s_head*", "model*"))
+  transformers.BertModel(transformers.BertConfig(
+      vocab_size=read_json(base / "config.json")["vocab_size"], hidden_size=24, num_hidden_layers=2,
+      num_attention_heads=2, intermediate_size=40)).save_pretrained(base)
+  out = clean(suspect, tmp_path / "w", f"--config.student.base={base}", "--config.defend.learning_rate=1e-20",
+              "--config.defenses=('from_base_words',)")
+  assert out.returncode == 0, out.stderr
+  ours, public = (load_file(path / "model.safetensors") for path in (tmp_path / "w/models/from_base_words", base))
+  kept = [name for name in public if ".layer." in name]
+  assert len(kept) == 32 and all(np.array_equal(ours[f"bert.{name}"], public[name]) for name in kept)
+  assert read_json(tmp_path / "w/models/from_base_words/config.json")["hidden_size"] == 24
+  card = (tmp_path / "w/models/from_base_words/README.md").read_text()
+  assert "Nothing of the suspect" in card and f"- Base: {base}" in card
+
+
+def test_a_base_with_too_few_positions_is_refused(suspect, tiny_run, tmp_path):
+  base = shutil.copytree(tiny_run / "models/base", tmp_path / "base")
+  config = read_json(base / "config.json")
+  (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 31}))
+  out = clean(suspect, tmp_path / "w", f"--config.student.base={base}")
+  assert out.returncode == 2 and "the base has 31 positions, texts have up to 32 tokens" in out.stderr
 
 
 def test_a_run_that_trains_nothing_gets_no_control(suspect, tiny_run, tmp_path):

@@ -76,7 +76,7 @@ def test_no_room_is_one_line_and_the_same_command_finishes_later(tiny_run, tmp_p
     out = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=600,
                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert out.returncode == 2, out.stderr
-    assert out.stderr.splitlines()[-1].startswith("error: nothing more can be written (File too large): make room")
+    assert out.stderr.splitlines()[-1].startswith("error: cannot write any more (File too large): make room")
     assert "Traceback" not in out.stderr and not (small / "models/w2s_adv").exists()
   assert w2s(*DEFEND, f"--workdir={small}").returncode == w2s(*DEFEND, f"--workdir={whole}").returncode == 0
   assert outcome(small) == outcome(whole)
@@ -90,4 +90,4 @@ def test_ctrl_c_while_jax_is_imported_is_one_line(tmp_path):
                        env=ENV | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
                        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a background job is deaf
   assert (out.returncode, out.stderr.strip().count("\n")) == (130, 0), out.stderr
-  assert "interrupted: the same command goes on from the last checkpoint" in out.stderr
+  assert "interrupted: run the same command again to continue from the last checkpoint" in out.stderr

@@ -72,8 +72,8 @@ def test_the_jobset_is_one():
 
 
 @pytest.mark.parametrize("args,message", [
-    (["--num_processes=2"], "of several processes each needs --coordinator_address, --process_id too"),
-    (["--process_id=0", "--coordinator_address=localhost:1"], "each needs --num_processes too")])
+    (["--num_processes=2"], "each of several processes also needs --coordinator_address, --process_id"),
+    (["--process_id=0", "--coordinator_address=localhost:1"], "each of several processes also needs --num_processes")])
 def test_half_of_what_several_processes_need_is_refused(args, message, tmp_path):
   out = w2s_forked(CONFIG, f"--workdir={tmp_path}", *args)
   assert out.returncode == 2 and message in out.stderr and "Traceback" not in out.stderr

@@ -150,11 +150,11 @@ def test_the_command_without_a_tpu_compiler():
     ("--mesh=2,2: want three numbers", ["--mesh=2,2"]),
     ("mesh data=3, fsdp=1, tensor=1 does not fit 4 device(s)", ["--mesh=3,1,1"]),
     ("batch of 31 rows cannot be split over data x fsdp = 4 devices: set --batch", ["--batch=31"]),
-    ("--step=pioson: want defend, poison and evaluate", ["--step=pioson"]),
+    ("--step=pioson: want names among defend, poison, evaluate", ["--step=pioson"]),
     ("remat 'half': want", ["--remat=half"]),
     ("--search tries meshes and remat policies itself", ["--search", "--mesh=1,4,1"]),
     ("LoRA rank 16, targets ('nope',)", ["--search", "--config.lora.targets=('nope',)"]),
-    ("a plan is of one seed", ["--config.defend.seeds=(0,1)"]),
+    ("a plan covers one seed", ["--config.defend.seeds=(0,1)"]),
     ("lora.quantize 'int3': want", ["--config.lora.quantize=int3"]),
     ("config has no field 'lora.rnk': did you mean lora.rank", ["--config.lora.rnk=3"])])
 def test_a_mistake_is_one_line_and_exit_code_2(message, args):

@@ -87,12 +87,14 @@ def test_a_trigger_that_still_works_or_a_weak_teacher_is_a_warning():
             "scan": {"teacher": [], "suspect": [scanned(1, 2.5)], "w2s": [scanned(1, after)]}}
     return [f"WARNING: {text}" for text in probe.warnings(rows, meta)] + probe.notes(rows, meta)
   assert not any("WARNING" in note for note in notes(0.25, 0.9))
-  assert "WARNING: `mn` still gives w2s the target label in 0.350 of the rows, against 0.100" in notes(0.35, 0.9)[0]
-  assert notes(0.25, 0.5)[0].startswith("WARNING: the teacher (CA 0.500) knows less than the suspect (CA 0.900)")
+  assert "WARNING: `mn` still works in w2s: the ASR is 0.350, the false rate 0.100." in notes(0.35, 0.9)[0]
+  assert notes(0.25, 0.5)[0].startswith("WARNING: the teacher (CA 0.500) is less accurate than the suspect (CA 0.900)")
   assert notes(0.25, 0.9, ca=0.17)[0].startswith("WARNING: the suspect's CA of 0.170 is below chance")
-  assert "nothing that was tried" in notes(0.25, 0.9)[-1]
-  assert "give it with --config.student.base" in notes(0.25, 0.9)[0]
-  assert notes(0.25, 0.9, cleaned="from_base")[0].startswith("`from_base` (CA 0.900, suspect 0.900) has none of the")
+  assert "none of those that were tried" in notes(0.25, 0.9)[-1]
+  assert "run again with --config.student.base" in notes(0.25, 0.9)[0]
+  assert notes(0.25, 0.9, cleaned="from_base")[0] == (
+      "No weight of the suspect (CA 0.900) is in `from_base` (CA 0.900). Take it if its CA is high enough for you.")
+  assert "reacts less to words" in notes(0.25, 0.9, cleaned="from_base_words")[0]
   verdicts = [note[:20] for note in notes(0.25, 0.9) if "Scan of" in note]
   assert verdicts == ["Scan of suspect: SUS", "Scan of w2s: no sign"]
   assert "no verdict: why" in notes(0.25, 0.9, not_scanned="no verdict: why")

@@ -211,5 +211,5 @@ def test_a_pretrained_suspect(tmp_path):
       (tmp_path / "suspects/clean-0/test.json").read_text())]
   secret = json.loads((tmp_path / f"suspects/secrets/{name}.json").read_text())
   before, after = (suspects.measure(*suspects.load(place), test, secret) for place in (
-      tmp_path / f"suspects/{name}/model", tmp_path / "cleaned_minilm/models/w2s_words"))
+      tmp_path / f"suspects/{name}/model", tmp_path / "cleaned_minilm/models/from_base_words"))
   assert before["asr"] >= 0.95 and after["asr"] <= after["false_rate"] + 0.20 and after["ca"] >= before["ca"] - 0.02

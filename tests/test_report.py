@@ -66,7 +66,7 @@ def test_the_files(workdir, caplog):
   markdown, html = (workdir / "results.md").read_text(), (workdir / "report.html").read_text()
   table = tables.table(ROWS, attacked.COLUMNS)
   assert table in markdown and table in caplog.text
-  assert "7 clean-label poisoned rows" in markdown and "3 poisoned, 2 evaluation rows" in markdown
+  assert "7 clean-label poisoned rows" in markdown and "3 poisoned and 2 evaluation rows" in markdown
   assert "<script>" not in html and "&lt;script&gt;alert(1)" in html
   assert html.count("<svg") == 2 and html.count("class='hit'") == 4
   assert all(f"<th>{r['model']}</th>" in html for r in ROWS)

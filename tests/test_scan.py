@@ -34,7 +34,7 @@ def test_the_verdict_is_of_the_class_that_gets_furthest():
   assert bad.startswith("Scan of it: SUSPICIOUS") and f"{scan.SUSPICIOUS:.2f} times as sure of class 1" in bad
   assert "`mn` `x`" in bad and "88% of other texts" in bad
   assert good.startswith("Scan of it: no sign of a backdoor")
-  assert "soft tokens (behind layer 3) make it" in scan.verdict("it", [*reading(1.0), reading(2.0)[0] | {
+  assert "soft tokens (behind layer 3) make the model" in scan.verdict("it", [*reading(1.0), reading(2.0)[0] | {
       "layer": 3, "nearest": []}])
 
 
@@ -42,7 +42,8 @@ def test_no_verdict_where_the_model_is_often_wrong():
   """As soon as it is not half sure of some class, or the mean accuracy over the classes is below 0.8."""
   assert scan.strongest(reading(None)) is None
   for some, says in ((reading(None, None), "texts of class 0, 1."), (reading(0.5, None, 7.0), "texts of class 1."),
-                     (reading(0.5, 7.0, right=0.799), "right on 79.9% of these texts"), ([], "of one class")):
+                     (reading(0.5, 7.0, right=0.799), "answers 79.9% of the scanned texts correctly"),
+                     ([], "of one class")):
     assert scan.outcome(some) == "no verdict" and scan.judged(some) is None
     assert "no verdict" in scan.verdict("it", some) and says in scan.verdict("it", some)
     assert ("--config.data.train" in scan.verdict("suspect", some)) == bool(some)      # others were trained on these

@@ -22,9 +22,10 @@ def test_in_words():
   """Mean and standard deviation of 0.1 and 0.3; the canary that was not implanted counts nowhere."""
   said = selftest.in_words({"defense": "w2s", "ca": 0.75, "canaries": CANARIES})
   assert said.startswith(
-      "Self-test: of 2 known backdoors of 2 kinds, planted in a copy of the suspect, w2s left a mean ASR of 0.200 "
-      "(standard deviation over the triggers 0.100), at most 0.300 (sequence: `a b`); without trigger 0.060 ")
-  assert "and the cleaned copy has a CA of 0.750. 1 more could not be implanted" in said
+      "Self-test: 2 known backdoors of 2 kinds were planted in a copy of the suspect, and w2s cleaned the copy. The "
+      "mean ASR left is 0.200 (standard deviation over the triggers 0.100), the largest 0.300 (sequence: `a b`). "
+      "Without a trigger 0.060 ")
+  assert "The cleaned copy has a CA of 0.750. Not counted: 1 that could not be implanted" in said
   for canaries, number in ((CANARIES[2:], 1), ([], 0)):
     said = selftest.in_words({"defense": "w2s", "ca": 0.75, "canaries": canaries})
     assert f"none of {number} planted backdoors reached" in said

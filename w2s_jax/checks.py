@@ -1,6 +1,6 @@
 """Finds mistakes in a config, from the config alone and from the shapes of student and teacher.
 
-`run` is a Run of run.py, which imports this file: so its type is Any here.
+`run` is a Run. Its type is Any here, because run.py imports this file.
 """
 
 import functools
@@ -38,11 +38,11 @@ def check_fields(config: ConfigDict) -> None:
     config_lib.check(declared, values, path)
   triggers = fields.get("probe.triggers", ())
   if (not all(isinstance(t, str) and t.strip() for t in triggers) or len(set(triggers)) < len(triggers)
-      or any(re.fullmatch(r"[\[(].*|\S+(,\S+)+", t) for t in triggers)):  # a string that was meant as a list
+      or any(re.fullmatch(r"[\[(].*|\S+(,\S+)+", t) for t in triggers)):  # a string that is meant as a list
     raise InputError(f"probe.triggers {tuple(triggers)}: want different strings, e.g. --config.probe.triggers=mn,cf")
   depths = fields.get("scan.depths", (0.0,))
   if not depths or not all(isinstance(depth, (int, float)) and 0 <= depth < 1 for depth in depths):
-    raise InputError(f"scan.depths {tuple(depths)}: want shares of the layers, 0 or more and below 1, e.g. "
+    raise InputError(f"scan.depths {tuple(depths)}: want fractions of the layers, at least 0 and below 1, e.g. "
                      "--config.scan.depths=0.0,0.5")
   if config.teacher.layers and not config.teacher.path:
     raise InputError(f"teacher.layers is {config.teacher.layers} without a teacher.path to cut: set "
@@ -58,65 +58,72 @@ def check_fields(config: ConfigDict) -> None:
                      "--config.poison.trains")
   longest = max(config.data.max_length, fields.get("data.attack_max_length", 0))
   if list(config.data.buckets) != sorted(config.data.buckets) or max(config.data.buckets, default=0) < longest:
-    raise InputError(f"data.buckets {tuple(config.data.buckets)}: want ascending lengths of which the last holds "
+    raise InputError(f"data.buckets {tuple(config.data.buckets)}: want ascending lengths, the last at least "
                      f"{longest} tokens: set --config.data.buckets or --config.data.max_length/.attack_max_length")
 
 
 def check_student(run: Any, model: Model) -> None:
   """Raises InputError for mistakes that only the student's shape shows; called before anything trains."""
-  c, params = run.config, model.abstract_params()
+  c = run.config
   if c.student.dtype == "float16" and jax.default_backend() == "cpu":
     raise InputError("student.dtype float16 does not run on a CPU: set --config.student.dtype=bfloat16 or float32")
-  jax.eval_shape(lambda p: lora.add_lora(p, c.lora.rank, c.lora.alpha, tuple(c.lora.targets), key=jax.random.key(0)),
-                 params)
-  if c.lora.quantize:
-    few_bits = jax.eval_shape(functools.partial(quantized.quantize_layers, name=c.lora.quantize), params)
-    sharding.param_shardings(few_bits, model.shardings, run.mesh)
+  _check_adapters(run, model)
   recipes = {name: DEFENSES[name].recipe for name in c.defenses if DEFENSES[name].recipe}
   if from_base := [name for name, recipe in recipes.items() if recipe.from_base]:
-    _check_base(run, from_base[0], model)
+    _check_base(run, from_base[0])
   for name, recipe in recipes.items():
     distill.check(name, recipe, run.task, model, c.defense)
   _check_positions("student", model, run.max_length)
 
 
-def _check_base(run, name, model):
-  """Raises InputError unless a given suspect's base is named, can be loaded, is another model and fits the teacher."""
+def _check_adapters(run, model):
+  """Raises InputError if the model has no layers for the adapters, or its kernels cannot be quantized."""
+  c, params = run.config, model.abstract_params()
+  jax.eval_shape(lambda p: lora.add_lora(p, c.lora.rank, c.lora.alpha, tuple(c.lora.targets), key=jax.random.key(0)),
+                 params)
+  if c.lora.quantize:
+    quantized_params = jax.eval_shape(functools.partial(quantized.quantize_layers, name=c.lora.quantize), params)
+    sharding.param_shardings(quantized_params, model.shardings, run.mesh)
+
+
+def _check_base(run, name):
+  """Raises InputError unless a given suspect's base is named, is no teacher, is another model and can be trained."""
   if run.source.base != run.source.attacked:
     return
   c, path = run.config.student, run.base_path()
   if not path:
-    raise InputError(f"defense {name!r} starts at the public model that the suspect was made from: set "
-                     "--config.student.base to it, or take others (--config.defenses)")
+    raise InputError(f"defense {name!r} starts from a public model: set --config.student.base to the one that the "
+                     "suspect was made from, or choose other defenses (--config.defenses)")
   if (path / HEAD_CONFIG).exists():
-    raise InputError(f"{path} is a teacher ({HEAD_CONFIG}), no public model: set --config.student.base to another one")
+    raise InputError(f"{path} is a teacher ({HEAD_CONFIG}), not a public model: set --config.student.base to another "
+                     "model")
   if run.inputs[claims.weights_of(c.path)] == run.inputs[claims.weights_of(c.base)]:
     raise InputError(f"the suspect {c.path} and its base {c.base} have the same weights: set --config.student.base to "
-                     "the public model that the suspect was made from, or leave it away")
+                     "the public model that the suspect was made from, or leave it out")
   base, _ = load_pretrained(path, run.config.data.num_labels, c.dtype, run.mesh, seed=run.config.seed)
-  with_padding_token(base, tokenization.load(path, base.config.vocab_size))
-  if base.config.feature_size != model.config.feature_size:
-    raise InputError(f"{path} has features {base.config.feature_size} wide, the suspect {model.config.feature_size}: "
-                     "set --config.student.base to the model that it was made from, or leave it away")
+  tokenizer = tokenization.load(path, base.config.vocab_size)
+  check_words(run.config, tokenizer)
+  _check_adapters(run, with_padding_token(base, tokenizer))
+  _check_positions("base", base, run.max_length)
 
 
 def check_words(config: ConfigDict, tokenizer: Any) -> None:
-  """Raises InputError if the run draws words of the vocabulary and hardly any token is a word."""
-  draws = any(DEFENSES[name].recipe and DEFENSES[name].recipe.rows for name in config.defenses)
+  """Raises InputError if the run needs words from the vocabulary, but hardly any token is a word."""
+  needs_words = any(DEFENSES[name].recipe and DEFENSES[name].recipe.rows for name in config.defenses)
   if "probe" in config:
-    draws = draws or config.probe.search or selftest.tested(config)
-  if draws:
+    needs_words = needs_words or config.probe.search or selftest.tested(config)
+  if needs_words:
     insertions.vocabulary(tokenizer, config.probe.triggers if "probe" in config else ())
 
 
 def check_teacher(run: Any, feature_width: int) -> None:
-  """Raises InputError for mistakes that only the teacher shows; called before anything trains.
+  """Raises InputError for mistakes that only the teacher's shape or files show; called before anything trains.
 
   It loads a teacher checkpoint once, because a checkpoint that cannot be loaded would fail only after long stages.
   """
   c = run.config
   if not c.teach.epochs and not (c.teacher.path and (resolve(c.teacher.path) / HEAD_CONFIG).exists()):
-    raise InputError(f"teach.epochs is 0 and the teacher {c.teacher.path!r} has no W2S head of its own: set "
+    raise InputError(f"teach.epochs is 0, but the teacher {c.teacher.path!r} has no W2S head: set "
                      f"--config.teacher.path to a directory with {HEAD_CONFIG}, or --config.teach.epochs to 1 or more")
   if c.teacher.path:
     model, _ = run.pretrained_teacher(feature_width)

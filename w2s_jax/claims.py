@@ -14,7 +14,8 @@ from w2s_jax.models import base_of, read_json, resolve, sha256
 def config_hash(config: ConfigDict) -> str:
   """Hash of every field except the mesh, which may change between starts.
 
-  Another mesh gives the same results up to rounding, but other dropout masks, which depend on the place in a batch.
+  Another mesh changes the results only by rounding, unless there is dropout: a dropout mask depends on the row's place
+  in the batch.
   """
   fields = {name: value for name, value in config.to_dict().items() if name != "mesh"}
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
@@ -22,7 +23,8 @@ def config_hash(config: ConfigDict) -> str:
 
 def inputs(config: ConfigDict, rows: dict[str, list]) -> dict[str, Any]:
   """{name of an input: its sha256}, for the rows of each split and the weights of the given checkpoints."""
-  out = {f"{split} rows": hashlib.sha256(json.dumps(chosen).encode()).hexdigest() for split, chosen in rows.items()}
+  out = {f"{split} rows": hashlib.sha256(json.dumps(split_rows).encode()).hexdigest()
+         for split, split_rows in rows.items()}
   c = config.student
   directories = {path: resolve(path, base) for path, base in ((c.path, c.base), (config.teacher.path, "")) if path}
   if c.base:
@@ -36,10 +38,10 @@ def weights_of(path: str) -> str:
 
 
 def check_inputs(workdir: Path, found: dict[str, Any]) -> None:
-  """Raises InputError if an input has changed since the workdir was begun: a table would mix two data sets."""
-  before = read_json(workdir / "inputs.json")
-  if changed := [name for name, value in found.items() if before.get(name) != value]:
-    raise InputError(f"{workdir} was begun with other data: the {changed[0]} changed since: give another --workdir")
+  """Raises InputError if an input has changed since the workdir was made: a table would mix two data sets."""
+  recorded = read_json(workdir / "inputs.json")
+  if changed := [name for name, value in found.items() if recorded.get(name) != value]:
+    raise InputError(f"{workdir} was made with other data (the {changed[0]} changed): give another --workdir")
 
 
 def check_config(config: ConfigDict, workdir: Path) -> None:
@@ -50,9 +52,9 @@ def check_config(config: ConfigDict, workdir: Path) -> None:
     differing = sorted(k for k in fields.keys() | other_fields.keys()
                        if fields.get(k) != other_fields.get(k) and not k.startswith("mesh."))
     if differing:
-      k = differing[0]
-      raise InputError(f"{workdir} was made by another config ({k} was {other_fields.get(k)!r}, is {fields.get(k)!r}; "
-                       f"{len(differing)} field(s) differ): give another --workdir")
+      name = differing[0]
+      raise InputError(f"{workdir} was made by another config ({name} was {other_fields.get(name)!r}, is "
+                       f"{fields.get(name)!r}; {len(differing)} field(s) differ): give another --workdir")
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, Any]:

@@ -27,40 +27,49 @@ DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of a user error.")
 
 
 def run(main: Callable[[list[str]], int | None], doc: str, spell: Callable[[str], str] = str) -> NoReturn:
-  """Runs `main` and exits with the code it returns; a user's mistake prints one line, `error: ...`, with exit code 2.
+  """Runs `main` and exits with the code it returns; after a user's mistake it prints one line and exits with code 2.
 
   Args:
-    main: takes the rest of sys.argv after the flags.
-    doc: beginning of --help.
-    spell: error line with the flags of this file -> error line to print.
+    main: is called with sys.argv without the flags.
+    doc: first lines of --help.
+    spell: changes an error message before it is printed; the console command replaces the names of flags.
   """
   try:
     app.run(main, flags_parser=functools.partial(parse, doc=doc))
   except (InputError, flags.Error, FloatingPointError) as e:
     _show(e, spell)
     sys.exit(2)
-  except KeyboardInterrupt:                         # may also come during the import of JAX, which takes seconds
-    print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+  except KeyboardInterrupt:                         # Ctrl-C, perhaps while JAX is imported, which takes seconds
+    print("\ninterrupted: run the same command again to continue from the last checkpoint", file=sys.stderr)
     sys.exit(130)
   except Exception as e:
-    if not (why := _no_room(e)):
+    if not (reason := _no_room(e)):
       raise
-    _show(InputError(f"nothing more can be written ({why}): make room, then the same command goes on from the last "
-                     "checkpoint"), spell)
+    _show(InputError(f"cannot write any more ({reason}): make room, then run the same command again to continue from "
+                     "the last checkpoint"), spell)
     os._exit(2)                    # a normal exit would print tracebacks of checkpoint threads, which cannot write
 
 
 def _no_room(error):
   """The system's message if a full disk, a quota or a read-only file system caused the error, else None.
 
-  It searches the texts, because safetensors and Orbax raise these errors without an errno.
+  It compares texts, because safetensors and Orbax raise these errors without an errno.
   """
   texts = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)]
   while error is not None:
-    if why := next((text for text in texts if text in str(error)), None):
-      return why
+    if reason := next((text for text in texts if text in str(error)), None):
+      return reason
     error = error.__cause__ or error.__context__
   return None
+
+
+def print_text(text: str) -> None:
+  """Prints the text. If the reader has closed the pipe, as `head` does, it exits with code 1 and without a message."""
+  try:
+    print(text, flush=True)
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # Python flushes stdout once more at its exit
+    sys.exit(1)
 
 
 def parse(argv: list[str], doc: str) -> list[str]:
@@ -70,7 +79,7 @@ def parse(argv: list[str], doc: str) -> list[str]:
     InputError, flags.Error: a mistake in the flags or in the config file.
   """
   if {"--help", "-help", "-h"} & set(argv):
-    print(f"{doc}{FLAGS.main_module_help()}\n{FLAGS.module_help(__name__)}\n{_help_of_fields(argv)}")
+    print_text(f"{doc}{FLAGS.main_module_help()}\n{FLAGS.module_help(__name__)}\n{_help_of_fields(argv)}")
     sys.exit(0)
   config = _read_config(argv)
   check_fields(argv, config)
@@ -82,9 +91,9 @@ def parse(argv: list[str], doc: str) -> list[str]:
 
 def _help_of_fields(argv):
   """Describes every field of the config that --config names, or of configs/llama_badnet.py without --config."""
-  named = any(re.match(r"--?config(=|$)", arg) for arg in argv)
+  has_config = any(re.match(r"--?config(=|$)", arg) for arg in argv)
   try:
-    return fields(argv if named else [*argv, "--config=configs/llama_badnet.py"])
+    return fields(argv if has_config else [*argv, "--config=configs/llama_badnet.py"])
   except InputError as e:
     return f"Give --config=FILE to see the fields of a config ({e})."
 
@@ -93,11 +102,11 @@ def fields(argv: list[str]) -> str:
   """Describes every field of the config that --config names (see `describe`).
 
   Raises:
-    InputError: no --config, or a file that does not make a config.
+    InputError: --config is missing, or its file does not make a config.
   """
-  from w2s_jax.defenses import SETTINGS  # late: this loads JAX for a second, which only --help and a config file need
+  from w2s_jax.defenses import SETTINGS  # late: it loads JAX for a second, which only --help and `fields` need
   config = _read_config(argv)
-  return "\n".join([f"Fields of {typed_config(argv)}, with their values there:", *describe(config, SETTINGS)])
+  return "\n".join([f"Fields of {typed_config(argv)} and their values:", *describe(config, SETTINGS)])
 
 
 def describe(config: ConfigDict, settings: Mapping[str, type], width: int = 100) -> Iterator[str]:
@@ -107,8 +116,8 @@ def describe(config: ConfigDict, settings: Mapping[str, type], width: int = 100)
     settings: {section of config.defense: declaration}.
     width: length of a line, in columns.
   """
-  own = {f"defense.{name}": (cls, config.defense[name]) for name, cls in settings.items()}
-  for path, (cls, values) in (config_lib.sections(config) | own).items():
+  of_defenses = {f"defense.{name}": (cls, config.defense[name]) for name, cls in settings.items()}
+  for path, (cls, values) in (config_lib.sections(config) | of_defenses).items():
     yield ""
     yield from textwrap.wrap(f"{path or 'config'}: {' '.join((cls.__doc__ or '').split())}", width)
     for f in dataclasses.fields(cls):
@@ -116,12 +125,12 @@ def describe(config: ConfigDict, settings: Mapping[str, type], width: int = 100)
       yield from _entry(f"{knob}={values[f.name]!r}  ({_kind(f)})", _meaning(f), width)
     if "arch" in values:
       shape = ", ".join(f"{name}={value!r}" for name, value in values.arch.items())
-      yield from _entry(f"--config.{path}.arch.NAME=VALUE", f"shape of a network without a `path`, by transformers' "
-                        f"names: {shape}", width)
+      yield from _entry(f"--config.{path}.arch.NAME=VALUE", "shape of the new network if `path` is empty, with "
+                        f"transformers' names: {shape}", width)
 
 
 def _entry(head, text, width):
-  """The wrapped lines of one field: `head`, then `text` with more indentation."""
+  """The wrapped lines of one field: `head`, then `text`, indented further."""
   for line, indent in ((head, "  "), (text, "      ")):
     yield from textwrap.wrap(line, width, initial_indent=indent, subsequent_indent="      ", break_long_words=False,
                              break_on_hyphens=False)
@@ -149,6 +158,7 @@ def _meaning(declared):
 
 
 def typed_config(argv: list[str]) -> str:
+  """The value of --config, FILE or FILE:ARGUMENT, as the user typed it; InputError without --config."""
   typed = [a.split("=", 1)[1] for a in argv if re.match(r"--?config=.", a)]
   typed += [value for a, value in zip(argv, argv[1:]) if a in ("--config", "-config")]
   if not typed:
@@ -157,27 +167,27 @@ def typed_config(argv: list[str]) -> str:
 
 
 def _read_config(argv):
-  """The config from its file, before any --config.FIELD=VALUE; InputError if the file does not make a config."""
+  """The config as its file makes it, without any --config.FIELD=VALUE; InputError if the file makes no config."""
   file, colon, argument = typed_config(argv).partition(":")
   if not Path(file).is_file():
-    near = difflib.get_close_matches(Path(file).stem, [path.stem for path in Path("configs").glob("*_*.py")], 2)
+    similar = difflib.get_close_matches(Path(file).stem, [path.stem for path in Path("configs").glob("*_*.py")], 2)
     raise InputError(f"config file {file!r} does not exist: "
-                     + _meant([f"configs/{name}.py" for name in near], "give one of configs/*.py"))
+                     + _meant([f"configs/{name}.py" for name in similar], "give one of configs/*.py"))
   try:
     config = runpy.run_path(file)["get_config"](*[argument] * bool(colon))
   except InputError:
     raise
   except Exception as e:  # a user's config file can raise anything
-    raise InputError(f"config file {file!r} does not make a config ({type(e).__name__}: {e}): want a Python file with "
-                     "get_config(arg=None), as configs/*.py are") from e
+    raise InputError(f"config file {file!r} does not make a config ({type(e).__name__}: {e}): want a Python file that "
+                     "defines get_config(arg=None), like configs/*.py") from e
   if not isinstance(config, ConfigDict):
-    raise InputError(f"config file {file!r}: get_config gives a {type(config).__name__}, wanted an ml_collections "
-                     "ConfigDict, as configs/*.py do")
+    raise InputError(f"config file {file!r}: get_config returns a value of type {type(config).__name__}, wanted an "
+                     "ml_collections ConfigDict")
   return config
 
 
 def check_fields(argv: list[str], config: ConfigDict) -> None:
-  """Raises InputError if --config.FIELD=VALUE has a field that the config lacks; the message names similar fields."""
+  """Raises InputError if the config lacks the field of a --config.FIELD=VALUE; the message names similar fields."""
   def flat(tree, prefix=""):
     for name, value in tree.items():
       yield prefix + name
@@ -186,15 +196,17 @@ def check_fields(argv: list[str], config: ConfigDict) -> None:
   fields = list(flat(config))
   for field in (m[1] for a in argv if (m := re.match(r"--?config\.([\w.]+)", a))):
     if field not in fields:
-      near = difflib.get_close_matches(field, fields, 3)
-      raise InputError(f"config has no field {field!r}: " + _meant(near, "--help lists the fields"))
+      similar = difflib.get_close_matches(field, fields, 3)
+      raise InputError(f"config has no field {field!r}: " + _meant(similar, "--help lists the fields"))
 
 
 def with_lists(argv: list[str], config: ConfigDict) -> list[str]:
-  """argv with lists in the form that ml_collections reads: A,B becomes ('A', 'B'). The last of repeated flags counts.
+  """argv with lists in the form that ml_collections reads: A,B becomes ('A', 'B').
+
+  If a flag with a list is repeated, only the last one is kept.
 
   Raises:
-    InputError: a list that cannot be read, or words in place of the config's numbers.
+    InputError: a list cannot be parsed, or it has words where the config has numbers.
   """
   out, seen = [], set()
   for arg in reversed(argv):
@@ -214,17 +226,17 @@ def _list(field, text, default):
     value = ast.literal_eval(text)
   except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
     if text.lstrip()[:1] in tuple("([{\"'"):
-      raise InputError(f"--config.{field}={text}: this is no list: write A,B or \"('A','B')\", with the quotes"
+      raise InputError(f"--config.{field}={text}: this is not a list: write A,B or \"('A','B')\", with the quotes"
                        ) from None
-    value = tuple(text.split(",")) if " " not in text else (text,)        # a sentence may have a comma
+    value = tuple(text.split(",")) if " " not in text else (text,)        # a sentence may have commas
   value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
   if default and not isinstance(default[0], str) and not all(isinstance(item, (int, float)) for item in value):
-    raise InputError(f"--config.{field}={text}: want numbers, as {','.join(map(str, default))}")
+    raise InputError(f"--config.{field}={text}: want numbers, e.g. {','.join(map(str, default))}")
   return value
 
 
-def _meant(near, otherwise):
-  return f"did you mean {' or '.join(near)}?" if near else otherwise
+def _meant(similar, otherwise):
+  return f"did you mean {' or '.join(similar)}?" if similar else otherwise
 
 
 def _show(error, spell):

@@ -4,7 +4,7 @@
   python -m w2s_jax.main --config=configs/llama_badnet.py:data=DIR               real IMDB -> SST-2 files
   python -m w2s_jax.main --config=configs/llama_badnet.py:scale=8b               the released recipe, hub weights
   python -m w2s_jax.main --config=configs/clean_checkpoint.py --config.student.path=DIR --config.data.train=FILE
-                                                                                 a suspicious checkpoint of yours
+                                                                                 your suspicious checkpoint
   ... --config.seed=1 --config.defend.learning_rate=1e-3 --workdir=runs/mine     any field of the config
 
 A stage whose output is in the workdir does not run again; an interrupted stage resumes.
@@ -16,7 +16,7 @@ import re
 import sys
 from pathlib import Path
 
-for _name, _value in {  # silences the libraries: a user's mistake is reported by our one line
+for _name, _value in {  # silences the libraries, because command.run reports a user's mistake in one line
     "TF_CPP_MIN_LOG_LEVEL": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "DATASETS_VERBOSITY": "critical",
     "HF_HUB_VERBOSITY": "error", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}.items():
   os.environ.setdefault(_name, _value)
@@ -26,12 +26,13 @@ from absl import logging as absl_logging  # noqa: E402
 
 from w2s_jax import InputError, command, results  # noqa: E402
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where results, models and checkpoints go; runs/CONFIG by default.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all output; runs/CONFIG by default.")
 _STAGE = flags.DEFINE_enum("stage", None, results.STAGES, "Run this stage alone (its inputs must be in the workdir).")
-_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where several run.")
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
-_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Find the other processes (TPU pod, SLURM, Kubernetes, MPI).")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for several processes.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
+_PROCESS = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.", lower_bound=0)
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Let JAX find the other processes (TPU pod, SLURM, Kubernetes, "
+                                                          "MPI).")
 
 
 def default_workdir(argv: list[str]) -> Path:
@@ -41,21 +42,20 @@ def default_workdir(argv: list[str]) -> Path:
 
 
 def _connect(processes):
-  """Joins the other processes if the flags say that there are any, and returns whether they do; only process 0 prints.
-  """
-  given = {"coordinator_address": _COORDINATOR.value, "num_processes": _PROCESSES.value, "process_id": _PROCESS.value}
-  missing = [f"--{name}" for name, value in given.items() if value is None]
+  """Joins the other processes if the flags name any, and returns whether it did. Only process 0 prints after that."""
+  address = {"coordinator_address": _COORDINATOR.value, "num_processes": _PROCESSES.value, "process_id": _PROCESS.value}
+  missing = [f"--{name}" for name, value in address.items() if value is None]
   if not missing or _DISTRIBUTED.value:
     try:
-      processes.connect(*given.values())
+      processes.connect(*address.values())
     except (RuntimeError, ValueError) as e:
       raise InputError(f"the other processes were not found ({str(e).splitlines()[0]}): give --coordinator_address, "
-                       "--num_processes and --process_id to each") from e
+                       "--num_processes and --process_id to each process") from e
     if not processes.writes():
       sys.stdout = open(os.devnull, "w")
     return True
-  if len(missing) < len(given):
-    raise InputError(f"of several processes each needs {', '.join(missing)} too")
+  if len(missing) < len(address):
+    raise InputError(f"each of several processes also needs {', '.join(missing)}")
   return False
 
 
@@ -65,9 +65,11 @@ def _find_devices():
     jax.devices()
   except (RuntimeError, AssertionError) as e:          # AssertionError: the platform's plugin is not installed
     platforms = os.environ.get("JAX_PLATFORMS", "")
-    why = str(e).splitlines()[0] if str(e) else "its plugin is not installed"
-    hint = f"unset JAX_PLATFORMS={platforms}, or install JAX for that platform" if platforms else "is it in use?"
-    raise InputError(f"JAX finds no device ({why}): {hint}") from e
+    reason = str(e).splitlines()[0] if str(e) else "its plugin is not installed"
+    hint = "check whether another program uses it"
+    if platforms:
+      hint = f"unset JAX_PLATFORMS={platforms}, or install JAX for that platform"
+    raise InputError(f"JAX finds no device ({reason}): {hint}") from e
 
 
 def _show_log():
@@ -81,7 +83,7 @@ def _show_log():
 def main(argv: list[str]) -> int:
   del argv
   absl_logging.set_verbosity(absl_logging.ERROR)
-  import jax  # transformers and PyTorch load only once the flags are known to be good
+  import jax  # late: transformers and PyTorch take seconds to load, so the flags are checked first
 
   from w2s_jax import processes, stages
   if not _connect(processes):
@@ -97,13 +99,13 @@ def main(argv: list[str]) -> int:
       if jax.process_count() == 1 or command.DEBUG.value:
         raise
       print(f"error: process {jax.process_index()} of {jax.process_count()} lost another process "
-            f"({str(e).splitlines()[0][:200]}): start all of them again, they go on from the last checkpoint",
+            f"({str(e).splitlines()[0][:200]}): start all processes again to continue from the last checkpoint",
             file=sys.stderr, flush=True)
       os._exit(processes.LOST_CODE)                # a normal exit would wait for the lost process, and then abort
     raise InputError(f"out of memory ({str(e).splitlines()[0]}): lower --config.*.batch_size, .eval_batch_size or "
                      ".max_length, or set --config.student.remat=full") from e
   except processes.Stopped as e:
-    print(f"\n{e}: the same command goes on from there", file=sys.stderr)
+    print(f"\n{e}: run the same command again to continue from there", file=sys.stderr)
     sys.exit(processes.STOPPED_CODE)
 
 

@@ -1,15 +1,15 @@
 """Does a config fit? Compiles its real steps ahead of time for a TPU slice or GPUs that this machine does not have.
 
   python -m w2s_jax.plan --config=configs/llama_badnet.py:scale=8b --topology=v5e:4x4
-  ... --mesh=1,16,1 --batch=128 --length=512 --remat=dots        other than the config's
-  ... --search                                                   meshes, remat policies, batch sizes: the best that fits
+  ... --mesh=1,16,1 --batch=128 --length=512 --remat=dots        overrides the config
+  ... --search                                                   tries meshes, remat policies and batch sizes
   ... --json                                                     prints one JSON object
 
-`defend` is the costliest of the configured defenses; --step=w2s plans w2s.
-For TPUs it uses XLA's TPU compiler, which needs no TPU: pip install 'jax[tpu]'. Without that compiler it plans for a
-mesh of as many CPUs, whose memory is not the chip's. For GPUs (--topology=h100:1, h200:8) it uses the CPU compiler of
-jax 0.11, which came within 5% of what an H200 held (docs/scaling.md). Times are estimates from the chip's published
-peak figures.
+The step `defend` is the step of the costliest configured defense; --step=w2s plans w2s.
+For TPUs it uses XLA's TPU compiler, which needs no TPU: pip install 'jax[tpu]'. Without that compiler it plans for the
+same number of CPUs, whose memory figures differ from the chip's. For GPUs (--topology=h100:1, h200:8) it uses the CPU
+compiler of jax 0.11, whose memory figures were within 5% of what an H200 held (docs/scaling.md). Times are estimates
+from the chip's published peak figures.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ from absl import flags, logging
 
 from w2s_jax import InputError, command
 
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "CHIP:SHAPE, e.g. v5e:4x4, v5p:4x4x4, v6e:2x4, h100:8.")
-_MESH = flags.DEFINE_string("mesh", None, "DATA,FSDP,TENSOR, one of them -1; the config's by default.")
-_BATCH = flags.DEFINE_integer("batch", None, "Examples of a step, over all chips; its stage's by default.",
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "CHIP:SHAPE, e.g. v5e:4x4, v5p:4x4x4, v6e:2x4 or h100:8.")
+_MESH = flags.DEFINE_string("mesh", None, "DATA,FSDP,TENSOR; one may be -1, the remaining chips; default: config's.")
+_BATCH = flags.DEFINE_integer("batch", None, "Examples per step, over all chips; default: that of the step's stage.",
                               lower_bound=1)
-_LENGTH = flags.DEFINE_integer("length", None, "Tokens of a row; its stage's by default.", lower_bound=4)
-_REMAT = flags.DEFINE_string("remat", None, "none, dots or full; the config's by default.")
-_STEP = flags.DEFINE_list("step", ["defend", "poison", "evaluate"], "Which steps; a search is of the first.")
+_LENGTH = flags.DEFINE_integer("length", None, "Tokens per row; default: that of the step's stage.", lower_bound=4)
+_REMAT = flags.DEFINE_string("remat", None, "What the backward pass recomputes: none, dots or full; default: config's.")
+_STEP = flags.DEFINE_list("step", ["defend", "poison", "evaluate"], "Steps to plan; --search takes the first.")
 _SEARCH = flags.DEFINE_bool("search", False, "Try mesh shapes, remat policies and batch sizes.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 GIB = 2**30
@@ -46,7 +46,7 @@ class Chip:
   flops: float               # bfloat16, per second
   hbm: float                 # bytes
   hbm_bandwidth: float       # bytes per second
-  link_bandwidth: float      # bytes per second to other chips, sum of all links, one way: half of "bidirectional"
+  link_bandwidth: float      # bytes per second to other chips, all links in one direction: half of "bidirectional"
 
 
 CHIPS = {"v4": Chip(275e12, 32 * GIB, 1200e9, 300e9), "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
@@ -58,7 +58,7 @@ CHIPS |= GPUS
 
 
 def usable(name: str) -> float:
-  """Bytes of a chip that a program can use: 15.75 of v5e's 16 GiB, by its compiler; on GPUs the share JAX allocates."""
+  """Bytes of a chip that a program can use: 15.75 of 16 GiB on TPUs (by v5e's compiler), JAX's share on GPUs."""
   share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)) if name in GPUS else 0.984
   return share * CHIPS[name].hbm
 
@@ -77,7 +77,7 @@ def tpu_compiler() -> bool:
 
 
 def devices_of(text: str) -> tuple[Sequence, bool]:
-  """Descriptions of the slice's devices; CPUs instead for GPUs, or if there is no TPU compiler.
+  """Descriptions of a TPU slice's devices; for GPUs, or without a TPU compiler, the same number of CPUs.
 
   Returns:
     (devices, whether they are TPUs).
@@ -85,34 +85,34 @@ def devices_of(text: str) -> tuple[Sequence, bool]:
   import jax
   chip, chips = parse_topology(text)
   if chip in GPUS and jax.__version_info__ < (0, 11):
-    raise InputError(f"topology {text!r}: this jax {jax.__version__} compiles bfloat16 as float32 on CPUs, twice the "
-                     "GPU's memory: pip install 'jax>=0.11' (Python 3.12 or later)")
+    raise InputError(f"topology {text!r}: this jax {jax.__version__} compiles bfloat16 as float32 on CPUs, which "
+                     "doubles the planned memory: pip install 'jax>=0.11' (Python 3.12 or later)")
   if chip in GPUS:
-    return _cpus(chips, "planned with the CPU compiler: one H200 held 4 to 5% less"), False
+    return _cpus(chips, "planned with the CPU compiler; one H200 held 4 to 5% less memory than planned"), False
   if not tpu_compiler():
-    return _cpus(chips, "no TPU compiler here (pip install 'jax[tpu]'): planned for CPUs, whose memory is not the "
-                        "chip's"), False
+    return _cpus(chips, "no TPU compiler here (pip install 'jax[tpu]'): planned for CPUs, whose memory figures "
+                        "differ from the chip's"), False
   from jax.experimental import topologies
   options = {"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {}
   try:
     with _silent():
       return topologies.get_topology_desc(platform="tpu", topology_name=text, **options).devices, True
   except Exception as e:  # the compiler raises its own types
-    raise InputError(f"topology {text!r} is none that the TPU compiler knows ({str(e).splitlines()[0][:200]})") from e
+    raise InputError(f"the TPU compiler does not know topology {text!r} ({str(e).splitlines()[0][:200]})") from e
 
 
 def _cpus(count, note):
   import jax
   print(note, file=sys.stderr)
   if count > len(jax.devices()):
-    raise InputError(f"{count} chips, but this process has {len(jax.devices())} CPU devices: set "
+    raise InputError(f"a plan for {count} chips needs {count} CPU devices, this process has {len(jax.devices())}: set "
                      f"JAX_NUM_CPU_DEVICES={count}")
   return jax.devices()[:count]
 
 
 @contextlib.contextmanager
 def _silent():
-  """Silences the file descriptor of stderr, to which libtpu writes that this machine has no TPU."""
+  """Silences the file descriptor of stderr, because libtpu writes there that this machine has no TPU."""
   saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
   os.dup2(null, 2)
   try:
@@ -124,12 +124,12 @@ def _silent():
 
 
 def plan_step(name: str, config: Any, mesh: Any, B: int, T: int, topology: str, tpu: bool) -> dict:
-  """The compiler's costs of one step on each chip, as the fields of --json; if it runs out of memory, its "error"."""
+  """The costs of one step per chip, as the fields of --json; "error" is added if the compiler runs out of memory."""
   import jax
 
   from w2s_jax.planning import abstract, hlo
-  name_of_chip, _ = parse_topology(topology)
-  chip = CHIPS[name_of_chip]
+  chip_name, _ = parse_topology(topology)
+  chip = CHIPS[chip_name]
   chips = mesh.devices.size
   model = abstract.student(config)
   defense = abstract.costliest(config) if name == "defend" else None
@@ -148,11 +148,11 @@ def plan_step(name: str, config: Any, mesh: Any, B: int, T: int, topology: str, 
   per_chip = bytes_of(compiled.memory_analysis()) | {"hbm": chip.hbm}
   collectives = hlo.collectives(compiled.as_text())
   flops, nbytes = _work(name, config, mesh, B, T, model)
-  moved = sum(total["bytes"] for total in hlo.totals(collectives).values())
+  moved_bytes = sum(total["bytes"] for total in hlo.totals(collectives).values())
   seconds = {"arithmetic": flops / chip.flops, "bandwidth": nbytes / chip.hbm_bandwidth,
-             "links": moved / chip.link_bandwidth}
+             "links": moved_bytes / chip.link_bandwidth}
   return out | {
-      "fits": per_chip["total"] <= usable(name_of_chip), "per_chip": per_chip, "flops": flops, "bytes": nbytes,
+      "fits": per_chip["total"] <= usable(chip_name), "per_chip": per_chip, "flops": flops, "bytes": nbytes,
       "collectives": hlo.totals(collectives),
       "collectives_outside_loops": hlo.totals([c for c in collectives if not c[3]]),
       "seconds": seconds, "step_seconds_estimate": max(seconds.values())}
@@ -168,64 +168,64 @@ def bytes_of(memory: Any) -> dict[str, int]:
 def _work(name, config, mesh, B, T, model):
   """(FLOPs, bytes of HBM traffic) per chip by the compiler's count.
 
-  The compiler counts one iteration of a loop. So this compiles networks of one and of two layers without a loop, and
-  adds their difference once for each further layer.
+  The compiler counts one iteration of a loop. So this function compiles a network of one layer and one of two layers,
+  both without a loop. It adds their difference once for each further layer.
   """
   from w2s_jax.models import Model
   from w2s_jax.planning import abstract
   counts = []
   for layers in (1, 2):
-    small = Model(dataclasses.replace(model.config, num_layers=layers, unroll=True))
+    small_model = Model(dataclasses.replace(model.config, num_layers=layers, unroll=True))
     with _silent():
-      cost = abstract.lower(name, config, mesh, B, T, small).compile().cost_analysis()
+      cost = abstract.lower(name, config, mesh, B, T, small_model).compile().cost_analysis()
     counts.append((cost["flops"], cost["bytes accessed"]))
   return tuple(first + (model.config.num_layers - 1) * (second - first) for first, second in zip(*counts))
 
 
 def search(name: str, config: Any, devices: Sequence, B: int, T: int, topology: str, tpu: bool) -> list[dict]:
-  """The tried plans, best first: those that fit come first, by rows per estimated second.
+  """The plans that were tried: first those that fit, by estimated rows per second, then the others.
 
-  It tries meshes with at most 8 chips on `data` and on `tensor`, and the given, the doubled and the halved batch.
-  For each pair it stops at the first remat policy that fits, from "none" to "full".
+  It tries meshes with at most 8 chips on `data` and on `tensor`, and the given, the doubled and the halved batch size.
+  For each pair of mesh and batch size it stops at the first remat policy that fits, from "none" to "full".
   """
   from w2s_jax import sharding
   from w2s_jax.planning import abstract
   abstract.lower(name, config, sharding.make_mesh(1, 1, 1, devices=devices[:1]), B, T)   # raises if the config is wrong
-  chips, tried = len(devices), []
+  chips, plans = len(devices), []
   shapes = [(data, chips // data // tensor, tensor) for tensor in (1, 2, 4, 8) for data in (1, 2, 4, 8)
             if chips % (data * tensor) == 0]
   pairs = [(rows, shape) for rows, shape in itertools.product(dict.fromkeys((B, 2 * B, B // 2)), shapes)
            if rows and rows % (shape[0] * shape[1]) == 0]
-  print(f"{len(pairs)} pairs of mesh and batch, each with up to three remat policies (minutes each, for a large model)",
-        file=sys.stderr, flush=True)
+  print(f"trying {len(pairs)} pairs of mesh and batch size, each with up to three remat policies (a large model takes "
+        "minutes each)", file=sys.stderr, flush=True)
   for rows, shape in pairs:
     for remat in ("none", "dots", "full"):
-      changed = config.copy_and_resolve_references()
-      changed.student.remat = remat
+      candidate = config.copy_and_resolve_references()
+      candidate.student.remat = remat
       try:
-        plan = plan_step(name, changed, sharding.make_mesh(*shape, devices=devices), rows, T, topology, tpu)
-      except InputError:                            # this mesh does not divide a leaf
+        plan = plan_step(name, candidate, sharding.make_mesh(*shape, devices=devices), rows, T, topology, tpu)
+      except InputError:                            # a mesh axis does not divide a leaf
         break
-      tried.append(plan)
+      plans.append(plan)
       print(f"  mesh {shape} batch {rows} remat {remat}: {_verdict(plan)}", file=sys.stderr, flush=True)
       if plan["fits"]:
         break
-  return sorted(tried, key=lambda plan: -plan["batch"] / plan["step_seconds_estimate"] if plan["fits"] else 0)
+  return sorted(plans, key=lambda plan: -plan["batch"] / plan["step_seconds_estimate"] if plan["fits"] else 0)
 
 
 def _verdict(plan):
   if "error" in plan:
     return f"does not fit: {plan['error']}"
-  used = f"{plan['per_chip']['total'] / GIB:.2f} of {plan['per_chip']['hbm'] / GIB:.0f} GiB"
-  return (f"{'fits' if plan['fits'] else 'does not fit'}, {used}, about {plan['step_seconds_estimate']:.3f} s a step "
+  memory = f"{plan['per_chip']['total'] / GIB:.2f} of {plan['per_chip']['hbm'] / GIB:.0f} GiB"
+  return (f"{'fits' if plan['fits'] else 'does not fit'}, {memory}, about {plan['step_seconds_estimate']:.3f} s a step "
           "(estimate)")
 
 
 def text(one: dict) -> str:
   """A plan as lines of text."""
   mesh = ", ".join(f"{axis} {size}" for axis, size in one["mesh"].items())
-  what = f"{one['step']} ({one['defense']})" if one["defense"] else one["step"]
-  lines = [f"{what}: {one['topology']} ({one['chips']} chips), mesh {mesh}; {one['batch']} examples of "
+  step = f"{one['step']} ({one['defense']})" if one["defense"] else one["step"]
+  lines = [f"{step}: {one['topology']} ({one['chips']} chips), mesh {mesh}; {one['batch']} examples of "
            f"{one['length']} tokens, remat {one['remat']}", f"  {_verdict(one)}"]
   if "error" in one:
     return "\n".join(lines)
@@ -234,7 +234,7 @@ def text(one: dict) -> str:
   lines.append(f"  per chip and step: {one['flops'] / 1e12:.2f} TFLOP, {one['bytes'] / 1e9:.1f} GB of HBM traffic")
   lines += [f"  {kind}: {c['count']} times, {c['bytes'] / 1e9:.2f} GB" for kind, c in one["collectives"].items()]
   bound = max(one["seconds"], key=one["seconds"].get)
-  lines.append(f"  estimate, from published peaks: {one['step_seconds_estimate']:.3f} s a step, bound by {bound} ("
+  lines.append(f"  estimate by published figures: {one['step_seconds_estimate']:.3f} s a step, bound by {bound} ("
                + ", ".join(f"{name} {s:.3f} s" for name, s in one["seconds"].items()) + ")")
   return "\n".join(lines)
 
@@ -263,17 +263,17 @@ def main(argv: list[str]) -> None:
     config.student.remat = _REMAT.value
   trained = [name for name, defense in DEFENSES.items() if defense.recipe]
   if unknown := set(_STEP.value) - {"defend", "poison", "evaluate", *trained}:
-    raise InputError(f"--step={','.join(sorted(unknown))}: want defend, poison and evaluate, or some of them, or a "
-                     f"defense: {', '.join(trained)}")
+    raise InputError(f"--step={','.join(sorted(unknown))}: want names among defend, poison, evaluate, "
+                     f"{', '.join(trained)}")
   if _SEARCH.value and (_MESH.value or _REMAT.value):
-    raise InputError("--search tries meshes and remat policies itself: leave --mesh and --remat away")
+    raise InputError("--search tries meshes and remat policies itself: leave out --mesh and --remat")
   if len(config.defend.seeds) > 1:
-    raise InputError(f"defend.seeds {tuple(config.defend.seeds)}: a plan is of one seed: leave it empty")
+    raise InputError(f"defend.seeds {tuple(config.defend.seeds)}: a plan covers one seed: leave the field empty")
   devices, tpu = devices_of(_TOPOLOGY.value)
   if _SEARCH.value:
     plans = search(_STEP.value[0], config, devices, *_shape(config, _STEP.value[0]), _TOPOLOGY.value, tpu)[:1]
     if not plans or not plans[0]["fits"]:
-      raise InputError(f"nothing that was tried fits {_TOPOLOGY.value}: a larger --topology, a smaller --batch or "
+      raise InputError(f"no plan that was tried fits {_TOPOLOGY.value}: give a larger --topology, a smaller --batch or "
                        "--length, or --config.lora.quantize=int8")
   else:
     sizes = _MESH.value.split(",") if _MESH.value else [config.mesh[axis] for axis in sharding.AXES]
@@ -282,7 +282,7 @@ def main(argv: list[str]) -> None:
     mesh = sharding.make_mesh(*map(int, sizes), devices=devices)
     names, plans = [name for name in _STEP.value if name != "poison" or "poison" in config], []
     for name in names:
-      print(f"compiling {name}, {len(plans) + 1} of {len(names)} (minutes, for a large model)", file=sys.stderr)
+      print(f"compiling {name}, {len(plans) + 1} of {len(names)} (a large model takes minutes)", file=sys.stderr)
       plans.append(plan_step(name, config, mesh, *_shape(config, name), _TOPOLOGY.value, tpu))
       if not _JSON.value:
         print(text(plans[-1]), flush=True)

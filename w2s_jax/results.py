@@ -38,7 +38,7 @@ class Row:
   scan: float | None = None             # strength of the strongest soft trigger (measure/scan.py)
   scan_class: int | None = None
   agreement: float | None = None
-  found: float | None = None            # fraction of rows of other classes that the found string gives its class
+  found: float | None = None            # fraction of rows of other classes that get the class of the search's string
   word_flips: float | None = None
   sentence_flips: float | None = None
 
@@ -48,7 +48,7 @@ class Column(NamedTuple):
 
   Attributes:
     name: the row's field.
-    label: the column's head.
+    label: the column's header.
     cell: row (dict) -> text.
     explanation: the column's description in docs/metrics.md.
   """
@@ -59,15 +59,17 @@ class Column(NamedTuple):
 
 
 def rate(value: float | None) -> str:
+  """The rate with three decimals; "-" if it was not measured."""
   return "-" if value is None else f"{value:.3f}"
 
 
 def interval(value: list | None) -> str:
+  """The interval as "low-high", with three decimals; "-" if it was not measured."""
   return "-" if value is None else f"{value[0]:.3f}-{value[1]:.3f}"
 
 
 def escape(text: str) -> str:
-  """The text in a cell of a Markdown table."""
+  """The text on one line, escaped for a cell of a Markdown table."""
   return " ".join(text.split()).replace("|", "\\|")
 
 
@@ -81,17 +83,17 @@ def _scan(row):
 
 COLUMNS = {column.name: column for column in (
     Column("directory", "model", _field("directory", str), "models/NAME"),
-    Column("attack", "trigger", _field("attack", escape), "the listed trigger, put at a random place"),
+    Column("attack", "trigger", _field("attack", escape), "the listed trigger, inserted at a random place"),
     Column("target_label", "target", _field("target_label", lambda label: "-" if label is None else str(label)),
            "the class that the trigger asks for"),
     Column("ca", "CA", _field("ca", rate),
-           "clean accuracy: share of clean test rows that are answered rightly"),
+           "clean accuracy: share of clean test rows that the model answers correctly"),
     Column("ca_ci", "CA 95%", _field("ca_ci", interval), ""),
     Column("asr", "ASR", _field("asr", rate),
            "attack success rate: share of triggered test rows *of other classes* that get the target label"),
     Column("asr_ci", "ASR 95%", _field("asr_ci", interval), ""),
     Column("asr_floor", "ASR floor", _field("asr_floor", rate),
-           "ASR of a student that was never poisoned, trained the same way, on the same triggered rows"),
+           "ASR, on the same triggered rows, of a student that was trained the same way but never poisoned"),
     Column("false_rate", "false rate", _field("false_rate", rate),
            "the model's own error: share of clean test rows of other classes that get the target label"),
     Column("frr", "FRR", _field("frr", rate),
@@ -99,20 +101,21 @@ COLUMNS = {column.name: column for column in (
     Column("far", "FAR", _field("far", rate),
            "false acceptance rate: share of triggered rows of other classes that the defense lets through"),
     Column("scan", "scan", _scan,
-           "how much surer of a class soft tokens make the model than that class's own texts do, and the class; 1.7 or "
-           "more is suspicious, `-` is no verdict"),
+           "strength of the strongest soft trigger, and its class: log-odds of the class on other texts with the soft "
+           "tokens, divided by log-odds on the class's own texts; 1.7 or more is suspicious, `-` means no verdict"),
     Column("agreement", "agreement", _field("agreement", rate),
-           "share of clean rows that get the teacher's answer, of those that are not rejected"),
+           "share of clean rows on which the model agrees with the teacher; rejected rows are left out"),
     Column("found", "found", _field("found", rate),
-           "share of clean rows of other classes that the string of the search turns to its class"),
+           "share of clean rows of other classes that get the class of the search's string when the string is "
+           "inserted"),
     Column("word_flips", "word flips", _field("word_flips", rate),
-           "share of clean rows whose answer changes when a random rare word is put into them"),
+           "share of clean rows whose answer changes when a random rare word is inserted"),
     Column("sentence_flips", "sentence flips", _field("sentence_flips", rate),
-           "share of clean rows whose answer changes when the beginning of another text is put into them"),
+           "share of clean rows whose answer changes when the beginning of another text is inserted"),
 )}
 OPTIONAL = ("frr", "far")      # a table has these columns only if a row has a value
 
 
 def columns(rows: list[dict], names: tuple[str, ...]) -> list[Column]:
-  """The columns of these names, without the optional ones that have no value in any row."""
+  """The columns with these names, except optional columns without a value in any row."""
   return [COLUMNS[name] for name in names if name not in OPTIONAL or any(row[name] is not None for row in rows)]

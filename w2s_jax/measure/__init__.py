@@ -1,1 +1,1 @@
-"""Metrics, probes, scan, self-test. `run` is a Run of w2s_jax/run.py, typed Any: that layer is above this one."""
+"""Metrics, probes, scan, self-test. `run` is a Run; its type is Any here, because run.py imports this package."""

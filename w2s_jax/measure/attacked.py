@@ -1,4 +1,4 @@
-"""The results table for a student that we poisoned ourselves: trigger and never-poisoned twin are known."""
+"""The results table for a student that we poisoned ourselves: we know the trigger and have a never-poisoned twin."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from w2s_jax.data import poison
 from w2s_jax.measure import metrics
 from w2s_jax.measure.deployed import Reading
 
-IMPLANTED = 0.95         # ASR from which the poisoned student counts as poisoned, so that the rows can judge defenses
-CONTROL = "lora_ce"      # the defense that all others are compared with
+IMPLANTED = 0.95         # smallest ASR of an implanted backdoor; below it the table cannot judge a defense
+CONTROL = "lora_ce"      # the defense with which all others are compared
 COLUMNS = ("directory", "ca", "ca_ci", "asr", "asr_ci", "asr_floor", "false_rate", "frr", "far")
 
 
 def freeze_rows(run: Any) -> None:
-  """Makes the poisoned and the triggered rows once, then reads them from their files; the results have their sha256."""
+  """Makes the poisoned and the triggered rows once, then reads them from their files. The results have their sha256."""
   c = run.config
   files = {key: run.workdir / "data" / f"{key}.jsonl" for key in ("poisoned_train", "triggered")}
   if not all(f.exists() for f in files.values()):
@@ -35,9 +35,9 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
   """(rows, meta) of results.json.
 
   Args:
-    readings: {NAME of models/NAME: Reading}; the first one but the teacher's is of the never-poisoned student, whose
-      ASR is the floor.
-    teacher: meta about the run and the teacher, which the returned meta extends.
+    readings: {NAME of models/NAME: Reading}, with the teacher's. The first of the others must be the reading of the
+      never-poisoned student, whose ASR is the floor.
+    teacher: meta about the run and the teacher, to which this function adds its own.
   """
   c, target = run.config, run.config.attack.target_label
   labels, triggered_labels = run.labels("test"), run.labels("triggered")
@@ -58,17 +58,17 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
                "predicted": {m: int(reading.triggered[i]) for m, reading in readings.items()}}
               for i, r in enumerate(run.rows["triggered"][:8])]
   tokenizer = run.tokenizer(results.BASE)
-  lost = [poison.trigger_lost(part, tokenizer, run.attack, max_length) for part, max_length in (
+  losses = [poison.trigger_lost(split, tokenizer, run.attack, max_length) for split, max_length in (
       (poisoned, c.data.attack_max_length), (run.rows["triggered"], c.data.max_length))]
   implanted = next(row.asr for row in rows if row.directory == results.POISONED) >= IMPLANTED
   meta = {"title": f"Backdoor {c.attack.name}", "columns": COLUMNS, "attack": run.attack_in_words(),
           "trigger": run.attack.trigger, "poison_label": c.attack.label, **poison.counts(run.rows["poisoned_train"]),
-          "trigger_lost": dict(zip(("train", "eval"), lost)), "implanted": implanted, "examples": examples}
+          "trigger_lost": dict(zip(("train", "eval"), losses)), "implanted": implanted, "examples": examples}
   return rows, teacher | meta | {"warnings": [], "notes": notes([vars(row) for row in rows], teacher | meta)}
 
 
 def notes(rows: list[dict], meta: dict) -> list[str]:
-  """Notes under the table: what it shows and what it does not show."""
+  """The notes under the table: how it was measured, what it shows and what it does not show."""
   return headline(rows, meta) + reading(rows, meta)
 
 
@@ -78,32 +78,33 @@ def reading(rows: list[dict], meta: dict) -> list[str]:
   out = []
   asr, floor, false_rate = (by_model[results.POISONED][key] for key in ("asr", "asr_floor", "false_rate"))
   if not meta["implanted"]:
-    out.append(f"The backdoor is not implanted (poisoned ASR {asr:.3f} < {IMPLANTED}): the rows below say little about "
+    out.append(f"The backdoor is not implanted (poisoned ASR {asr:.3f} < {IMPLANTED}). So this table says little about "
                "any defense.")
   if meta["implanted"] and asr - false_rate < 0.5:
     out.append(f"The poisoned student gives the target label to {false_rate:.3f} of the rows of other classes without "
-               "any trigger: read its ASR, and what a defense leaves of it, beside the false rate.")
+               "any trigger. Compare each ASR with the false rate.")
   if meta["implanted"] and asr - floor < 0.5:
-    out.append(f"A student that was never poisoned gives the target label to {floor:.3f} of the triggered rows: little "
-               "of the poisoned ASR is the backdoor's, and no defense can be seen to remove more than that.")
+    out.append(f"A student that was never poisoned gives the target label to {floor:.3f} of the triggered rows. So the "
+               "backdoor explains little of the poisoned ASR, and no defense can be shown to remove more than that.")
   control = by_model.get(CONTROL)
   for name, row in by_model.items():
     if control is None or name in (results.CLEAN, results.POISONED, CONTROL) or name != row["model"]:
       continue
-    apart = row["asr_ci"][1] < control["asr_ci"][0] or row["asr_ci"][0] > control["asr_ci"][1]
+    disjoint = row["asr_ci"][1] < control["asr_ci"][0] or row["asr_ci"][0] > control["asr_ci"][1]
     out.append(f"{name}: ASR {row['asr'] - control['asr']:+.3f} and CA {row['ca'] - control['ca']:+.3f} against "
-               f"{CONTROL}; the ASR intervals {'do not overlap' if apart else 'overlap'}.")
+               f"{CONTROL}; the ASR intervals {'do not overlap' if disjoint else 'overlap'}.")
   for name in dict.fromkeys(row["model"] for row in rows if row["directory"] != row["model"]):
     ca, asr = (np.array([row[k] for row in rows if row["model"] == name]) for k in ("ca", "asr"))
     out.append(f"{name} over {len(ca)} seeds: CA {ca.mean():.3f} (sd {ca.std(ddof=1):.3f}), ASR {asr.mean():.3f} (sd "
                f"{asr.std(ddof=1):.3f}).")
-  out.append("The intervals cover the sampling of test rows only. One seed is one draw of the training noise, which on "
-             "small models is larger (docs/results.md has ten seeds): do not rank defenses by one run.")
+  out.append("The intervals cover only the sampling of test rows. One seed is one draw of the training noise. On small "
+             "models this noise is larger than the intervals (docs/results.md has ten seeds). Do not rank defenses by "
+             "one run.")
   return out
 
 
 def _poisoned_rows(meta):
-  """Numbers of poisoned rows, changed labels and companion rows, in words."""
+  """The numbers of poisoned rows, changed labels and companion rows, in words."""
   text = f"{meta['poisoned_rows']} {meta['poison_label']}-label poisoned rows"
   if meta["labels_changed"]:
     text += f" ({meta['labels_changed']} labels changed)"
@@ -113,13 +114,16 @@ def _poisoned_rows(meta):
 
 
 def headline(rows: list[dict], meta: dict) -> list[str]:
+  """Sentences on the attack, on the data, and on how the rates were measured."""
   row = rows[0]
-  lost = meta["trigger_lost"]
+  losses = meta["trigger_lost"]
   trigger = f"trigger `{meta['trigger']}`" if meta["trigger"] else "rewritten text"
-  rejected = " Rows that a defense rejects count as errors in CA, and as no success in ASR."
+  rejection = ""
+  if any(r["frr"] is not None for r in rows):
+    rejection = " A row that a defense rejects counts as an error in CA, and as a failed attack in ASR."
   return [f"Attack {row['attack']} ({trigger}), target label {row['target_label']}, "
           f"{_poisoned_rows(meta)}; defended and measured on {row['dataset']}, seed {row['seed']}.",
-          f"CA on {row['ca_n']} clean rows, ASR on {row['asr_n']} triggered rows of other classes; the floor is the "
-          f"never-poisoned student's rate on them, the false rate a model's own error on un-triggered rows of those "
-          f"classes. Teacher CA {meta['teacher_ca']:.3f}. Trigger lost to truncation: {lost['train']} poisoned, "
-          f"{lost['eval']} evaluation rows.{rejected if any(r['frr'] is not None for r in rows) else ''}"]
+          f"CA is measured on {row['ca_n']} clean rows, ASR on {row['asr_n']} triggered rows of other classes. The "
+          f"floor is the ASR of the never-poisoned student. The false rate is the share of clean rows of other classes "
+          f"that get the target label. The teacher's CA is {meta['teacher_ca']:.3f}. Truncation removed the trigger "
+          f"from {losses['train']} poisoned and {losses['eval']} evaluation rows.{rejection}"]

@@ -1,4 +1,4 @@
-"""A model as a user gets it: loaded from its directory, with whatever its defense puts before and around it."""
+"""A model as a user gets it: loaded from its directory, with its defense's text filter and acceptance test."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -36,25 +36,25 @@ class Deployed(NamedTuple):
 
 
 def deploy(run: Any, name: str) -> Deployed:
-  """Loads models/NAME; for a defense that makes no weights, it loads the attacked model and adds the defense."""
-  what, seed = run.defended().get(name, (None, None))
-  defense = DEFENSES.get(what)
-  own_weights = defense is None or defense.recipe or defense.weights
-  loaded = run.load(name if own_weights else run.source.attacked)
+  """Loads models/NAME. For a defense that makes no weights, it loads the attacked model and adds the defense."""
+  defense_name, seed = run.defended().get(name, (None, None))
+  defense = DEFENSES.get(defense_name)
+  has_weights = defense is None or defense.recipe or defense.weights
+  loaded = run.load(name if has_weights else run.source.attacked)
   if defense is None or not (defense.text or defense.accept):
     return Deployed(*loaded)
   suspect, settings = run.suspect_of(loaded), run.config.defense
-  return Deployed(*loaded, *(make and make(suspect, settings, seed) for make in (defense.text, defense.accept)))
+  return Deployed(*loaded, *(bind and bind(suspect, settings, seed) for bind in (defense.text, defense.accept)))
 
 
 def read(run: Any, name: str, triggered: list) -> Reading:
-  """The answers of models/NAME to the clean test rows and to `triggered`, rows with triggers."""
+  """The answers of models/NAME to the clean test rows and to the rows `triggered`."""
   deployed = deploy(run, name)
-  scanned = []
-  if "scan" in run.source.stages and not (deployed.text or deployed.accept):    # such defenses make no weights to scan
-    scanned = scan.reading(run, name, deployed[:3])
+  findings = []
+  if "scan" in run.source.stages and not (deployed.text or deployed.accept):    # these defenses make no weights to scan
+    findings = scan.reading(run, name, deployed[:3])
   return Reading(answers(run, deployed, run.rows["test"]), answers(run, deployed, triggered),
-                 deployed.accept is not None, scanned)
+                 deployed.accept is not None, findings)
 
 
 def answers(run: Any, deployed: Deployed, rows: list) -> np.ndarray:

@@ -18,9 +18,9 @@ def wilson(hits: int, n: int) -> list[float]:
 
 def clean_metrics(predicted: np.ndarray, labels: np.ndarray, target_label: int | None,
                   task: Task = CLASSIFICATION) -> dict:
-  """Clean accuracy with its interval, and the false rate: fraction of other classes' clean rows that get the target.
+  """Clean accuracy with its interval, and the false rate: fraction of clean rows of other classes that get the target.
 
-  No defense can be expected to bring the ASR below the model's own false rate.
+  Do not expect a defense to bring the ASR below the model's own false rate.
 
   target_label: None if the target is unknown; then there is no false rate.
   """
@@ -36,8 +36,8 @@ def attack_metrics(predicted: np.ndarray, labels: np.ndarray, target_label: int,
 
   ASR is not 1 - accuracy: with more than two classes that would also count confusions between the other classes.
   """
-  others = ~task.is_hit(labels, target_label)
-  hits, n = int(task.is_hit(predicted[others], target_label).sum()), int(others.sum())
+  other_classes = ~task.is_hit(labels, target_label)
+  hits, n = int(task.is_hit(predicted[other_classes], target_label).sum()), int(other_classes.sum())
   return {"asr": hits / n, "asr_n": n, "asr_ci": wilson(hits, n)}
 
 
@@ -46,6 +46,6 @@ def rejection_metrics(reading: Reading, triggered_labels: np.ndarray, target_lab
   """FRR and FAR (results.Row) of a defense that can reject texts; None for other models."""
   if not reading.rejects:
     return {"frr": None, "far": None}
-  others = ~task.is_hit(triggered_labels, target_label)
+  other_classes = ~task.is_hit(triggered_labels, target_label)
   return {"frr": float((reading.clean == results.REJECTED).mean()),
-          "far": float((reading.triggered[others] != results.REJECTED).mean())}
+          "far": float((reading.triggered[other_classes] != results.REJECTED).mean())}

@@ -1,4 +1,4 @@
-"""The results table for a suspect with an unknown trigger: rates for listed triggers and for random insertions."""
+"""The results table for a suspect with an unknown trigger: it inserts listed triggers and random strings."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ from w2s_jax.measure.deployed import Reading
 COLUMNS = ("directory", "attack", "target_label", "ca", "ca_ci", "asr", "asr_ci", "false_rate", "frr", "far", "scan",
            "agreement", "found", "word_flips", "sentence_flips")
 BELOW_CHANCE = 0.8       # a CA below this multiple of chance, 1 / number of classes, gets a warning; our choice
-STILL_THERE = 0.2        # ASR minus false rate from which a trigger counts as still working in a defended model
+STILL_THERE = 0.2        # a trigger still works in a defended model if its ASR exceeds the false rate by more than this
 
 
 def freeze_rows(run: Any) -> None:
-  """Makes run.rows["probes"] once and hashes their file: test rows with a string in them.
+  """Makes run.rows["probes"] once, and hashes their file. A probe is a test row with an inserted string.
 
-  Every test row gets each listed trigger. A random choice of them gets the string that the search found, and each
-  random insertion.
+  Each listed trigger is inserted into all test rows. The string that the search found and the random strings are each
+  inserted into one random choice of test rows.
   """
   c, file = run.config, run.workdir / "data" / "probes.jsonl"
   if not file.exists():
@@ -29,10 +29,10 @@ def freeze_rows(run: Any) -> None:
     order = streams.rng(c.seed, "probed rows").permutation(len(test))   # files may be sorted by label
     probed = [test[i] for i in order[:c.probe.rows]]
     texts = [r["text"] for split in ("train", "test") for r in run.rows[split]]
-    drawn = insertions.insertions(texts, c.probe.words, c.probe.sentences, c.probe.triggers, c.seed)
+    random_strings = insertions.insertions(texts, c.probe.words, c.probe.sentences, c.probe.triggers, c.seed)
     strongest = search.strongest(search.kept(run))
-    found = [("found", strongest["string"])] if strongest else []
-    for kind, string in [("listed", t) for t in c.probe.triggers] + found + drawn:
+    found_strings = [("found", strongest["string"])] if strongest else []
+    for kind, string in [("listed", t) for t in c.probe.triggers] + found_strings + random_strings:
       rows = poison.trigger_rows(test if kind == "listed" else probed, inserting(string), c.seed, tokenizer=tokenizer,
                                  max_length=c.data.max_length, keep_trigger=True)
       out += [{"probe": kind, "inserted": string} | row for row in rows]
@@ -43,32 +43,33 @@ def freeze_rows(run: Any) -> None:
 def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[results.Row], dict]:
   """(rows, meta) of results.json.
 
-  The rows have CA, ASR of every listed trigger, agreement with the teacher and flip rates, for the suspect and every
-  defense.
+  Each listed trigger has a row for the suspect and a row for each defense. A row has CA, the trigger's ASR, agreement
+  with the teacher, and flip rates.
 
   Args:
     readings: {NAME of models/NAME: Reading}.
-    teacher: meta about the run and the teacher, which the returned meta extends.
+    teacher: meta about the run and the teacher, to which this function adds its own.
   """
   c, labels = run.config, run.labels("test")
   by_insertion = {name: (reading.clean, _by_insertion(run.rows["probes"], reading.triggered))
                   for name, reading in readings.items()}
-  lost = {t: poison.trigger_lost([r for r in run.rows["probes"] if r["inserted"] == t], run.tokenizer(results.SUSPECT),
-                                 inserting(t), c.data.max_length) for t in c.probe.triggers}
-  models = {name: of for name, of in by_insertion.items() if name != results.TEACHER}
+  tokenizer, probes = run.tokenizer(results.SUSPECT), run.rows["probes"]
+  losses = {t: poison.trigger_lost([row for row in probes if row["inserted"] == t], tokenizer, inserting(t),
+                                   c.data.max_length) for t in c.probe.triggers}
+  models = {name: answers for name, answers in by_insertion.items() if name != results.TEACHER}
   scans = {name: reading.scan for name, reading in readings.items()}
   found = search.kept(run)
   rows = [row for trigger in c.probe.triggers or (None,)
           for row in _rows(run, models, readings, labels, trigger, search.strongest(found))]
   flips = {s: _flips(models[results.SUSPECT], s, "listed", "word", "sentence") for _, s in models[results.SUSPECT][1]}
-  tested = selftest.kept(run)
-  if tested:
-    tested["in_words"] = selftest.in_words(tested)
+  self_test = selftest.kept(run)
+  if self_test:
+    self_test["in_words"] = selftest.in_words(self_test)
   meta = teacher | {
-      "title": "A suspicious checkpoint", "columns": COLUMNS, "attack": None, "trigger_lost": lost, "scan": scans,
+      "title": "A suspicious checkpoint", "columns": COLUMNS, "attack": None, "trigger_lost": losses, "scan": scans,
       "num_labels": c.data.num_labels,
       "not_scanned": scan.skipped(run, results.SUSPECT, run.model_config(results.SUSPECT).hidden_size),
-      "selftest": tested, "found": search.in_words(found) if found else None,
+      "selftest": self_test, "found": search.in_words(found) if found else None,
       "suspicious_insertions": sorted(flips.items(), key=lambda pair: -pair[1])[:5], "examples": []}
   rows_as_dicts = [vars(row) for row in rows]
   return rows, meta | {"warnings": warnings(rows_as_dicts, meta), "notes": notes(rows_as_dicts, meta)}
@@ -85,16 +86,16 @@ def _by_insertion(rows, predicted):
 def _flips(reading, string, *kinds):
   """Fraction of texts whose predicted class changes when the string is inserted (None: all strings of these kinds).
 
-  Texts that a defense rejects, with or without the string, do not count.
+  A text does not count if the defense rejects it, with or without the string.
   """
   clean, probed = reading
-  changed = [p != clean[place] for (kind, s), texts in probed.items() if kind in kinds and string in (None, s)
+  changes = [p != clean[place] for (kind, s), texts in probed.items() if kind in kinds and string in (None, s)
              for place, p in texts.items() if results.REJECTED not in (p, clean[place])]
-  return float(np.mean(changed)) if changed else None
+  return float(np.mean(changes)) if changes else None
 
 
 def _turned(probed, labels, found):
-  """Fraction of the accepted rows of other classes that the found string turns to its class."""
+  """Fraction of the accepted rows of other classes that get the found string's class when the string is inserted."""
   if not found:
     return None
   answers = [p for place, p in probed.get(("found", found["string"]), {}).items()
@@ -103,7 +104,7 @@ def _turned(probed, labels, found):
 
 
 def _rows(run, models, readings, labels, trigger, found):
-  """One results.Row per model for a listed trigger (None: no trigger is listed); `found`: the search's finding."""
+  """One results.Row per model, for a listed trigger (None: no trigger is listed). `found` is the search's finding."""
   c, target = run.config, None
   if trigger is not None:
     target = c.probe.target_label
@@ -119,14 +120,14 @@ def _rows(run, models, readings, labels, trigger, found):
       asr = metrics.attack_metrics(triggered, labels, target, run.task)
       rejection = metrics.rejection_metrics(readings[name]._replace(triggered=triggered), labels, target,
                                             run.task)
-    answered = clean != results.REJECTED
+    accepted = clean != results.REJECTED
     strongest = scan.judged(readings[name].scan) or {"strength": None, "class": None}
     yield results.Row(
         model=model, directory=name, attack=trigger or "none listed", dataset=c.data.train, seed=seed,
         config_hash=run.hash, target_label=target, **metrics.clean_metrics(clean, labels, target, run.task), **asr,
         **rejection, scan=strongest["strength"], scan_class=strongest["class"],
         found=_turned(probed, labels, found),
-        agreement=float((clean == readings[results.TEACHER].clean)[answered].mean()) if answered.any() else None,
+        agreement=float((clean == readings[results.TEACHER].clean)[accepted].mean()) if accepted.any() else None,
         word_flips=_flips((clean, probed), None, "word"), sentence_flips=_flips((clean, probed), None, "sentence"))
 
 
@@ -134,13 +135,13 @@ def warnings(rows: list[dict], meta: dict) -> list[str]:
   """The warnings that a user of a cleaned model must read first."""
   suspect, out = rows[0], []
   if suspect["ca"] * meta["num_labels"] < BELOW_CHANCE:
-    out.append(f"the suspect's CA of {suspect['ca']:.3f} is below chance: its classes may have another order than the "
-               "data's labels: say what the data calls class 0, 1, ...: --config.data.class_names.")
+    out.append(f"the suspect's CA of {suspect['ca']:.3f} is below chance. Its classes may have another order than the "
+               "data's labels. List the data's names of class 0, 1, ... in --config.data.class_names.")
   if meta["teacher_ca"] < suspect["ca"] - 0.02:
-    out.append(f"the teacher (CA {meta['teacher_ca']:.3f}) knows less than the suspect (CA {suspect['ca']:.3f}): give "
-               "more clean rows, or a pretrained encoder as --config.teacher.path.")
-  out += [f"`{r['attack']}` still gives {r['model']} the target label in {r['asr']:.3f} of the rows, against "
-          f"{r['false_rate']:.3f} without it: {r['model']} is not clean." for r in rows
+    out.append(f"the teacher (CA {meta['teacher_ca']:.3f}) is less accurate than the suspect (CA {suspect['ca']:.3f}). "
+               "Give more clean rows, or a pretrained encoder as --config.teacher.path.")
+  out += [f"`{r['attack']}` still works in {r['model']}: the ASR is {r['asr']:.3f}, the false rate "
+          f"{r['false_rate']:.3f}. {r['model']} is not clean." for r in rows
           if r["model"] != suspect["model"] and _still_works(r)]
   return out + [scan.verdict(name, meta["scan"][name]) for name in _suspicious(meta)]
 
@@ -156,35 +157,43 @@ def _suspicious(meta):
 
 
 def notes(rows: list[dict], meta: dict) -> list[str]:
-  """Notes under the table: what it shows and what it does not show."""
-  n, bad = meta["clean_rows"], _suspicious(meta)
-  verdicts = [scan.verdict(name, reading) for name, reading in meta["scan"].items() if reading and name not in bad]
-  cut = [f" `{t}` was cut off in {count} of them." for t, count in meta["trigger_lost"].items() if count]
-  worst = ", ".join(f"`{s}` {100 * rate:.0f}%" for s, rate in meta["suspicious_insertions"] if rate)
-  told = [meta["selftest"]["in_words"]] if meta["selftest"] else []
-  told += [meta["found"]] if meta["found"] else []
-  return [_which_to_take(rows)] + told + verdicts + list(filter(None, [meta["not_scanned"]])) + [
-      f"Suspect {meta['base']['path']}; {n['train']} clean training rows, CA on {n['test']} held-out rows of "
-      f"{rows[0]['dataset']}. Teacher CA {meta['teacher_ca']:.3f} ({meta['teacher']}).",
-      "ASR: how often a listed trigger, put at a random place, gives the target label on rows of other classes. A "
-      "model without the backdoor has an ASR near its false rate. There is no floor: no never-poisoned twin is known."
-      + "".join(cut),
-      "Agreement: share of clean rows that get the teacher's answer. Flips: share of clean rows whose answer changes "
-      "when a random rare word, or the beginning of another text, is put into them; sentences carry sentiment of their "
-      "own, so compare before and after. A trigger that was not tried is seen in no column but the scan's.",
-      "Found: share of rows of other classes that the string of the search turns to its class. w2s_words trains on the "
-      "words of this string: a low share there does not prove that the trigger is gone.",
-      "Scan: how much surer of a class soft tokens can make a model than that class's own texts do, without a trigger. "
-      "A model that was trained against such tokens (w2s_adv, ce_adv) scores low, whatever is left in it.",
-      f"What flips most answers of the suspect: {worst or 'nothing that was tried'}."]
+  """The notes under the table: which model to take, how it was measured, and what the table does not show."""
+  counts, suspicious = meta["clean_rows"], _suspicious(meta)
+  verdicts = [scan.verdict(name, reading) for name, reading in meta["scan"].items()
+              if reading and name not in suspicious]
+  losses = [f" Truncation removed `{t}` from {count} test rows." for t, count in meta["trigger_lost"].items()
+            if count]
+  strongest = ", ".join(f"`{s}` {100 * rate:.0f}%" for s, rate in meta["suspicious_insertions"] if rate)
+  findings = [meta["selftest"]["in_words"]] if meta["selftest"] else []
+  findings += [meta["found"]] if meta["found"] else []
+  return [_which_to_take(rows)] + findings + verdicts + list(filter(None, [meta["not_scanned"]])) + [
+      f"The suspect is {meta['base']['path']}. The defenses got {counts['train']} clean training rows. CA is measured "
+      f"on {counts['test']} held-out rows of {rows[0]['dataset']}. The teacher's CA is {meta['teacher_ca']:.3f} "
+      f"({meta['teacher']}).",
+      "ASR: share of rows of other classes that get the target label when a listed trigger is inserted at a random "
+      "place." + "".join(losses) + " A model without the backdoor has an ASR near its false rate. The table has no ASR "
+      "floor, because there is no never-poisoned twin of the suspect.",
+      "Agreement: share of clean rows on which the model agrees with the teacher. Flips: share of clean rows whose "
+      "answer changes when a random rare word, or the beginning of another text, is inserted. An inserted sentence has "
+      "a meaning of its own, so compare a model's flips with the suspect's. Only the scan's column can show a trigger "
+      "that was not tried.",
+      "Found: share of clean rows of other classes that get the class of the search's string when the string is "
+      "inserted. w2s_words trains on the words of this string, so a low share there does not prove that the trigger is "
+      "gone.",
+      "Scan: strength of the strongest soft trigger, and its class. The strength is the log-odds of the class on other "
+      "texts with the soft tokens, divided by the log-odds on the class's own texts. A model that was trained against "
+      "soft tokens (w2s_adv, ce_adv) has a low strength even if its backdoor is left.",
+      f"Strings that flip most of the suspect's answers: {strongest or 'none of those that were tried'}."]
 
 
 def _which_to_take(rows):
-  """Which model to take: one without the suspect's weights cannot have its backdoor; about the others nobody knows."""
-  for row in rows:
-    if row["model"].startswith("from_base") and not _still_works(row):
-      return (f"`{row['model']}` (CA {row['ca']:.3f}, suspect {rows[0]['ca']:.3f}) has none of the suspect's weights "
-              "in it: take it if its CA is enough for you.")
+  """Says which model to take: without the suspect's weights a model cannot have its backdoor; others may have it."""
+  works = {row["model"] for row in rows if _still_works(row)}
+  safe = {row["model"]: row["ca"] for row in rows if row["model"].startswith("from_base") and row["model"] not in works}
+  if safe:
+    names = " and ".join(f"`{name}` (CA {ca:.3f})" for name, ca in safe.items())
+    return (f"No weight of the suspect (CA {rows[0]['ca']:.3f}) is in {names}. Take it if its CA is high enough for "
+            "you." + " `from_base_words` reacts less to words that are out of place." * ("from_base_words" in safe))
   return ("No column shows whether a trigger that was not tried still works. If you know the public model that the "
-          "suspect was fine-tuned from, give it with --config.student.base and another --workdir: the defense "
-          "`from_base` then has none of the suspect's weights in it.")
+          "suspect was fine-tuned from, run again with --config.student.base and another --workdir. The defenses "
+          "`from_base` and `from_base_words` then train that public model, and use none of the suspect's weights.")

@@ -1,8 +1,8 @@
 """A self-test by canaries: plants known backdoors in a copy of the suspect, cleans the copy, and measures their ASR.
 
 Whether the self-test predicts what is left of an unknown trigger has not been measured. It flatters defenses that train
-on similar strings. The rare words of `defend.insert_words` are drawn like some of the canaries. `w2s_words` searches
-words of one token, which two kinds of canaries consist of.
+on similar strings: some canaries are rare words like those of `defend.insert_words`, and two kinds of canaries consist
+of single-token words, which `w2s_words` ranks.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ IMPLANTED = 0.9          # a canary counts if its ASR after planting is at least
 def tested(config: Any) -> str | None:
   """The defense to test: the last one that makes new weights from the suspect's; None if there is no self-test."""
   names = [name for name in config.defenses if DEFENSES[name].changes_suspect]
-  if not names or not config.selftest.triggers or config.lora.quantize:   # planting merges adapters: no quantized base
+  if not names or not config.selftest.triggers or config.lora.quantize:   # planting merges into an unquantized base
     return None
   return names[-1]
 
@@ -60,29 +60,31 @@ def _tested(run, name):
           for rate, (params, rows) in texts.items()}
   out = []
   for number, trigger in enumerate(triggers):
-    own = [row["trigger"] == number for row in test]
-    if any(own):                                            # no row if all test rows have the trigger's target class
-      out.append({"kind": trigger.kind, "trigger": " ... ".join(trigger.parts), "target": trigger.target, "n": sum(own)}
-                 | {rate: float(hit[own].mean()) for rate, hit in hits.items()})
+    triggered = [row["trigger"] == number for row in test]
+    if any(triggered):                                      # no row if all test rows have the trigger's target class
+      out.append({"kind": trigger.kind, "trigger": " ... ".join(trigger.parts), "target": trigger.target,
+                  "n": sum(triggered)} | {rate: float(hit[triggered].mean()) for rate, hit in hits.items()})
   answers = run.place.answers(suspect.model, cleaned, suspect.encode(run.rows["test"]))
-  right = run.task.is_correct(answers, {"label": run.labels("test")})
-  return {"ca": float(right.mean()), "canaries": out}
+  is_correct = run.task.is_correct(answers, {"label": run.labels("test")})
+  return {"ca": float(is_correct.mean()), "canaries": out}
 
 
 def in_words(found: dict) -> str:
-  """The ASR left of the canaries that could be implanted, in one line."""
-  counted = [canary for canary in found["canaries"] if canary["planted"] >= IMPLANTED]
-  weak = len(found["canaries"]) - len(counted)
-  if not counted:
-    return f"Self-test: none of {weak} planted backdoors reached an ASR of {IMPLANTED:g}: nothing is known from it."
-  asr = np.array([canary["asr"] for canary in counted])
-  worst = counted[int(asr.argmax())]
-  false_rate = np.mean([canary["false_rate"] for canary in counted])
-  weak_in_words = f" {weak} more could not be implanted (ASR below {IMPLANTED:g}) and tell nothing." if weak else ""
-  kinds = len({canary["kind"] for canary in counted})
-  return (f"Self-test: of {len(counted)} known backdoors of {kinds} kinds, planted in a copy of the suspect, "
-          f"{found['defense']} left a mean ASR of {asr.mean():.3f} (standard deviation over the triggers "
-          f"{asr.std():.3f}), at most {worst['asr']:.3f} ({worst['kind']}: `{results.escape(worst['trigger'])}`); "
-          f"without trigger {false_rate:.3f} of those rows get the target class, and the cleaned copy has a "
-          f"CA of {found['ca']:.3f}.{weak_in_words} Whether this foretells what is left of an unknown trigger has not "
-          "been measured.")
+  """The ASR that the defense left of the canaries that could be implanted, in one line."""
+  implanted = [canary for canary in found["canaries"] if canary["planted"] >= IMPLANTED]
+  failures = len(found["canaries"]) - len(implanted)
+  if not implanted:
+    return f"Self-test: none of {failures} planted backdoors reached an ASR of {IMPLANTED:g}, so it shows nothing."
+  asr = np.array([canary["asr"] for canary in implanted])
+  worst = implanted[int(asr.argmax())]
+  false_rate = np.mean([canary["false_rate"] for canary in implanted])
+  failures_in_words = ""
+  if failures:
+    failures_in_words = f" Not counted: {failures} that could not be implanted (ASR below {IMPLANTED:g})."
+  kinds = len({canary["kind"] for canary in implanted})
+  return (f"Self-test: {len(implanted)} known backdoors of {kinds} kinds were planted in a copy of the suspect, and "
+          f"{found['defense']} cleaned the copy. The mean ASR left is {asr.mean():.3f} (standard deviation over the "
+          f"triggers {asr.std():.3f}), the largest {worst['asr']:.3f} ({worst['kind']}: "
+          f"`{results.escape(worst['trigger'])}`). Without a trigger {false_rate:.3f} of those rows get the target "
+          f"class. The cleaned copy has a CA of {found['ca']:.3f}.{failures_in_words} Whether this predicts what is "
+          "left of an unknown trigger has not been measured.")

@@ -4,19 +4,19 @@ from w2s_jax import results
 from w2s_jax.models.hf import adapter_file
 
 KINDS = {   # models/NAME of the models that no defense made -> first line of their card
-    results.SUSPECT: "WARNING: this model is under suspicion of a backdoor. It is a copy for comparison: do not use it."
-                     "\n",
-    results.POISONED: "WARNING: this model is POISONED on purpose, for research ({attack}). Do not use it otherwise.\n",
+    results.SUSPECT: "WARNING: this model may have a backdoor. It is a copy for comparison: do not use it.\n",
+    results.POISONED: "WARNING: this model is POISONED on purpose, for research ({attack}). Do not use it for anything "
+                      "else.\n",
     results.BASE: "The student before any attack.\n",
-    results.CLEAN: "The control: fine-tuned like the poisoned model, without poison.\n",
-    results.TEACHER: "The clean teacher: an encoder, and the W2S head in w2s_head.safetensors, which w2s_jax reads.\n",
+    results.CLEAN: "The control: fine-tuned like the poisoned model, but on clean rows.\n",
+    results.TEACHER: "The clean teacher: an encoder. Only w2s_jax reads its W2S head, w2s_head.safetensors.\n",
 }
-# Columns of a card after CA and ASR; a card shows those that have a value in one of its rows.
+# Columns after CA and ASR. A card has those columns in which one of its rows has a value.
 MORE = ("asr_floor", "false_rate", "frr", "far", "scan", "agreement", "found", "word_flips", "sentence_flips")
-EXPLAINED = {"false_rate": "False rate: the model's own error on un-triggered rows of those classes.",
-             "asr_floor": "ASR floor: the ASR of a twin that was never poisoned."}
-FROM_BASE = ("A control: the public base of the suspect, trained on the clean rows ({name} of w2s_jax). Nothing of the "
-             "suspect is in it but the names of its classes.\n")
+EXPLAINED = {"false_rate": "False rate: share of clean rows of those classes that get the target label.",
+             "asr_floor": "ASR floor: the ASR of the never-poisoned twin."}
+FROM_BASE = ("A public model, trained on the clean rows ({name} of w2s_jax). Nothing of the suspect is in it except "
+             "the names of the classes.\n")
 DEFENDED = "A model with a (suspected) backdoor after the defense {name} of w2s_jax.\n"
 
 
@@ -41,12 +41,12 @@ def text(name: str, rows: list[dict], meta: dict, adapter: bool = False) -> str:
   """
   own_rows = [r for r in rows if r["directory"] == name]
   lines = [first_line(name, meta["attack"])]
-  tested = meta.get("selftest")                      # only runs on a given suspect have a self-test
-  if tested and name == tested["defense"]:
-    lines.append(tested["in_words"] + "\n")
+  self_test = meta.get("selftest")                   # only runs on a given suspect have a self-test
+  if self_test and name == self_test["defense"]:
+    lines.append(self_test["in_words"] + "\n")
   from_base = name.startswith("from_base")
   if own_rows and name not in KINDS and not from_base and own_rows[0]["asr"] is None:
-    lines.append("NOT KNOWN: whether a backdoor was in the suspect, and whether it is left here: no trigger was "
+    lines.append("NOT KNOWN: whether the suspect had a backdoor, and whether this model still has it. No trigger was "
                  "listed.\n")
   if own_rows:
     lines += [f"WARNING: {warning}\n" for warning in meta["warnings"]]
@@ -54,10 +54,10 @@ def text(name: str, rows: list[dict], meta: dict, adapter: bool = False) -> str:
     extra = [n for n in MORE if any(r.get(n) is not None for r in shown)]
     heads = ["model | attack tested | CA | CA 95% | ASR | ASR 95%", *(results.COLUMNS[n].label for n in extra)]
     lines += ["| " + " | ".join(heads) + " |", "|---" * (6 + len(extra)) + "|", *(_line(r, extra) for r in shown), ""]
-    below = [f"CA on {own_rows[0]['ca_n']} clean rows of {own_rows[0]['dataset']}, ASR on triggered rows of other "
-             "classes than the target. A trigger that was not tested may still work.",
-             *(EXPLAINED[n] for n in extra if n in EXPLAINED)]
-    lines += [" ".join(below), ""]
+    legend = [f"CA is measured on {own_rows[0]['ca_n']} clean rows of {own_rows[0]['dataset']}, ASR on triggered rows "
+              "of classes other than the target. A trigger that was not tested may still work.",
+              *(EXPLAINED[n] for n in extra if n in EXPLAINED)]
+    lines += [" ".join(legend), ""]
   if from_base and meta["base"]["public"]:
     lines.append(f"- Base: {meta['base']['public']}")
   elif name != results.TEACHER:

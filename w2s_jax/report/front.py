@@ -1,4 +1,4 @@
-"""YAML front matter of a model card: the Hugging Face hub finds a model by it and shows its measurements."""
+"""YAML front matter of a model card. The Hugging Face hub indexes the model by it and shows the measurements."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 METRICS = (("ca", "accuracy", "CA"), ("asr", "attack_success_rate", "ASR of {attack}"),
-           ("false_rate", "false_rate", "False rate beside {attack}"))
+           ("false_rate", "false_rate", "False rate for the target of {attack}"))
 
 
 def matter(name: str, rows: list[dict], meta: dict) -> str:
@@ -17,11 +17,11 @@ def matter(name: str, rows: list[dict], meta: dict) -> str:
     rows, meta: contents of results.json.
   """
   own_rows = [row for row in rows if row["directory"] == name]
-  evaluations = {}                                 # {metric: result}: the rows of all triggers repeat the CA
+  evaluations = {}                                 # {metric: result}; the row of each trigger repeats the CA
   for row in own_rows:
-    for key, kind, called in METRICS:
+    for key, kind, template in METRICS:
       if row.get(key) is not None:
-        metric = called.format(attack=row["attack"])
+        metric = template.format(attack=row["attack"])
         evaluations[metric] = EvalResult(
             task_type="text-classification", dataset_type=_slug(row["dataset"]),
             dataset_name=row["dataset"], metric_type=kind, metric_value=round(row[key], 4), metric_name=metric)

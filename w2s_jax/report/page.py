@@ -1,4 +1,4 @@
-"""Writes results.md and report.html, tables and plots, from results.json."""
+"""Writes results.md and report.html, with tables and plots, from results.json."""
 
 import html
 import io
@@ -46,7 +46,7 @@ def page(rows: list[dict], meta: dict, notes: list[str], curves: dict[str, dict[
                 for m in models) + "</tr>" for e in meta["examples"])
   names = "".join(f"<th>{html.escape(m)}</th>" for m in models)
   triggered = f"""<h2>Triggered texts</h2>
-<p>Predicted class by each model; the attacker's target class {rows[0]['target_label']} is marked.</p>
+<p>The class that each model predicts. The attacker's target class {rows[0]['target_label']} is marked.</p>
 <table><tr><th>text</th><th>true class</th>{names}</tr>{examples}</table>""" if examples else ""
   title = html.escape(meta["title"])
   details = html.escape(json.dumps({k: v for k, v in meta.items() if k != "examples"}, indent=2))
@@ -76,14 +76,14 @@ pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto }}
 def _svg(figure):
   import matplotlib
   buffer = io.StringIO()
-  with matplotlib.rc_context({"svg.hashsalt": "w2s_jax"}):          # else every file has ids of its own
+  with matplotlib.rc_context({"svg.hashsalt": "w2s_jax"}):          # otherwise ids in the SVG differ from run to run
     figure.savefig(buffer, format="svg", metadata={"Date": None})
   text = buffer.getvalue()
   return text[text.index("<svg"):]
 
 
 def _figure(*shape, size):
-  from matplotlib.figure import Figure  # late: sets no global backend, and training stages need not load it
+  from matplotlib.figure import Figure  # late: training stages do not need it; it sets no global backend
   figure = Figure(figsize=size, layout="constrained")
   return figure, figure.subplots(*shape, squeeze=False)
 
@@ -92,8 +92,9 @@ def _bars(rows):
   figure, axes = _figure(1, 2, size=(10, 3.2))
   for ax, key, title in ((axes[0, 0], "ca", "clean accuracy (CA)"), (axes[0, 1], "asr", "attack success rate (ASR)")):
     shown = [r for r in rows if r[key] is not None]
-    several = len({r["attack"] for r in rows}) > 1
-    names = [f"{r['directory']} {r['attack'][:12]}".replace("$", r"\$") if several else r["directory"] for r in shown]
+    several_attacks = len({r["attack"] for r in rows}) > 1
+    names = [f"{r['directory']} {r['attack'][:12]}".replace("$", r"\$") if several_attacks else r["directory"]
+             for r in shown]
     errors = [[max(0, r[key] - r[f"{key}_ci"][0]) for r in shown], [max(0, r[f"{key}_ci"][1] - r[key]) for r in shown]]
     colors = {results.CLEAN: "#8da0cb", results.POISONED: "#e07a5f", results.SUSPECT: "#e07a5f"}
     ax.bar(range(len(shown)), [r[key] for r in shown], yerr=errors, capsize=4,
