@@ -214,7 +214,7 @@ class Run:
                    c.defend, c.lora, c.data.max_length, self.place)
 
   def base_path(self) -> Path | None:
-    """The directory of the public model that the suspect was made from; None if the user did not name it.
+    """The directory of the public model that from_base defenses train; None if the user did not name one.
 
     The base that an adapter names does not count: the suspect's maker could name any model.
     """

@@ -41,7 +41,7 @@ class Ranking(NamedTuple):
 class Suspect(NamedTuple):
   """Everything that a defense may see: the attacked model and clean rows, none of which has a trigger.
 
-  For a recipe with `from_base` the public base takes the place of the attacked model.
+  For a recipe with `from_base` a public model takes the place of the attacked model.
 
   Attributes:
     model, params, tokenizer: the attacked model.
@@ -90,7 +90,7 @@ class Recipe(NamedTuple):
     views: texts per example.
     soft_tokens: settings -> number of soft tokens that `augment` adds beside the vocabulary; None: no soft tokens.
     ascent: (suspect, settings) -> optimizer of the soft tokens.
-    from_base: whether it gets the public base of the attacked model instead of that model.
+    from_base: whether it gets a public model (Run.base_path) instead of the attacked model.
     trains: labels of the leaves that train; if "adapter" is one of them, the student gets adapters.
     rate: multiple of `defend.learning_rate` at which it trains.
     layout: "packed"; or "padded" if the terms read the padding between the texts of a batch.
