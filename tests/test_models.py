@@ -825,12 +825,12 @@ def test_a_tokenizer_with_another_padding_token(saved, tmp_path):
   _, _, model, params = saved("llama", next(iter(LLAMA_SHAPES)))
   tokenizer = tokenization.train(["a b c a b"] * 9, "decoder", 40)
   tokenizer.pad_token = "</s>"
-  with pytest.raises(InputError, match="pad_token_id 0, its tokenizer pads with 2: transformers would answer"):
+  with pytest.raises(InputError, match="pad_token_id 0, its tokenizer pads with 2: transformers' answers"):
     save_pretrained(tmp_path / "a", model, params, tokenizer)
   nameless = Model(dataclasses.replace(model.config, pad_token_id=None))
   save_pretrained(tmp_path / "b", nameless, params, tokenizer)
   assert load_pretrained(tmp_path / "b")[0].config.pad_token_id == 2
-  with pytest.raises(InputError, match="pad_token_id 0, its tokenizer pads with 2: transformers would answer"):
+  with pytest.raises(InputError, match="pad_token_id 0, its tokenizer pads with 2: transformers' answers"):
     with_padding_token(model, tokenizer)
   assert with_padding_token(nameless, tokenizer).config.pad_token_id == 2
 
