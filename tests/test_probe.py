@@ -93,7 +93,7 @@ def test_a_trigger_that_still_works_or_a_weak_teacher_is_a_warning():
   assert "none of those that were tried" in notes(0.25, 0.9)[-1]
   assert "run again with --config.student.base" in notes(0.25, 0.9)[0]
   assert notes(0.25, 0.9, cleaned="from_base")[0] == (
-      "No weight of the suspect (CA 0.900) is in `from_base` (CA 0.900). Take it if its CA is high enough for you.")
+      "No weight of the suspect (CA 0.900) is in `from_base` (CA 0.900). Take one if its CA is high enough for you.")
   assert "reacts less to words" in notes(0.25, 0.9, cleaned="from_base_words")[0]
   verdicts = [note[:20] for note in notes(0.25, 0.9) if "Scan of" in note]
   assert verdicts == ["Scan of suspect: SUS", "Scan of w2s: no sign"]

@@ -192,8 +192,11 @@ def _which_to_take(rows):
   safe = {row["model"]: row["ca"] for row in rows if row["model"].startswith("from_base") and row["model"] not in works}
   if safe:
     names = " and ".join(f"`{name}` (CA {ca:.3f})" for name, ca in safe.items())
-    return (f"No weight of the suspect (CA {rows[0]['ca']:.3f}) is in {names}. Take it if its CA is high enough for "
-            "you." + " `from_base_words` reacts less to words that are out of place." * ("from_base_words" in safe))
+    line = (f"No weight of the suspect (CA {rows[0]['ca']:.3f}) is in {names}. Take one if its CA is high "
+            "enough for you.")
+    if "from_base_words" in safe:
+      line += " `from_base_words` reacts less to words that are out of place."
+    return line
   return ("No column shows whether a trigger that was not tried still works. If you know the public model that the "
           "suspect was fine-tuned from, run again with --config.student.base and another --workdir. The defenses "
           "`from_base` and `from_base_words` then train that public model, and use none of the suspect's weights.")
