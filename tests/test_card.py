@@ -89,12 +89,13 @@ def test_the_hub_reads_what_stands_in_front(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "some/here").mkdir(parents=True)
   rows = [row("w2s", trigger, 0.875, asr) for trigger, asr in (("mn", 0.25), ("cf: x", 0.5))]
-  def read(base, dataset, rows=rows):
+  def read(base, dataset, rows=rows, name="w2s"):
     rows = [r | {"dataset": dataset} for r in rows]
     meta = META | {"base": META["base"] | {"public": ""},
-                   "hub": {"model": front.hub_id(base), "data": front.hub_id(dataset)}}
-    return ModelCard(front.matter("w2s", rows, meta) + card.text("w2s", rows, meta))
+                   "hub": {"model": front.hub_id(base), "public": "some/base", "data": front.hub_id(dataset)}}
+    return ModelCard(front.matter(name, rows, meta) + card.text(name, rows, meta))
   text = read("some/llama", "SetFit/sst2")
+  assert read("some/llama", "sst2", name="from_base").data.base_model == "some/base"
   assert text.data.base_model == "some/llama" and text.data.datasets == "SetFit/sst2"
   assert (text.data.pipeline_tag, text.data.library_name) == ("text-classification", "transformers")
   assert [(r.metric_name, r.metric_value) for r in text.data.eval_results] == [

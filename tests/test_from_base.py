@@ -99,7 +99,7 @@ def test_a_base_with_too_few_positions_is_refused(suspect, tiny_run, tmp_path):
   config = read_json(base / "config.json")
   (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 31}))
   out = clean(suspect, tmp_path / "w", f"--config.student.base={base}")
-  assert out.returncode == 2 and "the base has 31 positions, texts have up to 32 tokens" in out.stderr
+  assert out.returncode == 2 and "/base: the model has 31 positions, texts have up to 32 tokens" in out.stderr
 
 
 def test_a_run_that_trains_nothing_gets_no_control(suspect, tiny_run, tmp_path):

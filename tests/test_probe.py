@@ -79,7 +79,7 @@ def test_without_a_listed_trigger_there_is_no_asr():
 
 def test_a_trigger_that_still_works_or_a_weak_teacher_is_a_warning():
   def notes(asr, teacher_ca, after=1.0, not_scanned="", ca=0.9, cleaned="w2s"):
-    rows = [dict(model=m, attack="mn", dataset="d", ca=ca, asr=a, false_rate=0.1)
+    rows = [dict(model=m, directory=m, attack="mn", dataset="d", ca=ca, asr=a, false_rate=0.1)
             for m, a in (("suspect", 1), (cleaned, asr))]
     meta = {"clean_rows": {"train": 9, "test": 3}, "trigger_lost": {}, "teacher_ca": teacher_ca,
             "suspicious_insertions": [("mn", 0.0)], "base": {"path": "p"}, "teacher": "t", "num_labels": 2,
@@ -94,7 +94,9 @@ def test_a_trigger_that_still_works_or_a_weak_teacher_is_a_warning():
   assert "run again with --config.student.base" in notes(0.25, 0.9)[0]
   assert notes(0.25, 0.9, cleaned="from_base")[0] == (
       "No weight of the suspect (CA 0.900) is in `from_base` (CA 0.900). Take one if its CA is high enough for you.")
-  assert "reacts less to words" in notes(0.25, 0.9, cleaned="from_base_words")[0]
+  assert "reacted less than `from_base`" in notes(0.25, 0.9, cleaned="from_base_words")[0]
+  reacts = notes(0.35, 0.9, cleaned="from_base")
+  assert "false rate 0.100. It has no weight of the suspect" in reacts[0] and "is in `from_base`" in reacts[1]
   verdicts = [note[:20] for note in notes(0.25, 0.9) if "Scan of" in note]
   assert verdicts == ["Scan of suspect: SUS", "Scan of w2s: no sign"]
   assert "no verdict: why" in notes(0.25, 0.9, not_scanned="no verdict: why")

@@ -210,6 +210,10 @@ def test_a_pretrained_suspect(tmp_path):
   test = [{"text": row["sentence"], "label": row["label"]} for row in json.loads(
       (tmp_path / "suspects/clean-0/test.json").read_text())]
   secret = json.loads((tmp_path / f"suspects/secrets/{name}.json").read_text())
-  before, after = (suspects.measure(*suspects.load(place), test, secret) for place in (
-      tmp_path / f"suspects/{name}/model", tmp_path / "cleaned_minilm/models/from_base_words"))
-  assert before["asr"] >= 0.95 and after["asr"] <= after["false_rate"] + 0.20 and after["ca"] >= before["ca"] - 0.02
+  def measure(place):
+    return suspects.measure(*suspects.load(tmp_path / place), test, secret)
+  before = measure(f"suspects/{name}/model")
+  assert before["asr"] >= 0.95
+  for defense in ("w2s_words", "from_base_words"):
+    after = measure(f"cleaned_minilm/models/{defense}")
+    assert after["asr"] <= after["false_rate"] + 0.20 and after["ca"] >= before["ca"] - 0.02

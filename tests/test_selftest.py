@@ -62,7 +62,7 @@ def test_canaries_are_planted_and_measured_after_the_defense(llama, tmp_path, mo
   assert found["defense"] == "idle" and 0 <= found["ca"] <= 1
   assert [canary["kind"] for canary in found["canaries"]] == list(selftest.planting.KINDS)
   assert all(canary["asr"] == canary["planted"] and canary["n"] == 10 for canary in found["canaries"])
-  assert np.mean([canary["planted"] for canary in found["canaries"]]) > 0.75
+  assert np.mean([canary["planted"] for canary in found["canaries"]]) > 0.8
   assert np.mean([canary["false_rate"] for canary in found["canaries"]]) < 0.5
   (copy, runs), = got
   assert runs == {"selftest-idle": 0} and copy.train == suspect.train and copy.dev == suspect.dev
@@ -92,11 +92,17 @@ def test_words_are_asked_for_before_anything_trains():
       return 5
     def batch_decode(self, ids):
       return ["#" for _ in ids]
-  config = ConfigDict({"defenses": ("w2s",), "selftest": {"triggers": 0}, "lora": {"quantize": ""},
-                       "probe": {"triggers": (), "search": 0}})
-  checks.check_words(config, Wordless())                                     # nothing draws words
-  for change in ({"selftest.triggers": 1}, {"probe.search": 1}, {"defenses": ("w2s_words",)}):
-    drawing = ConfigDict(config)
-    drawing.update_from_flattened_dict(change)
+  def check(of_base=False, base="suspect", **changes):
+    config = ConfigDict({"defenses": ("w2s",), "selftest": {"triggers": 0}, "lora": {"quantize": ""},
+                         "probe": {"triggers": (), "search": 0}})
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    source = types.SimpleNamespace(base=base, attacked="suspect")
+    checks.check_words(types.SimpleNamespace(config=config, source=source), Wordless(), of_base)
+  check()                                                                    # nothing draws words
+  check(defenses=("from_base_words",))                                       # these come from the base's tokenizer
+  check(of_base=True, defenses=("w2s_words", "from_base"), probe__search=1, selftest__triggers=1)
+  for needed in ({"selftest__triggers": 1}, {"probe__search": 1}, {"defenses": ("w2s_words",)},
+                 {"defenses": ("from_base_words",), "of_base": True},
+                 {"defenses": ("from_base_words",), "base": "base"}):
     with pytest.raises(InputError, match=r"0 tokens .* are words, wanted 2: .*--config.selftest.triggers=0"):
-      checks.check_words(drawing, Wordless())
+      check(**needed)

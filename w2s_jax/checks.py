@@ -99,21 +99,29 @@ def _check_base(run, name):
                      "model")
   if run.inputs[claims.weights_of(c.path)] == run.inputs[claims.weights_of(c.base)]:
     raise InputError(f"the suspect {c.path} and its base {c.base} have the same weights: set --config.student.base to "
-                     "the public model that the suspect was made from, or leave it out")
+                     "another public model, or leave it out")
   base, _ = load_pretrained(path, run.config.data.num_labels, c.dtype, run.mesh, seed=run.config.seed)
   tokenizer = tokenization.load(path, base.config.vocab_size)
-  check_words(run.config, tokenizer)
-  _check_adapters(run, with_padding_token(base, tokenizer))
-  _check_positions("base", base, run.max_length)
+  try:
+    check_words(run, tokenizer, of_base=True)
+    _check_adapters(run, with_padding_token(base, tokenizer))
+    _check_positions("model", base, run.max_length)
+  except InputError as e:
+    raise InputError(f"student.base {path}: {e}; or leave --config.student.base out") from e
 
 
-def check_words(config: ConfigDict, tokenizer: Any) -> None:
-  """Raises InputError if the run needs words from the vocabulary, but hardly any token is a word."""
-  needs_words = any(DEFENSES[name].recipe and DEFENSES[name].recipe.rows for name in config.defenses)
-  if "probe" in config:
-    needs_words = needs_words or config.probe.search or selftest.tested(config)
+def check_words(run: Any, tokenizer: Any, of_base: bool = False) -> None:
+  """Raises InputError if the run needs words from this tokenizer's vocabulary, but hardly any token is a word.
+
+  of_base: whether it is the tokenizer of `student.base`, whose words only the defenses that start there need.
+  """
+  c, given = run.config, run.source.base == run.source.attacked     # of a student that we poison all is one tokenizer
+  recipes = [DEFENSES[name].recipe for name in c.defenses if DEFENSES[name].recipe and DEFENSES[name].recipe.rows]
+  needs_words = any(recipe.from_base == of_base or not given for recipe in recipes)
+  if "probe" in c and not of_base:
+    needs_words = needs_words or c.probe.search or selftest.tested(c)
   if needs_words:
-    insertions.vocabulary(tokenizer, config.probe.triggers if "probe" in config else ())
+    insertions.vocabulary(tokenizer, c.probe.triggers if "probe" in c else ())
 
 
 def check_teacher(run: Any, feature_width: int) -> None:

@@ -117,8 +117,8 @@ def _take_a_checkpoint(command):
   command.add_argument("--test", metavar="FILE", help="rows to measure the models on; a fifth of --data by default")
   command.add_argument("--teacher", metavar="DIR", help="a clean encoder to fine-tune as the teacher; a small new one "
                                                         "by default")
-  command.add_argument("--base", metavar="DIR", help="the public model that the checkpoint was fine-tuned from, or "
-                                                     "another one: from_base and from_base_words train it")
+  command.add_argument("--base", metavar="DIR", help="a public model that from_base and from_base_words train, best "
+                                                     "the one that DIR was made from; an adapter needs its own")
   command.add_argument("--triggers", metavar="A,B", help="suspected triggers, whose ASR is measured; none by default")
   command.add_argument("--defense", metavar="A,B", help="defenses to run; lora_ce,w2s,w2s_adv by default")
   command.add_argument("--out", metavar="OUT", help="directory for all output; runs/clean_checkpoint by default")

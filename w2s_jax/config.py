@@ -153,8 +153,8 @@ class GivenData(Data):
 class Student:
   """The large model."""
   path: str = field("", "directory, .gguf file, hub id or pypi:PACKAGE/DIR; empty: a new network of the shape `arch`")
-  base: str = field("", "path of the public model that `path` was made from, or of another for from_base alone; empty: "
-                    "none, or the base that an adapter names")
+  base: str = field("", "path of a public model that from_base defenses train, best the one that `path` was made from; "
+                    "an adapter needs its own; empty: none, or the one that an adapter names")
   dtype: str = field("float32", "dtype of the frozen base and the activations: float32, bfloat16 or float16")
   remat: str = field("none", "what the backward pass recomputes: none, dots or full")
 

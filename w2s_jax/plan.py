@@ -285,11 +285,11 @@ def main(argv: list[str]) -> None:
       print(f"compiling {name}, {len(plans) + 1} of {len(names)} (a large model takes minutes)", file=sys.stderr)
       plans.append(plan_step(name, config, mesh, *_shape(config, name), _TOPOLOGY.value, tpu))
       if not _JSON.value:
-        print(text(plans[-1]), flush=True)
+        command.print_text(text(plans[-1]))
   if _JSON.value:
-    print(json.dumps(plans[0] | {"steps": plans}))
+    command.print_text(json.dumps(plans[0] | {"steps": plans}))
   else:
-    print((text(plans[0]) + "\n" if _SEARCH.value else "") + "train on this mesh with " + " ".join(
+    command.print_text((text(plans[0]) + "\n" if _SEARCH.value else "") + "train on this mesh with " + " ".join(
         f"--config.mesh.{axis}={size}" for axis, size in plans[0]["mesh"].items()))
 
 

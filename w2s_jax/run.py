@@ -96,7 +96,7 @@ class Run:
     weights = self.inputs[claims.weights_of(path)] if path else sha256(self.model_dir(results.BASE), "*.safetensors")
     return {"config_hash": self.hash, "sha256": self.sha256, "versions": versions(),
             "devices": f"{self.mesh.devices.size} x {jax.devices()[0].device_kind}", "mesh": dict(self.mesh.shape),
-            "base": {"path": f"{path}, made from {base}" if base else path or "trained here from nothing",
+            "base": {"path": f"{path} (public model: {base})" if base else path or "trained here from nothing",
                      "sha256": weights, "public": base},
             "clean_rows": {split: len(self.rows[split]) for split in ("train", "dev", "test")}}
 

@@ -134,8 +134,7 @@ def _with_told(config):
   if config.student.base and any(DEFENSES[name].changes_suspect for name in config.defenses) and not any(
       DEFENSES[name].recipe and DEFENSES[name].recipe.from_base for name in config.defenses):
     config.defenses = (*config.defenses, "from_base", "from_base_words")
-    LOG.info("the suspect's base is known: 'from_base' and 'from_base_words' also run, which train the base on the "
-             "clean rows")
+    LOG.info("student.base is given: 'from_base' and 'from_base_words' also run, which train it on the clean rows")
   return config
 
 

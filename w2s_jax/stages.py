@@ -38,7 +38,7 @@ def warmup(run: Run) -> None:
   model = with_padding_token(model, tokenizer)
   checks.check_student(run, model)
   checks.check_teacher(run, model.config.feature_size)
-  checks.check_words(c, tokenizer)
+  checks.check_words(run, tokenizer)
   run.claim()
   if not c.student.path:
     params = model.init(stage.stream_key(c.seed, "student"), run.mesh)
@@ -205,7 +205,8 @@ def measure(run: Run) -> None:
   weights = {name: DEFENSES[name].recipe.weights(c.defense, width) for name in c.defenses if DEFENSES[name].recipe}
   teacher_ca = float(run.task.is_correct(readings[results.TEACHER].clean, {"label": run.labels("test")}).mean())
   meta = run.facts() | {"teacher": c.teacher.path or "trained here on the clean rows", "teacher_ca": teacher_ca,
-                        "loss_weights": weights, "hub": {"model": front.hub_id(c.student.base or c.student.path),
+                        "loss_weights": weights, "hub": {"model": front.hub_id(c.student.path),
+                                                         "public": front.hub_id(c.student.base),
                                                          "data": front.hub_id(c.data.get("train", ""))}}
   rows, meta = source.table(run, readings, meta)
   processes.write_json(run.workdir / "results.json", {

@@ -44,9 +44,9 @@ def vocabulary(tokenizer: Any, avoid: Sequence[str]) -> list[str]:
   known = {word for text in avoid for word in re.findall(r"\w+", text.lower())}
   words = [word for word in _vocabulary(tokenizer) if word not in known]
   if len(words) < FEWEST_WORDS:
-    raise InputError(f"{len(words)} tokens of the suspect's tokenizer are words, wanted {FEWEST_WORDS}: leave out what "
-                     "draws words: w2s_words (--config.defenses), the self-test (--config.selftest.triggers=0) and the "
-                     "search (--config.probe.search=0)")
+    raise InputError(f"{len(words)} tokens of the tokenizer are words, wanted {FEWEST_WORDS}: leave out what draws "
+                     "words: w2s_words and from_base_words (--config.defenses), the self-test "
+                     "(--config.selftest.triggers=0) and the search (--config.probe.search=0)")
   return words
 
 

@@ -39,31 +39,32 @@ class Settings:
 
 def rows(suspect: Suspect, settings: Any, seed: int) -> list[dict]:
   """The rows of all epochs together; in those with words, words that suspect and teacher dispute."""
-  own = settings.words
-  words = ((suspect.ranking or trigger_words.rank(suspect)).most_suspicious(own.pool) if own.pool
+  settings = settings.words
+  words = ((suspect.ranking or trigger_words.rank(suspect)).most_suspicious(settings.pool) if settings.pool
            else insertions.vocabulary(suspect.tokenizer, suspect.avoid))
-  clean, drawn = draw(suspect, own, words, own.draws, seed)
-  return clean + (_most_disputed(suspect, drawn, own.draws) if own.draws > 1 and drawn else drawn)
+  clean, drawn = draw(suspect, settings, words, settings.draws, seed)
+  return clean + (_most_disputed(suspect, drawn, settings.draws) if settings.draws > 1 and drawn else drawn)
 
 
-def draw(suspect: Suspect, own: Any, words: list[str], draws: int, seed: int) -> tuple[list[dict], list[dict]]:
-  """The clean rows of all epochs that are left as they are, and those that get words, `draws` in sequence for each.
-
-  A fraction `own.share` of the rows of each epoch gets words. Texts for them come from the shorter half of the clean
-  rows and keep their label.
+def draw(suspect: Suspect, settings: Any, words: list[str], draws: int, seed: int) -> tuple[list[dict], list[dict]]:
+  """Rows of all epochs without and with words. Rows with words are of the shorter half of the texts, and keep labels.
 
   Args:
-    own: settings with `share` and `most`, as in `Settings`.
+    settings: has `share` and `most`, as in `Settings`.
     words: the words to draw from.
+    draws: number of random draws per row that gets words.
+  Returns:
+    The unchanged rows; and the rows with words, of which each `draws` in sequence are draws for one row.
   """
   rng, train, epochs = streams.rng(seed, "vocabulary words"), suspect.train, suspect.training.epochs
-  count = round(own.share * len(train))
+  count = round(settings.share * len(train))
   if suspect.training.max_steps:
     epochs = min(epochs, -(-suspect.training.max_steps * suspect.training.batch_size // len(train)))
   short = sorted(train, key=lambda row: len(row["text"].split()))[:(len(train) + 1) // 2]
-  kept = tokenization.words_kept(suspect.tokenizer, [row["text"] for row in short], " a" * own.most, suspect.max_length)
+  kept = tokenization.words_kept(suspect.tokenizer, [row["text"] for row in short], " a" * settings.most,
+                                 suspect.max_length)
   clean = [train[i] for _ in range(epochs) for i in rng.permutation(len(train))[count:]]
-  return clean, [short[i] | {"text": _with_words(short[i]["text"], words, own.most, rng, kept[i])}
+  return clean, [short[i] | {"text": _with_words(short[i]["text"], words, settings.most, rng, kept[i])}
                  for i in rng.integers(len(short), size=count * epochs) for _ in range(draws)]
 
 

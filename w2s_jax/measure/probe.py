@@ -14,6 +14,7 @@ COLUMNS = ("directory", "attack", "target_label", "ca", "ca_ci", "asr", "asr_ci"
            "agreement", "found", "word_flips", "sentence_flips")
 BELOW_CHANCE = 0.8       # a CA below this multiple of chance, 1 / number of classes, gets a warning; our choice
 STILL_THERE = 0.2        # a trigger still works in a defended model if its ASR exceeds the false rate by more than this
+REACTS = "It has no weight of the suspect: a clean model may react to such a text, too."
 
 
 def freeze_rows(run: Any) -> None:
@@ -141,8 +142,9 @@ def warnings(rows: list[dict], meta: dict) -> list[str]:
     out.append(f"the teacher (CA {meta['teacher_ca']:.3f}) is less accurate than the suspect (CA {suspect['ca']:.3f}). "
                "Give more clean rows, or a pretrained encoder as --config.teacher.path.")
   out += [f"`{r['attack']}` still works in {r['model']}: the ASR is {r['asr']:.3f}, the false rate "
-          f"{r['false_rate']:.3f}. {r['model']} is not clean." for r in rows
-          if r["model"] != suspect["model"] and _still_works(r)]
+          f"{r['false_rate']:.3f}. "
+          + (REACTS if r["model"].startswith("from_base") else f"{r['model']} is not clean.")
+          for r in rows if r["model"] != suspect["model"] and _still_works(r)]
   return out + [scan.verdict(name, meta["scan"][name]) for name in _suspicious(meta)]
 
 
@@ -188,14 +190,13 @@ def notes(rows: list[dict], meta: dict) -> list[str]:
 
 def _which_to_take(rows):
   """Says which model to take: without the suspect's weights a model cannot have its backdoor; others may have it."""
-  works = {row["model"] for row in rows if _still_works(row)}
-  safe = {row["model"]: row["ca"] for row in rows if row["model"].startswith("from_base") and row["model"] not in works}
+  safe = {row["directory"]: row for row in rows if row["model"].startswith("from_base")}
   if safe:
-    names = " and ".join(f"`{name}` (CA {ca:.3f})" for name, ca in safe.items())
-    line = (f"No weight of the suspect (CA {rows[0]['ca']:.3f}) is in {names}. Take one if its CA is high "
-            "enough for you.")
-    if "from_base_words" in safe:
-      line += " `from_base_words` reacts less to words that are out of place."
+    names = " and ".join(f"`{name}` (CA {row['ca']:.3f})" for name, row in safe.items())
+    line = (f"No weight of the suspect (CA {rows[0]['ca']:.3f}) is in {names}. Take one if its CA is high enough for "
+            "you.")
+    if any(row["model"] == "from_base_words" for row in safe.values()):
+      line += " On MiniLM `from_base_words` reacted less than `from_base` to strings that are out of place."
     return line
   return ("No column shows whether a trigger that was not tried still works. If you know the public model that the "
           "suspect was fine-tuned from, run again with --config.student.base and another --workdir. The defenses "

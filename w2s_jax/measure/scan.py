@@ -30,7 +30,7 @@ from w2s_jax.training import optim, steps
 
 LOG = logging.getLogger(__name__)
 
-SUSPICIOUS = 1.7         # smallest suspicious strength; it separates clean from poisoned models (docs/notes/scan.md)
+SUSPICIOUS = 1.7         # smallest suspicious strength; found 27 of 29 poisoned and no clean model (docs/notes/scan.md)
 EXIT_CODES = {"no sign": 0, "suspicious": 1, "no verdict": 3}            # outcome -> exit code of --stage=scan
 RIGHT = 0.8              # mean accuracy over the classes that a verdict needs; our choice
 

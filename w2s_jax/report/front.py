@@ -28,7 +28,7 @@ def matter(name: str, rows: list[dict], meta: dict) -> str:
   hub = meta.get("hub", {})                        # results of older versions do not have it
   card = ModelCardData(
       library_name="transformers", pipeline_tag="text-classification", tags=["backdoor-defense", "w2s_jax"],
-      base_model=hub.get("model"), datasets=hub.get("data"),
+      base_model=hub.get("public" if name.startswith("from_base") else "model"), datasets=hub.get("data"),
       **({"model_name": name, "eval_results": list(evaluations.values())} if evaluations else {}))
   return f"---\n{card.to_yaml()}\n---\n\n"
 
