@@ -43,7 +43,7 @@ def test_words_come_from_the_vocabulary_and_are_none_to_avoid(suspect):
 
 def test_a_tokenizer_without_words_is_one_line(suspect):
   letters = tokenization.train(["a b"], "decoder", suspect.model.config.vocab_size)
-  with pytest.raises(InputError, match="0 tokens of the suspect's tokenizer are words, wanted 2"):
+  with pytest.raises(InputError, match="0 tokens of the tokenizer are words, wanted 2"):
     next(insertions.vocabulary_words(letters, (), np.random.default_rng(0)))
 
 

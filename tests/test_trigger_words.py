@@ -84,7 +84,7 @@ def test_both_models_read_every_word(suspect, monkeypatch):
 
 def test_a_tokenizer_without_words_is_one_line(suspect):
   letters = tokenization.train(["a b"], "decoder", suspect.model.config.vocab_size)
-  with pytest.raises(InputError, match="0 tokens of the suspect's tokenizer are words, wanted 2"):
+  with pytest.raises(InputError, match="0 tokens of the tokenizer are words, wanted 2"):
     trigger_words.rank(suspect._replace(tokenizer=letters))
 
 

@@ -106,8 +106,10 @@ def _check_base(run, name):
     check_words(run, tokenizer, of_base=True)
     _check_adapters(run, with_padding_token(base, tokenizer))
     _check_positions("model", base, run.max_length)
+    return
   except InputError as e:
-    raise InputError(f"student.base {path}: {e}; or leave --config.student.base out") from e
+    problem = str(e)
+  raise InputError(f"student.base {path}: {problem}; or leave --config.student.base out")
 
 
 def check_words(run: Any, tokenizer: Any, of_base: bool = False) -> None:
