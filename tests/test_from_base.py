@@ -1,4 +1,4 @@
-"""Defenses that start at the public model that the suspect was made from."""
+"""Defenses that start from a public model instead of the suspect."""
 
 import json
 import shutil

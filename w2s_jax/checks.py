@@ -108,7 +108,7 @@ def _check_base(run, name):
     _check_positions("model", base, run.max_length)
     return
   except InputError as e:
-    problem = str(e)
+    problem = str(e)                # raised below, because command.run would print the error that a new one wraps
   raise InputError(f"student.base {path}: {problem}; or leave --config.student.base out")
 
 
@@ -117,7 +117,7 @@ def check_words(run: Any, tokenizer: Any, of_base: bool = False) -> None:
 
   of_base: whether it is the tokenizer of `student.base`, whose words only the defenses that start there need.
   """
-  c, given = run.config, run.source.base == run.source.attacked     # of a student that we poison all is one tokenizer
+  c, given = run.config, run.source.base == run.source.attacked     # a student that we poison has its base's tokenizer
   recipes = [DEFENSES[name].recipe for name in c.defenses if DEFENSES[name].recipe and DEFENSES[name].recipe.rows]
   needs_words = any(recipe.from_base == of_base or not given for recipe in recipes)
   if "probe" in c and not of_base:

@@ -118,7 +118,10 @@ def _width(path, base, config):
 
 
 def _with_told(config):
-  """The config with the suspect's number of labels if `data.num_labels` is 0, and with the defenses of a known base."""
+  """The config with the suspect's number of labels if `data.num_labels` is 0.
+
+  If `student.base` is given, the defenses that train it are added.
+  """
   if not config.student.path:
     raise InputError("no checkpoint to clean: set --config.student.path to its directory")
   if not config.data.train:
