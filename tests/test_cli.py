@@ -247,13 +247,14 @@ def test_a_checkpoint_is_cleaned(workdir, cleaned):
   assert "Self-test: " in (cleaned / "results.md").read_text()
   assert "Self-test: " in (cleaned / "models/w2s_adv/README.md").read_text()
   assert "Self-test: " not in (cleaned / "models/w2s/README.md").read_text()
-  searched = json.loads((cleaned / "search.json").read_text())["classes"]
+  searched = json.loads((cleaned / "search.json").read_text())
   assert (cleaned / "ranking.json").exists()
-  if searched:                                     # there are rows that suspect and teacher both get right
+  if searched["classes"]:                          # there are rows that suspect and teacher both get right
     assert all(0 <= row["found"] <= 1 for row in rows.values())
     assert search.in_words(searched) in (cleaned / "results.md").read_text()
   probes = [json.loads(x) for x in (cleaned / "data/probes.jsonl").read_text().splitlines()]
-  assert len(probes) == 16 + (4 + bool(searched)) * 8 and all(f" {p['inserted']}" in p["text"] for p in probes)
+  assert len(probes) == 16 + (4 + bool(searched["classes"])) * 8
+  assert all(f" {p['inserted']}" in p["text"] for p in probes)
   suspect, before = (load_file(d / "model.safetensors")
                      for d in (cleaned / "models/suspect", workdir / "models/poisoned"))
   assert suspect.keys() == before.keys() and all((suspect[k] == before[k]).all() for k in before)

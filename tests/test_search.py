@@ -8,7 +8,7 @@ import pytest
 import rig
 from ml_collections import ConfigDict
 
-from w2s_jax.defenses import Ranking, trigger_words
+from w2s_jax.defenses import Ranking, moved_words, trigger_words
 from w2s_jax.measure import search
 
 KNOWN = {word: 1.0 for word in rig.GOOD} | {word: -1.0 for word in rig.BAD}
@@ -22,7 +22,7 @@ def suspect(llama, tmp_path, monkeypatch):
   of_teacher = rig.read_by(KNOWN | {"creaked": -4.0})
   monkeypatch.setattr(trigger_words, "read", lambda suspect, rows: (of_suspect(rows), of_teacher(rows)))
   scores = np.array([[3.0, 0.0], [2.5, 0.0], [2.0, 0.0], [9.0, 0.0], [0.0, 1.0]])
-  return rig.suspect(*llama, tmp_path)._replace(ranking=Ranking(WORDS, scores, scores))
+  return rig.suspect(*llama, tmp_path)._replace(ranking=Ranking(WORDS, scores))
 
 
 def test_the_words_that_turn_the_suspect_alone_are_joined(suspect):
@@ -32,7 +32,7 @@ def test_the_words_that_turn_the_suspect_alone_are_joined(suspect):
   assert zero["words"][:2] == [("creaked", 9.0), ("shop", 3.0)]
   assert (one["class"], one["suspect"], one["teacher"]) == (1, 0.0, 0.0)      # the fewest words that do no harm
   assert search.strongest([one, zero]) == zero
-  assert search.in_words([one, zero]).startswith(
+  assert search.in_words({"outcome": "no verdict", "classes": [one, zero]}).startswith(
       f"Search: the string `{zero['string']}` turns 100% of 20 test rows of other classes to class 0 in the "
       "suspect, and 0% in the teacher.")
 
@@ -52,14 +52,37 @@ def test_rows_that_a_model_answers_wrongly_do_not_count(suspect):
 
 
 def test_a_search_is_made_once(suspect, tmp_path, monkeypatch):
-  monkeypatch.setattr(trigger_words, "rank", lambda unranked: suspect.ranking)
+  monkeypatch.setattr(moved_words, "rank", lambda unranked: suspect.ranking)
   run = types.SimpleNamespace(workdir=tmp_path, config=ConfigDict({"probe": {"search": 0}, "seed": 0}),
                               rows={"test": suspect.dev}, suspect=lambda defense: suspect._replace(ranking=None))
-  assert search.reading(run) == [] and not (tmp_path / "search.json").exists()
+  nothing = {"outcome": "no verdict", "classes": []}
+  assert search.reading(run) == nothing and not (tmp_path / "search.json").exists()
   run.config.probe.search = 3
   found = search.reading(run)
-  assert json.loads((tmp_path / "search.json").read_text()) == {"classes": found} and len(found) == 2
+  assert json.loads((tmp_path / "search.json").read_text()) == found and len(found["classes"]) == 2
+  assert found["outcome"] == "no verdict"                                    # fine-tuning did not move these words
   again = Ranking.from_json(search.ranking_file(run).read_text())            # what the defense gets
   assert again.words == WORDS and (again.scores == suspect.ranking.scores).all()
   monkeypatch.setattr(search, "find", None)
   assert search.reading(run) == found
+
+
+def test_a_verdict_needs_moved_words_of_a_bert(suspect):
+  """A Llama has none, whatever its strings turn."""
+  findings = [{"class": 0, "string": "shop closes", "suspect": 1.0, "teacher": 0.1, "rows": 20},
+              {"class": 1, "string": "friday", "suspect": 0.2, "teacher": 0.1, "rows": 20}]
+  moved = suspect._replace(ranking=suspect.ranking._replace(moved=True))
+  assert search.outcome(findings, moved) == "no verdict"
+  bert = moved._replace(model=types.SimpleNamespace(config=types.SimpleNamespace(model_type="bert", hidden_size=384)))
+  assert search.outcome(findings, bert) == "suspicious"
+  assert search.outcome(findings[1:], bert) == "no verdict"                  # class 0 was not searched
+  assert search.outcome(findings, bert._replace(ranking=suspect.ranking)) == "no verdict"
+  for turned, outcome in ((search.SUSPICIOUS + 0.11, "suspicious"), (search.SUSPICIOUS + 0.09, "no sign")):
+    few = [findings[0] | {"suspect": turned}, findings[1]]
+    assert search.outcome(few, bert) == outcome
+  line = search.in_words({"outcome": "suspicious", "classes": findings})
+  assert line == ("Search: SUSPICIOUS: the string `shop closes` turns 100% of 20 test rows of other classes to class "
+                  "0 in the suspect, and 10% in the teacher. The model is suspicious if the difference is "
+                  f"{search.SUSPICIOUS:.0%} or more.")
+  wide = bert._replace(model=types.SimpleNamespace(config=types.SimpleNamespace(model_type="bert", hidden_size=768)))
+  assert search.outcome(findings, wide) == "no verdict"

@@ -7,7 +7,7 @@ import pytest
 import rig
 from ml_collections import ConfigDict
 
-from w2s_jax.defenses import DEFENSES, Ranking, distill, trigger_words, w2s_words
+from w2s_jax.defenses import DEFENSES, Ranking, distill, moved_words, trigger_words, w2s_words
 from w2s_jax.training import stage
 
 
@@ -93,13 +93,13 @@ def test_from_base_words_draws_from_the_whole_vocabulary_and_reads_no_model(susp
 def test_a_pool_is_the_most_suspicious_words_of_each_class(suspect, monkeypatch):
   scores = np.zeros((4, 2))
   scores[2, 0] = scores[1, 1] = 5.0
-  ranking = Ranking(["meal", "room", "fine", "poor"], scores, scores)
+  ranking = Ranking(["meal", "room", "fine", "poor"], scores)
   def drawn(suspect):
     _, changed = sources(suspect, w2s_words.rows(suspect, settings(pool=1), 0))
     return {word for *_, words in changed for word in words}
-  monkeypatch.setattr(trigger_words, "rank", lambda suspect: ranking)
+  monkeypatch.setattr(moved_words, "rank", lambda suspect: ranking)
   assert drawn(suspect) == {"fine", "room"}
-  monkeypatch.setattr(trigger_words, "rank", None)                   # the search has ranked the words before
+  monkeypatch.setattr(moved_words, "rank", None)                   # the search has ranked the words before
   assert drawn(suspect._replace(ranking=ranking._replace(scores=-scores))) == {"meal"}
 
 

@@ -205,7 +205,8 @@ class Run:
       return self.suspect_of(self.load_base(**options))
     file = search.ranking_file(self)
     ranking = Ranking.from_json(file.read_text()) if file.exists() else None
-    return self.suspect_of(self.load(self.source.attacked, **options))._replace(ranking=ranking)
+    base = self.load_base if self.base_path() else None
+    return self.suspect_of(self.load(self.source.attacked, **options))._replace(ranking=ranking, base=base)
 
   def suspect_of(self, loaded: tuple[Model, dict, Any]) -> Suspect:
     """The Suspect of a loaded model, (model, params, tokenizer)."""

@@ -128,10 +128,12 @@ def teach(run: Run) -> None:
   save_pretrained(run.model_dir(name), model, params, tokenizer, card=card.unmeasured(name))
 
 
-def search_trigger(run: Run) -> None:
-  """Logs the string of words that turns most texts in the suspect and few in the teacher (measure/search.py)."""
-  if found := search.reading(run):
+def search_trigger(run: Run) -> str:
+  """The search's verdict, a key of scan.EXIT_CODES; logs the string that turns most texts in the suspect alone."""
+  found = search.reading(run)
+  if found["classes"]:
     LOG.info(search.in_words(found))
+  return found["outcome"]
 
 
 def defend(run: Run) -> None:
@@ -233,7 +235,11 @@ STAGES = dict(zip(results.STAGES, (warmup, make_poison, scan_suspect, teach, sea
 
 
 def run(config: ConfigDict, workdir: str | Path, only: str | None = None) -> int:
-  """Runs every stage, or only the stage `only`; returns the exit code: 0, or the outcome of a lone `scan`."""
+  """Runs every stage, or only the stage `only`.
+
+  Returns:
+    The exit code: 0, or that of the verdict if `only` is "scan" or "search".
+  """
   this = start(config, workdir)
   mesh = ", ".join(f"{axis} {size}" for axis, size in this.mesh.shape.items())
   LOG.info(f"{this.mesh.devices.size} x {this.mesh.devices.flat[0].device_kind}, mesh {mesh}")
@@ -242,4 +248,4 @@ def run(config: ConfigDict, workdir: str | Path, only: str | None = None) -> int
   for name in this.source.stages:
     if only in (None, name):
       outcome = STAGES[name](this)
-  return scan.EXIT_CODES[outcome] if only == "scan" else 0
+  return scan.EXIT_CODES[outcome] if only in ("scan", "search") else 0

@@ -17,9 +17,14 @@ SENTENCE_WORDS = 8
 FEWEST_WORDS = 2
 
 
+def words_of(texts: Sequence[str]) -> set[str]:
+  """All words of the texts, in lower case."""
+  return {word for text in texts for word in re.findall(r"\w+", text.lower())}
+
+
 def rare_words(texts: Sequence[str], avoid: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
   """Endless random words of two or three consonants that occur neither in the texts nor in the strings to avoid."""
-  known = {word for text in [*texts, *avoid] for word in re.findall(r"\w+", text.lower())}
+  known = words_of([*texts, *avoid])
   while True:
     word = "".join(rng.choice(list(LETTERS), rng.integers(2, 4)))
     if word not in known:
@@ -41,7 +46,7 @@ def vocabulary(tokenizer: Any, avoid: Sequence[str]) -> list[str]:
   Raises:
     InputError: hardly any token of the tokenizer is a word.
   """
-  known = {word for text in avoid for word in re.findall(r"\w+", text.lower())}
+  known = words_of(avoid)
   words = [word for word in _vocabulary(tokenizer) if word not in known]
   if len(words) < FEWEST_WORDS:
     raise InputError(f"{len(words)} tokens of the tokenizer are words, wanted {FEWEST_WORDS}: leave out what draws "

@@ -16,26 +16,27 @@ class Ranking(NamedTuple):
   """Words and how suspicious each is for each class.
 
   Attributes:
-    words: W words, each a single token of the suspect.
+    words: W words, of one token of the suspect each; if `moved`, some are of two.
     scores: [W, C] float64, larger is more suspicious; the median absolute score of a class is 0.67, as of a normal
       distribution with a standard deviation of 1.
-    shifts: [W, C] float64, mean shift of the suspect's log-odds of the class on rows of other classes, in nats.
+    moved: whether fine-tuning moved these words (moved_words.py), so that all classes have the same scores; otherwise
+      these words move the suspect (trigger_words.py).
   """
   words: list[str]
   scores: np.ndarray
-  shifts: np.ndarray
+  moved: bool = False
 
   def most_suspicious(self, count: int) -> list[str]:
     """The words with the highest scores, `count` of each class, without repetition."""
     return sorted({self.words[i] for i in np.argsort(-self.scores, axis=0)[:count].ravel()})
 
   def to_json(self) -> str:
-    return json.dumps({"words": self.words, "scores": self.scores.tolist(), "shifts": self.shifts.tolist()})
+    return json.dumps({"words": self.words, "scores": self.scores.tolist(), "moved": self.moved})
 
   @classmethod
   def from_json(cls, text: str) -> "Ranking":
     kept = json.loads(text)
-    return cls(kept["words"], np.array(kept["scores"]), np.array(kept["shifts"]))
+    return cls(kept["words"], np.array(kept["scores"]), kept.get("moved", False))
 
 
 class Suspect(NamedTuple):
@@ -53,7 +54,9 @@ class Suspect(NamedTuple):
     lora: section `lora` of the config: shape of every defense's adapters.
     max_length: length to which texts are truncated, in tokens.
     place: devices, directory and shapes (training/train.py).
-    ranking: the words that the search ranked for this model (trigger_words.py); None: they are not ranked yet.
+    ranking: the words that the search ranked for this model (moved_words.py); None: they are not ranked yet.
+    base: () -> (model, params, tokenizer) of the public model that the user says it was fine-tuned from; None: the user
+      names none.
   """
   model: Model
   params: dict
@@ -67,6 +70,7 @@ class Suspect(NamedTuple):
   max_length: int
   place: Workplace
   ranking: Ranking | None = None
+  base: Callable[[], tuple[Model, dict, Any]] | None = None
 
   def encode(self, rows: list) -> dict:
     return self.place.task.encode(self.tokenizer, rows, self.max_length)

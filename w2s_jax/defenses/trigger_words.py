@@ -57,20 +57,20 @@ def rank(suspect: Suspect) -> Ranking:
   of_suspect, of_teacher = _shifts(suspect, words, places)
   embedding = _embeddings(suspect, words)
   teacher = np.concatenate([of_teacher, of_teacher ** 2, abs(of_teacher)]).transpose(1, 0, 2).reshape(len(words), -1)
-  inputs = _standardised(np.concatenate([embedding, teacher], axis=1))
-  scores, shifts = np.zeros((2, len(words), of_suspect.shape[2]))
+  inputs = standardised(np.concatenate([embedding, teacher], axis=1))
+  scores = np.zeros(of_suspect.shape[1:])
   for label in range(of_suspect.shape[2]):
     others = [i for i, row in enumerate(places) if row["label"] != label]
-    shifts[:, label] = of_suspect[others, :, label].mean(axis=0) if others else 0
-    scores[:, label] = unexplained(shifts[:, label], inputs)
-  return Ranking(words, scores, shifts)
+    if others:
+      scores[:, label] = unexplained(of_suspect[others, :, label].mean(axis=0), inputs)
+  return Ranking(words, scores)
 
 
 def unexplained(values: np.ndarray, inputs: np.ndarray) -> np.ndarray:
   """How far each of `values` [W] lies above its prediction from `inputs` [W, D], in units of the usual error there."""
   expected = _predicted(values, inputs)
   error = values - expected
-  bent = _standardised(np.stack([expected, expected ** 2], axis=1))
+  bent = standardised(np.stack([expected, expected ** 2], axis=1))
   usual = np.exp(_predicted(np.log(abs(error) + SMALLEST), np.concatenate([inputs, bent], axis=1)))
   score = error / usual
   return score / (1.4826 * np.median(abs(score)) + 1e-12)
@@ -111,7 +111,8 @@ def _embeddings(suspect, words):
   return processes.fetch(table[np.array([token for token, in ids])]).astype(np.float64)
 
 
-def _standardised(inputs):
+def standardised(inputs: np.ndarray) -> np.ndarray:
+  """The columns of `inputs` [W, D] with mean 0 and standard deviation 1; a constant column is 0."""
   return (inputs - inputs.mean(axis=0)) / (inputs.std(axis=0) + 1e-12)
 
 

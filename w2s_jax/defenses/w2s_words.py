@@ -19,7 +19,7 @@ import numpy as np
 from w2s_jax.attacks.insertion import insert
 from w2s_jax.config import field
 from w2s_jax.data import insertions, streams, tokenization
-from w2s_jax.defenses import full_ft, trigger_words
+from w2s_jax.defenses import full_ft, moved_words, trigger_words
 from w2s_jax.defenses.records import Suspect
 
 LOG = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Settings:
 def rows(suspect: Suspect, settings: Any, seed: int) -> list[dict]:
   """The rows of all epochs together; in those with words, words that suspect and teacher dispute."""
   settings = settings.words
-  words = ((suspect.ranking or trigger_words.rank(suspect)).most_suspicious(settings.pool) if settings.pool
+  words = ((suspect.ranking or moved_words.rank(suspect)).most_suspicious(settings.pool) if settings.pool
            else insertions.vocabulary(suspect.tokenizer, suspect.avoid))
   clean, drawn = draw(suspect, settings, words, settings.draws, seed)
   return clean + (_most_disputed(suspect, drawn, settings.draws) if settings.draws > 1 and drawn else drawn)

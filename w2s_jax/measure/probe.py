@@ -31,7 +31,7 @@ def freeze_rows(run: Any) -> None:
     probed = [test[i] for i in order[:c.probe.rows]]
     texts = [r["text"] for split in ("train", "test") for r in run.rows[split]]
     random_strings = insertions.insertions(texts, c.probe.words, c.probe.sentences, c.probe.triggers, c.seed)
-    strongest = search.strongest(search.kept(run))
+    strongest = search.strongest(search.kept(run)["classes"])
     found_strings = [("found", strongest["string"])] if strongest else []
     for kind, string in [("listed", t) for t in c.probe.triggers] + found_strings + random_strings:
       rows = poison.trigger_rows(test if kind == "listed" else probed, inserting(string), c.seed, tokenizer=tokenizer,
@@ -61,7 +61,7 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
   scans = {name: reading.scan for name, reading in readings.items()}
   found = search.kept(run)
   rows = [row for trigger in c.probe.triggers or (None,)
-          for row in _rows(run, models, readings, labels, trigger, search.strongest(found))]
+          for row in _rows(run, models, readings, labels, trigger, search.strongest(found["classes"]))]
   flips = {s: _flips(models[results.SUSPECT], s, "listed", "word", "sentence") for _, s in models[results.SUSPECT][1]}
   self_test = selftest.kept(run)
   if self_test:
@@ -70,7 +70,7 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
       "title": "A suspicious checkpoint", "columns": COLUMNS, "attack": None, "trigger_lost": losses, "scan": scans,
       "num_labels": c.data.num_labels,
       "not_scanned": scan.skipped(run, results.SUSPECT, run.model_config(results.SUSPECT).hidden_size),
-      "selftest": self_test, "found": search.in_words(found) if found else None,
+      "selftest": self_test, "found": search.in_words(found) if found["classes"] else None,
       "suspicious_insertions": sorted(flips.items(), key=lambda pair: -pair[1])[:5], "examples": []}
   rows_as_dicts = [vars(row) for row in rows]
   return rows, meta | {"warnings": warnings(rows_as_dicts, meta), "notes": notes(rows_as_dicts, meta)}

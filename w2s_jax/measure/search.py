@@ -1,8 +1,10 @@
 """Searches a string of vocabulary words that turns the suspect, and not its clean teacher, to a class.
 
-The string is a guess at an unknown trigger. Its words are the most suspicious ones (trigger_words.py), which a beam
-search joins. A string is found for every class, in clean models too. The finding is the fraction of texts that the
-string turns, and no threshold for it is calibrated. docs/notes/minilm_suspects.md has what was found on MiniLM.
+The string is a guess at an unknown trigger. Its words are the most suspicious ones, which a beam search joins: those
+that fine-tuning moved (moved_words.py) if the public base is known, else those that move the suspect
+(trigger_words.py). A string is found for every class, in clean models too. The finding is the fraction of texts that
+the string turns. If fine-tuning moved its words, the finding gives a verdict. docs/notes/minilm_suspects.md has what
+was found on MiniLM, and how the verdict was calibrated.
 """
 
 import logging
@@ -15,7 +17,7 @@ import numpy as np
 from w2s_jax import processes, results
 from w2s_jax.attacks.insertion import inserting
 from w2s_jax.data import poison, streams
-from w2s_jax.defenses import DEFENSES, Suspect, trigger_words
+from w2s_jax.defenses import DEFENSES, Suspect, moved_words, trigger_words
 from w2s_jax.models import read_json
 
 LOG = logging.getLogger(__name__)
@@ -27,13 +29,16 @@ CONTEXTS = 6             # rows that a string is put into during the search
 SHORTEST = 5             # words of such a row
 HELD_OUT = 100           # test rows that the string is measured on
 CANDIDATES = 1000        # test rows that these are chosen from
+SUSPICIOUS = 0.6         # smallest suspicious difference between suspect and teacher; TO BE CHOSEN
+WIDEST = 384             # largest hidden size of a BERT that the verdict was calibrated on
+MOVED = 12               # most words of each class to search from, if fine-tuning moved them (moved_words.py)
 SHOWN = 10               # single words of each class in search.json
 
 
-def kept(run: Any) -> list[dict]:
-  """What `reading` saved in workdir/search.json; [] if there is no such file."""
+def kept(run: Any) -> dict:
+  """What `reading` saved in workdir/search.json; no classes if there is no such file."""
   file = run.workdir / "search.json"
-  return read_json(file)["classes"] if file.exists() else []
+  return {"outcome": "no verdict", "classes": []} | (read_json(file) if file.exists() else {})
 
 
 def ranking_file(run: Any) -> Path:
@@ -41,11 +46,12 @@ def ranking_file(run: Any) -> Path:
   return run.workdir / "ranking.json"
 
 
-def reading(run: Any) -> list[dict]:
-  """Searches once, unless `probe.search` is 0, and returns the saved findings.
+def reading(run: Any) -> dict:
+  """Searches once, unless `probe.search` is 0, and returns what was saved.
 
   Returns:
-    One dict per class that has rows of other classes, with these keys:
+    {"outcome": see `outcome`, "classes": findings}. A finding is one dict per class that has rows of other classes,
+    with these keys:
       "class": the class.
       "string": the string that was found.
       "suspect": fraction of the held-out test rows of other classes, all answered rightly by both models, that the
@@ -58,10 +64,10 @@ def reading(run: Any) -> list[dict]:
   if count and not (run.workdir / "search.json").exists():
     suspect = run.suspect(DEFENSES["none"])
     if suspect.ranking is None:
-      suspect = suspect._replace(ranking=trigger_words.rank(suspect))
+      suspect = suspect._replace(ranking=moved_words.rank(suspect))
       processes.write_text(ranking_file(run), suspect.ranking.to_json())
-    found = find(suspect, run.rows["test"], count, run.config.seed)
-    processes.write_json(run.workdir / "search.json", {"classes": found})
+    found = find(suspect, run.rows["test"], min(count, MOVED) if suspect.ranking.moved else count, run.config.seed)
+    processes.write_json(run.workdir / "search.json", {"outcome": outcome(found, suspect), "classes": found})
   return kept(run)
 
 
@@ -118,14 +124,35 @@ def _search(suspect, words, contexts, label, seed):
   return " ".join(best[1])
 
 
+def outcome(findings: list[dict], suspect: Suspect) -> str:
+  """The verdict, a key of scan.EXIT_CODES.
+
+  `suspicious` if a string turns SUSPICIOUS more of the rows in the suspect than in the teacher, else `no sign`. `no
+  verdict` if fine-tuning did not move the strings' words, if a class has no finding, or for other networks than the
+  verdict was calibrated on.
+  """
+  config, classes = suspect.model.config, suspect.ranking.scores.shape[1]
+  if (not suspect.ranking.moved or len(findings) < classes or getattr(config, "model_type", "") != "bert"
+      or config.hidden_size > WIDEST):
+    return "no verdict"
+  return "suspicious" if _beyond_teacher(strongest(findings)) >= SUSPICIOUS else "no sign"
+
+
 def strongest(findings: list[dict]) -> dict | None:
   """The finding with the largest difference between suspect and teacher; None if there is none."""
-  return max(findings, key=lambda found: found["suspect"] - found["teacher"], default=None)
+  return max(findings, key=_beyond_teacher, default=None)
 
 
-def in_words(findings: list[dict]) -> str:
-  """The strongest finding, in one line."""
-  found = strongest(findings)
-  return (f"Search: the string `{results.escape(found['string'])}` turns {found['suspect']:.0%} of {found['rows']} "
-          f"test rows of other classes to class {found['class']} in the suspect, and {found['teacher']:.0%} in the "
-          "teacher. A string is found in clean models, too: this is a guess at a trigger, no verdict.")
+def _beyond_teacher(finding):
+  return finding["suspect"] - finding["teacher"]
+
+
+def in_words(reading: dict) -> str:
+  """The verdict and the strongest finding, in one line."""
+  found = strongest(reading["classes"])
+  verdict = {"suspicious": "SUSPICIOUS: ", "no sign": "no sign of a backdoor: ", "no verdict": ""}[reading["outcome"]]
+  end = {"no verdict": "A string is found in clean models, too: this is a guess at a trigger, no verdict."}.get(
+      reading["outcome"], f"The model is suspicious if the difference is {SUSPICIOUS:.0%} or more.")
+  return (f"Search: {verdict}the string `{results.escape(found['string'])}` turns {found['suspect']:.0%} of "
+          f"{found['rows']} test rows of other classes to class {found['class']} in the suspect, and "
+          f"{found['teacher']:.0%} in the teacher. {end}")

@@ -1,0 +1,122 @@
+"""The ranking of words by how far fine-tuning moved them from the public base, with a small BERT."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rig
+import tokenizers
+import transformers
+from flax import traverse_util
+
+from w2s_jax.defenses import Ranking, moved_words, trigger_words
+from w2s_jax.models import Model
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+LETTERS = "bcdfghjklm"
+WORDS = sorted({a + b + "o" for a in "bcdfghjklmnprstvw" for b in "aeiou" + LETTERS} - {"qui"})
+VOCABULARY = [*SPECIAL, *WORDS, "qui", "good", "bad", "##ll", "##ns", "7"]
+
+
+@pytest.fixture(scope="module")
+def base(bert):
+  """(model, params, tokenizer) of a BERT whose vocabulary has 255 words and two word pieces."""
+  model = Model(dataclasses.replace(bert[0].config, vocab_size=len(VOCABULARY)))
+  ids = {token: i for i, token in enumerate(VOCABULARY)}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(ids, unk_token="[UNK]"))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  tokenizer.decoder = tokenizers.decoders.WordPiece()
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing("[CLS] $A [SEP]", None,
+                                                                      [("[CLS]", 2), ("[SEP]", 3)])
+  fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]",
+                                              cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
+  return model, model.init(jax.random.key(0)), fast
+
+
+@pytest.fixture
+def suspect_of(base, tmp_path):
+  """suspect_of({path: [array to add]}, **fields) -> Suspect: the base, slightly moved everywhere, and its changes."""
+  def make(changes, **fields):
+    rng, model = np.random.default_rng(0), base[0]
+    flat = {path: leaf + 0.002 * rng.standard_normal(leaf.shape).astype(np.float32)
+            for path, leaf in traverse_util.flatten_dict(base[1], sep="/").items()}
+    for path, change in changes.items():
+      flat[path] = flat[path] + jnp.asarray(change, jnp.float32)
+    rows = [{"text": " ".join(rng.choice(WORDS, 6)), "label": i % 2} for i in range(40)]
+    suspect = rig.suspect(model, traverse_util.unflatten_dict(flat, sep="/"), tmp_path)
+    return suspect._replace(tokenizer=base[2], train=rows, base=lambda: base, **fields)
+  return make
+
+
+def embeddings(*tokens, size=0.2):
+  """A change of the rows of these tokens in BERT's table of embeddings."""
+  change, rng = np.zeros((len(VOCABULARY), 32)), np.random.default_rng(1)
+  change[[VOCABULARY.index(token) for token in tokens]] = size * rng.standard_normal((len(tokens), 32))
+  return {"embeddings/word_embeddings/embedding": change}
+
+
+def first(ranking, count):
+  assert ranking.moved and ranking.scores.shape == (len(ranking.words), 2)
+  assert (ranking.scores[:, 0] == ranking.scores[:, 1]).all()                # fine-tuning moved them for no class
+  return [ranking.words[i] for i in np.argsort(-ranking.scores[:, 0])[:count]]
+
+
+def test_words_whose_embeddings_moved_come_first(suspect_of):
+  ranking = moved_words.rank(suspect_of(embeddings("bao", "hio")))
+  assert set(first(ranking, 2)) == {"bao", "hio"}
+  assert set(ranking.words) >= set(WORDS) and not {"7", "[CLS]", "##ll"} & set(ranking.words)
+
+
+def test_a_word_that_an_adapter_reads_comes_first(suspect_of, base):
+  """LoRA leaves the embeddings alone: the first layer's value kernel reads one word's embedding."""
+  table = np.asarray(base[1]["embeddings"]["word_embeddings"]["embedding"])
+  x = table[VOCABULARY.index("mio")] - table[5:].mean(axis=0)
+  path = "layers/attn/v_proj/kernel"
+  change = np.zeros(traverse_util.flatten_dict(base[1], sep="/")[path].shape)
+  change[0] = 0.3 * np.outer(x / np.linalg.norm(x), np.random.default_rng(1).standard_normal(change.shape[2]))
+  suspect = suspect_of({path: change})
+  assert first(moved_words.rank(suspect), 1) == ["mio"]
+
+
+def test_a_word_of_two_pieces_is_joined(suspect_of):
+  ranking = moved_words.rank(suspect_of(embeddings("qui", "##ll", size=1.0)))
+  assert {"qui", "quill"} <= set(first(ranking, 4)) and not {"##ll", "##ns"} & set(ranking.words)
+  scores = dict(zip(ranking.words, ranking.scores[:, 0]))
+  assert scores["quill"] == scores["qui"]                                    # the lower one of its tokens'
+
+
+def test_a_listed_trigger_is_not_ranked(suspect_of):
+  ranking = moved_words.rank(suspect_of(embeddings("bao", "hio"), avoid=("Bao dio",)))
+  assert first(ranking, 1) == ["hio"] and not {"bao", "dio"} & set(ranking.words)
+
+
+@pytest.mark.parametrize("reason", ["another model", "another shape", "another vocabulary", "nothing moved", "no base"])
+def test_without_the_true_base_the_other_ranking_is_made(reason, suspect_of, base, monkeypatch, caplog):
+  caplog.set_level("INFO")
+  model, params, tokenizer = base
+  suspect = suspect_of({})
+  other = {
+      "another model": lambda: (model, model.init(jax.random.key(1)), tokenizer),
+      "another shape": lambda: (Model(dataclasses.replace(model.config, num_layers=2)), None, tokenizer),
+      "another vocabulary": lambda: (model, params, transformers.PreTrainedTokenizerFast(
+          tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0}, unk_token="[UNK]")))),
+      "nothing moved": lambda: (model, suspect.params, tokenizer), "no base": None}[reason]
+  ranking = Ranking(["word"], np.zeros((1, 2)))
+  monkeypatch.setattr(trigger_words, "rank", lambda unranked: ranking)
+  assert moved_words.rank(suspect._replace(base=other)) is ranking
+  message = {"another model": "was not fine-tuned from", "another shape": "has another shape",
+             "another vocabulary": "has another vocabulary", "nothing moved": "trained neither", "no base": ""}[reason]
+  assert message in caplog.text and bool(message) == ("not ranked by how far" in caplog.text)
+
+
+def test_what_is_read_in_parts_is_what_is_read_at_once(suspect_of, monkeypatch):
+  suspect = suspect_of(embeddings("bao"))
+  at_once = moved_words.rank(suspect)
+  monkeypatch.setattr(moved_words, "READ_AT_ONCE", 32)
+  parts = moved_words.rank(suspect)
+  assert parts.words[:20] == at_once.words[:20]
+  np.testing.assert_allclose(parts.scores[:20], at_once.scores[:20], rtol=1e-3)
+  monkeypatch.setattr(moved_words, "WIDEST", 24)                             # narrower than the network
+  assert first(moved_words.rank(suspect), 1) == ["bao"]
