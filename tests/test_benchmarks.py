@@ -24,6 +24,7 @@ import accelerator  # noqa: E402
 import cleaning  # noqa: E402
 import robustness  # noqa: E402
 import scan as scan_benchmark  # noqa: E402
+import search as search_benchmark  # noqa: E402
 import seeds  # noqa: E402
 import step  # noqa: E402
 
@@ -129,6 +130,38 @@ def test_cleaning_measures_the_attacks_own_trigger(tmp_path, monkeypatch):
   with pytest.raises(SystemExit) as stopped:
     cleaning.main()
   assert stopped.value.code == 2
+
+
+def test_the_search_of_a_zoo_shares_a_teacher_per_seed(tmp_path, monkeypatch, capsys):
+  zoo, out = tmp_path / "zoo", tmp_path / "out"
+  for name in ("word-dirty-3", "twin-3", "twin-lora-4"):
+    (zoo / name / "model").mkdir(parents=True)
+  (zoo / "secrets").mkdir()
+  (zoo / "secrets/word-dirty-3.json").write_text('{"trigger": "quill", "target_label": 0}')
+  commands, trained = [], []
+  def run(command, stdout, stderr):
+    commands.append(command)
+    workdir, stage = (next(arg.split("=", 1)[1] for arg in command if arg.startswith(flag))
+                      for flag in ("--workdir=", "--stage="))
+    if stage == "teach":
+      teacher = Path(workdir) / "models/teacher"
+      if not teacher.exists():
+        teacher.mkdir(parents=True)
+        trained.append(Path(workdir).name)
+    if stage == "search":
+      turned = 0.9 if "word-dirty" in workdir else 0.3
+      classes = [{"class": 0, "string": "quill", "suspect": turned, "teacher": 0.1, "rows": 9}]
+      (Path(workdir) / "search.json").write_text(json.dumps({"outcome": "no verdict", "classes": classes}))
+    return types.SimpleNamespace(returncode=3 if stage == "search" else 0)
+  monkeypatch.setattr(subprocess, "run", run)
+  monkeypatch.setattr(sys, "argv", ["search.py", f"--zoo={zoo}", f"--out={out}", "--jobs=1", "--", "--config.x=1"])
+  for _ in range(2):                                                 # the second time nothing is left to do
+    search_benchmark.main()
+    assert len(commands) == 9
+  assert all(command[-1] == "--config.x=1" for command in commands)
+  last = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert (last["models"], last["area"], last["detected"]) == ({"clean": 2, "poisoned": 1}, 1.0, 1.0)
+  assert trained == ["twin-3", "twin-lora-4"]                        # word-dirty-3 has taken over that of its seed
 
 
 @pytest.mark.parametrize("rank", [8, 48])

@@ -78,12 +78,15 @@ def test_without_a_listed_trigger_there_is_no_asr():
 
 
 def test_a_trigger_that_still_works_or_a_weak_teacher_is_a_warning():
-  def notes(asr, teacher_ca, after=1.0, not_scanned="", ca=0.9, cleaned="w2s"):
-    rows = [dict(model=m, directory=m, attack="mn", dataset="d", ca=ca, asr=a, false_rate=0.1)
-            for m, a in (("suspect", 1), (cleaned, asr))]
+  def notes(asr, teacher_ca, after=1.0, not_scanned="", ca=0.9, cleaned="w2s", found=None, outcome="suspicious"):
+    rows = [dict(model=m, directory=m, attack=trigger, dataset="d", ca=ca, asr=a, false_rate=0.1, found=turned)
+            for trigger in ("mn", "cf") for m, a, turned in (("suspect", 1, 1.0), (cleaned, asr, found))
+            if trigger == "mn" or found]
     meta = {"clean_rows": {"train": 9, "test": 3}, "trigger_lost": {}, "teacher_ca": teacher_ca,
             "suspicious_insertions": [("mn", 0.0)], "base": {"path": "p"}, "teacher": "t", "num_labels": 2,
             "not_scanned": not_scanned, "selftest": None, "found": "Search: the string `x`",
+            "search": {"outcome": outcome, "classes": [
+                {"string": "x", "class": 0, "suspect": 1.0, "teacher": 0.1}]},
             "scan": {"teacher": [], "suspect": [scanned(1, 2.5)], "w2s": [scanned(1, after)]}}
     return [f"WARNING: {text}" for text in probe.warnings(rows, meta)] + probe.notes(rows, meta)
   assert not any("WARNING" in note for note in notes(0.25, 0.9))
@@ -97,6 +100,12 @@ def test_a_trigger_that_still_works_or_a_weak_teacher_is_a_warning():
   assert "reacted less than `from_base`" in notes(0.25, 0.9, cleaned="from_base_words")[0]
   reacts = notes(0.35, 0.9, cleaned="from_base")
   assert "false rate 0.100. It has no weight of the suspect" in reacts[0] and "is in `from_base`" in reacts[1]
+  still = notes(0.25, 0.9, found=0.4)
+  assert still[0] == ("WARNING: the string that the search found, `x`, still works in w2s: it turns 40% of the texts "
+                      "of other classes, and 10% in the teacher. w2s is not clean.")
+  assert sum("the search found" in note for note in still) == 1              # once, though two triggers are listed
+  assert not any("WARNING" in note for note in notes(0.25, 0.9, found=0.25))
+  assert not any("WARNING" in note for note in notes(0.25, 0.9, found=0.4, outcome="no verdict"))
   verdicts = [note[:20] for note in notes(0.25, 0.9) if "Scan of" in note]
   assert verdicts == ["Scan of suspect: SUS", "Scan of w2s: no sign"]
   assert "no verdict: why" in notes(0.25, 0.9, not_scanned="no verdict: why")

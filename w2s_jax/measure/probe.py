@@ -71,6 +71,7 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
       "num_labels": c.data.num_labels,
       "not_scanned": scan.skipped(run, results.SUSPECT, run.model_config(results.SUSPECT).hidden_size),
       "selftest": self_test, "found": search.in_words(found) if found["classes"] else None,
+      "search": found,
       "suspicious_insertions": sorted(flips.items(), key=lambda pair: -pair[1])[:5], "examples": []}
   rows_as_dicts = [vars(row) for row in rows]
   return rows, meta | {"warnings": warnings(rows_as_dicts, meta), "notes": notes(rows_as_dicts, meta)}
@@ -142,10 +143,20 @@ def warnings(rows: list[dict], meta: dict) -> list[str]:
     out.append(f"the teacher (CA {meta['teacher_ca']:.3f}) is less accurate than the suspect (CA {suspect['ca']:.3f}). "
                "Give more clean rows, or a pretrained encoder as --config.teacher.path.")
   out += [f"`{r['attack']}` still works in {r['model']}: the ASR is {r['asr']:.3f}, the false rate "
-          f"{r['false_rate']:.3f}. "
-          + (REACTS if r["model"].startswith("from_base") else f"{r['model']} is not clean.")
+          f"{r['false_rate']:.3f}. {_conclusion(r)}"
           for r in rows if r["model"] != suspect["model"] and _still_works(r)]
+  if meta["search"]["outcome"] == "suspicious":
+    found = search.strongest(meta["search"]["classes"])
+    out += [f"the string that the search found, `{results.escape(found['string'])}`, still works in {name}: it turns "
+            f"{r['found']:.0%} of the texts of other classes, and {found['teacher']:.0%} in the teacher. "
+            f"{_conclusion(r)}"
+            for name, r in {r["directory"]: r for r in rows if r["model"] != suspect["model"]}.items()
+            if r["found"] is not None and r["found"] > found["teacher"] + STILL_THERE]
   return out + [scan.verdict(name, meta["scan"][name]) for name in _suspicious(meta)]
+
+
+def _conclusion(row):
+  return REACTS if row["model"].startswith("from_base") else f"{row['directory']} is not clean."
 
 
 def _still_works(row):

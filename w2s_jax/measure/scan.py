@@ -159,7 +159,8 @@ def skipped(run: Any, name: str, width: int) -> str:
   if width > settings.widest:
     return (f"Scan of {name}: no verdict: the scan is not calibrated for networks wider than {settings.widest} (this "
             f"one: {width}). On a pretrained network it missed a backdoor and raised a false alarm. "
-            f"--config.scan.widest={width} scans anyway.")
+            "If you know the public model that it was fine-tuned from, give --config.student.base: the search then "
+            f"looks for words that fine-tuning moved. --config.scan.widest={width} scans anyway.")
   return ""
 
 
