@@ -32,6 +32,8 @@ BADNET = f"--config={ROOT}/configs/llama_badnet.py"
       "--config.data.text_column=a=b"]),
     ("scan d --data f --out o", [CLEAN, "--config.student.path=d", "--config.data.train=f", "--workdir=o",
                                  "--stage=scan"]),
+    ("scan d --data f --base b", [CLEAN, "--config.student.path=d", "--config.data.train=f",
+                                  "--config.student.base=b", "--stage=search"]),
     ("run llama_badnet", [BADNET]),
     ("run llama_badnet:scale=8b,data=x:y lora.rank=4 --out o seed=1 --stage poison mesh.data=-1",
      [f"{BADNET}:scale=8b,data=x:y", "--workdir=o", "--stage=poison", "--config.lora.rank=4", "--config.seed=1",

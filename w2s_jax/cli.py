@@ -42,12 +42,14 @@ OUT/models/DEFENSE is the cleaned model of each defense; transformers loads it. 
 model, the attack success rate (ASR) of each trigger in --triggers, and measurements that need no trigger.
 If a run is interrupted, run the same command again to continue.
 """
-SCAN = f"""Look for signs of a backdoor in a checkpoint, without training a model.
+SCAN = f"""Look for signs of a backdoor in a checkpoint.
 {CHECKPOINT}
-  w2s-jax scan suspect --data rows.json --out cleaned
+  w2s-jax scan suspect --data rows.json --base public --teacher encoder --out cleaned
 
-The exit code is 0 for no sign, 1 for suspicious, 3 for no verdict. OUT/scan/suspect.json has the measurements of each
-class. `clean` with the same arguments and OUT reuses this scan.
+With --base, the public model that DIR was fine-tuned from, it trains a teacher and searches for words that
+fine-tuning moved (OUT/search.json). Without --base nothing is trained: it scans small networks with soft tokens
+(OUT/scan/suspect.json). The exit code is 0 for no sign, 1 for suspicious, 3 for no verdict. `clean` with the same
+arguments and OUT reuses what was found.
 """
 RUN = """Run an experiment: poison a student, train a clean teacher, defend, measure, report.
 
@@ -166,6 +168,8 @@ def flags(argv: Sequence[str]) -> tuple[str, Path, list[str]]:
     hints = {"run": "write a field as FIELD=VALUE; ", "plan": "write a field as FIELD=VALUE; ", "fields": ""}
     hint = hints.get(args.command, "write a field as --set FIELD=VALUE; ")
     raise InputError(f"unexpected argument {unexpected[0]!r}: {hint}w2s-jax {args.command} --help lists the arguments")
+  if args.command == "scan" and args.base:
+    args.stage = "search"
   file, argument = find_config(getattr(args, "config", "clean_checkpoint"))
   out = [f"--config={file}{argument}"]
   for name, value in vars(args).items():

@@ -129,7 +129,15 @@ def teach(run: Run) -> None:
 
 
 def search_trigger(run: Run) -> str:
-  """The search's verdict, a key of scan.EXIT_CODES; logs the string that turns most texts in the suspect alone."""
+  """The search's verdict, a key of scan.EXIT_CODES; logs the string that turns most texts in the suspect alone.
+
+  It makes the suspect and the teacher if they are not there.
+  """
+  if not run.model_dir(results.TEACHER).exists():
+    warmup(run)
+    teach(run)
+  if run.config.probe.search and not search.made(run):
+    _refuse_a_weak_teacher(run)
   found = search.reading(run)
   if found["classes"]:
     LOG.info(search.in_words(found))

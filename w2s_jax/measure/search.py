@@ -23,22 +23,31 @@ from w2s_jax.models import read_json
 LOG = logging.getLogger(__name__)
 
 # Our choices. The trial in the note had a beam of 12 strings, 8 contexts and 40 words per class.
-BEAM = 8                 # strings that are extended
+BEAM = 8                 # strings that are extended; MOVED_BEAM if fine-tuning moved the words (moved_words.py)
+MOVED_BEAM = 4
 LONGEST = 4              # words
 CONTEXTS = 6             # rows that a string is put into during the search
 SHORTEST = 5             # words of such a row
 HELD_OUT = 100           # test rows that the string is measured on
-CANDIDATES = 1000        # test rows that these are chosen from
-SUSPICIOUS = 0.6         # smallest suspicious difference between suspect and teacher; TO BE CHOSEN
+CANDIDATES = 400         # test rows that these are chosen from
+SUSPICIOUS = 0.5         # smallest suspicious difference between suspect and teacher (docs/notes/minilm_suspects.md)
 WIDEST = 384             # largest hidden size of a BERT that the verdict was calibrated on
-MOVED = 12               # most words of each class to search from, if fine-tuning moved them (moved_words.py)
+MOVED = 12               # most words of each class to search from if fine-tuning moved them
 SHOWN = 10               # single words of each class in search.json
+
+
+def made(run: Any) -> bool:
+  """Whether `reading` has saved its findings."""
+  return _file(run).exists()
+
+
+def _file(run):
+  return run.workdir / "search.json"
 
 
 def kept(run: Any) -> dict:
   """What `reading` saved in workdir/search.json; no classes if there is no such file."""
-  file = run.workdir / "search.json"
-  return {"outcome": "no verdict", "classes": []} | (read_json(file) if file.exists() else {})
+  return {"outcome": "no verdict", "classes": []} | (read_json(_file(run)) if made(run) else {})
 
 
 def ranking_file(run: Any) -> Path:
@@ -61,13 +70,13 @@ def reading(run: Any) -> dict:
       "words": the most suspicious words of the class, each with its score, best first.
   """
   count = run.config.probe.search
-  if count and not (run.workdir / "search.json").exists():
+  if count and not made(run):
     suspect = run.suspect(DEFENSES["none"])
     if suspect.ranking is None:
       suspect = suspect._replace(ranking=moved_words.rank(suspect))
       processes.write_text(ranking_file(run), suspect.ranking.to_json())
     found = find(suspect, run.rows["test"], min(count, MOVED) if suspect.ranking.moved else count, run.config.seed)
-    processes.write_json(run.workdir / "search.json", {"outcome": outcome(found, suspect), "classes": found})
+    processes.write_json(_file(run), {"outcome": outcome(found, suspect), "classes": found})
   return kept(run)
 
 
@@ -118,7 +127,7 @@ def _search(suspect, words, contexts, label, seed):
     of_suspect, of_teacher = (np.asarray(jax.nn.softmax(logits))[:, label]
                               for logits in trigger_words.read(suspect, rows))
     values = (of_suspect - of_teacher).reshape(len(strings), len(contexts)).mean(axis=1)
-    order = np.argsort(-values)[:BEAM]
+    order = np.argsort(-values)[:MOVED_BEAM if suspect.ranking.moved else BEAM]
     beam = [list(strings[i]) for i in order]
     best = max(best, (float(values[order[0]]), beam[0]))
   return " ".join(best[1])
