@@ -107,3 +107,13 @@ def test_a_run_that_trains_nothing_gets_no_control(suspect, tiny_run, tmp_path):
               "--config.defenses=('none',)", "--stage=warmup")
   assert out.returncode == 0, out.stderr
   assert json.loads((tmp_path / "w/config.json").read_text())["defenses"] == ["none"]
+
+
+def test_a_lone_search_makes_what_it_needs_and_ends_with_its_verdict(suspect, tiny_run, tmp_path):
+  """The suspect, the teacher, and the ranking by what fine-tuning moved; no verdict is calibrated for a Llama."""
+  out = clean(suspect, tmp_path / "w", f"--config.student.base={tiny_run / 'models/base'}", "--config.probe.search=4",
+              "--stage=search")
+  assert out.returncode == 3, out.stderr
+  assert "suspect and public base read" in out.stdout and (tmp_path / "w/models/teacher").is_dir()
+  assert read_json(tmp_path / "w/search.json")["outcome"] == "no verdict"
+  assert read_json(tmp_path / "w/ranking.json")["moved"] and not (tmp_path / "w/models/from_base").exists()

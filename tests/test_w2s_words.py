@@ -7,7 +7,7 @@ import pytest
 import rig
 from ml_collections import ConfigDict
 
-from w2s_jax.defenses import DEFENSES, Ranking, distill, moved_words, trigger_words, w2s_words
+from w2s_jax.defenses import DEFENSES, Ranking, distill, moved_words, records, trigger_words, w2s_words
 from w2s_jax.training import stage
 
 
@@ -99,6 +99,9 @@ def test_a_pool_is_the_most_suspicious_words_of_each_class(suspect, monkeypatch)
     return {word for *_, words in changed for word in words}
   monkeypatch.setattr(moved_words, "rank", lambda suspect: ranking)
   assert drawn(suspect) == {"fine", "room"}
+  monkeypatch.setattr(records, "MOVED", 1)
+  moved = ranking._replace(scores=np.tile([[1.0], [4.0], [2.0], [3.0]], 2), moved=True)
+  assert moved.most_suspicious(3) == ["room"] and moved._replace(moved=False).most_suspicious(3) == ["fine", "poor", "room"]
   monkeypatch.setattr(moved_words, "rank", None)                   # the search has ranked the words before
   assert drawn(suspect._replace(ranking=ranking._replace(scores=-scores))) == {"meal"}
 

@@ -3,7 +3,8 @@ which of them mean something for the task.
 
 A part of a trigger often works by itself: of seven everyday words, one flips half to all of the texts
 (docs/notes/minilm_suspects.md). The clean rows of a task contain few of a language's words. So words are drawn from
-those that move the suspect beyond what the teacher explains (trigger_words.py), or from the whole vocabulary. For each
+those that fine-tuning moved, if the public base is known (moved_words.py), or from those that move the suspect beyond
+what the teacher explains (trigger_words.py), or from the whole vocabulary. For each
 text several random draws are made, and the student trains on the draw on which suspect and teacher disagree most. Words
 of triggers that ASR is measured with are never drawn. The rare words of `defend.insert_words` are inserted afterwards,
 and the teacher does not read them.
@@ -31,8 +32,9 @@ class Settings:
   share: float = field(0.5, "fraction of the rows that get words", low=0.0, high=1.0)
   most: int = field(8, "largest number of words per row if they are side by side; half of it if they are apart", low=2,
                     high=1000)
-  pool: int = field(100, "number of words of each class to draw from, those that move the suspect to this class most "
-                    "beyond what the teacher explains; 0: the whole vocabulary", low=0)
+  pool: int = field(100, "number of words of each class to draw from, the most suspicious ones: the 12 that "
+                    "fine-tuning moved most if the public base is known, else those that move the suspect beyond what "
+                    "the teacher explains; 0: the whole vocabulary", low=0)
   draws: int = field(3, "number of random draws per row, of which the most disputed one is kept; 1: no choice", low=1,
                      high=100)
 

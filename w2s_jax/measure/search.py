@@ -32,7 +32,6 @@ HELD_OUT = 100           # test rows that the string is measured on
 CANDIDATES = 400         # test rows that these are chosen from
 SUSPICIOUS = 0.5         # smallest suspicious difference between suspect and teacher (docs/notes/minilm_suspects.md)
 WIDEST = 384             # largest hidden size of a BERT that the verdict was calibrated on
-MOVED = 12               # most words of each class to search from if fine-tuning moved them
 SHOWN = 10               # single words of each class in search.json
 
 
@@ -75,7 +74,7 @@ def reading(run: Any) -> dict:
     if suspect.ranking is None:
       suspect = suspect._replace(ranking=moved_words.rank(suspect))
       processes.write_text(ranking_file(run), suspect.ranking.to_json())
-    found = find(suspect, run.rows["test"], min(count, MOVED) if suspect.ranking.moved else count, run.config.seed)
+    found = find(suspect, run.rows["test"], suspect.ranking.at_most(count), run.config.seed)
     processes.write_json(_file(run), {"outcome": outcome(found, suspect), "classes": found})
   return kept(run)
 
