@@ -101,7 +101,8 @@ def test_a_pool_is_the_most_suspicious_words_of_each_class(suspect, monkeypatch)
   assert drawn(suspect) == {"fine", "room"}
   monkeypatch.setattr(records, "MOVED", 1)
   moved = ranking._replace(scores=np.tile([[1.0], [4.0], [2.0], [3.0]], 2), moved=True)
-  assert moved.most_suspicious(3) == ["room"] and moved._replace(moved=False).most_suspicious(3) == ["fine", "poor", "room"]
+  assert moved.most_suspicious(3) == ["room"]
+  assert moved._replace(moved=False).most_suspicious(3) == ["fine", "poor", "room"]
   monkeypatch.setattr(moved_words, "rank", None)                   # the search has ranked the words before
   assert drawn(suspect._replace(ranking=ranking._replace(scores=-scores))) == {"meal"}
 

@@ -11,7 +11,6 @@ from w2s_jax.data import tokenization
 from w2s_jax.models import Model
 from w2s_jax.training.train import Workplace
 
-
 MOVED = 12               # words that are taken if fine-tuning moved them; chosen on seeds 301 and 302 of MiniLM
 
 
