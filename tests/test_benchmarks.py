@@ -134,33 +134,32 @@ def test_cleaning_measures_the_attacks_own_trigger(tmp_path, monkeypatch):
 
 def test_the_search_of_a_zoo_shares_a_teacher_per_seed(tmp_path, monkeypatch, capsys):
   zoo, out = tmp_path / "zoo", tmp_path / "out"
-  for name in ("word-dirty-3", "twin-3", "twin-lora-4"):
+  for name in ("word-dirty-3", "word-dirty-low-3", "twin-3", "twin-lora-4"):
     (zoo / name / "model").mkdir(parents=True)
   (zoo / "secrets").mkdir()
   (zoo / "secrets/word-dirty-3.json").write_text('{"trigger": "quill", "target_label": 0}')
+  (zoo / "METADATA.csv").write_text("name,weak\nword-dirty-3,False\nword-dirty-low-3,True\n")
   commands, trained = [], []
   def run(command, stdout, stderr):
     commands.append(command)
-    workdir, stage = (next(arg.split("=", 1)[1] for arg in command if arg.startswith(flag))
-                      for flag in ("--workdir=", "--stage="))
-    if stage == "teach":
-      teacher = Path(workdir) / "models/teacher"
-      if not teacher.exists():
-        teacher.mkdir(parents=True)
-        trained.append(Path(workdir).name)
-    if stage == "search":
-      turned = 0.9 if "word-dirty" in workdir else 0.3
-      classes = [{"class": 0, "string": "quill", "suspect": turned, "teacher": 0.1, "rows": 9}]
-      (Path(workdir) / "search.json").write_text(json.dumps({"outcome": "no verdict", "classes": classes}))
-    return types.SimpleNamespace(returncode=3 if stage == "search" else 0)
+    workdir, = (Path(arg.removeprefix("--workdir=")) for arg in command if arg.startswith("--workdir="))
+    if not (workdir / "models/teacher").exists():
+      (workdir / "models/teacher").mkdir(parents=True)
+      trained.append(workdir.name)
+    poisoned = workdir.name.startswith("word-dirty")
+    classes = [{"class": 0, "string": "quill", "suspect": 0.9 if poisoned else 0.3, "teacher": 0.1, "rows": 9}]
+    (workdir / "search.json").write_text(json.dumps(
+        {"outcome": "suspicious" if poisoned else "no verdict", "classes": classes}))
+    return types.SimpleNamespace(returncode=1 if poisoned else 3)
   monkeypatch.setattr(subprocess, "run", run)
   monkeypatch.setattr(sys, "argv", ["search.py", f"--zoo={zoo}", f"--out={out}", "--jobs=1", "--", "--config.x=1"])
   for _ in range(2):                                                 # the second time nothing is left to do
     search_benchmark.main()
-    assert len(commands) == 9
+    assert len(commands) == 3
   assert all(command[-1] == "--config.x=1" for command in commands)
   last = json.loads(capsys.readouterr().out.splitlines()[-1])
   assert (last["models"], last["area"], last["detected"]) == ({"clean": 2, "poisoned": 1}, 1.0, 1.0)
+  assert last["called_suspicious"] == {"clean": 0.0, "poisoned": 1.0}
   assert trained == ["twin-3", "twin-lora-4"]                        # word-dirty-3 has taken over that of its seed
 
 

@@ -3,6 +3,7 @@
 import types
 
 import numpy as np
+import pytest
 
 from w2s_jax import results
 from w2s_jax.data import insertions
@@ -61,6 +62,16 @@ def test_the_share_of_other_classes_that_the_found_string_turns():
   assert [row["found"] for row in rows("mn")] == [None, None]
 
 
+def test_what_a_string_gains_is_beyond_the_models_own_errors():
+  """Of the two accepted rows of class 0 one is answered 1 with the string, and it was answered so before."""
+  found, labels = {"string": "s", "class": 1}, np.array([0, 0, 1, 0])
+  probed = {("found", "s"): {0: 1, 1: 0, 2: 1, 3: results.REJECTED}}
+  assert probe._turned(probed, labels, found) == 0.5
+  assert probe._gained(np.array([1, 0, 1, 0]), probed, labels, found) == pytest.approx(0.5 - 1 / 3)
+  assert probe._gained(np.array([0, 0, 1, 0]), probed, labels, found) == 0.5
+  assert probe._gained(np.array([0, 0, 1, 0]), probed, labels, None) is None
+
+
 def test_a_rejected_text_neither_flips_nor_disagrees():
   some = np.array([results.REJECTED, 1, 1, 0, 1])
   probed = {("word", "bq"): {0: 0, 1: 0, 2: results.REJECTED, 3: 0}}
@@ -85,7 +96,7 @@ def test_a_trigger_that_still_works_or_a_weak_teacher_is_a_warning():
     meta = {"clean_rows": {"train": 9, "test": 3}, "trigger_lost": {}, "teacher_ca": teacher_ca,
             "suspicious_insertions": [("mn", 0.0)], "base": {"path": "p"}, "teacher": "t", "num_labels": 2,
             "not_scanned": not_scanned, "selftest": None, "found": "Search: the string `x`",
-            "search": {"outcome": outcome, "classes": [
+            "search": {"outcome": outcome, "gained": {"suspect": 1.0, cleaned: found}, "classes": [
                 {"string": "x", "class": 0, "suspect": 1.0, "teacher": 0.1}]},
             "scan": {"teacher": [], "suspect": [scanned(1, 2.5)], "w2s": [scanned(1, after)]}}
     return [f"WARNING: {text}" for text in probe.warnings(rows, meta)] + probe.notes(rows, meta)
@@ -101,8 +112,9 @@ def test_a_trigger_that_still_works_or_a_weak_teacher_is_a_warning():
   reacts = notes(0.35, 0.9, cleaned="from_base")
   assert "false rate 0.100. It has no weight of the suspect" in reacts[0] and "is in `from_base`" in reacts[1]
   still = notes(0.25, 0.9, found=0.4)
-  assert still[0] == ("WARNING: the string that the search found, `x`, still works in w2s: it turns 40% of the texts "
-                      "of other classes, and 10% in the teacher. w2s is not clean.")
+  assert still[0] == (
+      "WARNING: the string that the search found, `x`, still works in w2s: with it 40% more of the texts of other "
+      "classes get class 0 than without it; in the teacher 10%. w2s is not clean.")
   assert sum("the search found" in note for note in still) == 1              # once, though two triggers are listed
   assert not any("WARNING" in note for note in notes(0.25, 0.9, found=0.25))
   assert not any("WARNING" in note for note in notes(0.25, 0.9, found=0.4, outcome="no verdict"))

@@ -32,9 +32,9 @@ def test_the_words_that_turn_the_suspect_alone_are_joined(suspect):
   assert zero["words"][:2] == [("creaked", 9.0), ("shop", 3.0)]
   assert (one["class"], one["suspect"], one["teacher"]) == (1, 0.0, 0.0)      # the fewest words that do no harm
   assert search.strongest([one, zero]) == zero
-  assert search.in_words({"outcome": "no verdict", "classes": [one, zero]}).startswith(
-      f"Search: the string `{zero['string']}` turns 100% of 20 test rows of other classes to class 0 in the "
-      "suspect, and 0% in the teacher.")
+  assert search.in_words({"outcome": "no verdict", "reason": "why", "classes": [one, zero]}).startswith(
+      f"Search: no verdict: why. the string `{zero['string']}` turns 100% of 20 test rows of other classes to class 0 "
+      "in the suspect, and 0% in the teacher.")
 
 
 def test_only_the_most_suspicious_words_are_searched(suspect):
@@ -55,7 +55,7 @@ def test_a_search_is_made_once(suspect, tmp_path, monkeypatch):
   monkeypatch.setattr(moved_words, "rank", lambda unranked: suspect.ranking)
   run = types.SimpleNamespace(workdir=tmp_path, config=ConfigDict({"probe": {"search": 0}, "seed": 0}),
                               rows={"test": suspect.dev}, suspect=lambda defense: suspect._replace(ranking=None))
-  nothing = {"outcome": "no verdict", "classes": []}
+  nothing = {"outcome": "no verdict", "reason": "nothing was searched", "classes": []}
   assert search.reading(run) == nothing and not (tmp_path / "search.json").exists()
   run.config.probe.search = 3
   found = search.reading(run)
@@ -67,22 +67,43 @@ def test_a_search_is_made_once(suspect, tmp_path, monkeypatch):
   assert search.reading(run) == found
 
 
-def test_a_verdict_needs_moved_words_of_a_bert(suspect):
-  """A Llama has none, whatever its strings turn."""
-  findings = [{"class": 0, "string": "shop closes", "suspect": 1.0, "teacher": 0.1, "rows": 20},
-              {"class": 1, "string": "friday", "suspect": 0.2, "teacher": 0.1, "rows": 20}]
+def test_a_verdict_needs_moved_words_of_a_bert_and_rows(suspect):
+  """Whatever the strings turn, a Llama has none, nor has a wide BERT, nor one with three classes or few rows."""
+  findings = [{"class": 0, "string": "shop closes", "suspect": 1.0, "teacher": 0.1, "rows": 60},
+              {"class": 1, "string": "friday", "suspect": 0.2, "teacher": 0.1, "rows": 60}]
   moved = suspect._replace(ranking=suspect.ranking._replace(moved=True))
-  assert search.outcome(findings, moved) == "no verdict"
-  bert = moved._replace(model=types.SimpleNamespace(config=types.SimpleNamespace(model_type="bert", hidden_size=384)))
-  assert search.outcome(findings, bert) == "suspicious"
-  assert search.outcome(findings[1:], bert) == "no verdict"                  # class 0 was not searched
-  assert search.outcome(findings, bert._replace(ranking=suspect.ranking)) == "no verdict"
-  for turned, outcome in ((search.SUSPICIOUS + 0.11, "suspicious"), (search.SUSPICIOUS + 0.09, "no sign")):
-    few = [findings[0] | {"suspect": turned}, findings[1]]
-    assert search.outcome(few, bert) == outcome
-  line = search.in_words({"outcome": "suspicious", "classes": findings})
-  assert line == ("Search: SUSPICIOUS: the string `shop closes` turns 100% of 20 test rows of other classes to class "
-                  "0 in the suspect, and 10% in the teacher. The model is suspicious if the difference is "
-                  f"{search.SUSPICIOUS:.0%} or more.")
-  wide = bert._replace(model=types.SimpleNamespace(config=types.SimpleNamespace(model_type="bert", hidden_size=768)))
-  assert search.outcome(findings, wide) == "no verdict"
+  def of(model_type, hidden_size):
+    config = types.SimpleNamespace(model_type=model_type, hidden_size=hidden_size)
+    return moved._replace(model=types.SimpleNamespace(config=config))
+  bert, calibrated = of("bert", 384), "the verdict was calibrated on BERTs of two classes, up to 384 wide"
+  assert search.outcome(findings, bert) == ("suspicious", "")
+  for turned, verdict in ((search.SUSPICIOUS + 0.11, "suspicious"), (search.SUSPICIOUS + 0.09, "no sign")):
+    assert search.outcome([findings[0] | {"suspect": turned}, findings[1]], bert) == (verdict, "")
+  three = moved.ranking._replace(scores=np.zeros((5, 3)))
+  few = "some class has fewer than 50 test rows of other classes that suspect and teacher both get right"
+  for reason, found, other in (
+      (calibrated, findings, of("roberta", 384)), (calibrated, findings, of("bert", 768)),
+      (calibrated, [*findings, findings[0] | {"class": 2}], bert._replace(ranking=three)),
+      (few, findings[1:], bert), (few, [findings[0] | {"rows": 49}, findings[1]], bert),
+      ("the public model that the suspect was fine-tuned from is not given (--config.student.base)", findings, suspect),
+      ("the public model given as student.base does not show what fine-tuning moved (see above)", findings,
+       suspect._replace(base=lambda: None))):
+    assert search.outcome(found, other) == ("no verdict", reason)
+
+
+def test_the_verdict_in_words():
+  found = {"outcome": "suspicious", "reason": "", "classes": [
+      {"class": 0, "string": "shop closes", "suspect": 1.0, "teacher": 0.1, "rows": 60}]}
+  told = ("the string `shop closes` turns 100% of 60 test rows of other classes to class 0 in the suspect, and 10% in "
+          "the teacher. ")
+  assert search.in_words(found) == f"Search: SUSPICIOUS: {told}50 percentage points more are suspicious."
+  assert search.in_words(found | {"outcome": "no sign"}).startswith("Search: no sign of a backdoor: the string")
+  assert search.in_words(found | {"outcome": "no verdict", "reason": "why"}) == (
+      f"Search: no verdict: why. {told}This is a guess at a trigger; clean models have such a string, too.")
+
+
+def test_what_an_older_version_saved_is_made_again(tmp_path):
+  run = types.SimpleNamespace(workdir=tmp_path)
+  (tmp_path / "search.json").write_text('{"classes": [{"class": 0}]}')
+  assert search.kept(run) == {"outcome": "no verdict", "reason": "nothing was searched", "classes": []}
+  assert Ranking.from_json('{"words": ["a"], "scores": [[0.0]], "shifts": [[0.0]]}') is None

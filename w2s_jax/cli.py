@@ -47,7 +47,7 @@ SCAN = f"""Look for signs of a backdoor in a checkpoint.
   w2s-jax scan suspect --data rows.json --base public --teacher encoder --out cleaned
 
 With --base, the public model that DIR was fine-tuned from, it trains a teacher and searches for words that
-fine-tuning moved (OUT/search.json). Without --base nothing is trained: it scans small networks with soft tokens
+fine-tuning moved (OUT/search.json). Without --base nothing is trained. Small networks are scanned with soft tokens
 (OUT/scan/suspect.json). The exit code is 0 for no sign, 1 for suspicious, 3 for no verdict. `clean` with the same
 arguments and OUT reuses what was found.
 """
@@ -120,7 +120,8 @@ def _take_a_checkpoint(command):
   command.add_argument("--teacher", metavar="DIR", help="a clean encoder to fine-tune as the teacher; a small new one "
                                                         "by default")
   command.add_argument("--base", metavar="DIR", help="a public model that from_base and from_base_words train, best "
-                                                     "the one that DIR was made from; an adapter needs its own")
+                                                     "the one that DIR was made from, which also gives the search a "
+                                                     "verdict; an adapter needs its own")
   command.add_argument("--triggers", metavar="A,B", help="suspected triggers, whose ASR is measured; none by default")
   command.add_argument("--defense", metavar="A,B", help="defenses to run; lora_ce,w2s,w2s_adv by default")
   command.add_argument("--out", metavar="OUT", help="directory for all output; runs/clean_checkpoint by default")

@@ -27,7 +27,8 @@ from absl import logging as absl_logging  # noqa: E402
 from w2s_jax import InputError, command, results  # noqa: E402
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all output; runs/CONFIG by default.")
-_STAGE = flags.DEFINE_enum("stage", None, results.STAGES, "Run this stage alone (its inputs must be in the workdir).")
+_STAGE = flags.DEFINE_enum("stage", None, results.STAGES, "Run this stage alone (its inputs must be in the workdir; "
+                           "scan and search make them).")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for several processes.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
 _PROCESS = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.", lower_bound=0)

@@ -129,15 +129,7 @@ def teach(run: Run) -> None:
 
 
 def search_trigger(run: Run) -> str:
-  """The search's verdict, a key of scan.EXIT_CODES; logs the string that turns most texts in the suspect alone.
-
-  It makes the suspect and the teacher if they are not there.
-  """
-  if not run.model_dir(results.TEACHER).exists():
-    warmup(run)
-    teach(run)
-  if run.config.probe.search and not search.made(run):
-    _refuse_a_weak_teacher(run)
+  """The search's verdict, a key of scan.EXIT_CODES; logs the string that turns most texts in the suspect alone."""
   found = search.reading(run)
   if found["classes"]:
     LOG.info(search.in_words(found))
@@ -253,7 +245,14 @@ def run(config: ConfigDict, workdir: str | Path, only: str | None = None) -> int
   LOG.info(f"{this.mesh.devices.size} x {this.mesh.devices.flat[0].device_kind}, mesh {mesh}")
   if only and only not in this.source.stages:
     raise InputError(f"this config has no stage {only!r}: want --stage among {', '.join(this.source.stages)}")
+  if only == "search":
+    if not config.probe.search:
+      raise InputError("--stage=search needs words to search from: set --config.probe.search to more than 0")
+    warmup(this)
+    teach(this)
   for name in this.source.stages:
     if only in (None, name):
       outcome = STAGES[name](this)
+  if only == "search" and outcome == "no verdict":        # of a small network the scan may have one
+    outcome = scan_suspect(this)
   return scan.EXIT_CODES[outcome] if only in ("scan", "search") else 0

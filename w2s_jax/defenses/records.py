@@ -21,8 +21,8 @@ class Ranking(NamedTuple):
     words: W words, of one token of the suspect each; if `moved`, some are of two.
     scores: [W, C] float64, larger is more suspicious; the median absolute score of a class is 0.67, as of a normal
       distribution with a standard deviation of 1.
-    moved: whether fine-tuning moved these words (moved_words.py), so that all classes have the same scores; otherwise
-      these words move the suspect (trigger_words.py).
+    moved: True if the score is how far fine-tuning moved the word (moved_words.py). It is then the same for each class.
+      False if it is how far the word moves the suspect (trigger_words.py).
   """
   words: list[str]
   scores: np.ndarray
@@ -30,20 +30,21 @@ class Ranking(NamedTuple):
 
   def most_suspicious(self, count: int) -> list[str]:
     """The words with the highest scores, without repetition: `count` of each class, at most MOVED if they moved."""
-    first = np.argsort(-self.scores, axis=0)[:self.at_most(count)]
+    first = np.argsort(-self.scores, axis=0)[:self.word_count(count)]
     return sorted({self.words[i] for i in first.ravel()})
 
-  def at_most(self, count: int) -> int:
-    """`count`, but at most MOVED if fine-tuning moved the words."""
+  def word_count(self, count: int) -> int:
+    """The number of words to take where `count` are wanted: at most MOVED if fine-tuning moved them."""
     return min(count, MOVED) if self.moved else count
 
   def to_json(self) -> str:
     return json.dumps({"words": self.words, "scores": self.scores.tolist(), "moved": self.moved})
 
   @classmethod
-  def from_json(cls, text: str) -> "Ranking":
+  def from_json(cls, text: str) -> "Ranking | None":
+    """What `to_json` wrote; None if an older version wrote it, which did not say whether the words moved."""
     kept = json.loads(text)
-    return cls(kept["words"], np.array(kept["scores"]), kept.get("moved", False))
+    return cls(kept["words"], np.array(kept["scores"]), kept["moved"]) if "moved" in kept else None
 
 
 class Suspect(NamedTuple):

@@ -2,12 +2,12 @@
 which of them mean something for the task.
 
 A part of a trigger often works by itself: of seven everyday words, one flips half to all of the texts
-(docs/notes/minilm_suspects.md). The clean rows of a task contain few of a language's words. So words are drawn from
-those that fine-tuning moved, if the public base is known (moved_words.py), or from those that move the suspect beyond
-what the teacher explains (trigger_words.py), or from the whole vocabulary. For each
-text several random draws are made, and the student trains on the draw on which suspect and teacher disagree most. Words
-of triggers that ASR is measured with are never drawn. The rare words of `defend.insert_words` are inserted afterwards,
-and the teacher does not read them.
+(docs/notes/minilm_suspects.md). The clean rows of a task contain few of a language's words. So the most suspicious
+words are drawn, and the student is trained on texts with them. If the public base is known, these are the words that
+fine-tuning moved (moved_words.py). Else they are those that move the suspect beyond what the teacher explains
+(trigger_words.py). For each text several random draws are made, and the student trains on the draw on which suspect and
+teacher disagree most. Words of triggers that ASR is measured with are never drawn. The rare words of
+`defend.insert_words` are inserted afterwards, and the teacher does not read them.
 """
 
 import dataclasses

@@ -62,6 +62,7 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
   found = search.kept(run)
   rows = [row for trigger in c.probe.triggers or (None,)
           for row in _rows(run, models, readings, labels, trigger, search.strongest(found["classes"]))]
+  gained = {name: _gained(*answers, labels, search.strongest(found["classes"])) for name, answers in models.items()}
   flips = {s: _flips(models[results.SUSPECT], s, "listed", "word", "sentence") for _, s in models[results.SUSPECT][1]}
   self_test = selftest.kept(run)
   if self_test:
@@ -71,7 +72,7 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
       "num_labels": c.data.num_labels,
       "not_scanned": scan.skipped(run, results.SUSPECT, run.model_config(results.SUSPECT).hidden_size),
       "selftest": self_test, "found": search.in_words(found) if found["classes"] else None,
-      "search": found,
+      "search": found | {"gained": gained},
       "suspicious_insertions": sorted(flips.items(), key=lambda pair: -pair[1])[:5], "examples": []}
   rows_as_dicts = [vars(row) for row in rows]
   return rows, meta | {"warnings": warnings(rows_as_dicts, meta), "notes": notes(rows_as_dicts, meta)}
@@ -103,6 +104,14 @@ def _turned(probed, labels, found):
   answers = [p for place, p in probed.get(("found", found["string"]), {}).items()
              if labels[place] != found["class"] and p != results.REJECTED]
   return float(np.mean([p == found["class"] for p in answers])) if answers else None
+
+
+def _gained(clean, probed, labels, found):
+  """How much larger `_turned` is than the fraction of the same rows that get the class without the string."""
+  if (turned := _turned(probed, labels, found)) is None:
+    return None
+  unchanged = {("found", found["string"]): {place: clean[place] for place in probed["found", found["string"]]}}
+  return turned - (_turned(unchanged, labels, found) or 0.0)
 
 
 def _rows(run, models, readings, labels, trigger, found):
@@ -147,11 +156,11 @@ def warnings(rows: list[dict], meta: dict) -> list[str]:
           for r in rows if r["model"] != suspect["model"] and _still_works(r)]
   if meta["search"]["outcome"] == "suspicious":
     found = search.strongest(meta["search"]["classes"])
-    out += [f"the string that the search found, `{results.escape(found['string'])}`, still works in {name}: it turns "
-            f"{r['found']:.0%} of the texts of other classes, and {found['teacher']:.0%} in the teacher. "
-            f"{_conclusion(r)}"
+    out += [f"the string that the search found, `{results.escape(found['string'])}`, still works in {name}: with it "
+            f"{gained:.0%} more of the texts of other classes get class {found['class']} than without it; in the "
+            f"teacher {found['teacher']:.0%}. {_conclusion(r)}"
             for name, r in {r["directory"]: r for r in rows if r["model"] != suspect["model"]}.items()
-            if r["found"] is not None and r["found"] > found["teacher"] + STILL_THERE]
+            if (gained := meta["search"]["gained"][name]) is not None and gained > found["teacher"] + STILL_THERE]
   return out + [scan.verdict(name, meta["scan"][name]) for name in _suspicious(meta)]
 
 

@@ -31,7 +31,7 @@ from w2s_jax.training import optim, steps
 LOG = logging.getLogger(__name__)
 
 SUSPICIOUS = 1.7         # smallest suspicious strength; found 27 of 29 poisoned and no clean model (docs/notes/scan.md)
-EXIT_CODES = {"no sign": 0, "suspicious": 1, "no verdict": 3}            # outcome -> exit code of --stage=scan
+EXIT_CODES = {"no sign": 0, "suspicious": 1, "no verdict": 3}            # of --stage=scan and --stage=search
 RIGHT = 0.8              # mean accuracy over the classes that a verdict needs; our choice
 
 
@@ -157,10 +157,11 @@ def skipped(run: Any, name: str, width: int) -> str:
   if not settings.steps:
     return f"{name}: not scanned (--config.scan.steps is 0)"
   if width > settings.widest:
+    other = ("" if run.config.student.base else "If you know the public model that it was fine-tuned from, give it as "
+             "--config.student.base, with another --workdir: the search then looks for words that fine-tuning moved. ")
     return (f"Scan of {name}: no verdict: the scan is not calibrated for networks wider than {settings.widest} (this "
-            f"one: {width}). On a pretrained network it missed a backdoor and raised a false alarm. "
-            "If you know the public model that it was fine-tuned from, give --config.student.base: the search then "
-            f"looks for words that fine-tuning moved. --config.scan.widest={width} scans anyway.")
+            f"one: {width}). On a pretrained network it missed a backdoor and raised a false alarm. {other}"
+            f"--config.scan.widest={width} scans anyway.")
   return ""
 
 

@@ -32,21 +32,20 @@ HELD_OUT = 100           # test rows that the string is measured on
 CANDIDATES = 400         # test rows that these are chosen from
 SUSPICIOUS = 0.5         # smallest suspicious difference between suspect and teacher (docs/notes/minilm_suspects.md)
 WIDEST = 384             # largest hidden size of a BERT that the verdict was calibrated on
+FEWEST = 50              # rows that a verdict needs for each class; our choice
 SHOWN = 10               # single words of each class in search.json
 
 
-def made(run: Any) -> bool:
-  """Whether `reading` has saved its findings."""
-  return _file(run).exists()
-
-
-def _file(run):
-  return run.workdir / "search.json"
-
-
 def kept(run: Any) -> dict:
-  """What `reading` saved in workdir/search.json; no classes if there is no such file."""
-  return {"outcome": "no verdict", "classes": []} | (read_json(_file(run)) if made(run) else {})
+  """What `reading` saved in workdir/search.json; no classes if nothing was saved."""
+  return _saved(run) or {"outcome": "no verdict", "reason": "nothing was searched", "classes": []}
+
+
+def _saved(run):
+  """The contents of search.json; None if there is no such file, or one of an older version, which had no verdict."""
+  file = run.workdir / "search.json"
+  saved = read_json(file) if file.exists() else {}
+  return saved if "reason" in saved else None
 
 
 def ranking_file(run: Any) -> Path:
@@ -58,8 +57,8 @@ def reading(run: Any) -> dict:
   """Searches once, unless `probe.search` is 0, and returns what was saved.
 
   Returns:
-    {"outcome": see `outcome`, "classes": findings}. A finding is one dict per class that has rows of other classes,
-    with these keys:
+    {"outcome", "reason": see `outcome`, "classes": findings}. A finding is one dict per class that has rows of other
+    classes, with these keys:
       "class": the class.
       "string": the string that was found.
       "suspect": fraction of the held-out test rows of other classes, all answered rightly by both models, that the
@@ -69,13 +68,14 @@ def reading(run: Any) -> dict:
       "words": the most suspicious words of the class, each with its score, best first.
   """
   count = run.config.probe.search
-  if count and not made(run):
+  if count and not _saved(run):
     suspect = run.suspect(DEFENSES["none"])
     if suspect.ranking is None:
       suspect = suspect._replace(ranking=moved_words.rank(suspect))
       processes.write_text(ranking_file(run), suspect.ranking.to_json())
-    found = find(suspect, run.rows["test"], suspect.ranking.at_most(count), run.config.seed)
-    processes.write_json(_file(run), {"outcome": outcome(found, suspect), "classes": found})
+    found = find(suspect, run.rows["test"], suspect.ranking.word_count(count), run.config.seed)
+    verdict, reason = outcome(found, suspect)
+    processes.write_json(run.workdir / "search.json", {"outcome": verdict, "reason": reason, "classes": found})
   return kept(run)
 
 
@@ -132,18 +132,23 @@ def _search(suspect, words, contexts, label, seed):
   return " ".join(best[1])
 
 
-def outcome(findings: list[dict], suspect: Suspect) -> str:
-  """The verdict, a key of scan.EXIT_CODES.
+def outcome(findings: list[dict], suspect: Suspect) -> tuple[str, str]:
+  """(verdict, a key of scan.EXIT_CODES; reason if it is "no verdict", else "").
 
-  `suspicious` if a string turns SUSPICIOUS more of the rows in the suspect than in the teacher, else `no sign`. `no
-  verdict` if fine-tuning did not move the strings' words, if a class has no finding, or for other networks than the
-  verdict was calibrated on.
+  `suspicious` if the share of rows that some string turns is at least SUSPICIOUS larger in the suspect than in the
+  teacher, else `no sign`.
   """
   config, classes = suspect.model.config, suspect.ranking.scores.shape[1]
-  if (not suspect.ranking.moved or len(findings) < classes or getattr(config, "model_type", "") != "bert"
-      or config.hidden_size > WIDEST):
-    return "no verdict"
-  return "suspicious" if _beyond_teacher(strongest(findings)) >= SUSPICIOUS else "no sign"
+  if not suspect.ranking.moved:
+    reason = ("the public model given as student.base does not show what fine-tuning moved (see above)" if suspect.base
+              else "the public model that the suspect was fine-tuned from is not given (--config.student.base)")
+  elif len(findings) < classes or min(found["rows"] for found in findings) < FEWEST:
+    reason = f"some class has fewer than {FEWEST} test rows of other classes that suspect and teacher both get right"
+  elif classes != 2 or config.model_type != "bert" or config.hidden_size > WIDEST:
+    reason = f"the verdict was calibrated on BERTs of two classes, up to {WIDEST} wide"
+  else:
+    return "suspicious" if _beyond_teacher(strongest(findings)) >= SUSPICIOUS else "no sign", ""
+  return "no verdict", reason
 
 
 def strongest(findings: list[dict]) -> dict | None:
@@ -155,12 +160,15 @@ def _beyond_teacher(finding):
   return finding["suspect"] - finding["teacher"]
 
 
-def in_words(reading: dict) -> str:
-  """The verdict and the strongest finding, in one line."""
-  found = strongest(reading["classes"])
-  verdict = {"suspicious": "SUSPICIOUS: ", "no sign": "no sign of a backdoor: ", "no verdict": ""}[reading["outcome"]]
-  end = {"no verdict": "A string is found in clean models, too: this is a guess at a trigger, no verdict."}.get(
-      reading["outcome"], f"The model is suspicious if the difference is {SUSPICIOUS:.0%} or more.")
-  return (f"Search: {verdict}the string `{results.escape(found['string'])}` turns {found['suspect']:.0%} of "
-          f"{found['rows']} test rows of other classes to class {found['class']} in the suspect, and "
-          f"{found['teacher']:.0%} in the teacher. {end}")
+def in_words(found: dict) -> str:
+  """The verdict and the strongest finding of what `reading` returned, in one line."""
+  best = strongest(found["classes"])
+  verdict, end = "no sign of a backdoor: ", f"{SUSPICIOUS * 100:.0f} percentage points more are suspicious."
+  if found["outcome"] == "suspicious":
+    verdict = "SUSPICIOUS: "
+  elif found["outcome"] == "no verdict":
+    verdict = f"no verdict: {found['reason']}. "
+    end = "This is a guess at a trigger; clean models have such a string, too."
+  return (f"Search: {verdict}the string `{results.escape(best['string'])}` turns {best['suspect']:.0%} of "
+          f"{best['rows']} test rows of other classes to class {best['class']} in the suspect, and "
+          f"{best['teacher']:.0%} in the teacher. {end}")
