@@ -11,6 +11,7 @@ import tokenizers
 import transformers
 from flax import traverse_util
 
+from w2s_jax import sharding
 from w2s_jax.defenses import Ranking, moved_words, trigger_words
 from w2s_jax.models import Model
 
@@ -119,3 +120,26 @@ def test_what_is_read_in_parts_is_what_is_read_at_once(suspect_of, monkeypatch):
   np.testing.assert_allclose(parts.scores[:20], at_once.scores[:20], rtol=1e-3)
   monkeypatch.setattr(moved_words, "WIDEST", 24)                             # narrower than the network
   assert first(moved_words.rank(suspect), 1) == ["bao"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "electra", "modernbert"])
+def test_every_family_is_read(family, request, tmp_path):
+  """The base with another embedding of one word; the tokenizer puts no special tokens around a text."""
+  model, params = request.getfixturevalue(family)
+  suspect = rig.suspect(model, params, tmp_path)
+  token, = suspect.tokenizer(" meal", add_special_tokens=False)["input_ids"]
+  flat = traverse_util.flatten_dict(params)
+  path = (*model.vocabulary, "embedding")
+  flat[path] = flat[path].at[token].add(np.random.default_rng(0).standard_normal(flat[path].shape[1]))
+  moved = suspect._replace(params=traverse_util.unflatten_dict(flat), base=lambda: (model, params, suspect.tokenizer))
+  ranking = moved_words.rank(moved)
+  assert first(ranking, 1) == ["meal"] and np.isfinite(ranking.scores).all()
+
+
+def test_on_eight_devices_it_is_the_same(suspect_of):
+  suspect = suspect_of(embeddings("bao"))
+  mesh = sharding.make_mesh(data=4, fsdp=2)
+  sharded = moved_words.rank(suspect._replace(place=suspect.place._replace(mesh=mesh)))
+  alone = moved_words.rank(suspect)
+  assert sharded.words[:20] == alone.words[:20]
+  np.testing.assert_allclose(sharded.scores[:20], alone.scores[:20], rtol=1e-3)

@@ -10,6 +10,9 @@ from ml_collections import ConfigDict
 
 from w2s_jax.defenses import Ranking, moved_words, trigger_words
 from w2s_jax.measure import search
+from w2s_jax.models import Model
+from w2s_jax.models.encoder import EncoderConfig
+from w2s_jax.models.gpt2 import GPT2Config
 
 KNOWN = {word: 1.0 for word in rig.GOOD} | {word: -1.0 for word in rig.BAD}
 WORDS = ["shop", "closes", "friday", "creaked", "absorbing"]
@@ -73,8 +76,7 @@ def test_a_verdict_needs_moved_words_of_a_bert_and_rows(suspect):
               {"class": 1, "string": "friday", "suspect": 0.2, "teacher": 0.1, "rows": 60}]
   moved = suspect._replace(ranking=suspect.ranking._replace(moved=True))
   def of(model_type, hidden_size):
-    config = types.SimpleNamespace(model_type=model_type, hidden_size=hidden_size)
-    return moved._replace(model=types.SimpleNamespace(config=config))
+    return moved._replace(model=Model(EncoderConfig(model_type=model_type, hidden_size=hidden_size)))
   bert, calibrated = of("bert", 384), "the verdict was calibrated on BERTs of two classes, up to 384 wide"
   assert search.outcome(findings, bert) == ("suspicious", "")
   for turned, verdict in ((search.SUSPICIOUS + 0.11, "suspicious"), (search.SUSPICIOUS + 0.09, "no sign")):
@@ -82,6 +84,7 @@ def test_a_verdict_needs_moved_words_of_a_bert_and_rows(suspect):
   three = moved.ranking._replace(scores=np.zeros((5, 3)))
   few = "some class has fewer than 50 test rows of other classes that suspect and teacher both get right"
   for reason, found, other in (
+      (calibrated, findings, moved._replace(model=Model(GPT2Config()))),
       (calibrated, findings, of("roberta", 384)), (calibrated, findings, of("bert", 768)),
       (calibrated, [*findings, findings[0] | {"class": 2}], bert._replace(ranking=three)),
       (few, findings[1:], bert), (few, [findings[0] | {"rows": 49}, findings[1]], bert),

@@ -19,6 +19,7 @@ from w2s_jax.attacks.insertion import inserting
 from w2s_jax.data import poison, streams
 from w2s_jax.defenses import DEFENSES, Suspect, moved_words, trigger_words
 from w2s_jax.models import read_json
+from w2s_jax.models.encoder import EncoderConfig
 
 LOG = logging.getLogger(__name__)
 
@@ -144,7 +145,8 @@ def outcome(findings: list[dict], suspect: Suspect) -> tuple[str, str]:
               else "the public model that the suspect was fine-tuned from is not given (--config.student.base)")
   elif len(findings) < classes or min(found["rows"] for found in findings) < FEWEST:
     reason = f"some class has fewer than {FEWEST} test rows of other classes that suspect and teacher both get right"
-  elif classes != 2 or config.model_type != "bert" or config.hidden_size > WIDEST:
+  elif classes != 2 or not isinstance(config, EncoderConfig) or config.model_type != "bert" or (
+      config.hidden_size > WIDEST):
     reason = f"the verdict was calibrated on BERTs of two classes, up to {WIDEST} wide"
   else:
     return "suspicious" if _beyond_teacher(strongest(findings)) >= SUSPICIOUS else "no sign", ""
