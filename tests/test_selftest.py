@@ -57,12 +57,12 @@ def test_canaries_are_planted_and_measured_after_the_defense(llama, tmp_path, mo
     got.append((copy, runs))
     return [copy.params]
   monkeypatch.setitem(DEFENSES, "idle", Defense(weights=weights))
-  run = run_of(suspect, tmp_path, "idle", triggers=4, rows=16, epochs=96, test_rows=10)
+  run = run_of(suspect, tmp_path, "idle", triggers=4, rows=16, epochs=192, test_rows=10)
   found = selftest.reading(run)
   assert found["defense"] == "idle" and 0 <= found["ca"] <= 1
   assert [canary["kind"] for canary in found["canaries"]] == list(selftest.planting.KINDS)
   assert all(canary["asr"] == canary["planted"] and canary["n"] == 10 for canary in found["canaries"])
-  assert np.mean([canary["planted"] for canary in found["canaries"]]) > 0.8
+  assert np.mean([canary["planted"] for canary in found["canaries"]]) > 0.8, found
   assert np.mean([canary["false_rate"] for canary in found["canaries"]]) < 0.5
   (copy, runs), = got
   assert runs == {"selftest-idle": 0} and copy.train == suspect.train and copy.dev == suspect.dev
