@@ -55,12 +55,16 @@ def test_no_verdict_where_the_model_is_often_wrong():
     (80, 97, 96, "not calibrated for networks wider than 96 (this one: 97)")])
 def test_networks_that_it_is_not_calibrated_for_are_not_scanned(steps, width, widest, says, monkeypatch, tmp_path):
   model_config = types.SimpleNamespace(hidden_size=width)
-  run = types.SimpleNamespace(config=ConfigDict({"scan": {"steps": steps, "widest": widest}}), workdir=tmp_path,
-                              model_config=lambda name: model_config, load=lambda name: ())
+  config = ConfigDict({"scan": {"steps": steps, "widest": widest}, "student": {"base": ""}})
+  run = types.SimpleNamespace(config=config, workdir=tmp_path, model_config=lambda name: model_config,
+                              load=lambda name: ())
   monkeypatch.setattr(scan, "scan", lambda run: reading(0.5, 7.0))
   assert scan.reading(run, "suspect") == ([] if says else reading(0.5, 7.0))
   why = scan.skipped(run, "suspect", width)
   assert (says in why) if says else (why == "")
+  assert ("give it as --config.student.base" in why) == (width > widest)
+  config.student.base = "public"                                             # it is given already
+  assert "--config.student.base" not in scan.skipped(run, "suspect", width)
   assert (tmp_path / "scan/suspect.json").exists() == (not says)
 
 
