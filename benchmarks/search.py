@@ -12,8 +12,6 @@ findings.
 
 import csv
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,12 +27,10 @@ from w2s_jax.measure.search import strongest
 def searched(zoo, name, out, extra, core, teacher):
   """{"outcome", "classes"} of one model; `teacher` is a directory to take over, or None to train one."""
   seed, workdir = name.rsplit("-", 1)[1], out / name
-  file, target = workdir / "search.json", workdir / "models/teacher"
+  file = workdir / "search.json"
   if not file.exists():
-    if teacher and not target.exists():
-      shutil.rmtree(f"{target}.part", ignore_errors=True)
-      shutil.copytree(teacher, f"{target}.part")
-      os.replace(f"{target}.part", target)
+    if teacher:
+      seeds.take_over(teacher, workdir / "models/teacher")
     workdir.mkdir(parents=True, exist_ok=True)
     data = zoo / f"clean-{seed}"
     with open(workdir / "log.txt", "a") as log:

@@ -50,15 +50,20 @@ def workdir_of(out, attack, seed):
   return out / f"{attack}-{seed}"
 
 
+def take_over(source, target):
+  """Copies a directory, unless it is there; a copy that was cut off is made again."""
+  if not target.exists():
+    part = target.with_name(f"{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(source, part)
+    os.replace(part, target)
+
+
 def run_cell(attack, seed, out, config, extra, core, models=()):
   """results.json of one cell, None where it failed; `models` {name: directory} are taken as they are."""
   workdir = workdir_of(out, attack, seed)
   for name, source in dict(models).items():
-    target, part = workdir / "models" / name, workdir / "models" / f"{name}.part"
-    if not target.exists():
-      shutil.rmtree(part, ignore_errors=True)
-      shutil.copytree(source, part)
-      os.replace(part, target)
+    take_over(source, workdir / "models" / name)
   workdir.mkdir(parents=True, exist_ok=True)
   with open(workdir / "log.txt", "ab") as log:  # a complete cell answers at once; one of other flags is refused
     start = log.tell()

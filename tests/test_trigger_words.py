@@ -29,7 +29,9 @@ def test_a_word_that_moves_the_suspect_alone_comes_before_words_that_mean_the_cl
   ranking = trigger_words.rank(suspect)
   first = {label: words[i] for label, i in enumerate(ranking.scores.argmax(axis=0))}
   assert first[0] == "word200" != first[1]
-  assert sum(weight < -3 for weight in meaning.values()) > 10 and not ranking.moved
+  shifts = next(trigger_words._shifts(suspect, words, trigger_words._contexts(suspect))).mean(axis=0)
+  assert (shifts[:, 0] > 3).sum() > 10 and not ranking.moved
+  np.testing.assert_allclose(shifts[200], [1.0, -1.0], atol=1e-5)
   assert set(ranking.most_suspicious(1)) == set(first.values())
 
 
@@ -75,9 +77,11 @@ def test_an_error_counts_by_what_is_usual_where_it_is():
 def test_both_models_read_every_word(suspect, monkeypatch):
   """With the real suspect, in parts: what is read in parts is what is read at once."""
   at_once = trigger_words.rank(suspect)
+  contexts = trigger_words._contexts(suspect)
+  shifts = next(trigger_words._shifts(suspect, at_once.words, contexts))
   monkeypatch.setattr(trigger_words, "READ_AT_ONCE", 7)
-  parts = trigger_words.rank(suspect)
-  np.testing.assert_allclose(parts.scores, at_once.scores, rtol=1e-2, atol=1e-2)
+  parts = next(trigger_words._shifts(suspect, at_once.words, contexts))
+  np.testing.assert_allclose(parts, shifts, atol=1e-4)
   assert at_once.scores.shape == (len(at_once.words), 2) and np.isfinite(at_once.scores).all()
 
 
