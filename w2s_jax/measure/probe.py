@@ -197,8 +197,8 @@ def notes(rows: list[dict], meta: dict) -> list[str]:
       "floor, because there is no never-poisoned twin of the suspect.",
       "Agreement: share of clean rows on which the model agrees with the teacher. Flips: share of clean rows whose "
       "answer changes when a random rare word, or the beginning of another text, is inserted. An inserted sentence has "
-      "a meaning of its own, so compare a model's flips with the suspect's. Only the scan's column can show a trigger "
-      "that was not tried.",
+      "a meaning of its own, so compare a model's flips with the suspect's. Only the columns found and "
+      "scan can show a trigger that was not tried.",
       "Found: share of clean rows of other classes that get the class of the search's string when the string is "
       "inserted. w2s_words trains on the words of this string, so a low share there does not prove that the trigger is "
       "gone.",
