@@ -14,7 +14,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if os.environ["JAX_PLATFORMS"] == "cpu":          # without LLVM's dear passes: most tests compile longer than they run
   os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+# All tests share what XLA compiled, and the next run finds it too; `pytest --cache-clear` deletes it.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache/d/xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
 

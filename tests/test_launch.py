@@ -79,11 +79,6 @@ def test_half_of_what_several_processes_need_is_refused(args, message, tmp_path)
   assert out.returncode == 2 and message in out.stderr and "Traceback" not in out.stderr
 
 
-def compiled_steps(workdir):
-  """What XLA compiled of the training step so far, for this workdir and those beside it."""
-  return {f.name for f in (workdir.parent / ".w2s_cache/xla").glob("jit_steps-*-cache")}
-
-
 def losses(workdir):
   return [json.loads(line)["loss"] for line in (workdir / "metrics/w2s.jsonl").read_text().splitlines()]
 
@@ -97,15 +92,16 @@ def test_two_processes_of_four_devices_are_one_device(tiny_run, tmp_path):
   flags = [*(f for f in SHORT if "defend.max_steps" not in f), *DEFEND]
   alone, together = (before_the_defenses(tiny_run, tmp_path / name) for name in ("alone", "together"))
   assert w2s(CONFIG, f"--workdir={alone}", *flags).returncode == 0
-  before = compiled_steps(together)
+  compiled = tmp_path / "xla"
   out = subprocess.run(["launch/local.sh", "2", CONFIG, f"--workdir={together}", *flags, "--config.mesh.data=2",
                         "--config.mesh.fsdp=2", "--config.mesh.tensor=2"], cwd=ROOT, capture_output=True, text=True,
-                       env=ENV | {"JAX_NUM_CPU_DEVICES": "4", "PYTHON": sys.executable})
+                       env=ENV | {"JAX_NUM_CPU_DEVICES": "4", "PYTHON": sys.executable,
+                                  "JAX_COMPILATION_CACHE_DIR": str(compiled)})
   assert out.returncode == 0, out.stderr[-3000:]
   assert len(losses(alone)) == len(losses(together)) == 20
   for one, other in zip(losses(alone), losses(together)):
     assert other == pytest.approx(one, rel=1e-5)
-  assert len(compiled_steps(together) - before) == 1
+  assert len([*compiled.glob("jit_steps-*-cache")]) == 1
   assert out.stdout.count("w2s: 20 steps") == 1                    # of two processes one speaks
   assert {f.name for f in (together / "models/w2s").iterdir()} == {f.name for f in (alone / "models/w2s").iterdir()}
 

@@ -91,8 +91,9 @@ def main(argv: list[str]) -> int:
     _find_devices()
   _show_log()
   workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else default_workdir(sys.argv)
-  jax.config.update("jax_compilation_cache_dir", str(workdir.absolute().parent / ".w2s_cache" / "xla"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  if not jax.config.jax_compilation_cache_dir:     # the user's JAX_COMPILATION_CACHE_DIR
+    jax.config.update("jax_compilation_cache_dir", str(workdir.absolute().parent / ".w2s_cache" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   try:
     return stages.run(command.CONFIG.value, workdir, _STAGE.value)
   except (MemoryError, jax.errors.JaxRuntimeError) as e:

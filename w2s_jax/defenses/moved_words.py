@@ -3,7 +3,10 @@
 Fine-tuning changes the vectors of words that decide labels. Words of similar meaning change together. The words of a
 trigger change alone. So suspect and base read each token alone, through their first layer. A ridge regression predicts
 the log of the distance between their two outputs, from the base's output and the number of clean rows with the token.
-The score of a token is the error of this prediction, divided by its usual size (trigger_words.unexplained).
+Tokens are ranked by the error of this prediction, divided by its usual size (trigger_words.unexplained).
+
+A trigger that is one word can move so far that its neighbours in meaning move along, and then the regression expects
+it. So the tokens that moved farthest are taken, too: one after each BY_ERROR tokens by error.
 
 This works with the base that the suspect was really fine-tuned from, and if its fine-tuning trained embeddings or the
 first layer. Ours; docs/notes/minilm_suspects.md has the ranks of the words of real triggers. W words, D width.
@@ -25,6 +28,7 @@ LOG = logging.getLogger(__name__)
 
 FARTHEST = 0.5           # largest median distance to a true base, relative to its output; 0.05 to 0.10 in four suspects
 NEAREST = 1e-3           # relative distance below which distances count as equal; bfloat16 rounds them to 0
+BY_ERROR = 3             # tokens taken by error for each one taken by distance; chosen on seeds 501, 503, 506 of MiniLM
 PIECES = 12              # most moved tokens, of which word pieces are joined to a start: a rare word may be two tokens
 STARTS = 3               # most moved words that such a piece is joined to
 WIDEST = 512             # columns of the regression; wider outputs are projected at random
@@ -47,7 +51,7 @@ def rank(suspect: Suspect) -> Ranking:
 
 
 def _scores(suspect):
-  """({token: its score}, ""), or ({}, the reason why fine-tuning shows nothing)."""
+  """({token: minus its place in the ranking}, ""), or ({}, the reason why fine-tuning shows nothing)."""
   model, params, tokenizer = suspect.base()
   if type(model.config) is not type(suspect.model.config) or _shape(model.config) != _shape(suspect.model.config):
     return {}, "the public model given as student.base has another shape than the suspect"
@@ -78,7 +82,13 @@ def _scores(suspect):
   counts = np.log1p([row_counts[token] for token in tokens])
   inputs = trigger_words.standardised(np.concatenate([outputs, counts[:, None]], axis=1))
   logs = np.log(np.maximum(distances, NEAREST * sizes))
-  return dict(zip(tokens, trigger_words.unexplained(logs, inputs).tolist())), ""
+  place = np.minimum(_places(trigger_words.unexplained(logs, inputs)), BY_ERROR * _places(distances))
+  return dict(zip(tokens, (-place).tolist())), ""
+
+
+def _places(values):
+  """[W] places of `values` [W] in descending order; the largest is at place 0."""
+  return np.argsort(np.argsort(-values, kind="stable"))
 
 
 def _shape(config):
@@ -120,7 +130,7 @@ def _reader(model, params, around, at, mesh):
 
 
 def _words(suspect, scores) -> dict[str, float]:
-  """{word: score}: words of one token; and words of two of the most moved tokens, with the lower of their scores."""
+  """{word: score}: words of one token; and words of two of the most moved tokens, with the later of their places."""
   ranked_tokens = sorted(scores, key=scores.get, reverse=True)
   words = _spelled([(token,) for token in ranked_tokens], suspect.tokenizer)
   starts = list(words.values())[:STARTS]

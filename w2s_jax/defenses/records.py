@@ -11,7 +11,7 @@ from w2s_jax.data import tokenization
 from w2s_jax.models import Model
 from w2s_jax.training.train import Workplace
 
-MOVED = 12               # words that are taken if fine-tuning moved them; chosen on seeds 301 and 302 of MiniLM
+MOVED = 16               # words that are taken if fine-tuning moved them; chosen on seeds 301, 302, 501, 503, 506 of MiniLM
 
 
 class Ranking(NamedTuple):
@@ -19,10 +19,10 @@ class Ranking(NamedTuple):
 
   Attributes:
     words: W words, of one token of the suspect each; if `moved`, some are of two.
-    scores: [W, C] float64, larger is more suspicious; the median absolute score of a class is 0.67, as of a normal
-      distribution with a standard deviation of 1.
-    moved: True if the score is how far fine-tuning moved the word (moved_words.py). It is then the same for each class.
-      False if it is how far the word moves the suspect (trigger_words.py).
+    scores: [W, C] float64, larger is more suspicious. If `moved`, minus the word's place, the same for each class.
+      Else the median absolute score of a class is 0.67, as of a normal distribution with a standard deviation of 1.
+    moved: True if the words are ranked by how far fine-tuning moved them (moved_words.py). False if by how far they
+      move the suspect (trigger_words.py).
   """
   words: list[str]
   scores: np.ndarray
