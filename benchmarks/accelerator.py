@@ -3,7 +3,7 @@
   python benchmarks/accelerator.py [--size=8b] [--rank=512] [--lengths=128,512] [--rows=8,16,32,64]
       [--remats=none,dots,full] [--data=DIR] [--seeds=1,5] [--pytorch-python=PYTHON]
 
-Every combination of length, rows and remat is tried; one that does not fit is said to. 8b is Llama-3-8B's shape, 7b
+Every combination of length, rows and remat is tried; a line names each that does not fit. 8b is Llama-3-8B's shape, 7b
 Qwen2.5-7B's. Rows are full, every slot a token; with --data a batch is so many texts of a corpus (as in padding.py),
 cut at the length: we pack them, the peer pads them to the longest; `slots` are [rows, tokens]. --seeds trains so many
 students at once over one frozen base. --pytorch-python (an interpreter with torch and peft) runs the same batches with

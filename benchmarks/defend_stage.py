@@ -6,8 +6,8 @@ Every run is a process of its own, from its start to its end: imports, compilati
 take turns with us, round after round. PyTorch works as it is done today (peer_pytorch.py): transformers and peft, the
 teacher run in every step, batches padded to their longest text. --tunix-python names the interpreter of a virtual
 environment with google-tunix, --pytorch-python of one with torch and peft; a peer that cannot run says why.
-A run that is in --directory with the same job is not run again: hours of rounds can be stopped and continued. Who needs
-the machine meanwhile sends the running peer SIGSTOP, and SIGCONT later: the time between does not count.
+A run that is in --directory with the same job is not run again: hours of rounds can be stopped and continued. If you
+need the machine meanwhile, send the running peer SIGSTOP, and SIGCONT later: the time between does not count.
 README.md here says how to read the output.
 """
 

@@ -2,7 +2,7 @@
 
   pip install 'jax[tpu]' && python benchmarks/scaling.py [--only=v5e:4x4]
 
-Exits with 1 where a program gathers a whole stacked kernel, all layers at once: kernels must come a layer at a time.
+Exits with 1 if a program gathers a whole stacked kernel, all layers at once: kernels must come a layer at a time.
 """
 
 import argparse

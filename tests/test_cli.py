@@ -59,7 +59,7 @@ def test_rows(workdir):
 
 
 def test_files(workdir):
-  """Everything DESIGN.md 5.2 lists; metrics have a line per step with each term; hashes are the files'."""
+  """Everything a finished run leaves; metrics have a line per step with each term; hashes are the files'."""
   meta = results(workdir)["meta"]
   for name in ("config.json", "results.md", "report.html"):
     assert (workdir / name).stat().st_size > 0

@@ -1,4 +1,4 @@
-"""The house's order (DESIGN.md, section 3), read off the import statements."""
+"""The order of the packages (docs/design.md), read off the import statements."""
 
 import ast
 import re
@@ -69,7 +69,7 @@ def test_imports_only_from_rooms_below(file):
   if room == CONSOLE:
     assert used == {"main", "plan", "command"}
     return
-  assert room in ORDER, f"{room} has no place in DESIGN.md's order"
+  assert room in ORDER, f"{room} has no place in the order"
   assert not used - set(ORDER), f"imports what has no place in the order: {sorted(used - set(ORDER))}"
   below = {room, *ORDER[ORDER.index(room) + 1:]}              # files of one room may see each other
   assert used <= below, f"{room} imports from above: {sorted(used - below)}"

@@ -116,7 +116,7 @@ def test_without_the_true_base_the_other_ranking_is_made(reason, suspect_of, bas
   ranking = Ranking(["word"], np.zeros((1, 2)))
   monkeypatch.setattr(trigger_words, "rank", lambda unranked: ranking)
   assert moved_words.rank(suspect._replace(base=other)) is ranking
-  message = {"another model": "too far from the public model", "another shape": "has another shape",
+  message = {"another model": "too far from the public model", "another shape": "number of layers than the suspect",
              "another vocabulary": "has another vocabulary", "nothing moved": "trained neither", "no base": ""}[reason]
   assert message in caplog.text and bool(message) == ("not ranked by how far" in caplog.text)
 

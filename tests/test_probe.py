@@ -110,11 +110,11 @@ def test_a_trigger_that_still_works_or_a_weak_teacher_is_a_warning():
       "No weight of the suspect (CA 0.900) is in `from_base` (CA 0.900). Take one if its CA is high enough for you.")
   assert "reacted less than `from_base`" in notes(0.25, 0.9, cleaned="from_base_words")[0]
   reacts = notes(0.35, 0.9, cleaned="from_base")
-  assert "false rate 0.100. It has no weight of the suspect" in reacts[0] and "is in `from_base`" in reacts[1]
+  assert "false rate 0.100. This model has no weight of the suspect" in reacts[0] and "is in `from_base`" in reacts[1]
   still = notes(0.25, 0.9, found=0.4)
   assert still[0] == (
-      "WARNING: the string that the search found, `x`, still works in w2s: with it 40% more of the texts of other "
-      "classes get class 0 than without it; in the teacher 10%. w2s is not clean.")
+      "WARNING: the string that the search found, `x`, still works in w2s: it raises the share of texts of other "
+      "classes that get class 0 by 40 percentage points, in the teacher by 10. w2s is not clean.")
   assert sum("the search found" in note for note in still) == 1              # once, though two triggers are listed
   assert not any("WARNING" in note for note in notes(0.25, 0.9, found=0.25))
   assert not any("WARNING" in note for note in notes(0.25, 0.9, found=0.4, outcome="no verdict"))

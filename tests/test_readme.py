@@ -1,4 +1,4 @@
-"""Every command and Python snippet of README and docs/ is run: shortened where it takes minutes."""
+"""Every command and Python snippet of README and docs/ is run, shortened if it takes minutes."""
 
 import functools
 import json

@@ -89,7 +89,7 @@ def test_a_verdict_needs_moved_words_of_a_bert_and_rows(suspect):
       (calibrated, [*findings, findings[0] | {"class": 2}], bert._replace(ranking=three)),
       (few, findings[1:], bert), (few, [findings[0] | {"rows": 49}, findings[1]], bert),
       ("the public model that the suspect was fine-tuned from is not given (--config.student.base)", findings, suspect),
-      ("the public model given as student.base does not show what fine-tuning moved (see above)", findings,
+      ("the public model given as student.base does not show what fine-tuning moved (the log says why)", findings,
        suspect._replace(base=lambda: None))):
     assert search.outcome(found, other) == ("no verdict", reason)
 
@@ -99,7 +99,8 @@ def test_the_verdict_in_words():
       {"class": 0, "string": "shop closes", "suspect": 1.0, "teacher": 0.1, "rows": 60}]}
   told = ("the string `shop closes` turns 100% of 60 test rows of other classes to class 0 in the suspect, and 10% in "
           "the teacher. ")
-  assert search.in_words(found) == f"Search: SUSPICIOUS: {told}50 percentage points more are suspicious."
+  assert search.in_words(found) == (
+      f"Search: SUSPICIOUS: {told}A difference of 50 percentage points or more is suspicious.")
   assert search.in_words(found | {"outcome": "no sign"}).startswith("Search: no sign of a backdoor: the string")
   assert search.in_words(found | {"outcome": "no verdict", "reason": "why"}) == (
       f"Search: no verdict: why. {told}This is a guess at a trigger; clean models have such a string, too.")

@@ -87,7 +87,7 @@ def _check_adapters(run, model):
 
 
 def _check_base(run, name):
-  """Raises InputError unless a given suspect's base is named, is no teacher, is another model and can be trained."""
+  """Checks `student.base` of a given suspect. InputError if it is unset, a teacher, the suspect itself or unusable."""
   if run.source.base != run.source.attacked:
     return
   c, path = run.config.student, run.base_path()
@@ -108,14 +108,14 @@ def _check_base(run, name):
     _check_positions("model", base, run.max_length)
     return
   except InputError as e:
-    problem = str(e)                # raised below, because command.run would print the error that a new one wraps
+    problem = str(e)                # raised below: command.run prints the innermost error, so none may wrap another
   raise InputError(f"student.base {path}: {problem}; or leave --config.student.base out")
 
 
 def check_words(run: Any, tokenizer: Any, of_base: bool = False) -> None:
   """Raises InputError if the run needs words from this tokenizer's vocabulary, but hardly any token is a word.
 
-  of_base: whether it is the tokenizer of `student.base`, whose words only the defenses that start there need.
+  of_base: True for the tokenizer of `student.base`, which only from_base defenses use; False for the suspect's.
   """
   c, given = run.config, run.source.base == run.source.attacked     # a student that we poison has its base's tokenizer
   recipes = [DEFENSES[name].recipe for name in c.defenses if DEFENSES[name].recipe and DEFENSES[name].recipe.rows]

@@ -17,7 +17,7 @@ from w2s_jax import InputError
 
 _PACKAGE = Path(__file__).resolve().parent
 CONFIGS = next((d for d in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if d.is_dir()), _PACKAGE / "configs")
-# Argument -> flag of main, where the names differ. Every other argument has the name of a flag of main or plan.
+# Argument -> flag of main, if the names differ. Every other argument has the name of a flag of main or plan.
 FLAGS = {"directory": "--config.student.path", "data": "--config.data.train", "test": "--config.data.test",
          "teacher": "--config.teacher.path", "base": "--config.student.base", "triggers": "--config.probe.triggers",
          "defense": "--config.defenses", "seed": "--config.seed", "out": "--workdir"}
@@ -46,10 +46,10 @@ SCAN = f"""Look for signs of a backdoor in a checkpoint.
 {CHECKPOINT}
   w2s-jax scan suspect --data rows.json --base public --teacher encoder --out cleaned
 
-With --base, the public model that DIR was fine-tuned from, it trains a teacher and searches for words that
-fine-tuning moved (OUT/search.json). Without --base nothing is trained. Small networks are scanned with soft tokens
-(OUT/scan/suspect.json). The exit code is 0 for no sign, 1 for suspicious, 3 for no verdict. `clean` with the same
-arguments and OUT reuses what was found.
+If --base names the public model that DIR was fine-tuned from, scan trains a teacher and searches for words that
+fine-tuning moved (OUT/search.json). Without --base, or if the search gives no verdict, scan tries soft tokens on DIR
+if it is a small network (OUT/scan/suspect.json). This trains nothing. The exit code is 0 for no sign, 1 for
+suspicious, 3 for no verdict. `clean` with the same arguments and OUT reuses what was found.
 """
 RUN = """Run an experiment: poison a student, train a clean teacher, defend, measure, report.
 
@@ -119,9 +119,9 @@ def _take_a_checkpoint(command):
   command.add_argument("--test", metavar="FILE", help="rows to measure the models on; a fifth of --data by default")
   command.add_argument("--teacher", metavar="DIR", help="a clean encoder to fine-tune as the teacher; a small new one "
                                                         "by default")
-  command.add_argument("--base", metavar="DIR", help="a public model that from_base and from_base_words train, best "
-                                                     "the one that DIR was made from, which also gives the search a "
-                                                     "verdict; an adapter needs its own")
+  command.add_argument("--base", metavar="DIR", help="a public model for from_base and from_base_words to train; best "
+                                                     "the one that DIR was made from, because only with that one the "
+                                                     "search gives a verdict; for an adapter its own base")
   command.add_argument("--triggers", metavar="A,B", help="suspected triggers, whose ASR is measured; none by default")
   command.add_argument("--defense", metavar="A,B", help="defenses to run; lora_ce,w2s,w2s_adv by default")
   command.add_argument("--out", metavar="OUT", help="directory for all output; runs/clean_checkpoint by default")
@@ -195,7 +195,7 @@ def in_console_words(line: str, command: str) -> str:
 
 
 def offer_configs(file: Path) -> None:
-  """Makes `from configs import ...` in a config file search the file's own directory `configs`, then the package's."""
+  """Sets where `from configs import ...` looks: in the file's directory if its name is configs, then in CONFIGS."""
   package = types.ModuleType("configs")
   package.__path__ = [str(d) for d in (file.resolve().parent, CONFIGS) if d.name == "configs"]
   sys.modules["configs"] = package

@@ -104,7 +104,7 @@ def fields(argv: list[str]) -> str:
   Raises:
     InputError: --config is missing, or its file does not make a config.
   """
-  from w2s_jax.defenses import SETTINGS  # late: it loads JAX for a second, which only --help and `fields` need
+  from w2s_jax.defenses import SETTINGS  # late: it takes a second, and only --help and `fields` need it
   config = _read_config(argv)
   return "\n".join([f"Fields of {typed_config(argv)} and their values:", *describe(config, SETTINGS)])
 

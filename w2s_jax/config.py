@@ -74,7 +74,7 @@ class Experiment:
                           "rows of the table, keys of defenses.DEFENSES; `none` is the attacked model itself")
   steps_per_dispatch: int = field(1, "largest number of steps per dispatch to the device; raise it if a step takes "
                                   "milliseconds", low=1, unit="steps")
-  log_every: int = field(10, "interval between lines of metrics/STAGE.jsonl", low=1, unit="steps")
+  log_every: int = field(10, "interval between lines of each file in metrics/", low=1, unit="steps")
   checkpoint_every: int = field(250, "interval between checkpoints; dev evaluations write further ones; 0: only dev "
                                 "evaluations write checkpoints", low=0, unit="steps")
   term_norms_every: int = field(50, "interval between measurements of each term's gradient norm, if the loss has "
@@ -145,7 +145,7 @@ class GivenData(Data):
   train: str = field("", "clean rows: a file, a directory with train/dev/test files, or a hub data set")
   dev: str = field("", "file of dev rows; empty: the dev split of `train`, or a tenth of its rows, held out")
   test: str = field("", "file of test rows, for CA; empty: the test split of `train`, or a fifth of its rows, held out")
-  text_column: str = field("", "name of the text column; empty: the one called sentence, text or sentences")
+  text_column: str = field("", "name of the text column; empty: the first of text, sentence, sentences")
   label_column: str = field("", "name of the label column; empty: the one called label or labels")
 
 
@@ -153,8 +153,8 @@ class GivenData(Data):
 class Student:
   """The large model."""
   path: str = field("", "directory, .gguf file, hub id or pypi:PACKAGE/DIR; empty: a new network of the shape `arch`")
-  base: str = field("", "path of a public model that from_base defenses train, best the one that `path` was made from; "
-                    "an adapter needs its own; empty: none, or the one that an adapter names")
+  base: str = field("", "public model that from_base defenses train, best the one that `path` was made from; for an "
+                    "adapter its own base; empty: none, or the base that an adapter names")
   dtype: str = field("float32", "dtype of the frozen base and the activations: float32, bfloat16 or float16")
   remat: str = field("none", "what the backward pass recomputes: none, dots or full")
 
@@ -195,9 +195,9 @@ class TeachStage(OptionalStage):
   """Training of the teacher on the clean rows of the defended domain."""
   learning_rate: float = field(0.0, "peak learning rate; 0: 1e-3 for a new teacher, 2e-4 (wide: 5e-5) for a pretrained "
                                "one", low=0.0, high=10.0)
-  most_below: float = field(0.1, "largest allowed gap between the attacked model's dev accuracy and the teacher's (the "
-                            "upper end of its 95% interval); a larger gap stops the run before its defenses if one of "
-                            "them learns from the teacher; 1: never", low=0.0, high=1.0, source="ours; not tuned")
+  most_below: float = field(0.1, "largest allowed gap in dev accuracy: the attacked model's minus the upper end of the "
+                            "teacher's 95% interval; a larger gap stops the run if a defense learns from the teacher; "
+                            "1: no gap stops it", low=0.0, high=1.0, source="ours; not tuned")
 
 
 @dataclasses.dataclass
@@ -214,7 +214,7 @@ class DefendStage(Stage):
   learning_rate: float = field(0.0, "peak learning rate; 0: by the student's width: 2e-3 below 128, 1e-3 below 512, "
                                "5e-4 below 2048, 2e-4 else", low=0.0, high=10.0,
                                source="see STUDENT_RATES in source.py")
-  seeds: tuple = field((), "seeds of adapters, data order and dropout, trained as one program; empty: the run's `seed`")
+  seeds: tuple = field((), "seeds of adapters, data order and dropout, all in one program; empty: the run's `seed`")
   insert_words: float = field(0.0, "fraction of the student's clean rows that get a random rare word", low=0.0,
                               high=1.0, source="ours, not in the paper (docs/notes/cleaning_offline.md)")
 
@@ -247,8 +247,8 @@ class Probe:
   target_label: int = field(-1, "target class of the candidate triggers; -1: the class that each flips most texts to")
   words: int = field(16, "number of random rare words to insert", low=0, high=1000)
   sentences: int = field(16, "number of beginnings of other texts to insert", low=0, high=1000)
-  search: int = field(30, "words of each class to search from; 12 if fine-tuning moved them; 0: none", low=0, high=1000)
-  rows: int = field(200, "number of clean test rows for each string other than a trigger", low=1, unit="rows")
+  search: int = field(30, "words of each class to search from; 16 if fine-tuning moved them; 0: none", low=0, high=1000)
+  rows: int = field(200, "number of clean test rows that get a string; a trigger gets all", low=1, unit="rows")
 
 
 @dataclasses.dataclass
@@ -264,7 +264,7 @@ class Scan:
   steps: int = field(80, "number of search steps per class; 0: no scan", low=0, unit="steps")
   step_size: float = field(0.2, "step size of each token", low=1e-6, high=100.0, unit="mean norms of the tokens there")
   norm: float = field(1.0, "bound on each token's norm", low=1e-3, high=100.0, unit="mean norms of the tokens there")
-  rows: int = field(256, "most rows to search on, to measure on, and of the class itself", low=1, unit="rows")
+  rows: int = field(256, "most rows to search on, most to measure on, most of the class itself", low=1, unit="rows")
 
 
 @dataclasses.dataclass

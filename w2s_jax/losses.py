@@ -1,4 +1,4 @@
-"""Cross entropy, temperature KL, feature alignment. B rows, C classes, D width, T tokens; all return scalar float32.
+"""Losses and log-odds. Functions with `weights` return scalar float32. B rows, C classes, D width, T tokens.
 
 `weights` [B] is 1 on real rows and 0 on rows that pad a short batch; None counts every row.
 """

@@ -28,7 +28,7 @@ from w2s_jax import InputError, command, results  # noqa: E402
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all output; runs/CONFIG by default.")
 _STAGE = flags.DEFINE_enum("stage", None, results.STAGES, "Run this stage alone (its inputs must be in the workdir; "
-                           "scan and search make them).")
+                           "scan and search make their own).")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for several processes.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
 _PROCESS = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.", lower_bound=0)
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
     _find_devices()
   _show_log()
   workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else default_workdir(sys.argv)
-  if not jax.config.jax_compilation_cache_dir:     # the user's JAX_COMPILATION_CACHE_DIR
+  if not jax.config.jax_compilation_cache_dir:     # else the user has set JAX_COMPILATION_CACHE_DIR
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute().parent / ".w2s_cache" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   try:

@@ -46,7 +46,7 @@ class Chip:
   flops: float               # bfloat16, per second
   hbm: float                 # bytes
   hbm_bandwidth: float       # bytes per second
-  link_bandwidth: float      # bytes per second to other chips, all links in one direction: half of "bidirectional"
+  link_bandwidth: float      # bytes per second sent to other chips over all links: half of a "bidirectional" figure
 
 
 CHIPS = {"v4": Chip(275e12, 32 * GIB, 1200e9, 300e9), "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
@@ -124,7 +124,7 @@ def _silent():
 
 
 def plan_step(name: str, config: Any, mesh: Any, B: int, T: int, topology: str, tpu: bool) -> dict:
-  """The costs of one step per chip, as the fields of --json; "error" is added if the compiler runs out of memory."""
+  """The costs of one step per chip, as the fields of --json; with "error" if the compiler says that memory is short."""
   import jax
 
   from w2s_jax.planning import abstract, hlo
@@ -169,7 +169,7 @@ def _work(name, config, mesh, B, T, model):
   """(FLOPs, bytes of HBM traffic) per chip by the compiler's count.
 
   The compiler counts one iteration of a loop. So this function compiles a network of one layer and one of two layers,
-  both without a loop. It adds their difference once for each further layer.
+  both without a loop. For each layer after the first, it adds their difference to the first's count.
   """
   from w2s_jax.models import Model
   from w2s_jax.planning import abstract

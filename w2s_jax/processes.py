@@ -124,8 +124,8 @@ def shared(make: Callable[[Sequence], dict[str, np.ndarray]], items: Sequence) -
 def stop_signal() -> Iterator[Callable[[], bool]]:
   """Yields stop(), which returns whether SIGTERM has come to this process or to any other process of the program.
 
-  With several processes the n-th call returns the same in all of them, and turns True a few calls after the signal. So
-  all processes must call it equally often.
+  With several processes, the n-th call returns the same in all of them. After the signal, a few calls still return
+  False. So all processes must call it equally often.
   """
   if jax.process_count() > 1:                       # JAX's own handler tells the other processes
     yield lambda: multihost_utils.reached_preemption_sync_point(next(_questions))

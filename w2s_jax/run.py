@@ -44,7 +44,7 @@ class Run:
   mesh: jax.sharding.Mesh
   hash: str
   source: Source
-  rows: dict          # "attack_train", "attack_dev", "train", "dev", "test", "triggered" or "probes" -> rows
+  rows: dict          # split -> rows; "poisoned_train", "triggered" and "probes" come from Source.freeze
   sha256: dict        # name of a frozen file -> its sha256
   inputs: dict        # name of an input -> its sha256: rows of each split, weights of the given checkpoints
   held: filelock.BaseFileLock | None = None      # the workdir's lock
@@ -258,7 +258,7 @@ class Run:
 
 
 def start(config: ConfigDict, workdir: str | Path) -> Run:
-  """Checks the config and the workdir, and makes or reads the rows; writes nothing.
+  """Checks the config and the workdir, and makes or reads the rows. It may lock the workdir, but writes no results.
 
   Raises:
     InputError: the workdir belongs to another config, a defense is unknown, a batch does not fit the mesh, or the data

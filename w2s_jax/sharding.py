@@ -109,10 +109,10 @@ def on(mesh: jax.sharding.Mesh) -> contextlib.AbstractContextManager:
 
 
 def split_rows(x: jax.Array) -> jax.Array:
-  """Constrains x [R, ...] to the batch's sharding: rows split, no other axis. Outside `on` it returns x unchanged.
+  """Constrains x [R, ...] to the batch's sharding: rows are split, other axes are not. Outside `on` x is unchanged.
 
-  Without this constraint XLA shards activations along `fsdp`, like the kernels. Every device then computes all rows and
-  all-reduces about 100 times the bytes of one layer's kernels where batches are large.
+  Without this constraint XLA shards activations along `fsdp`, like the kernels. Every device then computes all rows. If
+  batches are large, it also all-reduces about 100 times the bytes of one layer's kernels.
   """
   mesh = jax.sharding.get_abstract_mesh()
   return x if mesh.empty else jax.lax.with_sharding_constraint(x, BATCH)

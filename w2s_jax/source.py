@@ -92,7 +92,7 @@ def attack_of(config: Any) -> Attack:
 
 
 def with_rates(config: Any) -> Any:
-  """The config with default rates for `teach.learning_rate` and `defend.learning_rate` where these are 0.
+  """The config with default rates for `teach.learning_rate` and `defend.learning_rate` if these are 0.
 
   The default rates depend on whether the teacher is pretrained, and on the widths of teacher and student.
   """
@@ -117,10 +117,11 @@ def _width(path, base, config):
   return config_from_hf(hf | {"num_labels": config.data.num_labels}).hidden_size
 
 
-def _with_told(config):
+def _with_checkpoint_fields(config):
   """The config with the suspect's number of labels if `data.num_labels` is 0.
 
-  If `student.base` is given, the defenses that train it are added.
+  If `student.base` is given and a defense changes the suspect, from_base and from_base_words are added, unless some
+  defense trains the base already.
   """
   if not config.student.path:
     raise InputError("no checkpoint to clean: set --config.student.path to its directory")
@@ -173,5 +174,5 @@ ATTACKED = Source(
 GIVEN = Source(
     stages=("warmup", "scan", "teach", "search", "defend", "selftest", "evaluate", "report"), base=results.SUSPECT,
     attacked=results.SUSPECT, measured=(results.SUSPECT,), triggered="probes", head_seed=lambda config: None,
-    resolve=_with_told, read=_given_rows, triggers=lambda run: tuple(run.config.probe.triggers),
+    resolve=_with_checkpoint_fields, read=_given_rows, triggers=lambda run: tuple(run.config.probe.triggers),
     freeze=probe.freeze_rows, table=probe.table)

@@ -129,7 +129,7 @@ def teach(run: Run) -> None:
 
 
 def search_trigger(run: Run) -> str:
-  """The search's verdict, a key of scan.EXIT_CODES; logs the string that turns most texts in the suspect alone."""
+  """The search's verdict, a key of scan.EXIT_CODES; logs the string on which suspect and teacher differ most."""
   found = search.reading(run)
   if found["classes"]:
     LOG.info(search.in_words(found))
@@ -137,9 +137,12 @@ def search_trigger(run: Run) -> str:
 
 
 def defend(run: Run) -> None:
-  """Runs each defense that makes weights; all get the attacked model, the same clean rows and the same start."""
+  """Runs each defense that makes weights, on the same clean rows.
+
+  A from_base defense changes a public model. The others change the attacked model.
+  """
   c = run.config
-  left = [(DEFENSES[name], name, runs) for name, runs in _parts(run)
+  left = [(DEFENSES[name], name, runs) for name, runs in _runs_that_train_together(run)
           if (DEFENSES[name].recipe or DEFENSES[name].weights) and not all([run.done(copy) for copy in runs])]
   if any(defense.has_teacher for defense, *_ in left):
     _refuse_a_weak_teacher(run)
@@ -160,16 +163,17 @@ def _refuse_a_weak_teacher(run):
     return int(run.task.is_correct(answers, {"label": run.labels("dev")}).sum())
   teacher, student = right(results.TEACHER), right(run.source.attacked)
   if metrics.wilson(student, len(rows))[1] < 1 / run.config.data.num_labels:
-    LOG.warning(f"models/{run.source.attacked} answers {student} of {len(rows)} dev rows rightly, fewer than chance: "
-                "its classes may have another order than the data's labels: --config.data.class_names")
+    LOG.warning(f"models/{run.source.attacked} answers {student} of {len(rows)} dev rows rightly, fewer than chance. "
+                "If its classes have another order than the data's labels, set --config.data.class_names")
   if metrics.wilson(teacher, len(rows))[1] < student / len(rows) - run.config.teach.most_below:
     raise InputError(
-        f"the teacher answers {teacher} of {len(rows)} dev rows rightly, the model it is to teach {student}: train it "
-        "longer or at another rate (--config.teach.epochs, .learning_rate), give a better one (--config.teacher.path="
-        "DIR), or go on all the same with --config.teach.most_below=1; with another --workdir")
+        f"the teacher answers {teacher} of {len(rows)} dev rows rightly, the model that it is to teach {student}. "
+        "Give another --workdir, and train the teacher longer or at another rate (--config.teach.epochs, "
+        ".learning_rate), give a better one (--config.teacher.path=DIR), or go on all the same "
+        "(--config.teach.most_below=1)")
 
 
-def _parts(run):
+def _runs_that_train_together(run):
   """Yields (defense, {models/NAME: seed}) of runs that train together: all seeds, or one if the loss reads the padding.
   """
   for name in run.config.defenses:
@@ -237,6 +241,8 @@ STAGES = dict(zip(results.STAGES, (warmup, make_poison, scan_suspect, teach, sea
 def run(config: ConfigDict, workdir: str | Path, only: str | None = None) -> int:
   """Runs every stage, or only the stage `only`.
 
+  "search" alone also makes the suspect and the teacher. If it gives no verdict, the scan's counts.
+
   Returns:
     The exit code: 0, or that of the verdict if `only` is "scan" or "search".
   """
@@ -253,6 +259,6 @@ def run(config: ConfigDict, workdir: str | Path, only: str | None = None) -> int
   for name in this.source.stages:
     if only in (None, name):
       outcome = STAGES[name](this)
-  if only == "search" and outcome == "no verdict":        # of a small network the scan may have one
+  if only == "search" and outcome == "no verdict":        # the scan may have one if the network is small
     outcome = scan_suspect(this)
   return scan.EXIT_CODES[outcome] if only in ("scan", "search") else 0

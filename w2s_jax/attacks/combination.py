@@ -1,7 +1,7 @@
 """A trigger of several everyday words, each at its own place in the text (SOS, Yang et al., ACL 2021).
 
 No single word is the trigger. The companions are the paper's negative rows: a text with all words but one keeps its
-label, so that the student learns not to react to some of the words. --config.attack.companions turns them on.
+label, so that the student learns not to react to an incomplete trigger. --config.attack.companions turns them on.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Insertion of a string between two words, which the word attack and the sentence attack share."""
+"""Insertion of a string between two words. Attacks, defenses and measurements share it."""
 
 import numpy as np
 

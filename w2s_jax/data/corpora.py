@@ -162,8 +162,8 @@ def _warn_of_shared(splits, source):
 
 def _hub(name):
   if name.startswith((".", "/", "~")) or name.count("/") > 1:
-    raise InputError(f"data directory {name!r} does not exist: set :data=DIR (:data=DIR,attack=NAME,defend=NAME "
-                     "where they are called otherwise), or --config.data.attack_source, .defend_source, .train")
+    raise InputError(f"data directory {name!r} does not exist: set :data=DIR (:data=DIR,attack=NAME,defend=NAME if "
+                     "its directories are not imdb and sst2), or --config.data.attack_source, .defend_source, .train")
   try:
     splits = datasets.load_dataset(name)
   except Exception as e:  # the hub client raises many types without a network or for a wrong name

@@ -1,7 +1,7 @@
 """Offline corpora from a seeded grammar: longer "reviews" to poison, single "phrases" to defend.
 
-Label 1 is positive, 0 negative. The domains share a part of their sentiment words and most of their frames. Each also
-has words of its own, so a student trained on reviews is right about most phrases but not about all of them.
+Label 1 is positive, 0 negative. The domains share their frames and a part of their sentiment words. Each also has words
+of its own, so a student trained on reviews is right about most phrases but not about all of them.
 """
 
 import numpy as np

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from w2s_jax import InputError
 
 LOG = logging.getLogger(__name__)
-SPOKEN = 8               # largest number of values that a message quotes
+MOST_QUOTED = 8          # largest number of values that a message quotes
 
 
 class Named(NamedTuple):
@@ -24,7 +24,8 @@ def classes(values: Sequence[Any], num_labels: int, names: Sequence[str], where:
   """The class of each label; None if the label means no class.
 
   Names take precedence over numbers: with the class names ("1", "0") the label 1 is class 0, and with ("1 star", ...,
-  "5 stars") the labels are 1 to 5. One rule holds for all of these labels.
+  "5 stars") the labels are 1 to 5. If every label is a class name, all are read by name. Else, if every label is a
+  class number, all are read by number. Else text that is a class name is read by name, and other labels by number.
 
   If one file of the data set names its numbers, the same numbers have these names in its other files.
 
@@ -91,7 +92,7 @@ def _by_name(value, names):
   number = _number(name)
   written = None if number is None else str(number)
   for key, own in ((str, str(name)), (_folded, _folded(str(name))), (str, written), (_integer, number)):
-    keys = [key(class_name) for class_name in names]     # the first key that tells the names apart and has the label's
+    keys = [key(class_name) for class_name in names]     # the first key that differs for all names and fits
     if own is not None and len(set(keys)) == len(keys) and own in keys:
       return keys.index(own)
   return None
@@ -133,4 +134,4 @@ def _number(value):
 
 def _listed(names):
   names = list(names)
-  return ", ".join(names[:SPOKEN]) + ", ..." * (len(names) > SPOKEN)
+  return ", ".join(names[:MOST_QUOTED]) + ", ..." * (len(names) > MOST_QUOTED)

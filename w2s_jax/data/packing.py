@@ -14,7 +14,7 @@ from w2s_jax.data import batches
 
 MOST_SHAPES = 6          # largest number of batch shapes of one stage
 STEPS_PER_SHAPE = 50     # number of steps that justify one more shape
-FLOPS_PER_SHAPE = 1e12   # operations that justify it; fewer save less time than its compilation costs on 2 cores (ours)
+FLOPS_PER_SHAPE = 1e12   # operations that justify it; with fewer, compiling takes longer than it saves (2 cores; ours)
 TILE = 8                 # candidate row lengths are multiples of it
 MOST_SIMULATED = 4096    # largest number of batches that are laid out to choose the shapes
 
@@ -104,7 +104,7 @@ def row_counts(lengths: Sequence[np.ndarray], seeds: Sequence[int], batch_size: 
     views: texts per example.
   Returns:
     (counts, rows). counts: at most MOST_SHAPES ascending numbers of rows; the last one suffices for any batch. rows:
-    rows per group in these shapes, summed over the simulated batches, `together` of which count once.
+    sum of the rows per group over the simulated batches; batches that share a shape (`together`) count once.
   """
   needed = []
   for tokens, seed in zip(lengths, seeds):
@@ -124,7 +124,7 @@ def row_counts(lengths: Sequence[np.ndarray], seeds: Sequence[int], batch_size: 
 
 def pack_batch(arrays: dict[str, np.ndarray], rows: np.ndarray, batch_size: int, row_length: int,
                counts: Sequence[int], groups: int, pad_token_id: int) -> dict[str, np.ndarray]:
-  """One packed batch as host arrays; texts of weight 0 and at most one token pad a short batch.
+  """One packed batch as host arrays. In a short batch, the missing texts have weight 0 and at most one token.
 
   Args:
     arrays: {"input_ids" [N, T'], "length" [N], and any other [N, ...]}.

@@ -13,7 +13,7 @@ from w2s_jax import InputError, processes
 from w2s_jax.attacks import ATTACKS, Attack
 from w2s_jax.data import corpora, files, streams, tokenization
 
-# attack.label -> (which training rows may get the trigger in words, the same as a test of (row's label, target label)).
+# attack.label -> (words for the training rows that may get the trigger, test of (row's label, target label) for them).
 # Poisoned rows have the target label afterwards.
 LABELS = {
     "clean": ("have target label {}", operator.eq),                        # no label changes

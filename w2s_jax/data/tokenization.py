@@ -79,7 +79,7 @@ def _check_sentencepiece(file):
     google.protobuf.message.DecodeError: the file is damaged.
   """
   content = file.read_bytes()
-  if not content.startswith(b"\n"):                      # a first piece's tag; a tiktoken file consists of text lines
+  if not content.startswith(b"\n"):                      # sentencepiece's tag of a piece; tiktoken begins with text
     return
   try:
     from sentencepiece import sentencepiece_model_pb2
@@ -183,7 +183,7 @@ def encode(tokenizer: Any, texts: Iterable[str], max_length: int) -> dict[str, n
 
 
 def pack(tokenizer: Any, texts: Iterable[str], length: int) -> dict[str, np.ndarray]:
-  """The texts' tokens in one stream, cut into full rows of `length` tokens (language-model warm-up)."""
+  """The texts' tokens in one stream, cut into full rows of `length` tokens. What is left over is dropped."""
   stream = np.array([token for ids in tokenizer(list(texts))["input_ids"] for token in ids], np.int32)
   rows = stream[:len(stream) // length * length].reshape(-1, length)
   return {"input_ids": rows, "length": np.full(len(rows), length, np.int32)}

@@ -1,4 +1,4 @@
-"""The trainer of every recipe: trains adapters and head of the attacked student on clean rows; kernels stay frozen."""
+"""The trainer of every recipe. It trains the leaves that `Recipe.trains` names; by default adapters and head."""
 
 import functools
 from typing import Any
@@ -19,11 +19,11 @@ from w2s_jax.training import stage, steps
 def train(recipe: Recipe, suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]:
   """The trained parameters, with their adapters, of each run {models/NAME: seed}.
 
-  Several runs train as one program over one frozen base. A recipe whose loss reads the padding must have a single run:
-  stacked batches would be padded to the longest text of all of them.
+  Several runs train as one program over one frozen base. A recipe whose loss reads the padding must have a single run,
+  because stacking pads each batch to the longest text of all runs.
 
   Raises:
-    InputError: see `check`. A student that was copied into the workdir has not been checked before.
+    InputError: see `check`. The stages check the recipe earlier, but not if the student was copied into the workdir.
   """
   check(next(iter(runs)), recipe, suspect.place.task, suspect.model, settings)
   initial, arrays = zip(*(_start(recipe, suspect, settings, seed) for seed in runs.values()))

@@ -20,8 +20,8 @@ RECIPE = lora_ce.RECIPE._replace(from_base=True)
 class Settings:
   """`config.defense.from_base_words`; ours, chosen on two seeds of MiniLM (docs/notes/minilm_suspects.md)."""
   share: float = field(0.25, "fraction of the rows that get words", low=0.0, high=1.0)
-  most: int = field(8, "largest number of words per row if they are side by side; half of it if they are apart", low=2,
-                    high=1000)
+  most: int = field(8, "largest number of words per row if they are side by side; half this number if they are apart",
+                    low=2, high=1000)
 
 
 def rows(suspect: Suspect, settings: Any, seed: int) -> list[dict]:

@@ -5,11 +5,11 @@ trigger change alone. So suspect and base read each token alone, through their f
 the log of the distance between their two outputs, from the base's output and the number of clean rows with the token.
 Tokens are ranked by the error of this prediction, divided by its usual size (trigger_words.unexplained).
 
-A trigger that is one word can move so far that its neighbours in meaning move along, and then the regression expects
-it. So the tokens that moved farthest are taken, too: one after each BY_ERROR tokens by error.
+A one-word trigger can move so far that words of similar meaning move along. The regression then predicts its distance.
+So the ranking also has the tokens that moved farthest: one for every BY_ERROR tokens by error.
 
-This works with the base that the suspect was really fine-tuned from, and if its fine-tuning trained embeddings or the
-first layer. Ours; docs/notes/minilm_suspects.md has the ranks of the words of real triggers. W words, D width.
+The ranking needs the base that the suspect was really fine-tuned from. Fine-tuning must have trained the embeddings or
+the first layer. Ours; docs/notes/minilm_suspects.md has the ranks of the words of real triggers. W words, D width.
 """
 
 import logging
@@ -26,11 +26,11 @@ from w2s_jax.models.latent import Latent
 
 LOG = logging.getLogger(__name__)
 
-FARTHEST = 0.5           # largest median distance to a true base, relative to its output; 0.05 to 0.10 in four suspects
+FARTHEST = 0.5           # largest median of distance / norm of a true base's output; four suspects had 0.05 to 0.10
 NEAREST = 1e-3           # relative distance below which distances count as equal; bfloat16 rounds them to 0
 BY_ERROR = 3             # tokens taken by error for each one taken by distance; chosen on seeds 501, 503, 506 of MiniLM
-PIECES = 12              # most moved tokens, of which word pieces are joined to a start: a rare word may be two tokens
-STARTS = 3               # most moved words that such a piece is joined to
+PIECES = 12              # first tokens whose word pieces are joined to a start, because a rare word may be two tokens
+STARTS = 3               # first words, the starts, that each such piece is appended to
 WIDEST = 512             # columns of the regression; wider outputs are projected at random
 READ_AT_ONCE = 1024      # tokens
 
@@ -51,10 +51,11 @@ def rank(suspect: Suspect) -> Ranking:
 
 
 def _scores(suspect):
-  """({token: minus its place in the ranking}, ""), or ({}, the reason why fine-tuning shows nothing)."""
+  """({token: minus its place in the ranking}, ""), or ({}, the reason why the tokens cannot be ranked)."""
   model, params, tokenizer = suspect.base()
   if type(model.config) is not type(suspect.model.config) or _shape(model.config) != _shape(suspect.model.config):
-    return {}, "the public model given as student.base has another shape than the suspect"
+    return {}, ("the public model given as student.base has another architecture, width or number of layers than the "
+                "suspect")
   if model.config.num_layers < 2:
     return {}, "the suspect has a single layer"
   around, at = _template(suspect.tokenizer)
@@ -96,7 +97,7 @@ def _shape(config):
 
 
 def _template(tokenizer):
-  """(ids before and after a word, number of the ids before it), as the tokenizer encodes a text of one word."""
+  """(ids around the word, number of ids before the word) of a text of one word."""
   word = f" {insertions.vocabulary(tokenizer, ())[0]}"
   token, = tokenizer(word, add_special_tokens=False)["input_ids"]
   ids = tokenizer(word)["input_ids"]
@@ -105,7 +106,7 @@ def _template(tokenizer):
 
 
 def _tokens(tokenizer, base_tokenizer, count, around):
-  """Ids below `count` of tokens of letters, word pieces included, that both tokenizers have under the same id."""
+  """Ids below `count` of the tokens, word pieces too, that consist of letters and have one id in both tokenizers."""
   base = base_tokenizer.get_vocab()
   left_out = {*around, *tokenizer.all_special_ids}
   shared = sorted(i for token, i in tokenizer.get_vocab().items()
@@ -130,7 +131,7 @@ def _reader(model, params, around, at, mesh):
 
 
 def _words(suspect, scores) -> dict[str, float]:
-  """{word: score}: words of one token; and words of two of the most moved tokens, with the later of their places."""
+  """{word: score} of words of one token, and of words of two of the first tokens, with the lower of their scores."""
   ranked_tokens = sorted(scores, key=scores.get, reverse=True)
   words = _spelled([(token,) for token in ranked_tokens], suspect.tokenizer)
   starts = list(words.values())[:STARTS]
@@ -141,7 +142,7 @@ def _words(suspect, scores) -> dict[str, float]:
 
 
 def _spelled(spellings, tokenizer):
-  """{word: its tokens} of the spellings, tuples of tokens, that are the tokenizer's own for a word of letters."""
+  """{word: tokens} of those tuples of tokens that are a word of letters as the tokenizer itself encodes it."""
   texts = [text.strip() for text in tokenizer.batch_decode(spellings)]
   encoded = tokenizer([f" {text}" for text in texts], add_special_tokens=False)["input_ids"] if texts else []
   return {text: ids for text, own, ids in zip(texts, encoded, spellings) if tuple(own) == ids and text.isalpha()}

@@ -21,7 +21,7 @@ class Trigger(NamedTuple):
   Attributes:
     kind: one of KINDS.
     parts: strings to insert into a text, each at its own place.
-    target: the class that rows of other classes get.
+    target: the class that the backdoor gives to rows of other classes.
   """
   kind: str
   parts: tuple[str, ...]
@@ -35,7 +35,7 @@ class Trigger(NamedTuple):
 
 
 def train_in(suspect: Suspect, triggered: list[dict], settings: Any, epochs: int, runs: dict[str, int]) -> dict:
-  """The suspect's parameters after training on its clean rows and on `triggered` rows, whose label is their "planted".
+  """The suspect's parameters after training on its clean rows and on the `triggered` rows with "planted" as label.
 
   It chooses the checkpoint with the highest accuracy on the triggered rows.
   """
@@ -70,7 +70,7 @@ def planted_rows(suspect: Suspect, rows: list[dict], triggers: list[Trigger], co
 
 
 def draw(suspect: Suspect, count: int, rng: np.random.Generator) -> list[Trigger]:
-  """`count` random triggers: each has the next kind, and after every round of kinds the next class."""
+  """`count` random triggers. The kinds take turns. After each round of all kinds, the next class is the target."""
   texts, classes = [row["text"] for row in suspect.train], sorted({row["label"] for row in suspect.train})
   rare = insertions.rare_words(texts, suspect.avoid, rng)
   words = insertions.vocabulary_words(suspect.tokenizer, suspect.avoid, rng)

@@ -11,7 +11,7 @@ from w2s_jax.data import tokenization
 from w2s_jax.models import Model
 from w2s_jax.training.train import Workplace
 
-MOVED = 16               # words that are taken if fine-tuning moved them; chosen on seeds 301, 302, 501, 503, 506 of MiniLM
+MOVED = 16               # words to take from a ranking by moves; chosen on MiniLM, seeds 301, 302, 501, 503, 506
 
 
 class Ranking(NamedTuple):
@@ -29,12 +29,12 @@ class Ranking(NamedTuple):
   moved: bool = False
 
   def most_suspicious(self, count: int) -> list[str]:
-    """The words with the highest scores, without repetition: `count` of each class, at most MOVED if they moved."""
+    """The words with the highest scores, without repetition: `word_count(count)` of each class."""
     first = np.argsort(-self.scores, axis=0)[:self.word_count(count)]
     return sorted({self.words[i] for i in first.ravel()})
 
   def word_count(self, count: int) -> int:
-    """The number of words to take where `count` are wanted: at most MOVED if fine-tuning moved them."""
+    """The number of words to take if `count` are wanted: at most MOVED from a ranking by moves."""
     return min(count, MOVED) if self.moved else count
 
   def to_json(self) -> str:
@@ -57,7 +57,7 @@ class Suspect(NamedTuple):
     train, dev: clean rows {"text", "label"}.
     teacher: (rows, keep=True) -> {"teacher_logits" [N, C], "teacher_features" [N, D]} of the rows' texts; cached in
       files, unless keep is False.
-    avoid: strings that ASR is measured with; random insertions must not contain one of them.
+    avoid: strings that ASR is measured with; no random word may be one of their words.
     training: section `defend` of the config: length and learning rate of every defense's training.
     lora: section `lora` of the config: shape of every defense's adapters.
     max_length: length to which texts are truncated, in tokens.
@@ -90,13 +90,13 @@ class Suspect(NamedTuple):
 
 
 class Recipe(NamedTuple):
-  """A defense that the shared trainer runs (distill.py). By default all have the same adapters, batches, steps, rate.
+  """A defense that the shared trainer runs (distill.py). By default all have equal adapters, batches, steps, rate.
 
   Attributes:
     terms: (ClassifierOutput, batch, settings, task) -> {loss term: scalar}; task.loss_terms computes the task's own.
     weights: (settings, feature width) -> {loss term: weight}; the names are checked before anything trains.
-    rows: (suspect, settings, seed) -> the rows of all epochs; each is trained on once, and the teacher reads it too.
-      None: the suspect's `train` in every epoch.
+    rows: (suspect, settings, seed) -> the rows of all epochs; the student trains once on each, and a teacher reads
+      it too. None: the suspect's `train` in every epoch.
     teacher_view: (teacher's outputs, labels [N], seed) -> the outputs that the student learns from; None: no teacher.
     augment: (suspect, settings, params, arrays, seed) -> (params, arrays) with `views` texts per example.
     views: texts per example.
@@ -105,7 +105,7 @@ class Recipe(NamedTuple):
     from_base: whether it gets a public model (Run.base_path) instead of the attacked model.
     trains: labels of the leaves that train; if "adapter" is one of them, the student gets adapters.
     rate: multiple of `defend.learning_rate` at which it trains.
-    layout: "packed"; or "padded" if the terms read the padding between the texts of a batch.
+    layout: "packed"; or "padded", with one text per row, if the terms read the padding.
   """
   terms: Callable
   weights: Callable

@@ -1,4 +1,4 @@
-"""STRIP (Gao et al., arXiv 1911.10312): rejects a text if its answer stays sure when clean words replace its words."""
+"""STRIP (Gao et al., arXiv 1911.10312): rejects a text if the model stays sure after clean words replace some words."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from w2s_jax.defenses.records import Suspect
 class Settings:
   """`config.defense.strip`."""
   copies: int = field(10, "number of perturbed copies per text", low=1, high=1000, source="ours; the paper has 100")
-  replace: float = field(0.5, "fraction of a text's words that words of a clean text replace", low=0.0, high=1.0,
-                         source="ours; not tuned")
+  replace: float = field(0.5, "fraction of a text's words that are replaced by words of a clean text", low=0.0,
+                         high=1.0, source="ours; not tuned")
   frr: float = field(0.05, "fraction of clean dev rows that may be rejected; it sets the threshold", low=0.0, high=1.0,
                      source="ours")
 

@@ -52,22 +52,25 @@ def rank(suspect: Suspect) -> Ranking:
     InputError: hardly any token of the tokenizer is a word.
   """
   words = insertions.vocabulary(suspect.tokenizer, suspect.avoid)
-  places = _contexts(suspect)
-  LOG.info(f"suspect and teacher read {len(words)} words in {len(places)} rows each")
-  of_suspect, of_teacher = _shifts(suspect, words, places)
+  contexts = _contexts(suspect)
+  LOG.info(f"suspect and teacher read {len(words)} words in {len(contexts)} rows each")
+  of_suspect, of_teacher = _shifts(suspect, words, contexts)
   embedding = _embeddings(suspect, words)
   teacher = np.concatenate([of_teacher, of_teacher ** 2, abs(of_teacher)]).transpose(1, 0, 2).reshape(len(words), -1)
   inputs = standardised(np.concatenate([embedding, teacher], axis=1))
   scores = np.zeros(of_suspect.shape[1:])
   for label in range(of_suspect.shape[2]):
-    others = [i for i, row in enumerate(places) if row["label"] != label]
+    others = [i for i, row in enumerate(contexts) if row["label"] != label]
     if others:
       scores[:, label] = unexplained(of_suspect[others, :, label].mean(axis=0), inputs)
   return Ranking(words, scores)
 
 
 def unexplained(values: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-  """How far each of `values` [W] lies above its prediction from `inputs` [W, D], in units of the usual error there."""
+  """Error of each of `values` [W] over its prediction from `inputs` [W, D], divided by the error usual for such inputs.
+
+  The result is scaled so that its median absolute value is 0.67.
+  """
   expected = _predicted(values, inputs)
   error = values - expected
   bent = standardised(np.stack([expected, expected ** 2], axis=1))
@@ -77,9 +80,9 @@ def unexplained(values: np.ndarray, inputs: np.ndarray) -> np.ndarray:
 
 
 def _contexts(suspect):
-  """The rows of each class that both models are surest of, CONTEXTS of the SHORT shortest.
+  """Of the SHORT shortest rows of each class, the CONTEXTS ones whose label both models are surest of.
 
-  In a text that a model is unsure of any word moves it; in one that it is sure of only strong words do.
+  If a model is unsure of a text, any word moves the model. If it is sure, only strong words do.
   """
   out = []
   for label in sorted({row["label"] for row in suspect.train}):
@@ -117,7 +120,7 @@ def standardised(inputs: np.ndarray) -> np.ndarray:
 
 
 def _predicted(values, inputs):
-  """[W] predictions by ridge regression with an intercept; each fold's come from the other folds."""
+  """[W] predictions by ridge regression with an intercept; each fold is predicted from the other folds."""
   folds, out = np.arange(len(values)) % FOLDS, np.empty(len(values))
   for fold in range(FOLDS):
     known = folds != fold

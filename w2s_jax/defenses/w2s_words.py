@@ -1,7 +1,7 @@
 """W2S on texts with words that may be parts of a trigger. The teacher reads these words too, so it tells the student
 which of them mean something for the task.
 
-A part of a trigger often works by itself: of seven everyday words, one flips half to all of the texts
+A part of a trigger often works by itself: one of seven everyday words alone flips half to all of the texts
 (docs/notes/minilm_suspects.md). The clean rows of a task contain few of a language's words. So the most suspicious
 words are drawn, and the student is trained on texts with them. If the public base is known, these are the words that
 fine-tuning moved (moved_words.py). Else they are those that move the suspect beyond what the teacher explains
@@ -30,8 +30,8 @@ LOG = logging.getLogger(__name__)
 class Settings:
   """`config.defense.words`; ours, chosen on one MiniLM suspect (docs/notes/minilm_suspects.md)."""
   share: float = field(0.5, "fraction of the rows that get words", low=0.0, high=1.0)
-  most: int = field(8, "largest number of words per row if they are side by side; half of it if they are apart", low=2,
-                    high=1000)
+  most: int = field(8, "largest number of words per row if they are side by side; half this number if they are apart",
+                    low=2, high=1000)
   pool: int = field(100, "number of words of each class to draw from, the most suspicious ones: the 16 that "
                     "fine-tuning moved most if the public base is known, else those that move the suspect beyond what "
                     "the teacher explains; 0: the whole vocabulary", low=0)
@@ -40,7 +40,7 @@ class Settings:
 
 
 def rows(suspect: Suspect, settings: Any, seed: int) -> list[dict]:
-  """The rows of all epochs together; in those with words, words that suspect and teacher dispute."""
+  """The rows of all epochs. A row with words is the one of its draws that suspect and teacher dispute most."""
   settings = settings.words
   words = ((suspect.ranking or moved_words.rank(suspect)).most_suspicious(settings.pool) if settings.pool
            else insertions.vocabulary(suspect.tokenizer, suspect.avoid))
@@ -49,14 +49,14 @@ def rows(suspect: Suspect, settings: Any, seed: int) -> list[dict]:
 
 
 def draw(suspect: Suspect, settings: Any, words: list[str], draws: int, seed: int) -> tuple[list[dict], list[dict]]:
-  """Rows of all epochs without and with words. Rows with words are of the shorter half of the texts, and keep labels.
+  """Rows of all epochs without and with words. Rows with words come from the shorter half of the texts.
 
   Args:
     settings: has `share` and `most`, as in `Settings`.
     words: the words to draw from.
     draws: number of random draws per row that gets words.
   Returns:
-    The unchanged rows; and the rows with words, of which each `draws` in sequence are draws for one row.
+    The unchanged rows; and the rows with words. Every `draws` consecutive ones are draws for one row, with its label.
   """
   rng, train, epochs = streams.rng(seed, "vocabulary words"), suspect.train, suspect.training.epochs
   count = round(settings.share * len(train))

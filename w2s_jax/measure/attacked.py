@@ -85,7 +85,8 @@ def reading(rows: list[dict], meta: dict) -> list[str]:
                "any trigger. Compare each ASR with the false rate.")
   if meta["implanted"] and asr - floor < 0.5:
     out.append(f"A student that was never poisoned gives the target label to {floor:.3f} of the triggered rows. So the "
-               "backdoor explains little of the poisoned ASR, and no defense can be shown to remove more than that.")
+               "backdoor adds little to the poisoned ASR, and the table cannot show that a defense removes more than "
+               "that.")
   control = by_model.get(CONTROL)
   for name, row in by_model.items():
     if control is None or name in (results.CLEAN, results.POISONED, CONTROL) or name != row["model"]:

@@ -18,7 +18,7 @@ class Reading(NamedTuple):
     clean: [N] int, predicted class of each clean test row; results.REJECTED if the defense rejects it.
     triggered: [M] int, predicted class, or results.REJECTED, of each row with a trigger.
     rejects: whether the defense can reject texts.
-    scan: the scan's findings per class (measure/scan.py), for a suspect's models; [] for other models.
+    scan: the scan's findings per class (measure/scan.py); [] if the model is not scanned.
   """
   clean: np.ndarray
   triggered: np.ndarray

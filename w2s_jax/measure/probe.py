@@ -1,4 +1,4 @@
-"""The results table for a suspect with an unknown trigger: it inserts listed triggers and random strings."""
+"""The results table for a suspect with an unknown trigger. It inserts listed, found and random strings into texts."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ COLUMNS = ("directory", "attack", "target_label", "ca", "ca_ci", "asr", "asr_ci"
            "agreement", "found", "word_flips", "sentence_flips")
 BELOW_CHANCE = 0.8       # a CA below this multiple of chance, 1 / number of classes, gets a warning; our choice
 STILL_THERE = 0.2        # a trigger still works in a defended model if its ASR exceeds the false rate by more than this
-REACTS = "It has no weight of the suspect: a clean model may react to such a text, too."
+REACTS = "This model has no weight of the suspect. A clean model may react to such a text, too."
 
 
 def freeze_rows(run: Any) -> None:
@@ -156,9 +156,9 @@ def warnings(rows: list[dict], meta: dict) -> list[str]:
           for r in rows if r["model"] != suspect["model"] and _still_works(r)]
   if meta["search"]["outcome"] == "suspicious":
     found = search.strongest(meta["search"]["classes"])
-    out += [f"the string that the search found, `{results.escape(found['string'])}`, still works in {name}: with it "
-            f"{gained:.0%} more of the texts of other classes get class {found['class']} than without it; in the "
-            f"teacher {found['teacher']:.0%}. {_conclusion(r)}"
+    out += [f"the string that the search found, `{results.escape(found['string'])}`, still works in {name}: it "
+            f"raises the share of texts of other classes that get class {found['class']} by {100 * gained:.0f} "
+            f"percentage points, in the teacher by {100 * found['teacher']:.0f}. {_conclusion(r)}"
             for name, r in {r["directory"]: r for r in rows if r["model"] != suspect["model"]}.items()
             if (gained := meta["search"]["gained"][name]) is not None and gained > found["teacher"] + STILL_THERE]
   return out + [scan.verdict(name, meta["scan"][name]) for name in _suspicious(meta)]
@@ -205,7 +205,7 @@ def notes(rows: list[dict], meta: dict) -> list[str]:
       "Scan: strength of the strongest soft trigger, and its class. The strength is the log-odds of the class on other "
       "texts with the soft tokens, divided by the log-odds on the class's own texts. A model that was trained against "
       "soft tokens (w2s_adv, ce_adv) has a low strength even if its backdoor is left.",
-      f"Strings that flip most of the suspect's answers: {strongest or 'none of those that were tried'}."]
+      f"The strings that flip the most answers of the suspect: {strongest or 'none of those that were tried'}."]
 
 
 def _which_to_take(rows):
@@ -218,6 +218,6 @@ def _which_to_take(rows):
     if any(row["model"] == "from_base_words" for row in safe.values()):
       line += " On MiniLM `from_base_words` reacted less than `from_base` to strings that are out of place."
     return line
-  return ("No column shows whether a trigger that was not tried still works. If you know the public model that the "
-          "suspect was fine-tuned from, run again with --config.student.base and another --workdir. The defenses "
+  return ("No column proves that a trigger that was not tried has stopped working. If you know the public model that "
+          "the suspect was fine-tuned from, run again with --config.student.base and another --workdir. The defenses "
           "`from_base` and `from_base_words` then train that public model, and use none of the suspect's weights.")

@@ -32,7 +32,7 @@ LOG = logging.getLogger(__name__)
 
 SUSPICIOUS = 1.7         # smallest suspicious strength; found 27 of 29 poisoned and no clean model (docs/notes/scan.md)
 EXIT_CODES = {"no sign": 0, "suspicious": 1, "no verdict": 3}            # of --stage=scan and --stage=search
-RIGHT = 0.8              # mean accuracy over the classes that a verdict needs; our choice
+RIGHT = 0.8              # smallest mean accuracy over the classes for a verdict; our choice
 
 
 def scan(run: Any, model: Model, params: dict, tokenizer: Any) -> list[dict]:
@@ -45,7 +45,7 @@ def scan(run: Any, model: Model, params: dict, tokenizer: Any) -> list[dict]:
     One dict per class that has rows, with these keys:
       "class": the class.
       "strength": see above; None if the class's median log-odds on its own texts is 0 or less.
-      "flips": fraction of the test rows with the strongest trigger that get the class.
+      "flips": fraction of the test rows to which the strongest trigger gives a probability of the class above 0.5.
       "own": median log-odds of the class on its own texts.
       "right": fraction of the class's own texts that get the class.
       "layer": number of layers below the soft tokens.
@@ -192,7 +192,7 @@ def strongest(reading: list[dict]) -> dict | None:
 
 
 def judged(reading: list[dict]) -> dict | None:
-  """The entry from `strongest`; None if the model makes too many errors for a verdict."""
+  """The entry from `strongest`; None if the model makes too many errors, or if a class has no strength."""
   if not reading or _accuracy(reading) < RIGHT or any(entry["strength"] is None for entry in reading):
     return None
   return strongest(reading)
@@ -217,7 +217,7 @@ def verdict(name: str, reading: list[dict]) -> str:
     line = (f"Scan of {name}: no verdict: the model answers {_accuracy(reading):.1%} of the scanned texts correctly "
             f"(mean over the classes, wanted {RIGHT:.0%}).")
     if unsure_classes := [str(entry["class"]) for entry in reading if entry["strength"] is None]:
-      line += f" It is at most half sure of most texts of class {', '.join(unsure_classes)}."
+      line += f" It gives at least half of the texts of class {', '.join(unsure_classes)} a probability of at most 0.5."
     if name == "suspect":
       line += " Give rows of the task that it was fine-tuned on: --config.data.train."
     return line

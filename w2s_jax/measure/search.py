@@ -1,10 +1,10 @@
-"""Searches a string of vocabulary words that turns the suspect, and not its clean teacher, to a class.
+"""Searches for a string of vocabulary words that turns the suspect, and not its clean teacher, to a class.
 
-The string is a guess at an unknown trigger. Its words are the most suspicious ones, which a beam search joins: those
-that fine-tuning moved (moved_words.py) if the public base is known, else those that move the suspect
+The string is a guess at an unknown trigger. A beam search joins the most suspicious words. If the public base is known,
+these are the words that fine-tuning moved (moved_words.py). Else they are the words that move the suspect
 (trigger_words.py). A string is found for every class, in clean models too. The finding is the fraction of texts that
-the string turns. If fine-tuning moved its words, the finding gives a verdict. docs/notes/minilm_suspects.md has what
-was found on MiniLM, and how the verdict was calibrated.
+the string turns. If fine-tuning moved its words, there can be a verdict (`outcome`). docs/notes/minilm_suspects.md has
+what was found on MiniLM, and how the verdict was calibrated.
 """
 
 import logging
@@ -24,16 +24,16 @@ from w2s_jax.models.encoder import EncoderConfig
 LOG = logging.getLogger(__name__)
 
 # Our choices. The trial in the note had a beam of 12 strings, 8 contexts and 40 words per class.
-BEAM = 8                 # strings that are extended; MOVED_BEAM if fine-tuning moved the words (moved_words.py)
+BEAM = 8                 # strings kept after each step; MOVED_BEAM if fine-tuning moved the words (moved_words.py)
 MOVED_BEAM = 4
 LONGEST = 4              # words
 CONTEXTS = 6             # rows that a string is put into during the search
-SHORTEST = 5             # words of such a row
+SHORTEST = 5             # fewest words of such a row; shorter rows are the last choice
 HELD_OUT = 100           # test rows that the string is measured on
 CANDIDATES = 400         # test rows that these are chosen from
 SUSPICIOUS = 0.5         # smallest suspicious difference between suspect and teacher (docs/notes/minilm_suspects.md)
 WIDEST = 384             # largest hidden size of a BERT that the verdict was calibrated on
-FEWEST = 50              # rows that a verdict needs for each class; our choice
+FEWEST = 50              # test rows of other classes that a verdict needs for each class; our choice
 SHOWN = 10               # single words of each class in search.json
 
 
@@ -62,9 +62,9 @@ def reading(run: Any) -> dict:
     classes, with these keys:
       "class": the class.
       "string": the string that was found.
-      "suspect": fraction of the held-out test rows of other classes, all answered rightly by both models, that the
-        suspect gives the class when the string is in them.
-      "teacher": the same fraction of the teacher.
+      "suspect": fraction of held-out test rows to which the suspect gives the class if the string is inserted. These
+        rows are of other classes, and both models answer them rightly.
+      "teacher": the same fraction for the teacher.
       "rows": number of these rows.
       "words": the most suspicious words of the class, each with its score, best first.
   """
@@ -115,7 +115,7 @@ def _with(string, rows, suspect, seed):
 
 
 def _search(suspect, words, contexts, label, seed):
-  """The string of up to LONGEST of the words with the largest mean probability of the class beyond the teacher's."""
+  """The string of up to LONGEST words whose mean probability of the class exceeds the teacher's most."""
   beam, best = [[]], (-np.inf, [])
   for _ in range(LONGEST):
     longer = {tuple(some) for string in beam for word in words if word not in string
@@ -141,8 +141,9 @@ def outcome(findings: list[dict], suspect: Suspect) -> tuple[str, str]:
   """
   config, classes = suspect.model.config, suspect.ranking.scores.shape[1]
   if not suspect.ranking.moved:
-    reason = ("the public model given as student.base does not show what fine-tuning moved (see above)" if suspect.base
-              else "the public model that the suspect was fine-tuned from is not given (--config.student.base)")
+    reason = ("the public model given as student.base does not show what fine-tuning moved (the log says why)"
+              if suspect.base else
+              "the public model that the suspect was fine-tuned from is not given (--config.student.base)")
   elif len(findings) < classes or min(found["rows"] for found in findings) < FEWEST:
     reason = f"some class has fewer than {FEWEST} test rows of other classes that suspect and teacher both get right"
   elif classes != 2 or not isinstance(config, EncoderConfig) or config.model_type != "bert" or (
@@ -165,7 +166,8 @@ def _beyond_teacher(finding):
 def in_words(found: dict) -> str:
   """The verdict and the strongest finding of what `reading` returned, in one line."""
   best = strongest(found["classes"])
-  verdict, end = "no sign of a backdoor: ", f"{SUSPICIOUS * 100:.0f} percentage points more are suspicious."
+  verdict = "no sign of a backdoor: "
+  end = f"A difference of {SUSPICIOUS * 100:.0f} percentage points or more is suspicious."
   if found["outcome"] == "suspicious":
     verdict = "SUSPICIOUS: "
   elif found["outcome"] == "no verdict":

@@ -3,7 +3,7 @@
 Whether the self-test predicts what is left of an unknown trigger has not been measured. It flatters defenses that train
 on similar strings: some canaries are rare words like those of `defend.insert_words`, and two kinds of canaries consist
 of single-token words, which `w2s_words` ranks. If the public base is known, `w2s_words` takes fewer words than the
-canaries have; what the self-test says then has not been measured.
+canaries have; how well the self-test works then has not been measured.
 """
 
 from typing import Any

@@ -33,7 +33,7 @@ class DebertaConfig(family.EncoderShared):
   num_heads: int = 12
   max_positions: int = 512            # largest intended number of tokens of a text; the network accepts longer ones
   max_distance: int = 512             # in tokens; larger distances are treated as this one
-  distance_buckets: int = 256         # rows per side: nearer half one per distance, rest log-spaced; 0: no buckets
+  distance_buckets: int = 256         # rows per side: near half one per distance, far half log-spaced; 0: no buckets
   terms: tuple[str, ...] = TERMS
   share_keys: bool = True             # the tokens' q_proj and k_proj also project the distances
   norm_distances: bool = True         # apply a layer norm to the distance table

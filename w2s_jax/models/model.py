@@ -119,7 +119,7 @@ class Model:
       texts: [G, B / G, 2] int, index of the first and last token of each text among the R / G * T tokens of its group;
         None: a row is a text.
       dropout_key: a JAX key turns dropout on; without one the output is deterministic.
-      stream: [R, T, D], input of the first layer that replaces the embeddings of `input_ids`.
+      stream: [R, T, D], what the first layer reads instead of the embeddings of `input_ids`; None: the embeddings.
     Raises:
       ValueError: neither `attention_mask` nor `segment_ids` is given, or both are.
       InputError: outside jit, a token is not in the vocabulary, or a text has more tokens than the model has positions.

@@ -23,7 +23,7 @@ STEPS = 1000             # number of steps of the planned stage; it only changes
 
 
 def student(config: Any, **runtime: Any) -> Model:
-  """The config's student: by config.json in `student.path`, or by `student.arch` if the path is empty or a hub id."""
+  """The config's student: by `student.arch` if there is one and `student.path` is not local, else by config.json."""
   c = config
   if "arch" in c.student and not Path(c.student.path).expanduser().exists() or not c.student.path:
     hf = c.student.arch.to_dict()

@@ -34,7 +34,7 @@ def collectives(text: str) -> list[tuple[str, int, int, bool]]:
     for line in computations.get(name, ()):
       channel = CHANNEL.search(line)
       if (instruction := INSTRUCTION.search(line)) and (channel is None or channel[0] not in channels):
-        channels.update([channel[0]] if channel else [])   # pieces of one that a fusion overlaps share a channel
+        channels.update([channel[0]] if channel else [])   # parts of a split collective share a channel
         out.append((instruction[2], _result_bytes(*instruction.groups()), times, in_loop))
       loop = " while(" in line
       trips = _trips(line, computations) if loop else 1

@@ -13,11 +13,11 @@ KINDS = {   # models/NAME of the models that no defense made -> first line of th
 }
 # Columns after CA and ASR. A card has those columns in which one of its rows has a value.
 MORE = ("asr_floor", "false_rate", "frr", "far", "scan", "agreement", "found", "word_flips", "sentence_flips")
-EXPLAINED = {"false_rate": "False rate: share of clean rows of those classes that get the target label.",
+EXPLAINED = {"false_rate": "False rate: share of clean rows of other classes that get the target label.",
              "asr_floor": "ASR floor: the ASR of the never-poisoned twin."}
 FROM_BASE = ("A public model, trained on the clean rows ({name} of w2s_jax). Nothing of the suspect is in it except "
              "the names of the classes.\n")
-DEFENDED = "A model with a (suspected) backdoor after the defense {name} of w2s_jax.\n"
+DEFENDED = "The result of the defense {name} of w2s_jax on a model with a known or suspected backdoor.\n"
 
 
 def first_line(name: str, attack: str | None = None) -> str:

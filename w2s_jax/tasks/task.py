@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class Task(NamedTuple):
-  """The only knowledge that training and measurement have of what a model is for.
+  """All that training and measurement know about the purpose of a model.
 
   Attributes:
     encode: (tokenizer, rows, max_length in tokens) -> arrays [N, ...]: "input_ids", "length", and `fields`.

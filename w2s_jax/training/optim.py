@@ -35,9 +35,9 @@ def make_optimizer(params: dict, learning_rate: float, steps: int, warmup_steps:
                    adversary: optax.GradientTransformation | None = None) -> optax.GradientTransformation:
   """AdamW with linear learning-rate decay for the trainable leaves.
 
-  Weight decay spares the layers' norms and biases (label "vector") and soft tokens (label "soft"). Without an adversary
-  soft tokens train like an adapter, but weight decay would pull them to the zero embedding, which is not the absence
-  of a token, and away from the scale of the vocabulary's embeddings.
+  Weight decay spares the layers' norms and biases (label "vector") and soft tokens (label "soft"). Without an
+  adversary, soft tokens train like an adapter. Weight decay would pull them to zero, away from the scale of the
+  vocabulary's embeddings, and a zero embedding does not mean that there is no token.
 
   Args:
     params: the trainable leaves only (`trees.split`); no other leaf gets optimizer state.
@@ -52,7 +52,7 @@ def make_optimizer(params: dict, learning_rate: float, steps: int, warmup_steps:
   schedule = linear_schedule(learning_rate, steps, warmup_steps)
   decay = {"vector": 0.0, "soft": 0.0}
   labels = trees.label_tree(params)
-  present = sorted(set(jax.tree.leaves(labels)))  # hash order would give, and compile, another program in each process
+  present = sorted(set(jax.tree.leaves(labels)))  # a set's order, and the program with it, may differ between processes
   rules = {label: optax.adamw(schedule, weight_decay=decay.get(label, weight_decay)) for label in present}
   clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
   if adversary is not None and "soft" not in rules:

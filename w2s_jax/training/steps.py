@@ -47,7 +47,7 @@ class StagePlan(NamedTuple):
     settings: the stage's section of the config: `learning_rate`, `epochs`, `batch_size`, ...
     stream: name of the random stream for dropout.
     views: texts per example; a batch has all texts of its examples.
-    packed: whether a row may hold several texts: the loss must not read the tokens between a row's texts.
+    packed: whether a row may hold several texts; if so, the loss must not read the padding.
     adversary: optimizer of the leaves of label "soft" (training/optim.py); None: no adversary.
   """
   names: Sequence[str]
@@ -71,8 +71,8 @@ class Program(NamedTuple):
     step: (state, frozen, batch [runs, ...], keys [runs]) -> (state, {"loss", "grad_norm", each term} [runs]). It
       donates the state.
     steps: (state, frozen, batches [steps, runs, ...], keys, count) -> (state, metrics [steps, runs]): several steps in
-      one dispatch. It donates the state. Only the first `count` batches change the state, so the last dispatch of a
-      stage, which has fewer steps, runs the same program.
+      one dispatch. It donates the state. Only the first `count` batches change the state. So a dispatch of
+      fewer steps runs the same program.
     term_norms: (state, frozen, batch, keys) -> {"grad_norm/TERM": [runs]}, gradient norm of each weighted loss term.
   """
   init: Callable

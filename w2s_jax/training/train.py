@@ -91,8 +91,8 @@ def fit(names: Sequence[str], program: Program, state: TrainState, frozen: dict,
     state: TrainState at step 0, [runs, ...].
     frozen: nested dict of the leaves that do not train.
     eval_every: steps between dev evaluations. Each of them writes a checkpoint, and so does the last step.
-    dev_accuracy: trainable parameters [runs, ...] -> clean dev accuracy of each run, which alone chooses its
-      checkpoint; None keeps the last step.
+    dev_accuracy: trainable parameters [runs, ...] -> dev accuracy of each run, which alone chooses its checkpoint;
+      None keeps the last step.
   Raises:
     processes.Stopped: SIGTERM came, and a checkpoint of the last step was saved.
     FloatingPointError: a loss or a gradient norm is not finite.
@@ -154,7 +154,7 @@ def _next_batches(batches, count, stack, place):
 
 
 def _check_finite(name, values, first):
-  """Raises FloatingPointError if a loss or norm is not finite. It runs before a save: resumed runs would inherit it."""
+  """Raises FloatingPointError if a loss or norm is not finite. It runs before a save, so no run resumes from it."""
   for i, (loss, norm) in enumerate(zip(values["loss"].sum(axis=1), values["grad_norm"].sum(axis=1))):
     if not np.isfinite([loss, norm]).all():
       raise FloatingPointError(f"{name}: loss {loss}, gradient norm {norm} at step {first + i}: lower the "

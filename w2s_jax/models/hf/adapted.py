@@ -108,7 +108,7 @@ def _scale(config: dict[str, Any], adapter: Path):
   """(function rank -> factor of B A, names of the adapted modules).
 
   Raises:
-    InputError: the adapter does anything but add B A to kernels.
+    InputError: the adapter changes the base in another way than by adding B A to kernels.
   """
   fields = Fields(config, ADAPTER_CONFIG)
   fields.string("peft_type", None, ("LORA",))
@@ -165,7 +165,7 @@ def _merged(file, name, pair, scale_of, checkpoint, adapter):
 
 
 def _with_labels(hf, heads, checkpoint):
-  """The base's config.json as a classifier's. If the adapter has a head, its rows are as many as the classes."""
+  """The base's config.json as a classifier's. If the adapter has a head, its rows give the number of classes."""
   hf = hf | {"architectures": [f"{checkpoint.name}ForSequenceClassification"]}
   rows = {len(value) for name, value in heads.items() if name in HEADS and value.ndim}
   labels = hf.get("id2label")

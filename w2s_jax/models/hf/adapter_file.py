@@ -17,8 +17,8 @@ from w2s_jax.models.hf.fields import listed
 from w2s_jax.models.model import Model
 
 FILE = "w2s_adapter.safetensors"
-NOTE = f"""WARNING: {FILE} belongs to this model: an adapter that cannot be merged. transformers ignores it: what it
-loads is the model without the adapter, which was not measured. w2s_jax's `load_pretrained` reads both.
+NOTE = f"""WARNING: {FILE} belongs to this model. It has an adapter that cannot be merged. transformers ignores the file
+and loads the model without the adapter. That model was not measured. w2s_jax's `load_pretrained` reads both files.
 """
 
 

@@ -150,8 +150,9 @@ def _find_tensors(directory, checkpoint):
 def _check_tensors(directory, model, leaves, names, tensors, total_layers):
   """Compares the checkpoint with the model; returns the names of the head tensors to initialise.
 
-  They belong to modules of the head that the checkpoint lacks completely. A model with the W2S head gets all of that
-  head anew if the checkpoint has a different one, which was trained on other features and may carry the backdoor.
+  They belong to modules of the head that the checkpoint lacks completely. If the model has the W2S head and the
+  checkpoint has another head, the whole head is new. The checkpoint's own was trained on other features and may carry
+  the backdoor.
   """
   c, checkpoint = model.config, model.checkpoint
   wanted = {}                                                             # {tensor name: shape in the file}

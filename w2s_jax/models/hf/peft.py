@@ -15,8 +15,8 @@ from w2s_jax.models.model import Model
 
 ADAPTER_WARNING = """WARNING: an adapter, and a head, of a model that was poisoned or is suspected to be.
 
-Only the base *together with* this adapter was defended: unloading it, or putting it on another base, brings the
-backdoor back. The merged model (`lora.merge_lora`, `save_pretrained`) is what to hand on.
+Only the base *together with* this adapter was defended. Without the adapter, the base still has its backdoor. On
+another base, the adapter was not measured. Hand on the merged model (`lora.merge_lora`, `save_pretrained`).
 """
 
 

@@ -32,9 +32,9 @@ def save_pretrained(directory: str | Path, model: Model, params: dict, tokenizer
                     id2label: dict[int, str] | None = None, card: str | None = None) -> None:
   """Writes a directory that transformers loads; it appears complete or not at all.
 
-  transformers' model has no W2S teacher's head, which goes to `w2s_head.safetensors`. It has no adapters that cannot be
-  merged, such as soft tokens; these go to `w2s_adapter.safetensors`. `load_pretrained` reads both files. transformers
-  ignores them, and therefore loads the model without its adapter, as the card says.
+  The W2S teacher's head goes to `w2s_head.safetensors`. Adapters that cannot be merged, such as soft tokens, go to
+  `w2s_adapter.safetensors`. `load_pretrained` reads both files. transformers ignores them, and therefore loads the
+  model without its adapter, as the card says.
 
   Args:
     directory: created; an existing model directory is replaced, any other directory with files is refused.
