@@ -38,7 +38,10 @@ def base(bert):
 
 @pytest.fixture
 def suspect_of(base, tmp_path):
-  """suspect_of({path: [array to add]}, **fields) -> Suspect: the base, slightly moved everywhere, and its changes."""
+  """suspect_of({path: [array to add]}, **fields) -> Suspect: the base, slightly moved everywhere, and its changes.
+
+  Its teacher has another shape, unless `fields` has one.
+  """
   def make(changes, **fields):
     rng, model = np.random.default_rng(0), base[0]
     flat = {path: leaf + 0.002 * rng.standard_normal(leaf.shape).astype(np.float32)
@@ -47,7 +50,9 @@ def suspect_of(base, tmp_path):
       flat[path] = flat[path] + jnp.asarray(change, jnp.float32)
     rows = [{"text": " ".join(rng.choice(WORDS, 6)), "label": i % 2} for i in range(40)]
     suspect = rig.suspect(model, traverse_util.unflatten_dict(flat, sep="/"), tmp_path)
-    return suspect._replace(tokenizer=base[2], train=rows, base=lambda: base, **fields)
+    other = Model(dataclasses.replace(model.config, num_layers=2)), None, base[2]
+    fields = {"base": lambda: base, "teacher_model": lambda: other} | fields
+    return suspect._replace(tokenizer=base[2], train=rows, **fields)
   return make
 
 
@@ -81,21 +86,37 @@ def test_a_word_that_an_adapter_reads_comes_first(suspect_of, base):
   assert first(moved_words.rank(suspect), 1) == ["mio"]
 
 
-def test_a_word_whose_neighbours_moved_along_comes_first(suspect_of, base):
-  """All words move, and the farther the more their embeddings are like that of one word. The regression expects it."""
+def test_a_teacher_of_the_same_base_shows_what_clean_fine_tuning_moves(suspect_of, base):
+  """All words move, and the farther the more their embeddings are like that of one word. In the suspect one more does.
+
+  The regression expects the word that is the farthest. The teacher, in which the same words moved, expects the rest.
+  """
   table = np.asarray(base[1]["embeddings"]["word_embeddings"]["embedding"])
   unit = table / np.linalg.norm(table, axis=1, keepdims=True)
-  change = np.random.default_rng(1).standard_normal(table.shape)
-  change *= 0.02 * np.exp(3 * unit @ unit[VOCABULARY.index("mio")])[:, None]
-  change[:len(SPECIAL)] = 0
-  assert "mio" in first(moved_words.rank(suspect_of({"embeddings/word_embeddings/embedding": change})), 2)
+  def moved(word, size):
+    change = np.random.default_rng(1).standard_normal(table.shape)
+    change *= size * np.exp(3 * unit @ unit[VOCABULARY.index(word)])[:, None]
+    change[:len(SPECIAL)] = 0
+    return change
+  path = "embeddings/word_embeddings/embedding"
+  clean = suspect_of({path: moved("bao", 0.02)})
+  params = {path: moved("bao", 0.02) + moved("mio", 0.02)}
+  teacher = base[0], clean.params, base[2]
+  assert first(moved_words.rank(suspect_of(params, teacher_model=lambda: teacher)), 1) == ["mio"]
+  by_regression = first(moved_words.rank(suspect_of(params)), 12)
+  assert by_regression[0] != "mio"
+  words = dict(base[2].get_vocab())
+  other = tokenizers.Tokenizer(tokenizers.models.WordPiece({**words, "another": len(words)}, unk_token="[UNK]"))
+  for unlike in ((base[0], base[0].init(jax.random.key(1)), base[2]),             # too far from the base
+                 (base[0], clean.params, transformers.PreTrainedTokenizerFast(tokenizer_object=other))):
+    assert first(moved_words.rank(suspect_of(params, teacher_model=lambda unlike=unlike: unlike)), 12) == by_regression
 
 
 def test_a_word_of_two_pieces_is_joined(suspect_of):
   ranking = moved_words.rank(suspect_of(embeddings("qui", "##ll", size=1.0)))
   assert {"qui", "quill"} <= set(first(ranking, 4)) and not {"##ll", "##ns"} & set(ranking.words)
   scores = dict(zip(ranking.words, ranking.scores[:, 0]))
-  assert scores["quill"] == scores["qui"]                                    # the later one of its tokens' places
+  assert scores["quill"] == scores["qui"]                                    # the lower one of its tokens'
 
 
 def test_a_listed_trigger_is_not_ranked(suspect_of):
@@ -141,7 +162,8 @@ def test_every_family_is_read(family, request, tmp_path):
   flat = traverse_util.flatten_dict(params)
   path = (*model.vocabulary, "embedding")
   flat[path] = flat[path].at[token].add(np.random.default_rng(0).standard_normal(flat[path].shape[1]))
-  moved = suspect._replace(params=traverse_util.unflatten_dict(flat), base=lambda: (model, params, suspect.tokenizer))
+  base = model, params, suspect.tokenizer
+  moved = suspect._replace(params=traverse_util.unflatten_dict(flat), base=lambda: base, teacher_model=lambda: base)
   ranking = moved_words.rank(moved)
   assert first(ranking, 1) == ["meal"] and np.isfinite(ranking.scores).all()
 

@@ -44,7 +44,7 @@ If a run is interrupted, run the same command again to continue.
 """
 SCAN = f"""Look for signs of a backdoor in a checkpoint.
 {CHECKPOINT}
-  w2s-jax scan suspect --data rows.json --base public --teacher encoder --out cleaned
+  w2s-jax scan suspect --data rows.json --base public --teacher public --out cleaned
 
 If --base names the public model that DIR was fine-tuned from, scan trains a teacher and searches for words that
 fine-tuning moved (OUT/search.json). Without --base, or if the search gives no verdict, scan tries soft tokens on DIR

@@ -247,7 +247,7 @@ class Probe:
   target_label: int = field(-1, "target class of the candidate triggers; -1: the class that each flips most texts to")
   words: int = field(16, "number of random rare words to insert", low=0, high=1000)
   sentences: int = field(16, "number of beginnings of other texts to insert", low=0, high=1000)
-  search: int = field(30, "words of each class to search from; 16 if fine-tuning moved them; 0: none", low=0, high=1000)
+  search: int = field(30, "words of each class to search from; 12 if fine-tuning moved them; 0: none", low=0, high=1000)
   rows: int = field(200, "number of clean test rows that get a string; a trigger gets all", low=1, unit="rows")
 
 

@@ -206,7 +206,8 @@ class Run:
     file = search.ranking_file(self)
     ranking = Ranking.from_json(file.read_text()) if file.exists() else None
     base = self.load_base if c.student.base else None
-    return self.suspect_of(self.load(self.source.attacked, **options))._replace(ranking=ranking, base=base)
+    return self.suspect_of(self.load(self.source.attacked, **options))._replace(
+        ranking=ranking, teacher_model=lambda: self.load(results.TEACHER), base=base)
 
   def suspect_of(self, loaded: tuple[Model, dict, Any]) -> Suspect:
     """The Suspect of a loaded model, (model, params, tokenizer)."""

@@ -1,12 +1,14 @@
 """Ranks the words of the vocabulary by how far fine-tuning moved them from the suspect's public base.
 
-Fine-tuning changes the vectors of words that decide labels. Words of similar meaning change together. The words of a
-trigger change alone. So suspect and base read each token alone, through their first layer. A ridge regression predicts
-the log of the distance between their two outputs, from the base's output and the number of clean rows with the token.
-Tokens are ranked by the error of this prediction, divided by its usual size (trigger_words.unexplained).
+Fine-tuning changes the vectors of words that decide labels. It changes them in clean models, too. A trigger's words
+change in the suspect alone. So suspect, base and teacher read each token alone, through their first layer. The score of
+a token is the log of two distances' ratio: from the base's output to the suspect's, and from the base's to the
+teacher's.
 
-A one-word trigger can move so far that words of similar meaning move along. The regression then predicts its distance.
-So the ranking also has the tokens that moved farthest: one for every BY_ERROR tokens by error.
+If the teacher was not fine-tuned from the same base, a ridge regression takes its place. It predicts the log of the
+suspect's distance from the base's output and the number of clean rows with the token. The score is the error of this
+prediction, divided by its usual size (trigger_words.unexplained). It misses some single words: words of similar meaning
+move along, and then the regression expects the distance.
 
 The ranking needs the base that the suspect was really fine-tuned from. Fine-tuning must have trained the embeddings or
 the first layer. Ours; docs/notes/minilm_suspects.md has the ranks of the words of real triggers. W words, D width.
@@ -28,7 +30,6 @@ LOG = logging.getLogger(__name__)
 
 FARTHEST = 0.5           # largest median of distance / norm of a true base's output; four suspects had 0.05 to 0.10
 NEAREST = 1e-3           # relative distance below which distances count as equal; bfloat16 rounds them to 0
-BY_ERROR = 3             # tokens taken by error for each one taken by distance; chosen on seeds 501, 503, 506 of MiniLM
 PIECES = 12              # first tokens whose word pieces are joined to a start, because a rare word may be two tokens
 STARTS = 3               # first words, the starts, that each such piece is appended to
 WIDEST = 512             # columns of the regression; wider outputs are projected at random
@@ -51,9 +52,9 @@ def rank(suspect: Suspect) -> Ranking:
 
 
 def _scores(suspect):
-  """({token: minus its place in the ranking}, ""), or ({}, the reason why the tokens cannot be ranked)."""
+  """({token: its score}, ""), or ({}, the reason why the tokens cannot be ranked)."""
   model, params, tokenizer = suspect.base()
-  if type(model.config) is not type(suspect.model.config) or _shape(model.config) != _shape(suspect.model.config):
+  if not _same_shape(model, suspect.model):
     return {}, ("the public model given as student.base has another architecture, width or number of layers than the "
                 "suspect")
   if model.config.num_layers < 2:
@@ -62,38 +63,47 @@ def _scores(suspect):
   tokens = _tokens(suspect.tokenizer, tokenizer, min(model.config.vocab_size, suspect.model.config.vocab_size), around)
   if len(tokens) < trigger_words.FOLDS * 2:
     return {}, "the public model given as student.base has another vocabulary than the suspect"
-  LOG.info(f"suspect and public base read {len(tokens)} tokens through their first layer")
-  projection = streams.rng(0, "projection").normal(size=(model.config.hidden_size, WIDEST)) / np.sqrt(WIDEST)
-  readers = [_reader(*network, around, at, suspect.place.mesh)
-             for network in ((suspect.model, suspect.params), (model, params))]
-  distances, sizes, outputs = [], [], []
-  for first in range(0, len(tokens), READ_AT_ONCE):
-    of_suspect, of_base = (read(tokens[first:first + READ_AT_ONCE]) for read in readers)
-    distances.append(np.linalg.norm(of_suspect - of_base, axis=1))
-    sizes.append(np.linalg.norm(of_base, axis=1))
-    outputs.append(of_base @ projection if of_base.shape[1] > WIDEST else of_base)
-  distances, sizes, outputs = (np.concatenate(parts).astype(np.float64) for parts in (distances, sizes, outputs))
-  if (median := np.median(distances / sizes)) > FARTHEST:
-    return {}, (f"the suspect is too far from the public model given as student.base ({median:.2f}, wanted at most "
+  networks = [(model, params), (suspect.model, suspect.params)]
+  teacher, teacher_params, teacher_tokenizer = suspect.teacher_model()
+  if _same_shape(model, teacher) and teacher_tokenizer.get_vocab() == tokenizer.get_vocab():
+    networks.append((teacher, teacher_params))
+  LOG.info(f"{len(networks)} networks read {len(tokens)} tokens through their first layer")
+  readers = [_reader(*network, around, at, suspect.place.mesh) for network in networks]
+  parts = [[read(tokens[first:first + READ_AT_ONCE]) for read in readers]
+           for first in range(0, len(tokens), READ_AT_ONCE)]
+  of_base, *outputs = (np.concatenate(part).astype(np.float64) for part in zip(*parts))
+  sizes = np.linalg.norm(of_base, axis=1)
+  distances = [np.linalg.norm(output - of_base, axis=1) for output in outputs]
+  medians = [np.median(distance / sizes) for distance in distances]
+  if medians[0] > FARTHEST:
+    return {}, (f"the suspect is too far from the public model given as student.base ({medians[0]:.2f}, wanted at most "
                 f"{FARTHEST:g}), so it was probably not fine-tuned from it")
-  if not distances.any():
+  if not distances[0].any():
     return {}, "fine-tuning trained neither the embeddings nor the first layer"
+  logs, *expected = (np.log(np.maximum(distance, NEAREST * sizes)) for distance in distances)
+  if expected and medians[1] <= FARTHEST:
+    score = logs - expected[0]
+  else:
+    LOG.info("the teacher was not fine-tuned from student.base, so it does not show how clean fine-tuning moves words. "
+             "If that model is an encoder, give it as --config.teacher.path, too")
+    score = trigger_words.unexplained(logs, _inputs(suspect, tokens, of_base))
+  return dict(zip(tokens, score.tolist())), ""
+
+
+def _same_shape(model, other):
+  return type(model.config) is type(other.config) and all(
+      getattr(model.config, name) == getattr(other.config, name) for name in ("hidden_size", "num_layers"))
+
+
+def _inputs(suspect, tokens, of_base):
+  """[W, at most WIDEST + 1] inputs of the regression: the base's outputs, and the log of the number of clean rows."""
+  if of_base.shape[1] > WIDEST:
+    projection = streams.rng(0, "projection").normal(size=(of_base.shape[1], WIDEST)) / np.sqrt(WIDEST)
+    of_base = of_base @ projection
   row_counts = Counter(token for ids in suspect.tokenizer([row["text"] for row in suspect.train])["input_ids"]
                        for token in set(ids))
   counts = np.log1p([row_counts[token] for token in tokens])
-  inputs = trigger_words.standardised(np.concatenate([outputs, counts[:, None]], axis=1))
-  logs = np.log(np.maximum(distances, NEAREST * sizes))
-  place = np.minimum(_places(trigger_words.unexplained(logs, inputs)), BY_ERROR * _places(distances))
-  return dict(zip(tokens, (-place).tolist())), ""
-
-
-def _places(values):
-  """[W] places of `values` [W] in descending order; the largest is at place 0."""
-  return np.argsort(np.argsort(-values, kind="stable"))
-
-
-def _shape(config):
-  return config.hidden_size, config.num_layers
+  return trigger_words.standardised(np.concatenate([of_base, counts[:, None]], axis=1))
 
 
 def _template(tokenizer):

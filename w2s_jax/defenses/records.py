@@ -11,7 +11,7 @@ from w2s_jax.data import tokenization
 from w2s_jax.models import Model
 from w2s_jax.training.train import Workplace
 
-MOVED = 16               # words to take from a ranking by moves; chosen on MiniLM, seeds 301, 302, 501, 503, 506
+MOVED = 12               # words to take from a ranking by moves; chosen on seeds 301 and 302 of MiniLM
 
 
 class Ranking(NamedTuple):
@@ -19,8 +19,7 @@ class Ranking(NamedTuple):
 
   Attributes:
     words: W words, of one token of the suspect each; if `moved`, some are of two.
-    scores: [W, C] float64, larger is more suspicious. If `moved`, minus the word's place, the same for each class.
-      Else the median absolute score of a class is 0.67, as of a normal distribution with a standard deviation of 1.
+    scores: [W, C] float64, larger is more suspicious; the same for each class if `moved`.
     moved: True if the words are ranked by how far fine-tuning moved them (moved_words.py). False if by how far they
       move the suspect (trigger_words.py).
   """
@@ -63,6 +62,7 @@ class Suspect(NamedTuple):
     max_length: length to which texts are truncated, in tokens.
     place: devices, directory and shapes (training/train.py).
     ranking: the words that the search ranked for this model (moved_words.py); None: they are not ranked yet.
+    teacher_model: () -> (model, params, tokenizer) of the teacher.
     base: () -> (model, params, tokenizer) of the public model that the user says it was fine-tuned from; None: the user
       names none.
   """
@@ -78,6 +78,7 @@ class Suspect(NamedTuple):
   max_length: int
   place: Workplace
   ranking: Ranking | None = None
+  teacher_model: Callable[[], tuple[Model, dict, Any]] | None = None
   base: Callable[[], tuple[Model, dict, Any]] | None = None
 
   def encode(self, rows: list) -> dict:

@@ -32,7 +32,7 @@ class Settings:
   share: float = field(0.5, "fraction of the rows that get words", low=0.0, high=1.0)
   most: int = field(8, "largest number of words per row if they are side by side; half this number if they are apart",
                     low=2, high=1000)
-  pool: int = field(100, "number of words of each class to draw from, the most suspicious ones: the 16 that "
+  pool: int = field(100, "number of words of each class to draw from, the most suspicious ones: the 12 that "
                     "fine-tuning moved most if the public base is known, else those that move the suspect beyond what "
                     "the teacher explains; 0: the whole vocabulary", low=0)
   draws: int = field(3, "number of random draws per row, of which the most disputed one is kept; 1: no choice", low=1,
