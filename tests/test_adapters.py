@@ -154,7 +154,7 @@ def test_a_soft_prompt_trains_alone_and_survives_saving(family, kind, request, t
   assert f"with the adapter in {FILE}, which transformers ignores" in caplog.text
   np.testing.assert_array_equal(logits(again, loaded, batch), logits(model, trained, batch))
   card = (tmp_path / "model/README.md").read_text()
-  assert card.startswith("A card.\n") and "transformers ignores it" in card
+  assert card.startswith("A card.\n") and "transformers ignores the file" in card
   mesh = sharding.make_mesh(2, 2, 2)
   same(load_pretrained(tmp_path / "model", mesh=mesh)[1], trained)
   theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")

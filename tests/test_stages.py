@@ -27,7 +27,7 @@ def answers(monkeypatch):
 
 
 def test_a_teacher_clearly_below_the_suspect_stops_the_run():
-  with pytest.raises(InputError, match=r"teacher answers 100 of 200 dev rows rightly, .* 174: .*teacher.path=DIR"):
+  with pytest.raises(InputError, match=r"teacher answers 100 of 200 dev rows rightly, .* 174\. .*teacher.path=DIR"):
     stages._refuse_a_weak_teacher(run_of(100, 174, 200))
 
 

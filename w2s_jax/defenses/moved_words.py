@@ -67,7 +67,8 @@ def _scores(suspect):
   teacher, teacher_params, teacher_tokenizer = suspect.teacher_model()
   if _same_shape(model, teacher) and teacher_tokenizer.get_vocab() == tokenizer.get_vocab():
     networks.append((teacher, teacher_params))
-  LOG.info(f"{len(networks)} networks read {len(tokens)} tokens through their first layer")
+  names = "suspect, public base and teacher" if len(networks) > 2 else "suspect and public base"
+  LOG.info(f"{names} read {len(tokens)} tokens through their first layer")
   readers = [_reader(*network, around, at, suspect.place.mesh) for network in networks]
   parts = [[read(tokens[first:first + READ_AT_ONCE]) for read in readers]
            for first in range(0, len(tokens), READ_AT_ONCE)]
