@@ -82,7 +82,7 @@ def _scores(suspect):
   if not distances[0].any():
     return {}, "fine-tuning trained neither the embeddings nor the first layer"
   logs, *expected = (np.log(np.maximum(distance, NEAREST * sizes)) for distance in distances)
-  if expected and medians[1] <= FARTHEST:
+  if expected and 0 < medians[1] <= FARTHEST:
     score = logs - expected[0]
   else:
     LOG.info("the teacher was not fine-tuned from student.base, so it does not show how clean fine-tuning moves words. "
