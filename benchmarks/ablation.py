@@ -3,9 +3,9 @@
   python benchmarks/ablation.py --attacks=badnet,insent,synattack --seeds=0-2 --out=runs/ablation [--only=fa_x10]
 
 First seeds.py's cells with every control of the defense (OUT/main), then each variation below, which takes their base,
-clean and poisoned student, and their teacher unless it changes that. (So the warm-up reads
-all texts, even if the defense gets fewer rows.) Complete cells are not run again. Prints and writes to OUT/ablation.md
-a row per variation: means over all attacks and seeds, and ASR of each cell, attack after attack.
+clean and poisoned student, and their teacher unless it changes that. (So the warm-up reads all texts, even if the
+defense gets fewer rows.) Complete cells are not run again. Prints, and writes to OUT/ablation.md, a row per variation:
+means over all attacks and seeds, and ASR of each cell, attack after attack.
 """
 
 import numpy as np

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 ENV = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")} | {
     "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
-# As users have it: with these passes, and with the cache of compiled programs beside the workdir.
+# As users have it: with LLVM's dear passes, and with the cache of compiled programs beside the workdir.
 AS_USERS = {k: v for k, v in ENV.items() if k != "JAX_COMPILATION_CACHE_DIR"} | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
 CONFIG = "--config=configs/llama_badnet.py"
 # A few steps of everything on a few rows.

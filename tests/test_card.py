@@ -80,7 +80,8 @@ def test_the_hash_is_of_the_weights(tmp_path):
 
 def test_a_card_says_that_nothing_was_measured_until_something_was():
   assert card.unmeasured("w2s").endswith(
-      "suspected backdoor.\n\nNot measured yet: the stages `evaluate` and `report` write the figures here.\n")
+      "w2s of w2s_jax on a model with a known or suspected backdoor.\n\nNot measured yet: the stages `evaluate` and "
+      "`report` write the figures here.\n")
   assert card.unmeasured("poisoned", "badnet").startswith("WARNING: this model is POISONED on purpose, for research")
 
 
@@ -100,7 +101,7 @@ def test_the_hub_reads_what_stands_in_front(tmp_path, monkeypatch):
   assert (text.data.pipeline_tag, text.data.library_name) == ("text-classification", "transformers")
   assert [(r.metric_name, r.metric_value) for r in text.data.eval_results] == [
       ("CA", 0.875), ("ASR of mn", 0.25), ("ASR of cf: x", 0.5)]
-  assert text.text.lstrip().startswith("The result of the defense w2s")
+  assert text.text.lstrip().startswith("The result of the defense w2s of w2s_jax on a model with a known")
   here = read("some/here", "../data/my file.json")
   assert here.data.base_model is None and here.data.datasets is None
   assert here.data.eval_results[0].dataset_type == "data-my-file.json"

@@ -28,7 +28,7 @@ DEFENSES = ("lora_ce", "w2s", "w2s_released", "w2s_shuffled", "w2s_adv")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-  """The parent of the workdirs; the compilation cache lies in it."""
+  """The parent of the workdirs; the cache of the teacher's outputs lies in it."""
   return tmp_path_factory.mktemp("runs")
 
 

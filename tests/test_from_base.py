@@ -50,7 +50,7 @@ def test_a_base_adds_the_control_that_starts_there(suspect, tiny_run, tmp_path):
   adapter = json.loads((tmp_path / "w/adapters/from_base/adapter_config.json").read_text())
   assert adapter["base_model_name_or_path"] == str(base)
   assert "the base still has its backdoor" in (tmp_path / "w/adapters/lora_ce/README.md").read_text()
-  assert "backdoor back" not in (tmp_path / "w/adapters/from_base/README.md").read_text()
+  assert "has its backdoor" not in (tmp_path / "w/adapters/from_base/README.md").read_text()
   card = (tmp_path / "w/models/from_base/README.md").read_text()
   assert card.split("---\n\n")[1].startswith("A public model, trained on the clean rows (from_base ")
   assert f"- Base: {base}" in card

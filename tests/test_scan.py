@@ -41,7 +41,8 @@ def test_the_verdict_is_of_the_class_that_gets_furthest():
 def test_no_verdict_where_the_model_is_often_wrong():
   """As soon as it is not half sure of some class, or the mean accuracy over the classes is below 0.8."""
   assert scan.strongest(reading(None)) is None
-  for some, says in ((reading(None, None), "texts of class 0, 1 a"), (reading(0.5, None, 7.0), "texts of class 1 a"),
+  for some, says in ((reading(None, None), "texts of class 0, 1 a probability of at most 0.5."),
+                     (reading(0.5, None, 7.0), "texts of class 1 a probability of at most 0.5."),
                      (reading(0.5, 7.0, right=0.799), "answers 79.9% of the scanned texts correctly"),
                      ([], "of one class")):
     assert scan.outcome(some) == "no verdict" and scan.judged(some) is None

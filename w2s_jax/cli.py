@@ -48,8 +48,8 @@ SCAN = f"""Look for signs of a backdoor in a checkpoint.
 
 If --base names the public model that DIR was fine-tuned from, scan trains a teacher and searches for words that
 fine-tuning moved (OUT/search.json). Without --base, or if the search gives no verdict, scan tries soft tokens on DIR
-if it is a small network (OUT/scan/suspect.json). This trains nothing. The exit code is 0 for no sign, 1 for
-suspicious, 3 for no verdict. `clean` with the same arguments and OUT reuses what was found.
+if it is a small network (OUT/scan/suspect.json). Without --base no model is trained. The exit code is 0 for no sign,
+1 for suspicious, 3 for no verdict. `clean` with the same arguments and OUT reuses what was found.
 """
 RUN = """Run an experiment: poison a student, train a clean teacher, defend, measure, report.
 
@@ -120,8 +120,8 @@ def _take_a_checkpoint(command):
   command.add_argument("--teacher", metavar="DIR", help="a clean encoder to fine-tune as the teacher; a small new one "
                                                         "by default")
   command.add_argument("--base", metavar="DIR", help="a public model for from_base and from_base_words to train; best "
-                                                     "the one that DIR was made from, because only with that one the "
-                                                     "search gives a verdict; for an adapter its own base")
+                                                     "the one that DIR was made from, because the search gives a "
+                                                     "verdict only with that one; for an adapter its own base")
   command.add_argument("--triggers", metavar="A,B", help="suspected triggers, whose ASR is measured; none by default")
   command.add_argument("--defense", metavar="A,B", help="defenses to run; lora_ce,w2s,w2s_adv by default")
   command.add_argument("--out", metavar="OUT", help="directory for all output; runs/clean_checkpoint by default")

@@ -54,7 +54,7 @@ def rank(suspect: Suspect) -> Ranking:
 def _scores(suspect):
   """({token: its score}, ""), or ({}, the reason why the tokens cannot be ranked)."""
   model, params, tokenizer = suspect.base()
-  if not _same_shape(model, suspect.model):
+  if _shape(model) != _shape(suspect.model):
     return {}, ("the public model given as student.base has another architecture, width or number of layers than the "
                 "suspect")
   if model.config.num_layers < 2:
@@ -65,46 +65,46 @@ def _scores(suspect):
     return {}, "the public model given as student.base has another vocabulary than the suspect"
   networks = [(model, params), (suspect.model, suspect.params)]
   teacher, teacher_params, teacher_tokenizer = suspect.teacher_model()
-  if _same_shape(model, teacher) and teacher_tokenizer.get_vocab() == tokenizer.get_vocab():
+  if _shape(teacher) == _shape(model) and teacher_tokenizer.get_vocab() == tokenizer.get_vocab():
     networks.append((teacher, teacher_params))
   names = "suspect, public base and teacher" if len(networks) > 2 else "suspect and public base"
   LOG.info(f"{names} read {len(tokens)} tokens through their first layer")
+  projection = streams.rng(0, "projection").normal(size=(model.config.hidden_size, WIDEST)) / np.sqrt(WIDEST)
   readers = [_reader(*network, around, at, suspect.place.mesh) for network in networks]
-  parts = [[read(tokens[first:first + READ_AT_ONCE]) for read in readers]
-           for first in range(0, len(tokens), READ_AT_ONCE)]
-  of_base, *outputs = (np.concatenate(part).astype(np.float64) for part in zip(*parts))
-  sizes = np.linalg.norm(of_base, axis=1)
-  distances = [np.linalg.norm(output - of_base, axis=1) for output in outputs]
-  medians = [np.median(distance / sizes) for distance in distances]
+  distances, sizes, outputs = [], [], []
+  for first in range(0, len(tokens), READ_AT_ONCE):
+    of_base, *others = (read(tokens[first:first + READ_AT_ONCE]) for read in readers)
+    distances.append([np.linalg.norm(other - of_base, axis=1) for other in others])
+    sizes.append(np.linalg.norm(of_base, axis=1))
+    outputs.append(of_base @ projection if of_base.shape[1] > WIDEST else of_base)
+  distances, sizes, outputs = (np.concatenate(parts, axis=axis).astype(np.float64)
+                               for parts, axis in ((distances, 1), (sizes, 0), (outputs, 0)))
+  medians = np.median(distances / sizes, axis=1)
   if medians[0] > FARTHEST:
     return {}, (f"the suspect is too far from the public model given as student.base ({medians[0]:.2f}, wanted at most "
                 f"{FARTHEST:g}), so it was probably not fine-tuned from it")
   if not distances[0].any():
     return {}, "fine-tuning trained neither the embeddings nor the first layer"
-  logs, *expected = (np.log(np.maximum(distance, NEAREST * sizes)) for distance in distances)
-  if expected and 0 < medians[1] <= FARTHEST:
-    score = logs - expected[0]
+  logs = np.log(np.maximum(distances, NEAREST * sizes))
+  if len(logs) > 1 and 0 < medians[1] <= FARTHEST:
+    score = logs[0] - logs[1]
   else:
     LOG.info("the teacher was not fine-tuned from student.base, so it does not show how clean fine-tuning moves words. "
              "If that model is an encoder, give it as --config.teacher.path, too")
-    score = trigger_words.unexplained(logs, _inputs(suspect, tokens, of_base))
+    score = trigger_words.unexplained(logs[0], _inputs(suspect, tokens, outputs))
   return dict(zip(tokens, score.tolist())), ""
 
 
-def _same_shape(model, other):
-  return type(model.config) is type(other.config) and all(
-      getattr(model.config, name) == getattr(other.config, name) for name in ("hidden_size", "num_layers"))
+def _shape(model):
+  return type(model.config), model.config.hidden_size, model.config.num_layers
 
 
-def _inputs(suspect, tokens, of_base):
-  """[W, at most WIDEST + 1] inputs of the regression: the base's outputs, and the log of the number of clean rows."""
-  if of_base.shape[1] > WIDEST:
-    projection = streams.rng(0, "projection").normal(size=(of_base.shape[1], WIDEST)) / np.sqrt(WIDEST)
-    of_base = of_base @ projection
+def _inputs(suspect, tokens, outputs):
+  """Inputs of the regression: the base's outputs, and the log of the number of clean rows with the token."""
   row_counts = Counter(token for ids in suspect.tokenizer([row["text"] for row in suspect.train])["input_ids"]
                        for token in set(ids))
   counts = np.log1p([row_counts[token] for token in tokens])
-  return trigger_words.standardised(np.concatenate([of_base, counts[:, None]], axis=1))
+  return trigger_words.standardised(np.concatenate([outputs, counts[:, None]], axis=1))
 
 
 def _template(tokenizer):

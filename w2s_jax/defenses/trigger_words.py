@@ -80,7 +80,7 @@ def unexplained(values: np.ndarray, inputs: np.ndarray) -> np.ndarray:
 
 
 def _contexts(suspect):
-  """Of the SHORT shortest rows of each class, the CONTEXTS ones whose label both models are surest of.
+  """Of the SHORT shortest rows of each class, the CONTEXTS rows whose label both models are surest of.
 
   If a model is unsure of a text, any word moves the model. If it is sure, only strong words do.
   """

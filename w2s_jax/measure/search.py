@@ -115,7 +115,7 @@ def _with(string, rows, suspect, seed):
 
 
 def _search(suspect, words, contexts, label, seed):
-  """The string of up to LONGEST words whose mean probability of the class exceeds the teacher's most."""
+  """The string of up to LONGEST words with the largest mean probability of the class beyond the teacher's."""
   beam, best = [[]], (-np.inf, [])
   for _ in range(LONGEST):
     longer = {tuple(some) for string in beam for word in words if word not in string

@@ -74,8 +74,8 @@ def attention_kernel(q: jax.Array) -> Literal["cudnn", "xla"]:
   """The implementation of jax.nn.dot_product_attention for q [B, T, H, d].
 
   It is "cudnn" on a single NVIDIA GPU if cuDNN supports q, else "xla". cuDNN's kernel does not write the scores to
-  memory (docs/benchmarks.md has the savings). On several GPUs it is untested. Runs that train together
-  need its vmap rule, which fails if all heads share one mask (jax 0.11, https://github.com/jax-ml/jax/pull/34920).
+  memory (docs/benchmarks.md has the savings). On several GPUs it is untested. Runs that train together need
+  its vmap rule, which fails if all heads share one mask (jax 0.11, https://github.com/jax-ml/jax/pull/34920).
   """
   supported = q.dtype.itemsize == 2 and q.shape[1] % 2 == q.shape[3] % 8 == 0 and q.shape[3] <= 128
   if not supported or jax.default_backend() != "gpu" or jax.device_count() > 1 or _under_vmap_of_runs():

@@ -71,8 +71,8 @@ class Program(NamedTuple):
     step: (state, frozen, batch [runs, ...], keys [runs]) -> (state, {"loss", "grad_norm", each term} [runs]). It
       donates the state.
     steps: (state, frozen, batches [steps, runs, ...], keys, count) -> (state, metrics [steps, runs]): several steps in
-      one dispatch. It donates the state. Only the first `count` batches change the state. So a dispatch of
-      fewer steps runs the same program.
+      one dispatch. It donates the state. Only the first `count` batches change the state. So a dispatch of fewer
+      steps runs the same program.
     term_norms: (state, frozen, batch, keys) -> {"grad_norm/TERM": [runs]}, gradient norm of each weighted loss term.
   """
   init: Callable
