@@ -6,7 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from w2s_jax import sharding
-from w2s_jax.config import section
+from w2s_jax.config import Lora, section
 from w2s_jax.data import tokenization
 from w2s_jax.defenses import SETTINGS, Suspect, w2s
 from w2s_jax.tasks import CLASSIFICATION
@@ -85,4 +85,4 @@ def suspect(model, params, workdir):
                              clip_norm=1.0, evaluations=2, max_steps=0, insert_words=0.0))
   place = Workplace(CLASSIFICATION, sharding.make_mesh(devices=jax.devices()[:1]), workdir, "h", (16,), 16)
   return Suspect(model, params, tokenizer, train, dev, teacher, ("cf",), training,
-                 ConfigDict(dict(rank=4, alpha=4.0, targets=("all-linear",))), 16, place)
+                 section(Lora, rank=4, alpha=4.0, targets=("all-linear",)), 16, place)

@@ -401,7 +401,7 @@ def refuses(message, *args, workdir):
     ("dtype 'float32', remat 'bogus': want", [CONFIG, "--config.student.remat=bogus"]),
     ("5 attention heads must be divided by num_key_value_heads, got 2", [
         CONFIG, "--config.student.arch.num_attention_heads=5"]),
-    ("LoRA rank 16, targets ('nope',)", [CONFIG, "--config.lora.targets=('nope',)"]),
+    ("adapter lora: no layer has nope: want targets among", [CONFIG, "--config.lora.targets=('nope',)"]),
     ("lora.quantize 'int3': want one of int8, int4, nf4", [CONFIG, "--config.lora.quantize=int3"]),
     ("the teacher has 8 positions, texts have up to 32", [CONFIG, "--config.teacher.arch.max_position_embeddings=8"]),
     ("defense.w2s.temperature is 0.0, wanted a number in 0.001..1000",
@@ -450,7 +450,8 @@ def test_a_refused_config_claims_nothing(workdir, tmp_path):
   w = tmp_path / "w"
   for message, arg in (("'./nope' does not exist", "--config.student.path=./nope"),
                        ("'./no' does not exist", "--config.teacher.path=./no"),
-                       ("LoRA rank", "--config.lora.targets=('x',)"), ("want dtype", "--config.student.dtype=int3"),
+                       ("adapter lora: no layer has x", "--config.lora.targets=('x',)"),
+                       ("want dtype", "--config.student.dtype=int3"),
                        ("cannot carry the W2S", f"--config.teacher.path={workdir / 'models/base'}"),
                        ("w2s.widen", f"--config.teacher.path={workdir / 'models/teacher'}"),
                        ("is not there yet", "--stage=evaluate"), ("is not there yet", "--stage=report")):

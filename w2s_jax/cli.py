@@ -1,9 +1,9 @@
 """The console command `w2s-jax`: turns its arguments into flags of main or plan, and runs that program.
 
-This file knows only the names of the arguments; main and plan check the values. Help does not load JAX.
+The subcommand `compare` calls compare.py instead. This file knows only the names of the arguments; main and plan check
+the values. Help does not load JAX.
 """
 
-import argparse
 import difflib
 import functools
 import re
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from w2s_jax import InputError
+from w2s_jax import InputError, compare
+from w2s_jax.arguments import Parser
 
 _PACKAGE = Path(__file__).resolve().parent
 CONFIGS = next((d for d in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if d.is_dir()), _PACKAGE / "configs")
@@ -63,28 +64,21 @@ PLAN = """Check whether a run fits on TPUs or GPUs that this machine lacks: memo
 
   w2s-jax plan llama_badnet:scale=8b --topology v5e:4x4 --mesh 1,16,1
 """
+COMPARE = compare.__doc__.replace("python -m w2s_jax.compare", "w2s-jax compare")
 FIELDS = """List the fields of a config: value, type, range, unit, meaning and source.
 
   w2s-jax fields llama_badnet
 """
 
 
-class _Parser(argparse.ArgumentParser):
-  def __init__(self, *args, **kwargs):
-    super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
-
-  def error(self, message: str) -> NoReturn:
-    """Raises InputError; argparse itself would print several lines and exit."""
-    raise InputError(f"{message} ({self.prog} --help shows how)")
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
   """The parser of the console command; its parse_known_args raises InputError for a mistake."""
-  top = _Parser("w2s-jax", description=ABOUT)
+  top = Parser("w2s-jax", description=ABOUT)
   commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-  clean, scan, run, plan, fields = (
+  clean, scan, run, plan, fields, comparison = (
       commands.add_parser(name, description=text, help=text.splitlines()[0])
-      for name, text in dict(clean=CLEAN, scan=SCAN, run=RUN, plan=PLAN, fields=FIELDS).items())
+      for name, text in dict(clean=CLEAN, scan=SCAN, run=RUN, plan=PLAN, fields=FIELDS, compare=COMPARE).items())
+  compare.take_arguments(comparison)
   scan.set_defaults(stage="scan")
   for command in (clean, scan):
     _take_a_checkpoint(command)
@@ -154,7 +148,7 @@ def find_config(text: str) -> tuple[Path, str]:
 
 
 def flags(argv: Sequence[str]) -> tuple[str, Path, list[str]]:
-  """(subcommand, file of the config, flags of main or plan) for the console command's arguments.
+  """(subcommand, file of the config, flags of main or plan) for the arguments of a subcommand other than compare.
 
   Raises:
     InputError: a wrong argument. Values are not checked here, but in main and plan.
@@ -202,11 +196,14 @@ def offer_configs(file: Path) -> None:
 
 
 def main() -> NoReturn:
-  """Runs the console command on sys.argv, and exits with the exit code of main or plan."""
+  """Runs the console command on sys.argv, and exits with the exit code of the program that it runs."""
   if len(sys.argv) == 1:
     parser().print_help()
     sys.exit()
   try:
+    if sys.argv[1] == "compare":
+      compare.compare(parser().parse_args(sys.argv[1:]))
+      sys.exit()
     name, file, argv = flags(sys.argv[1:])
   except InputError as e:
     print(f"error: {e}", file=sys.stderr)

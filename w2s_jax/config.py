@@ -4,6 +4,7 @@ Each defense declares its own settings in its file, in the same way (`defenses/p
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -222,8 +223,11 @@ class DefendStage(Stage):
 @dataclasses.dataclass
 class Lora:
   """The student's adapters."""
+  kind: str = field("lora", "kind of the adapters", among=("lora", "dora", "fourierft"))
   rank: int = field(16, "rank R of each adapter", low=1)
   alpha: float = field(16.0, "numerator of the adapter's scale, alpha / R", low=0.0, high=1e6)
+  frequencies: int = field(1000, "number of trained entries of a fourierft adapter", low=1, source="peft's default")
+  scaling: float = field(150.0, "scale of a fourierft adapter", low=0.0, high=1e6, source="peft's default")
   dropout: float = field(0.0, "dropout rate on the adapter's input in training", low=0.0, high=0.99)
   targets: tuple = field(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
                          "modules that get an adapter; ('all-linear',): every linear module of the layers")
@@ -293,8 +297,4 @@ def sections(config: ConfigDict) -> dict[str, tuple[type, ConfigDict]]:
 
 def _at(config, path):
   """The config's section at the path "a.b"; None if it has no such section."""
-  for name in filter(None, path.split(".")):
-    config = config.get(name)
-    if config is None:
-      return None
-  return config
+  return functools.reduce(lambda section, name: section and section.get(name), filter(None, path.split(".")), config)

@@ -33,6 +33,8 @@ class Row:
   asr_n: int = 0
   asr_ci: list | None = None
   asr_floor: float | None = None        # ASR of the never-poisoned model
+  nearer_target: float | None = None    # fraction of triggered rows of other classes whose features are nearer to the
+                                        # mean of the target class's clean rows than to that of their own class
   frr: float | None = None              # fraction of clean rows that the defense rejects
   far: float | None = None              # fraction of triggered rows of other classes that the defense accepts
   scan: float | None = None             # strength of the strongest soft trigger (measure/scan.py)

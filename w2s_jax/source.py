@@ -40,7 +40,7 @@ class Source(NamedTuple):
     read: config -> {split: rows}; raises InputError if no row can be measured.
     triggers: run -> strings that ASR is measured with; no defense may see one of them.
     freeze: run -> None; makes or reads the rows with triggers.
-    table: (run, {models/NAME: Reading}, meta of the teacher) -> ([results.Row], meta).
+    table: (run, {models/NAME: Reading}, meta of the teacher) -> ([results.Row], meta, contents of features.json).
   """
   stages: tuple[str, ...]
   base: str
@@ -52,7 +52,7 @@ class Source(NamedTuple):
   read: Callable[[Any], dict]
   triggers: Callable[[Any], tuple[str, ...]]
   freeze: Callable[[Any], None]
-  table: Callable[..., tuple[list, dict]]
+  table: Callable[..., tuple[list, dict, dict]]
 
 
 def of(config: Any) -> Source:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import logging
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from w2s_jax import InputError, checks, lora, processes, results, sharding
 from w2s_jax.adapters import attach, trees
 from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, distill
-from w2s_jax.measure import deployed, metrics, scan, search, selftest
+from w2s_jax.measure import deployed, features, metrics, scan, search, selftest
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
 from w2s_jax.models.hf import adapter_file
 from w2s_jax.models.padding import with_padding_token
@@ -214,7 +215,8 @@ def measure(run: Run) -> None:
                         "loss_weights": weights, "hub": {"model": front.hub_id(c.student.path),
                                                          "public": front.hub_id(c.student.base),
                                                          "data": front.hub_id(c.data.get("train", ""))}}
-  rows, meta = source.table(run, readings, meta)
+  rows, meta, pictures = source.table(run, readings, meta)
+  processes.write_text(run.workdir / features.FILE, json.dumps(pictures))
   processes.write_json(run.workdir / "results.json", {
       "rows": [dataclasses.asdict(row) for row in rows],
       "meta": meta | {"seconds": {"evaluate": time.monotonic() - began}}})

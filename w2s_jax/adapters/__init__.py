@@ -7,7 +7,7 @@ what the leaves beside its kernel do. `leaves` gives the labels, `attach` adds a
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from w2s_jax.adapters import lora
+from w2s_jax.adapters import dora, fourierft, lora
 
 
 class Adapter(NamedTuple):
@@ -24,16 +24,21 @@ class Adapter(NamedTuple):
       no such kernel exists, and `save_pretrained` writes the leaves beside the model.
     export: (leaves on the host, dropout) -> ({peft's tensor name below the module: [L, ...]}, {field of
       adapter_config.json: value}); None: peft has no such kind.
+    settings: names of the fields of config.lora that are the keyword arguments of `add`.
   """
   leaves: dict[str, tuple[str, tuple[str, ...]]]
   add: Callable[..., dict[str, Any]]
   apply: Callable
   merge: Callable | None = None
   export: Callable | None = None
+  settings: tuple[str, ...] = ()
 
 
 KINDS = {
-    "lora": Adapter(lora.LEAVES, lora.add, lora.apply, lora.merge, lora.export),
+    "lora": Adapter(lora.LEAVES, lora.add, lora.apply, lora.merge, lora.export, ("rank", "alpha")),
+    "dora": Adapter(dora.LEAVES, dora.add, dora.apply, dora.merge, dora.export, ("rank", "alpha")),
+    "fourierft": Adapter(fourierft.LEAVES, fourierft.add, fourierft.apply, fourierft.merge, fourierft.export,
+                         ("frequencies", "scaling")),
 }
 
 

@@ -40,7 +40,7 @@ def add(params: dict, kind: str, targets: Sequence[str], *, key: jax.Array,
     targets = known
   if unknown := sorted(set(targets) - set(known)):
     raise InputError(f"adapter {kind}: no layer has {', '.join(unknown)}: want targets among {', '.join(known)}, or "
-                     "all-linear alone")
+                     "all-linear alone: set --config.lora.targets")
   chosen = [path for target in targets for path in _kernels(flat) if path.split("/")[-2] == target]
   beside = _beside_kernels(flat)
   for path in chosen:
@@ -55,6 +55,13 @@ def add(params: dict, kind: str, targets: Sequence[str], *, key: jax.Array,
     return traverse_util.unflatten_dict(new, sep="/")
   shardings = None if places is None else places(jax.eval_shape(create, key, kernels))
   return trees.combine(jax.jit(create, out_shardings=shardings)(key, kernels), params)
+
+
+def add_configured(params: dict, section: Any, *, key: jax.Array,
+                   places: Callable[[dict], dict] | None = None) -> dict:
+  """`add`, with the kind, the targets and the settings that the section `lora` of a config has."""
+  settings = {name: section[name] for name in adapters.KINDS[section.kind].settings}
+  return add(params, section.kind, tuple(section.targets), key=key, places=places, **settings)
 
 
 def has_adapters(params: dict) -> bool:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from w2s_jax import InputError, lora, sharding
-from w2s_jax.adapters import trees
+from w2s_jax import InputError, sharding
+from w2s_jax.adapters import attach, trees
 from w2s_jax.data import insertions
 from w2s_jax.defenses.records import Defense, Recipe, Suspect
 from w2s_jax.models import Model
@@ -66,8 +66,7 @@ def _start(recipe, suspect, settings, seed):
   params = suspect.params
   if "adapter" in recipe.trains:
     places = functools.partial(sharding.param_shardings, rules=suspect.model.shardings, mesh=suspect.place.mesh)
-    params = lora.add_lora(params, suspect.lora.rank, suspect.lora.alpha, tuple(suspect.lora.targets),
-                           key=stage.stream_key(seed, "lora"), places=places)
+    params = attach.add_configured(params, suspect.lora, key=stage.stream_key(seed, "lora"), places=places)
   rows = recipe.rows(suspect, settings, seed) if recipe.rows else suspect.train
   arrays = suspect.encode(insertions.with_rare_words(rows, suspect.training.insert_words, suspect.avoid, seed))
   if recipe.teacher_view:

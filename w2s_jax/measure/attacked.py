@@ -6,7 +6,7 @@ import numpy as np
 
 from w2s_jax import results
 from w2s_jax.data import poison
-from w2s_jax.measure import metrics
+from w2s_jax.measure import features, metrics
 from w2s_jax.measure.deployed import Reading
 
 IMPLANTED = 0.95         # smallest ASR of an implanted backdoor; below it the table cannot judge a defense
@@ -31,8 +31,8 @@ def freeze_rows(run: Any) -> None:
     run.rows[key], run.sha256[file.name] = poison.thaw(file)
 
 
-def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[results.Row], dict]:
-  """(rows, meta) of results.json.
+def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[results.Row], dict, dict]:
+  """(rows, meta) of results.json, and the contents of features.json.
 
   Args:
     readings: {NAME of models/NAME: Reading}, with the teacher's. The first of the others must be the reading of the
@@ -50,7 +50,8 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
         config_hash=run.hash, target_label=target,
         **metrics.clean_metrics(reading.clean, labels, target, run.task),
         **metrics.attack_metrics(reading.triggered, triggered_labels, target, run.task),
-        **metrics.rejection_metrics(reading, triggered_labels, target, run.task)))
+        **metrics.rejection_metrics(reading, triggered_labels, target, run.task),
+        nearer_target=features.nearer_target(reading.picture.distances, triggered_labels, target)))
   for row in rows:
     row.asr_floor = rows[0].asr
   poisoned = [r for r in run.rows["poisoned_train"] if r["poisoned"]]
@@ -64,7 +65,11 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
   meta = {"title": f"Backdoor {c.attack.name}", "columns": COLUMNS, "attack": run.attack_in_words(),
           "trigger": run.attack.trigger, "poison_label": c.attack.label, **poison.counts(run.rows["poisoned_train"]),
           "trigger_lost": dict(zip(("train", "eval"), losses)), "implanted": implanted, "examples": examples}
-  return rows, teacher | meta | {"warnings": [], "notes": notes([vars(row) for row in rows], teacher | meta)}
+  trigger, rows_shown = run.attack.trigger or c.attack.name, range(len(triggered_labels))
+  pictures = features.to_json({name: reading.picture for name, reading in readings.items()}, labels, rows_shown,
+                              triggered_labels, target, trigger, c.seed)
+  meta = teacher | meta
+  return rows, meta | {"warnings": [], "notes": notes([vars(row) for row in rows], meta)}, pictures
 
 
 def notes(rows: list[dict], meta: dict) -> list[str]:

@@ -7,8 +7,10 @@ import numpy as np
 
 from w2s_jax import results
 from w2s_jax.defenses import DEFENSES
-from w2s_jax.measure import scan
+from w2s_jax.measure import features, scan
+from w2s_jax.measure.features import Picture
 from w2s_jax.models import Model
+from w2s_jax.training import inference
 
 
 class Reading(NamedTuple):
@@ -19,11 +21,13 @@ class Reading(NamedTuple):
     triggered: [M] int, predicted class, or results.REJECTED, of each row with a trigger.
     rejects: whether the defense can reject texts.
     scan: the scan's findings per class (measure/scan.py); [] if the model is not scanned.
+    picture: features of the clean and of the triggered rows (measure/features.py); None without triggered rows.
   """
   clean: np.ndarray
   triggered: np.ndarray
   rejects: bool = False
   scan: list = []
+  picture: Picture | None = None
 
 
 class Deployed(NamedTuple):
@@ -53,19 +57,28 @@ def read(run: Any, name: str, triggered: list) -> Reading:
   findings = []
   if "scan" in run.source.stages and not (deployed.text or deployed.accept):    # these defenses make no weights to scan
     findings = scan.reading(run, name, deployed[:3])
-  return Reading(answers(run, deployed, run.rows["test"]), answers(run, deployed, triggered),
-                 deployed.accept is not None, findings)
+  clean, clean_features = _outputs(run, deployed, run.rows["test"])
+  if not triggered:
+    return Reading(clean, np.zeros(0, int), deployed.accept is not None, findings)
+  turned, triggered_features = _outputs(run, deployed, triggered)
+  c = run.config
+  picture = features.picture(clean_features, run.labels("test"), triggered_features, c.data.num_labels, c.seed)
+  return Reading(clean, turned, deployed.accept is not None, findings, picture)
 
 
 def answers(run: Any, deployed: Deployed, rows: list) -> np.ndarray:
   """[N] int: predicted class of each row, or results.REJECTED."""
-  if not rows:
-    return np.zeros(0, int)
+  return _outputs(run, deployed, rows)[0]
+
+
+def _outputs(run, deployed, rows):
+  """([N] int answers, [N, D] float32 features) of the rows; a rejected row has features, too."""
   if deployed.text:
     texts = deployed.text([row["text"] for row in rows])
     rows = [row | {"text": text} for row, text in zip(rows, texts)]
   arrays = run.encode(deployed.tokenizer, rows, run.config.data.max_length)
-  predicted = run.place.answers(deployed.model, deployed.params, arrays)
+  logits, pooled = inference.outputs(deployed.model, deployed.params, arrays, run.mesh, **run.place.eval_shapes())
+  predicted = run.task.predict(logits)
   if deployed.accept:
     predicted = np.where(deployed.accept([row["text"] for row in rows]), predicted, results.REJECTED)
-  return predicted
+  return predicted, pooled

@@ -7,7 +7,7 @@ import numpy as np
 from w2s_jax import results
 from w2s_jax.attacks.insertion import inserting
 from w2s_jax.data import insertions, poison, streams
-from w2s_jax.measure import metrics, scan, search, selftest
+from w2s_jax.measure import features, metrics, scan, search, selftest
 from w2s_jax.measure.deployed import Reading
 
 COLUMNS = ("directory", "attack", "target_label", "ca", "ca_ci", "asr", "asr_ci", "false_rate", "frr", "far", "scan",
@@ -41,8 +41,8 @@ def freeze_rows(run: Any) -> None:
   run.rows["probes"], run.sha256[file.name] = poison.thaw(file)
 
 
-def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[results.Row], dict]:
-  """(rows, meta) of results.json.
+def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[results.Row], dict, dict]:
+  """(rows, meta) of results.json, and the contents of features.json.
 
   Each listed trigger has a row for the suspect and a row for each defense. A row has CA, the trigger's ASR, agreement
   with the teacher, and flip rates.
@@ -60,9 +60,15 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
   models = {name: answers for name, answers in by_insertion.items() if name != results.TEACHER}
   scans = {name: reading.scan for name, reading in readings.items()}
   found = search.kept(run)
+  strongest = search.strongest(found["classes"])
   rows = [row for trigger in c.probe.triggers or (None,)
-          for row in _rows(run, models, readings, labels, trigger, search.strongest(found["classes"]))]
-  gained = {name: _gained(*answers, labels, search.strongest(found["classes"])) for name, answers in models.items()}
+          for row in _rows(run, models, readings, labels, trigger, strongest)]
+  places, probe_labels = _places(probes), run.labels("probes")
+  for row in rows:
+    if own := places.get(("listed", row.attack)):
+      row.nearer_target = features.nearer_target(readings[row.directory].picture.distances[own], probe_labels[own],
+                                                 row.target_label)
+  gained = {name: _gained(*answers, labels, strongest) for name, answers in models.items()}
   flips = {s: _flips(models[results.SUSPECT], s, "listed", "word", "sentence") for _, s in models[results.SUSPECT][1]}
   self_test = selftest.kept(run)
   if self_test:
@@ -75,7 +81,29 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
       "search": found | {"gained": gained},
       "suspicious_insertions": sorted(flips.items(), key=lambda pair: -pair[1])[:5], "examples": []}
   rows_as_dicts = [vars(row) for row in rows]
-  return rows, meta | {"warnings": warnings(rows_as_dicts, meta), "notes": notes(rows_as_dicts, meta)}
+  meta |= {"warnings": warnings(rows_as_dicts, meta), "notes": notes(rows_as_dicts, meta)}
+  return rows, meta, _pictures(run, readings, rows[0], strongest, places)
+
+
+def _places(probes):
+  """{(kind, inserted string): indices of its rows among the probes}."""
+  out = {}
+  for i, row in enumerate(probes):
+    out.setdefault((row["probe"], row["inserted"]), []).append(i)
+  return out
+
+
+def _pictures(run, readings, first, found, places):
+  """The contents of features.json for the first row's trigger, or else for the search's string; {} without both."""
+  if run.config.probe.triggers:
+    shown, target = ("listed", first.attack), first.target_label
+  elif found:
+    shown, target = ("found", found["string"]), found["class"]
+  else:
+    return {}
+  pictures = {name: reading.picture for name, reading in readings.items() if name != results.TEACHER}
+  return features.to_json(pictures, run.labels("test"), places.get(shown, []), run.labels("probes"), target, shown[1],
+                          run.config.seed)
 
 
 def _by_insertion(rows, predicted):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from w2s_jax import InputError, lora, quantized, sharding
-from w2s_jax.adapters import soft, trees
+from w2s_jax.adapters import attach, soft, trees
 from w2s_jax.defenses import DEFENSES, distill
 from w2s_jax.models import Model, config_from_hf, read_json, resolve
 from w2s_jax.models.hf.load import FLOAT32
@@ -43,14 +43,13 @@ def params_of(config: Any, model: Model) -> dict:
 
 
 def adapted(config: Any, params: dict) -> dict:
-  """Abstract params with LoRA adapters, and with a quantized base if the config asks for one."""
+  """Abstract params with the config's adapters, and with a quantized base if the config asks for one."""
   if config.lora.quantize:
     quantized.check(config.lora.quantize)
   def make(params):
     if config.lora.quantize:
       params = quantized.quantize_layers(params, config.lora.quantize)
-    return lora.add_lora(params, config.lora.rank, config.lora.alpha, tuple(config.lora.targets),
-                         key=jax.random.key(0))
+    return attach.add_configured(params, config.lora, key=jax.random.key(0))
   return jax.eval_shape(make, params)
 
 

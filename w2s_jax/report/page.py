@@ -1,4 +1,4 @@
-"""Writes results.md and report.html, with tables and plots, from results.json."""
+"""Writes results.md and report.html, with tables and plots, from results.json, features.json and metrics/."""
 
 import html
 import io
@@ -13,13 +13,15 @@ LOG = logging.getLogger(__name__)
 
 
 def write(workdir: Path) -> tuple[list[dict], dict]:
-  """Writes results.md and report.html from results.json and metrics/, and logs the table. Returns (rows, meta)."""
+  """Writes results.md and report.html from what the other stages left, and logs the table. Returns (rows, meta)."""
   saved = json.loads((workdir / "results.json").read_text())
   rows, meta = saved["rows"], saved["meta"]
   notes = [*(f"WARNING: {w}" for w in meta["warnings"]), *meta["notes"]]
   markdown = tables.table(rows, meta["columns"]) + "\n\n" + "\n".join(f"- {n}" for n in notes) + "\n"
   processes.write_text(workdir / "results.md", markdown)
-  processes.write_text(workdir / "report.html", page(rows, meta, notes, _curves(workdir)))
+  file = workdir / "features.json"                 # workdirs of older versions do not have it
+  pictures = json.loads(file.read_text()) if file.exists() else {}
+  processes.write_text(workdir / "report.html", page(rows, meta, notes, _curves(workdir), pictures))
   LOG.info(f"\n{markdown}\n{workdir / 'report.html'}")
   return rows, meta
 
@@ -34,8 +36,9 @@ def _curves(workdir):
   return out
 
 
-def page(rows: list[dict], meta: dict, notes: list[str], curves: dict[str, dict[str, list[tuple[int, float]]]]) -> str:
-  """One self-contained HTML page: table, bars with intervals, loss curves per term, triggered texts."""
+def page(rows: list[dict], meta: dict, notes: list[str], curves: dict[str, dict[str, list[tuple[int, float]]]],
+         pictures: dict) -> str:
+  """One self-contained HTML page: table, bars with intervals, features, triggered texts, loss curves per term."""
   head, *lines = tables.cells(rows, meta["columns"])
   head = "".join(f"<th>{c}</th>" for c in head)
   cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in lines)
@@ -65,6 +68,7 @@ pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto }}
 <table><tr>{head}</tr>{cells}</table>
 {_bars(rows)}
 <ul>{''.join(f'<li>{html.escape(n)}</li>' for n in notes[1:])}</ul>
+{_features(pictures, rows)}
 {triggered}
 <h2>Loss terms</h2>
 {_loss_plots(curves)}
@@ -104,6 +108,37 @@ def _bars(rows):
   if rows[0]["asr_floor"] is not None:
     axes[0, 1].axhline(rows[0]["asr_floor"], color="#444", linestyle="--", linewidth=1)
   return _svg(figure)
+
+
+def _features(pictures, rows):
+  """A panel per model, of its first seed: clean texts by class, and triggered texts of other classes."""
+  names = [name for name in dict.fromkeys(row["directory"] for row in rows if row["seed"] == rows[0]["seed"])
+           if name in pictures.get("models", {})]
+  if not names:
+    return ""
+  target = pictures["target"]
+  figure, axes = _figure(-(-len(names) // 3), 3, size=(10, 3 * -(-len(names) // 3)))
+  for ax in axes.flat[len(names):]:
+    ax.axis("off")
+  for ax, name in zip(axes.flat, names):
+    own = pictures["models"][name]
+    for label in sorted({label for *_, label in own["clean"]}):
+      ax.scatter(*zip(*[point[:2] for point in own["clean"] if point[2] == label]), s=9, alpha=0.6, linewidths=0,
+                 label=f"clean, class {label}" + (" (target)" if label == target else ""))
+    if own["triggered"]:
+      ax.scatter(*zip(*[point[:2] for point in own["triggered"]]), s=14, marker="x", linewidths=0.8, color="#222",
+                 label="with the trigger, other classes")
+    share = results.rate(own["nearer_target"])
+    ax.set(title=f"{name}: {share} nearer to class {target}", xticks=[], yticks=[])
+    ax.title.set_fontsize(9)
+  figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+  return f"""<h2>Features of clean and triggered texts</h2>
+<p>A point is the pooled feature of one text, on the first two principal components of the model's clean texts.
+A cross is a text of another class than {target} with the trigger <code>{html.escape(pictures["trigger"])}</code>.
+The number is the share of such texts that are nearer to the mean of the clean texts of class {target} than to the mean
+of their own class, in all dimensions. A backdoor moves the crosses to class {target}. A defense that works leaves them
+with their own.</p>
+{_svg(figure)}"""
 
 
 def _loss_plots(curves):

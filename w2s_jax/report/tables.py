@@ -1,4 +1,6 @@
-"""Turns results into a Markdown table."""
+"""Turns results into Markdown and LaTeX tables."""
+
+from collections.abc import Sequence
 
 from w2s_jax import results
 
@@ -10,8 +12,22 @@ def cells(rows: list[dict], names: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 
 def table(rows: list[dict], names: tuple[str, ...]) -> str:
-  """The Markdown table, with padded cells, so that its columns align in a terminal."""
-  lines = cells(rows, names)
+  """The Markdown table of these rows and columns."""
+  return markdown(cells(rows, names))
+
+
+def markdown(lines: Sequence[tuple[str, ...]]) -> str:
+  """The Markdown table of a head and its lines, with padded cells, so that its columns align in a terminal."""
   widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
   text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines]
   return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:]])
+
+
+def latex(lines: Sequence[tuple[str, ...]]) -> str:
+  """The same as a LaTeX tabular with the rules of booktabs."""
+  special = str.maketrans({c: "\\" + c for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
+                                                               "^": r"\textasciicircum{}", "±": r"$\pm$",
+                                                               "<": r"$<$", ">": r"$>$", "|": r"$|$"})
+  head, *body = (" & ".join(cell.translate(special) for cell in line) + r" \\" for line in lines)
+  return "\n".join([rf"\begin{{tabular}}{{{'l' * len(lines[0])}}}", r"\toprule", head, r"\midrule", *body,
+                    r"\bottomrule", r"\end{tabular}", ""])

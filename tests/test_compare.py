@@ -1,0 +1,156 @@
+"""Finished runs side by side, from results written by hand."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.stats
+from cli import ENV, ROOT
+
+from w2s_jax import InputError, cli, compare
+from w2s_jax.measure import metrics
+from w2s_jax.report import tables
+
+
+def row(model, seed, hits, asr_hits, n=200):
+  return {"model": model, "directory": model, "attack": "bad_net", "dataset": "d", "seed": seed, "config_hash": "h",
+          "target_label": 0, "ca": hits / n, "ca_n": n, "ca_ci": metrics.wilson(hits, n), "false_rate": 0.125,
+          "asr": asr_hits / n, "asr_n": n, "asr_ci": metrics.wilson(asr_hits, n), "asr_floor": 0.0625}
+
+
+def write(directory, rows, **config):
+  directory.mkdir()
+  meta = {"columns": ["directory", "ca", "ca_ci", "asr", "asr_ci", "asr_floor", "false_rate", "frr", "far"]}
+  (directory / "results.json").write_text(json.dumps({"rows": rows, "meta": meta}))
+  base = {"seed": rows[0]["seed"], "defend": {"seeds": [], "epochs": 3}, "student": {"path": ""}}
+  (directory / "config.json").write_text(json.dumps(base | config))
+  return directory
+
+
+@pytest.fixture
+def runs(tmp_path):
+  """Two seeds of one config, and the first seed of another."""
+  return [write(tmp_path / "a0", [row("lora_ce", 0, 180, 100), row("w2s", 0, 170, 40)]),
+          write(tmp_path / "a1", [row("lora_ce", 1, 184, 120), row("w2s", 1, 176, 40)]),
+          write(tmp_path / "b0", [row("lora_ce", 0, 180, 100), row("w2s", 0, 178, 30)],
+                defend={"seeds": [], "epochs": 5})]
+
+
+def test_runs_that_differ_in_seeds_alone_have_one_letter(runs):
+  read = [compare.read(run) for run in runs]
+  assert compare.letters(read) == ["A", "A", "B"]
+  assert compare.legend(read) == [f"A = {runs[0]}, {runs[1]}", f"B = {runs[2]}: defend.epochs=5 (in A: 3)"]
+
+
+def test_letters_do_not_end_at_z():
+  many = [compare.Compared(str(i), {"x": i}, [], ()) for i in range(28)]
+  assert compare.letters(many)[24:] == ["Y", "Z", "AA", "AB"]
+
+
+def test_every_row_is_in_the_first_table(runs):
+  head, *lines = compare.all_rows([compare.read(run) for run in runs])
+  assert head[:5] == ("run", "seed", "model", "trigger", "CA") and "FRR" not in head
+  assert [line[:4] for line in lines] == [(letter, seed, model, "bad_net") for letter, seed in (("A", "0"), ("A", "1"),
+                                          ("B", "0")) for model in ("lora_ce", "w2s")]
+  assert lines[1][4:8] == ("0.850", "0.794-0.893", "0.200", "0.150-0.261")
+
+
+def test_means_and_paired_differences_over_seeds(runs):
+  """Differences of ASR are 0.2 - 0.5 and 0.2 - 0.6; the interval is Student's with one degree of freedom."""
+  head, *lines = compare.means([compare.read(run) for run in runs])
+  by_key = {line[:3]: dict(zip(head, line)) for line in lines}
+  w2s = by_key["A", "bad_net", "w2s"]
+  assert (w2s["seeds"], w2s["CA"], w2s["ASR"]) == ("2", "0.865 ± 0.021", "0.200 ± 0.000")
+  low, high = scipy.stats.t.interval(0.95, 1, -0.35, np.std([-0.3, -0.4], ddof=1) / 2**0.5)
+  assert w2s["ASR - lora_ce"] == f"-0.350 ({low:+.3f} to {high:+.3f})"
+  assert by_key["A", "bad_net", "lora_ce"]["ASR - lora_ce"] == "-"
+  assert by_key["B", "bad_net", "w2s"]["ASR"] == "0.150"                   # one seed has no deviation
+
+
+def test_one_pair_has_newcombes_interval():
+  """The example of the paper: 56 of 70 against 48 of 80 give 0.2000, and 0.0524 to 0.3339 by method 10."""
+  own, other = row("w2s", 0, 56, 56, 70), row("lora_ce", 0, 48, 48, 80)
+  assert compare.difference([(own, other)], "asr") == "+0.200 (+0.052 to +0.334)"
+  assert compare.difference([(own, other | {"asr": None})], "asr") == compare.difference([], "ca") == "-"
+
+
+def test_differences_to_the_first_letter_pair_the_seeds(runs):
+  read = [compare.read(run) for run in runs]
+  _, *lines = compare.differences(read)
+  assert [line[:4] for line in lines] == [("B", "bad_net", "lora_ce", "1"), ("B", "bad_net", "w2s", "1")]
+  assert lines[0][5].startswith("+0.000 (-0.0") and lines[1][5].startswith("-0.050 (-0.1")
+  assert compare.differences(read[:2]) == compare.differences(read[:1])    # the head alone
+
+
+def test_a_text_has_the_tables_that_say_something(runs):
+  read = [compare.read(run) for run in runs]
+  assert "Mean ±" in compare.text(read) and "Differences to A" in compare.text(read)
+  assert "Mean ±" not in compare.text(read[:1]) and "Differences to A" not in compare.text(read[:2])
+  assert "Mean ±" not in compare.text([read[0], read[2]])
+
+
+def test_a_suspects_triggers_have_rows_of_their_own(tmp_path):
+  rows = [row("suspect", 0, 180, 190) | {"attack": t} for t in ("mn", "x | y")]
+  head, *lines = compare.all_rows([compare.read(write(tmp_path / "s", rows))])
+  assert [line[head.index("trigger")] for line in lines] == ["mn", "x \\| y"]
+
+
+def test_the_csv_has_every_field(runs):
+  lines = list(csv.DictReader(io.StringIO(compare.to_csv([compare.read(run) for run in runs]))))
+  assert len(lines) == 6 and lines[1]["run"] == "A" and lines[1]["workdir"] == str(runs[0])
+  assert (float(lines[1]["asr"]), lines[1]["frr"]) == (0.2, "")
+  assert [float(x) for x in lines[1]["asr_ci"].split()] == pytest.approx(metrics.wilson(40, 200))
+
+
+def test_latex_escapes_what_has_a_meaning_there():
+  text = tables.latex([("model", "a_b"), ("50% & $x$", r"\cf{} ~^ 1 ± 2")])
+  assert text.splitlines() == [
+      r"\begin{tabular}{ll}", r"\toprule", r"model & a\_b \\", r"\midrule",
+      r"50\% \& \$x\$ & \textbackslash{}cf\{\} \textasciitilde{}\textasciicircum{} 1 $\pm$ 2 \\", r"\bottomrule",
+      r"\end{tabular}"]
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda run: (run / "results.json").unlink(), "has no results.json: give the --workdir of a finished run"),
+    (lambda run: (run / "results.json").write_text("{"), "are not those of a run"),
+    (lambda run: (run / "results.json").write_text("[]"), "are not those of a run"),
+    (lambda run: (run / "config.json").write_text("3"), "are not those of a run")])
+def test_what_is_not_a_finished_run(runs, spoil, message):
+  spoil(runs[0])
+  with pytest.raises(InputError, match=message) as e:
+    compare.read(runs[0])
+  assert "\n" not in str(e.value)
+
+
+def test_one_run_twice_is_refused(runs):
+  with pytest.raises(InputError, match="a0 and .*a0 have the same config and seed: leave one of them out"):
+    compare.check_different([compare.read(run) for run in (runs[0], runs[1], runs[0])])
+
+
+def test_both_commands_print_the_same_and_write_the_files(runs, tmp_path):
+  files = [f"--csv={tmp_path / 'rows.csv'}", f"--latex={tmp_path / 'table.tex'}"]
+  both = [subprocess.run([sys.executable, *program, *runs, *files], capture_output=True, text=True, cwd=tmp_path,
+                         env=ENV | {"PYTHONPATH": str(ROOT)}, check=True).stdout
+          for program in (("-m", "w2s_jax.compare"), ("-c", "from w2s_jax import cli; cli.main()", "compare"))]
+  read = [compare.read(run) for run in runs]
+  assert both[0] == both[1] == compare.text(read) + "\n"
+  assert (tmp_path / "rows.csv").read_text() == compare.to_csv(read)
+  assert (tmp_path / "table.tex").read_text() == tables.latex(compare.means(read))
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "error: the following arguments are required: RUN (python -m w2s_jax.compare --help shows how)\n"),
+    (["nowhere"], "error: nowhere has no results.json: give the --workdir of a finished run\n")])
+def test_a_mistake_is_one_line(arguments, message, tmp_path):
+  done = subprocess.run([sys.executable, "-m", "w2s_jax.compare", *arguments], capture_output=True, text=True,
+                        cwd=tmp_path, env=ENV | {"PYTHONPATH": str(ROOT)})
+  assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
+def test_the_console_command_explains_it():
+  text = cli.parser()._subparsers._group_actions[0].choices["compare"].format_help()
+  assert "w2s-jax compare runs/llama_badnet runs/three_shapes" in text and "--latex FILE" in text

@@ -1,0 +1,101 @@
+"""Pooled features of clean and triggered texts: how many triggered texts have moved to the target class, and a picture.
+
+A backdoor moves triggered texts among those of the target class. A defense that works moves them back. The picture has
+two dimensions: the first two principal components of the model's clean texts.
+
+N clean rows, M triggered rows, C classes, D width.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from w2s_jax.data import streams
+
+FILE = "features.json"
+DRAWN = 200              # largest number of clean rows, and of triggered rows, in a picture
+
+
+class Picture(NamedTuple):
+  """The features of one model, without their D dimensions.
+
+  Attributes:
+    clean: [K, 2] float, the clean rows of `drawn`, on the principal components of these rows.
+    triggered: [M, 2] float, the triggered rows on the same components.
+    distances: [M, C] float, Euclidean distance in D dimensions from a triggered row to the mean of the clean rows of
+      each class; nan for a class without rows.
+  """
+  clean: np.ndarray
+  triggered: np.ndarray
+  distances: np.ndarray
+
+
+def drawn(count: int, seed: int) -> np.ndarray:
+  """Indices of the rows of `count` that are in the picture; the same rows for every model of a run."""
+  return np.sort(streams.rng(seed, "rows of the picture").permutation(count)[:DRAWN])
+
+
+def picture(clean: np.ndarray, labels: np.ndarray, triggered: np.ndarray, num_labels: int, seed: int) -> Picture:
+  """The Picture of a model.
+
+  Args:
+    clean: [N, D] float, features of the clean rows.
+    labels: [N] int, their classes.
+    triggered: [M, D] float, features of the triggered rows.
+    num_labels: C.
+    seed: the run's seed, which draws the rows.
+  """
+  distances = np.full((len(triggered), num_labels), np.nan)
+  for label in set(labels.tolist()):
+    distances[:, label] = np.linalg.norm(triggered - clean[labels == label].mean(0), axis=1)
+  rows = drawn(len(clean), seed)
+  origin = clean[rows].mean(0)
+  _, _, components = np.linalg.svd(clean[rows] - origin, full_matrices=False)
+  axes = np.zeros((2, clean.shape[1]))
+  axes[:len(components[:2])] = components[:2]                     # a single row has one component
+  first = clean[labels == labels.min()].mean(0) - origin
+  axes *= np.where(axes @ first > 0, -1, 1)[:, None]              # SVD leaves the signs open: the first class lies left
+  return Picture((clean[rows] - origin) @ axes.T, (triggered - origin) @ axes.T, distances)
+
+
+def nearer_target(distances: np.ndarray, labels: np.ndarray, target: int) -> float | None:
+  """Fraction of the triggered rows of other classes that are nearer to the target class's mean than to their own's.
+
+  Args:
+    distances: [M, C], see Picture.
+    labels: [M] int, the rows' true classes.
+    target: the target label.
+  Returns:
+    None if there are no such rows, or the target class has no clean rows.
+  """
+  rows = np.flatnonzero(labels != target)
+  if not len(rows) or np.isnan(distances[rows, target]).any():
+    return None
+  return float((distances[rows, target] < distances[rows, labels[rows]]).mean())
+
+
+def to_json(pictures: dict[str, Picture], clean_labels: np.ndarray, rows: Sequence[int], labels: np.ndarray,
+            target: int, trigger: str, seed: int) -> dict[str, Any]:
+  """The contents of features.json, which the report draws.
+
+  Args:
+    pictures: {NAME of models/NAME: Picture}.
+    clean_labels: [N] int, classes of the clean rows.
+    rows: indices, among the triggered rows, of those with the trigger that is shown.
+    labels: [M] int, true classes of the triggered rows.
+    target: the trigger's target label.
+    trigger: the trigger in words.
+    seed: the run's seed.
+  """
+  others = np.array([row for row in rows if labels[row] != target], int)
+  shown = others[drawn(len(others), seed)]
+  clean_labels = clean_labels[drawn(len(clean_labels), seed)]
+  return {"target": target, "trigger": trigger, "models": {
+      name: {"clean": _points(own.clean, clean_labels), "triggered": _points(own.triggered[shown], labels[shown]),
+             "nearer_target": nearer_target(own.distances[others], labels[others], target)}
+      for name, own in pictures.items()}}
+
+
+def _points(points, labels):
+  return [[round(float(x), 4), round(float(y), 4), int(label)] for (x, y), label in zip(points, labels)]
