@@ -10,7 +10,7 @@ import pytest
 
 from w2s_jax import processes, results
 from w2s_jax.measure import attacked
-from w2s_jax.report import page, tables
+from w2s_jax.report import page, plots, tables
 
 
 def row(model, ca, asr, ci=0.02):
@@ -24,6 +24,7 @@ ROWS = [row("clean", 0.9, 0.0625), row("poisoned", 0.8, 0.99), row("lora_ce", 0.
 META = {"title": "Backdoor badnet", "columns": attacked.COLUMNS, "attack": "attack badnet", "warnings": [],
         "poison_label": "clean", "labels_changed": 0, "companion_rows": 0,
         "implanted": True, "trigger": "mn", "poisoned_rows": 7, "teacher_ca": 0.876,
+        "loss_weights": {"w2s": {"ce": 1.0, "kd": 0.5}},
         "trigger_lost": {"train": 3, "eval": 2},
         "examples": [{"text": "<script>alert(1)</script> mn", "orig_text": "x", "label": 1,
                       "predicted": {r["model"]: int(r["model"] == "clean") for r in ROWS}}]}
@@ -71,33 +72,83 @@ def test_the_files(workdir, caplog):
   assert html.count("<svg") == 2 and html.count("class='hit'") == 4
   assert all(f"<th>{r['model']}</th>" in html for r in ROWS)
   assert not re.search(r'(src|href)=.(https?:)?//', html)                 # self-contained
+  assert "WARNING" not in html and "WARNING" not in markdown
+  assert "<dt>false rate</dt><dd>the model's own error: share of clean test rows" in html.replace("&#x27;", "'")
+  assert "triggered test rows of other classes that" in html              # without the stars of Markdown
 
 
-def test_bars_and_curves_show_the_numbers(workdir, monkeypatch):
-  """One bar per model with its interval and the floor's line for ASR; one curve per loss term and stage."""
-  figures = []
-  monkeypatch.setattr(page, "_svg", lambda figure: figures.append(figure) or "<svg></svg>")
+def test_a_warning_looks_like_one(workdir):
+  results = json.loads((workdir / "results.json").read_text())
+  results["meta"]["warnings"] = ["`mn` still works in <w2s>."]
+  processes.write_json(workdir / "results.json", results)
+  page.write(workdir)
+  assert "<p class='warning'>WARNING: <code>mn</code> still works in &lt;w2s&gt;.</p>" in (workdir / "report.html").read_text()
+  assert "- WARNING: `mn` still works in <w2s>.\n" in (workdir / "results.md").read_text()
+
+
+@pytest.mark.parametrize("text, original, trigger, want", [
+    ("a cf b", "a b", "cf", "a <mark>cf</mark> b"),
+    ("cf a friends b <c>", "a b <c>", "friends cf", "<mark>cf</mark> a <mark>friends</mark> b &lt;c&gt;"),
+    ("a b or so", "a b c d", "or so", "a b <mark>or</mark> <mark>so</mark>"),
+    ("when it is cf , a", "a cf", "", "when it is cf , a")])                # a paraphrase has other words
+def test_what_the_attack_inserted_is_marked(text, original, trigger, want):
+  assert page._marked({"text": text, "orig_text": original}, trigger) == want
+
+
+@pytest.fixture
+def figures(monkeypatch):
+  """The figures that the page draws, in its order."""
+  out = []
+  monkeypatch.setattr(plots, "_svg", lambda figure: out.append(figure) or "<svg></svg>")
+  return out
+
+
+def test_bars_and_curves_show_the_numbers(workdir, figures):
+  """One bar per model with its value, its interval and the floor's line for ASR; one curve per loss term and stage."""
   page.write(workdir)
   bars, curves = figures
   for ax, key in zip(bars.axes, ("ca", "asr")):
     assert [t.get_text() for t in ax.get_xticklabels()] == [r["model"] for r in ROWS]
     assert [bar.get_height() for bar in ax.patches] == [r[key] for r in ROWS]
+    assert [text.get_text() for text in ax.texts] == [f"{r[key]:.2f}" for r in ROWS]
     intervals = [segment[:, 1] for segment in ax.containers[0].lines[2][0].get_segments()]
     np.testing.assert_allclose(intervals, [r[f"{key}_ci"] for r in ROWS])
   assert list(bars.axes[1].lines[-1].get_ydata()) == [0.0625, 0.0625]
-  plot, = curves.axes
+  plot, = [ax for ax in curves.axes if ax.get_title()]
   assert plot.get_title() == "w2s"
   assert {line.get_label(): list(line.get_ydata()) for line in plot.lines} == {
-      "loss": [3.0, 1.5, 1.0], "ce": [1.0, 0.5, 1.0 / 3], "kd": [2.0, 1.0, 2.0 / 3]}
+      "loss (total)": [3.0, 1.5, 1.0], "ce": [1.0, 0.5, 1.0 / 3], "0.5 × kd": [1.0, 0.5, 1.0 / 3]}
 
 
-def test_features_have_a_panel_for_each_model_of_the_first_seed(workdir, monkeypatch):
+def test_terms_keep_their_colour_and_a_single_one_is_the_total(workdir, figures):
+  lines = [{"step": s, "loss": 1.0 / s, "ce": 1.0 / s} for s in (1, 2)]
+  (workdir / "metrics/lora_ce.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+  both = [{"step": s, "loss": 3.0 / s, "ce": 1.0 / s, "kd": 2.0 / s, "adv_ce": 1.0} for s in (1, 2)]
+  (workdir / "metrics/w2s-seed1.jsonl").write_text("".join(json.dumps(x) + "\n" for x in both))
+  page.write(workdir)
+  panels = {ax.get_title(): {line.get_label(): line.get_color() for line in ax.lines}
+            for ax in figures[1].axes if ax.get_title()}
+  assert panels["lora_ce"] == {"loss (total)": "black"}
+  assert panels["w2s"]["ce"] == panels["w2s-seed1"]["ce"] != panels["w2s"]["0.5 × kd"]
+  assert panels["w2s"]["0.5 × kd"] == panels["w2s-seed1"]["0.5 × kd"]
+
+
+def test_there_is_no_empty_chart(workdir, figures):
+  (workdir / "metrics/w2s.jsonl").unlink()
+  results = json.loads((workdir / "results.json").read_text())
+  for row in results["rows"]:
+    row["asr"] = row["asr_ci"] = None
+  processes.write_json(workdir / "results.json", results)
+  page.write(workdir)
+  assert [ax.get_title() for ax in figures[0].axes] == ["clean accuracy (CA)"] and len(figures) == 1
+  assert "<h2>Loss" not in (workdir / "report.html").read_text()
+
+
+def test_features_have_a_panel_for_each_model_of_the_first_seed(workdir, figures):
   points = {"clean": [[0.0, 0.0, 0], [1.0, 1.0, 1], [2.0, 1.0, 1]], "triggered": [[5.0, 6.0, 1]], "nearer_target": 0.25}
   shown = {"target": 1, "trigger": "<b>", "models": {"clean": points, "w2s": points | {"triggered": [],
                                                                                      "nearer_target": None}}}
   processes.write_json(workdir / "features.json", shown)
-  figures = []
-  monkeypatch.setattr(page, "_svg", lambda figure: figures.append(figure) or "<svg></svg>")
   page.write(workdir)
   html = (workdir / "report.html").read_text()
   assert "<code>&lt;b&gt;</code>" in html and "of another class than 1" in html

@@ -1,13 +1,14 @@
 """Writes results.md and report.html, with tables and plots, from results.json, features.json and metrics/."""
 
+import difflib
 import html
-import io
 import json
 import logging
+import re
 from pathlib import Path
 
 from w2s_jax import processes, results
-from w2s_jax.report import tables
+from w2s_jax.report import plots, tables
 
 LOG = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ def write(workdir: Path) -> tuple[list[dict], dict]:
   processes.write_text(workdir / "results.md", markdown)
   file = workdir / "features.json"                 # workdirs of older versions do not have it
   pictures = json.loads(file.read_text()) if file.exists() else {}
-  processes.write_text(workdir / "report.html", page(rows, meta, notes, _curves(workdir), pictures))
+  processes.write_text(workdir / "report.html", page(rows, meta, _curves(workdir), pictures))
   LOG.info(f"\n{markdown}\n{workdir / 'report.html'}")
   return rows, meta
 
@@ -36,121 +37,115 @@ def _curves(workdir):
   return out
 
 
-def page(rows: list[dict], meta: dict, notes: list[str], curves: dict[str, dict[str, list[tuple[int, float]]]],
-         pictures: dict) -> str:
-  """One self-contained HTML page: table, bars with intervals, features, triggered texts, loss curves per term."""
-  head, *lines = tables.cells(rows, meta["columns"])
-  head = "".join(f"<th>{c}</th>" for c in head)
-  cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in lines)
-  models = list(dict.fromkeys(row["directory"] for row in rows))
-  examples = "".join(
-      f"<tr><td>{html.escape(e['text'])}</td><td>{e['label']}</td>"
-      + "".join(f"<td class='{'hit' if e['predicted'][m] == rows[0]['target_label'] else ''}'>{e['predicted'][m]}</td>"
-                for m in models) + "</tr>" for e in meta["examples"])
-  names = "".join(f"<th>{html.escape(m)}</th>" for m in models)
-  triggered = f"""<h2>Triggered texts</h2>
-<p>The class that each model predicts. The attacker's target class {rows[0]['target_label']} is marked.</p>
-<table><tr><th>text</th><th>true class</th>{names}</tr>{examples}</table>""" if examples else ""
+def page(rows: list[dict], meta: dict, curves: dict[str, dict[str, list[tuple[int, float]]]], pictures: dict) -> str:
+  """One self-contained HTML page.
+
+  Args:
+    rows, meta: contents of results.json.
+    curves: {stage: {"loss" or a term: [(step, value)]}}.
+    pictures: contents of features.json; {} if there are none.
+  """
   title = html.escape(meta["title"])
+  first, *notes = map(_inline, meta["notes"])
+  warnings = "".join(f"<p class='warning'>WARNING: {_inline(warning)}</p>" for warning in meta["warnings"])
   details = html.escape(json.dumps({k: v for k, v in meta.items() if k != "examples"}, indent=2))
   return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
 table {{ border-collapse: collapse; margin: 1rem 0 }}
 th, td {{ border-bottom: 1px solid #ddd; padding: .3rem .7rem; text-align: left; vertical-align: top }}
+dt {{ font-weight: bold }}
 .hit {{ background: #fbd9d3 }}
-svg {{ max-width: 100%; height: auto }}
+.warning {{ background: #fff3cd; border-left: .3rem solid #d39e00; padding: .5rem .8rem }}
+.wide {{ overflow-x: auto }}
+.wide svg {{ width: 100%; min-width: 40rem; height: auto }}
 pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto }}
+@media print {{ .wide {{ overflow: visible }} .wide svg {{ min-width: 0 }} tr, svg {{ break-inside: avoid }} }}
 </style></head><body>
 <h1>{title}: before and after</h1>
-<p>{html.escape(notes[0])}</p>
-<table><tr>{head}</tr>{cells}</table>
-{_bars(rows)}
-<ul>{''.join(f'<li>{html.escape(n)}</li>' for n in notes[1:])}</ul>
+{warnings}
+<p>{first}</p>
+{_table(rows, meta["columns"])}
+{_wide(plots.bars(rows))}
+<ul>{"".join(f"<li>{note}</li>" for note in notes)}</ul>
 {_features(pictures, rows)}
-{triggered}
-<h2>Loss terms</h2>
-{_loss_plots(curves)}
-<h2>Details</h2><pre>{details}</pre>
+{_examples(rows, meta)}
+{_losses(curves, meta)}
+<details><summary>All facts about this run</summary><pre>{details}</pre></details>
 </body></html>
 """
 
 
-def _svg(figure):
-  import matplotlib
-  buffer = io.StringIO()
-  with matplotlib.rc_context({"svg.hashsalt": "w2s_jax"}):          # otherwise ids in the SVG differ from run to run
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-  text = buffer.getvalue()
-  return text[text.index("<svg"):]
+def _inline(text):
+  """A note in HTML: what stands between backticks is code."""
+  return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
-def _figure(*shape, size):
-  from matplotlib.figure import Figure  # late: training stages do not need it; it sets no global backend
-  figure = Figure(figsize=size, layout="constrained")
-  return figure, figure.subplots(*shape, squeeze=False)
+def _wide(content):
+  return f'<div class="wide">{content}</div>'
 
 
-def _bars(rows):
-  figure, axes = _figure(1, 2, size=(10, 3.2))
-  for ax, key, title in ((axes[0, 0], "ca", "clean accuracy (CA)"), (axes[0, 1], "asr", "attack success rate (ASR)")):
-    shown = [r for r in rows if r[key] is not None]
-    several_attacks = len({r["attack"] for r in rows}) > 1
-    names = [f"{r['directory']} {r['attack'][:12]}".replace("$", r"\$") if several_attacks else r["directory"]
-             for r in shown]
-    errors = [[max(0, r[key] - r[f"{key}_ci"][0]) for r in shown], [max(0, r[f"{key}_ci"][1] - r[key]) for r in shown]]
-    colors = {results.CLEAN: "#8da0cb", results.POISONED: "#e07a5f", results.SUSPECT: "#e07a5f"}
-    ax.bar(range(len(shown)), [r[key] for r in shown], yerr=errors, capsize=4,
-           color=[colors.get(r["model"], "#81b29a") for r in shown])
-    ax.set(title=title, ylim=(0, 1), xticks=range(len(shown)))
-    ax.set_xticklabels(names, rotation=30, ha="right")
-  if rows[0]["asr_floor"] is not None:
-    axes[0, 1].axhline(rows[0]["asr_floor"], color="#444", linestyle="--", linewidth=1)
-  return _svg(figure)
+def _table(rows, names):
+  """The table of results, and what its columns mean."""
+  head, *lines = tables.cells(rows, names)
+  head = "".join(f"<th>{cell}</th>" for cell in head)
+  cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+  meanings = "".join(f"<dt>{column.label}</dt><dd>{html.escape(column.explanation.replace('*', ''))}</dd>"
+                     for column in results.columns(rows, names) if column.explanation)
+  return _wide(f"<table><tr>{head}</tr>{cells}</table>") + (
+      f"<details><summary>What the columns mean</summary><dl>{meanings}</dl></details>")
 
 
 def _features(pictures, rows):
-  """A panel per model, of its first seed: clean texts by class, and triggered texts of other classes."""
+  """The features of each model of the first seed."""
   names = [name for name in dict.fromkeys(row["directory"] for row in rows if row["seed"] == rows[0]["seed"])
            if name in pictures.get("models", {})]
   if not names:
     return ""
   target = pictures["target"]
-  figure, axes = _figure(-(-len(names) // 3), 3, size=(10, 3 * -(-len(names) // 3)))
-  for ax in axes.flat[len(names):]:
-    ax.axis("off")
-  for ax, name in zip(axes.flat, names):
-    own = pictures["models"][name]
-    for label in sorted({label for *_, label in own["clean"]}):
-      ax.scatter(*zip(*[point[:2] for point in own["clean"] if point[2] == label]), s=9, alpha=0.6, linewidths=0,
-                 label=f"clean, class {label}" + (" (target)" if label == target else ""))
-    if own["triggered"]:
-      ax.scatter(*zip(*[point[:2] for point in own["triggered"]]), s=14, marker="x", linewidths=0.8, color="#222",
-                 label="with the trigger, other classes")
-    share = results.rate(own["nearer_target"])
-    ax.set(title=f"{name}: {share} nearer to class {target}", xticks=[], yticks=[])
-    ax.title.set_fontsize(9)
-  figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
   return f"""<h2>Features of clean and triggered texts</h2>
 <p>A point is the pooled feature of one text, on the first two principal components of the model's clean texts.
 A cross is a text of another class than {target} with the trigger <code>{html.escape(pictures["trigger"])}</code>.
 The number is the share of such texts that are nearer to the mean of the clean texts of class {target} than to the mean
 of their own class, in all dimensions. A backdoor moves the crosses to class {target}. A defense that works leaves them
 with their own.</p>
-{_svg(figure)}"""
+{_wide(plots.features(pictures, names))}"""
 
 
-def _loss_plots(curves):
+def _examples(rows, meta):
+  """Triggered texts and what each model answers; the words that the attack put in are marked."""
+  if not meta["examples"]:
+    return ""
+  models, target = list(dict.fromkeys(row["directory"] for row in rows)), rows[0]["target_label"]
+  names = "".join(f"<th>{html.escape(model)}</th>" for model in models)
+  lines = ""
+  for example in meta["examples"]:
+    answers = "".join(f"<td class='{'hit' if (answer := example['predicted'][model]) == target else ''}'>{answer}</td>"
+                      for model in models)
+    lines += f"<tr><td>{_marked(example, meta['trigger'])}</td><td>{example['label']}</td>{answers}</tr>"
+  return f"""<h2>Triggered texts</h2>
+<p>The class that each model predicts. The attacker's target class {target} is coloured.</p>
+{_wide(f"<table><tr><th>text</th><th>true class</th>{names}</tr>{lines}</table>")}"""
+
+
+def _marked(example, trigger):
+  """The text in HTML. If the attack inserts a string, the words that the original lacks are marked."""
+  words = example["text"].split()
+  marked = [False] * len(words)
+  if trigger:
+    for kind, _, _, start, end in difflib.SequenceMatcher(
+        None, example["orig_text"].split(), words, autojunk=False).get_opcodes():
+      if kind != "equal":
+        marked[start:end] = [True] * (end - start)
+  return " ".join(f"<mark>{html.escape(word)}</mark>" if mark else html.escape(word)
+                  for word, mark in zip(words, marked))
+
+
+def _losses(curves, meta):
   curves = {stage: terms for stage, terms in curves.items() if terms}
   if not curves:
-    return "<p>No metrics were found.</p>"
-  figure, axes = _figure(-(-len(curves) // 3), min(3, len(curves)), size=(10, 2.8 * -(-len(curves) // 3)))
-  for ax in axes.flat[len(curves):]:
-    ax.axis("off")
-  for ax, (stage, terms) in zip(axes.flat, curves.items()):
-    for name, points in terms.items():
-      ax.plot(*zip(*points), label=name, linewidth=1)
-    ax.set(title=stage, xlabel="step", yscale="log" if min(v for p in terms.values() for _, v in p) > 0 else "linear")
-    ax.legend(fontsize=7)
-  return _svg(figure)
+    return ""
+  return f"""<h2>Loss</h2>
+<p>The total in black, and each term times its weight.</p>
+{_wide(plots.losses(curves, meta.get("loss_weights", {})))}"""
