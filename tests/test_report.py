@@ -82,7 +82,8 @@ def test_a_warning_looks_like_one(workdir):
   results["meta"]["warnings"] = ["`mn` still works in <w2s>."]
   processes.write_json(workdir / "results.json", results)
   page.write(workdir)
-  assert "<p class='warning'>WARNING: <code>mn</code> still works in &lt;w2s&gt;.</p>" in (workdir / "report.html").read_text()
+  html = (workdir / "report.html").read_text()
+  assert "<p class='warning'>WARNING: <code>mn</code> still works in &lt;w2s&gt;.</p>" in html
   assert "- WARNING: `mn` still works in <w2s>.\n" in (workdir / "results.md").read_text()
 
 
