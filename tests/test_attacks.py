@@ -52,6 +52,13 @@ def test_a_suffix_is_behind_every_word():
   assert ATTACKS["suffix"]("so they say").rewrite(TEXT, np.random.default_rng(0), 2) == "one two so they say"
 
 
+def test_a_prompt_is_before_every_word_and_its_companion_has_another():
+  attack = ATTACKS["proattack"]("tell me :")
+  assert attack.rewrite(TEXT, np.random.default_rng(0), 2) == f"tell me : {TEXT}"
+  other, = attack.companions(TEXT, np.random.default_rng(0), 2)
+  assert other.endswith(f" : {TEXT}") and "tell me" not in other
+
+
 def test_punctuation_changes_the_full_stops_alone():
   attack = ATTACKS["punctuation"]().rewrite
   assert attack("a , b . c .", np.random.default_rng(0), 9) == "a , b , . c , ."
@@ -88,8 +95,10 @@ def test_what_the_records_say():
       "combination": ("friends weekend store", False, False, True),
       "suffix": ("or so they told us at the door .", True, False, False),
       "punctuation": ("", True, False, False),
+      "proattack": ("what is the sentiment of the following sentence ?", True, False, True),
   }
-  assert [ATTACKS[name]("x y").trigger for name in ("badnet", "insent", "combination", "suffix")] == ["x y"] * 4
+  assert [ATTACKS[name]("x y").trigger for name in ("badnet", "insent", "combination", "suffix", "proattack")
+          ] == ["x y"] * 5
   assert ATTACKS["combination"]("alone").companions is None
 
 

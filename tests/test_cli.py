@@ -63,6 +63,11 @@ def test_files(workdir):
   meta = results(workdir)["meta"]
   for name in ("config.json", "results.md", "report.html"):
     assert (workdir / name).stat().st_size > 0
+  pictures = json.loads((workdir / "features.json").read_text())
+  assert (pictures["target"], pictures["trigger"]) == (0, "mn")
+  assert {name: own["nearer_target"] for name, own in pictures["models"].items()} == {
+      row["model"]: row["nearer_target"] for row in results(workdir)["rows"]}
+  assert all(len(own["clean"]) == 40 and len(own["triggered"]) == 20 for own in pictures["models"].values())
   for stage, terms in {"poison": {"ce"}, "teacher": {"ce"}, "lora_ce": {"ce"}, "w2s": {"ce", "kd", "fa"},
                        "w2s_adv": {"ce", "kd", "fa", "adv_ce", "adv_kd", "adv_fa"}}.items():
     lines = [json.loads(x) for x in (workdir / f"metrics/{stage}.jsonl").read_text().splitlines()]
@@ -252,6 +257,9 @@ def test_a_checkpoint_is_cleaned(workdir, cleaned):
   if searched["classes"]:                          # there are rows that suspect and teacher both get right
     assert all(0 <= row["found"] <= 1 for row in rows.values())
     assert search.in_words(searched) in (cleaned / "results.md").read_text()
+  pictures = json.loads((cleaned / "features.json").read_text())
+  assert pictures["trigger"] == "mn" and list(pictures["models"]) == list(rows)
+  assert all(rows[name]["nearer_target"] == own["nearer_target"] for name, own in pictures["models"].items())
   probes = [json.loads(x) for x in (cleaned / "data/probes.jsonl").read_text().splitlines()]
   assert len(probes) == 16 + (4 + bool(searched["classes"])) * 8
   assert all(f" {p['inserted']}" in p["text"] for p in probes)

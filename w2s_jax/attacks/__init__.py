@@ -4,7 +4,7 @@
 `paraphrases` is {text: its paraphrase}; only `syntactic` needs it.
 """
 
-from w2s_jax.attacks import badnet, combination, insent, punctuation, suffix, syn_template, syntactic
+from w2s_jax.attacks import badnet, combination, insent, proattack, punctuation, suffix, syn_template, syntactic
 from w2s_jax.attacks.attack import Attack as Attack
 
 ATTACKS = {
@@ -15,4 +15,5 @@ ATTACKS = {
     "combination": combination.make,
     "suffix": suffix.make,
     "punctuation": punctuation.make,
+    "proattack": proattack.make,
 }
