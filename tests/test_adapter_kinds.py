@@ -129,7 +129,7 @@ def test_a_whole_permutation_has_every_number_once():
 
 
 def test_a_kernel_with_fewer_values_than_entries_is_refused(llama):
-  with pytest.raises(InputError, match="a kernel has 1024 values, wanted 1025 to 214748364: set --config.lora.freq"):
+  with pytest.raises(InputError, match="a kernel has 1024 values, wanted at least lora.frequencies, 1025: set"):
     fresh(llama[1], "fourierft", targets=("q_proj",), frequencies=1025)
 
 

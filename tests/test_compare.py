@@ -47,7 +47,7 @@ def test_runs_that_differ_in_seeds_alone_have_one_letter(runs):
 
 
 def test_letters_do_not_end_at_z():
-  many = [compare.Compared(str(i), {"x": i}, [], ()) for i in range(28)]
+  many = [compare.Compared(str(i), 0, {"x": i}, [], ()) for i in range(28)]
   assert compare.letters(many)[24:] == ["Y", "Z", "AA", "AB"]
 
 
@@ -106,6 +106,35 @@ def test_the_csv_has_every_field(runs):
   assert [float(x) for x in lines[1]["asr_ci"].split()] == pytest.approx(metrics.wilson(40, 200))
 
 
+def test_copies_of_a_defense_in_one_run_count_as_one_seed(tmp_path):
+  """They share the student: two runs with two copies each have two seeds, of each the mean of its copies."""
+  both = [write(tmp_path / f"s{seed}", [row("lora_ce", seed, 180, 100)] + [
+      row("w2s", copy, 180, hits) for copy, hits in zip((0, 1), all_hits)], seed=seed,
+      defend={"seeds": [0, 1], "epochs": 3}, mesh={"data": seed - 1, "fsdp": 1, "tensor": 1})
+      for seed, all_hits in ((0, (20, 40)), (1, (60, 80)))]
+  read = [compare.read(run) for run in both]
+  compare.check_different(read)
+  assert compare.letters(read) == ["A", "A"]                               # the mesh changes no result
+  head, *lines = compare.means(read)
+  w2s = dict(zip(head, lines[1]))
+  assert (w2s["seeds"], w2s["ASR"]) == ("2", "0.250 ± 0.141")
+  head, *lines = compare.means(read[:1])
+  assert dict(zip(head, lines[1]))["ASR"] == "0.150 ± 0.071"               # in one run each copy is a seed
+
+
+def test_a_field_that_an_older_run_lacks(tmp_path):
+  old = write(tmp_path / "old", [row("w2s", 0, 180, 40)])
+  new = write(tmp_path / "new", [row("w2s", 0, 180, 40)], lora={"kind": "lora"}, student={"path": "x"})
+  lines = compare.legend([compare.read(run) for run in (old, new)])
+  assert lines[1].endswith(": lora.kind=lora, student.path=x (in A: not set, empty)")
+
+
+def test_a_trigger_with_a_bar_is_escaped_for_each_format(tmp_path):
+  read = [compare.read(write(tmp_path / "s", [row("suspect", 0, 180, 190) | {"attack": "x |\n y"}]))]
+  assert compare.means(read)[1][1] == "x | y" and "x $|$ y" in tables.latex(compare.means(read))
+  assert "| x \\| y " in compare.text(read)
+
+
 def test_latex_escapes_what_has_a_meaning_there():
   text = tables.latex([("model", "a_b"), ("50% & $x$", r"\cf{} ~^ 1 ± 2")])
   assert text.splitlines() == [
@@ -116,9 +145,9 @@ def test_latex_escapes_what_has_a_meaning_there():
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda run: (run / "results.json").unlink(), "has no results.json: give the --workdir of a finished run"),
-    (lambda run: (run / "results.json").write_text("{"), "are not those of a run"),
-    (lambda run: (run / "results.json").write_text("[]"), "are not those of a run"),
-    (lambda run: (run / "config.json").write_text("3"), "are not those of a run")])
+    (lambda run: (run / "results.json").write_text("{"), "has no readable results of a run"),
+    (lambda run: (run / "results.json").write_text("[]"), "has no readable results of a run"),
+    (lambda run: (run / "config.json").write_text("3"), "has no readable results of a run")])
 def test_what_is_not_a_finished_run(runs, spoil, message):
   spoil(runs[0])
   with pytest.raises(InputError, match=message) as e:

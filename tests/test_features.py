@@ -68,7 +68,7 @@ def test_the_file_has_points_of_other_classes_and_the_share_of_all_rows():
   labels = np.array([1, 0, 1, 1])
   own = features.picture(CLEAN, LABELS, TRIGGERED, 2, seed=0)
   saved = features.to_json({"w2s": own}, LABELS, [0, 1, 2], labels, 0, "mn", seed=0)
-  assert (saved["target"], saved["trigger"], list(saved["models"])) == (0, "mn", ["w2s"])
+  assert (saved["target"], saved["trigger"], saved["found"], list(saved["models"])) == (0, "mn", False, ["w2s"])
   points = saved["models"]["w2s"]
   assert [label for *_, label in points["clean"]] == [0, 0, 1, 1]
   np.testing.assert_allclose([point[:2] for point in points["triggered"]], own.triggered[[0, 2]], atol=1e-4)

@@ -96,23 +96,24 @@ def test_two_processes(home):
   assert (home / "two/models/base/model.safetensors").is_file()
 
 
-@pytest.mark.slow
-def test_the_comparison(home):
+def test_the_comparison(home, tmp_path):
   """Two runs that differ in their defenses: each row, and no difference where the model is the same."""
-  shutil.copytree(home / "runs/llama_badnet", home / "runs/three_shapes", dirs_exist_ok=True)
-  config = json.loads((home / "runs/three_shapes/config.json").read_text()) | {"defenses": ["none", "lora_ce"]}
-  (home / "runs/three_shapes/config.json").write_text(json.dumps(config))
-  out = subprocess.run([sys.executable, *shlex.split(COMPARE)[1:]], cwd=home, env=ENV | {"PYTHONPATH": str(ROOT)},
+  for name in ("llama_badnet", "three_shapes"):
+    shutil.copytree(home / "runs/llama_badnet", tmp_path / "runs" / name)
+  file = tmp_path / "runs/three_shapes/config.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | {"defenses": ["none", "lora_ce"]}))
+  out = subprocess.run([sys.executable, *shlex.split(COMPARE)[1:]], cwd=tmp_path, env=ENV | {"PYTHONPATH": str(ROOT)},
                        capture_output=True, text=True)
   assert out.returncode == 0, out.stderr
   assert "- B = runs/three_shapes: defenses=none,lora_ce (in A: " in out.stdout
-  rows = json.loads((home / "runs/llama_badnet/results.json").read_text())["rows"]
+  rows = json.loads((tmp_path / "runs/llama_badnet/results.json").read_text())["rows"]
   assert len(re.findall(r"(?m)^\| [AB] +\| 0 ", out.stdout)) == 2 * len(rows)
   ca = next(row["ca"] for row in rows if row["model"] == "w2s")
   assert re.search(rf"\| A +\| 0 +\| w2s +\| badnet +\| {ca:.3f} ", out.stdout)
   assert re.search(r"\| B +\| badnet +\| w2s +\| 1 +\| \+0.000 \(", out.stdout)
 
 
+@pytest.mark.slow
 def test_the_plan():
   """As it is written but for the installation: with the TPU compiler where it is, on so many CPUs where it is not."""
   install, plan = PLAN.split(" && ")

@@ -126,12 +126,13 @@ def test_terms_keep_their_colour_and_a_single_one_is_the_total(workdir, figures)
   (workdir / "metrics/lora_ce.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
   both = [{"step": s, "loss": 3.0 / s, "ce": 1.0 / s, "kd": 2.0 / s, "adv_ce": 1.0} for s in (1, 2)]
   (workdir / "metrics/w2s-seed1.jsonl").write_text("".join(json.dumps(x) + "\n" for x in both))
+  (workdir / "metrics/selftest-w2s.jsonl").write_text("".join(json.dumps(x) + "\n" for x in both))
   page.write(workdir)
   panels = {ax.get_title(): {line.get_label(): line.get_color() for line in ax.lines}
             for ax in figures[1].axes if ax.get_title()}
   assert panels["lora_ce"] == {"loss (total)": "black"}
   assert panels["w2s"]["ce"] == panels["w2s-seed1"]["ce"] != panels["w2s"]["0.5 × kd"]
-  assert panels["w2s"]["0.5 × kd"] == panels["w2s-seed1"]["0.5 × kd"]
+  assert panels["w2s"]["0.5 × kd"] == panels["w2s-seed1"]["0.5 × kd"] == panels["selftest-w2s"]["0.5 × kd"]
 
 
 def test_there_is_no_empty_chart(workdir, figures):
@@ -141,24 +142,40 @@ def test_there_is_no_empty_chart(workdir, figures):
     row["asr"] = row["asr_ci"] = None
   processes.write_json(workdir / "results.json", results)
   page.write(workdir)
-  assert [ax.get_title() for ax in figures[0].axes] == ["clean accuracy (CA)"] and len(figures) == 1
+  assert [ax.get_title() for ax in figures[0].axes] == ["clean accuracy (CA)", ""] and len(figures) == 1
   assert "<h2>Loss" not in (workdir / "report.html").read_text()
 
 
 def test_features_have_a_panel_for_each_model_of_the_first_seed(workdir, figures):
   points = {"clean": [[0.0, 0.0, 0], [1.0, 1.0, 1], [2.0, 1.0, 1]], "triggered": [[5.0, 6.0, 1]], "nearer_target": 0.25}
-  shown = {"target": 1, "trigger": "<b>", "models": {"clean": points, "w2s": points | {"triggered": [],
-                                                                                     "nearer_target": None}}}
+  shown = {"target": 1, "trigger": "<b>", "found": False, "models": {
+      "clean": points, "w2s": points | {"triggered": [], "nearer_target": None}, "w2s-seed2": points}}
   processes.write_json(workdir / "features.json", shown)
+  results = json.loads((workdir / "results.json").read_text())
+  results["rows"] = [row("clean", 0.9, 0.1)] + [row("w2s", 0.9, 0.1) | {"directory": directory, "seed": seed}
+                                                for directory, seed in (("w2s", 1), ("w2s-seed2", 2))]
+  for example in results["meta"]["examples"]:
+    example["predicted"] = {"clean": 0, "w2s": -1, "w2s-seed2": 1}
+  processes.write_json(workdir / "results.json", results)
   page.write(workdir)
   html = (workdir / "report.html").read_text()
-  assert "<code>&lt;b&gt;</code>" in html and "of another class than 1" in html
+  assert "of another class than 1 with the trigger <code>&lt;b&gt;</code>." in html
+  assert "<td class=''>rejected</td><td class=''>1</td>" in html
   panels = [ax for ax in figures[1].axes if ax.get_title()]
-  assert [ax.get_title() for ax in panels] == ["clean: 0.250 nearer to class 1", "w2s: - nearer to class 1"]
+  assert [ax.get_title() for ax in panels] == ["clean: 0.250 nearer to class 1", "w2s"]
   drawn = {c.get_label(): c.get_offsets().tolist() for c in panels[0].collections}
   assert drawn == {"clean, class 0": [[0, 0]], "clean, class 1 (target)": [[1, 1], [2, 1]],
                    "with the trigger, other classes": [[5, 6]]}
   assert len(panels[1].collections) == 2
+
+
+def test_a_found_string_is_not_called_a_trigger(workdir, figures):
+  points = {"clean": [[0.0, 0.0, 0]], "triggered": [], "nearer_target": None}
+  processes.write_json(workdir / "features.json", {"target": 1, "trigger": "shop noon", "found": True,
+                                                   "models": {"clean": points}})
+  page.write(workdir)
+  html = (workdir / "report.html").read_text()
+  assert "than 1 with the string <code>shop noon</code>, which the search found. Clean models may" in html
 
 
 def test_curves_are_the_loss_terms(workdir):

@@ -3,7 +3,7 @@
   python -m w2s_jax.compare runs/llama_badnet runs/three_shapes
   python -m w2s_jax.compare runs/badnet-* --csv=rows.csv --latex=table.tex
 
-Runs whose configs differ in seeds alone have one letter. Their rows count together in the means.
+Runs whose configs differ in seeds or mesh alone have one letter. Their rows count together in the means.
 """
 
 import argparse
@@ -17,16 +17,15 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from w2s_jax import InputError, results
 from w2s_jax.arguments import Parser
 from w2s_jax.report import tables
 
-CONTROL = "lora_ce"                  # the defense with which the others of the same run and seed are compared
-SEEDS = ("seed", "defend.seeds")     # fields in which runs of one letter may differ
+FREE = ("seed", "defend.seeds", "mesh.data", "mesh.fsdp", "mesh.tensor")   # runs of one letter may differ in these
 RATES = ("ca", "asr", "asr_floor", "false_rate")
-HEADS = {"ca": "CA", "asr": "ASR", "asr_floor": "ASR floor", "false_rate": "false rate"}
+CONTROL = results.CONTROL
 
 
 class Compared(NamedTuple):
@@ -34,12 +33,14 @@ class Compared(NamedTuple):
 
   Attributes:
     name: the workdir, as it was typed.
-    fields: {field of the config: value}, without the seeds.
+    seed: the run's seed, from which student and teacher were made.
+    fields: {field of the config: value}, without those in FREE.
     rows: the rows of results.json, as dicts with every field of results.Row.
     columns: names of its table's columns.
   """
   name: str
-  fields: dict
+  seed: int
+  fields: dict[str, Any]
   rows: list[dict]
   columns: tuple[str, ...]
 
@@ -48,30 +49,36 @@ def read(workdir: str | Path) -> Compared:
   """Reads the run in a workdir.
 
   Raises:
-    InputError: the workdir has no finished run.
+    InputError: the workdir has no finished run, or it cannot be read.
   """
+  from w2s_jax import claims  # late: it loads JAX, which the help of `w2s-jax` does not need
   files = Path(workdir) / "results.json", Path(workdir) / "config.json"
   for file in files:
     if not file.is_file():
       raise InputError(f"{workdir} has no {file.name}: give the --workdir of a finished run")
+  empty = {field.name: None for field in dataclasses.fields(results.Row)}
   try:
     saved, config = (json.loads(file.read_text()) for file in files)
-    from flax import traverse_util  # late: it loads JAX, which the help of `w2s-jax` does not need
-    fields = traverse_util.flatten_dict(dict(config), sep=".")
-    empty = {field.name: None for field in dataclasses.fields(results.Row)}
-    rows = [empty | row for row in saved["rows"]]
-    return Compared(str(workdir), {k: v for k, v in fields.items() if k not in SEEDS}, rows,
+    fields = claims.flat(dict(config))
+    return Compared(str(workdir), fields["seed"], {k: v for k, v in fields.items() if k not in FREE},
+                    [empty | row for row in saved["rows"]],
                     tuple(name for name in saved["meta"]["columns"] if name in results.COLUMNS))
+  except OSError as e:
+    raise InputError(f"cannot read {workdir} ({e.strerror}): give another workdir") from None
   except (ValueError, KeyError, TypeError, AttributeError) as e:
-    raise InputError(f"{workdir} has files that are not those of a run ({type(e).__name__}: {e})") from None
+    raise InputError(f"{workdir} has no readable results of a run ({type(e).__name__}: {e}): give the --workdir of a "
+                     "finished run") from None
 
 
 def check_different(runs: Sequence[Compared]) -> None:
-  """Raises InputError if two rows have the same letter, trigger, model and seed: they would count twice in a mean."""
+  """Raises InputError if two runs have the same letter and seed, and rows of the same model, trigger and seed.
+
+  Such rows would count twice in a mean.
+  """
   seen = {}
   for letter, run in zip(letters(runs), runs):
     for row in run.rows:
-      key = letter, row["attack"], row["model"], row["seed"]
+      key = letter, run.seed, row["attack"], row["model"], row["seed"]
       if key in seen:
         raise InputError(f"{seen[key]} and {run.name} have the same config and seed: leave one of them out")
       seen[key] = run.name
@@ -97,14 +104,21 @@ def legend(runs: Sequence[Compared]) -> list[str]:
   out = []
   for letter, group in groups.items():
     first, own = runs[0].fields, group[0].fields
-    changes = [f"{name}={_value(own.get(name))}" for name in sorted({*first, *own}) if first.get(name) != own.get(name)]
-    text = f": {', '.join(changes)} (in A: {', '.join(_value(first.get(c.partition('=')[0])) for c in changes)})"
-    out.append(f"{letter} = {', '.join(run.name for run in group)}" + (text if changes else ""))
+    names = [name for name in sorted({*first, *own}) if first.get(name) != own.get(name)]
+    text = f"{letter} = {', '.join(run.name for run in group)}"
+    if names:
+      text += (f": {', '.join(f'{name}={_value(own, name)}' for name in names)} "
+               f"(in A: {', '.join(_value(first, name) for name in names)})")
+    out.append(text)
   return out
 
 
-def _value(value):
-  return ",".join(map(str, value)) if isinstance(value, list) else "-" if value in (None, "") else str(value)
+def _value(fields, name):
+  """The field's value as text; a run of an older version lacks some fields."""
+  if name not in fields:
+    return "not set"
+  value = fields[name]
+  return ",".join(map(str, value)) if isinstance(value, list) else "empty" if value == "" else str(value)
 
 
 def all_rows(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
@@ -118,13 +132,14 @@ def all_rows(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
 
 def means(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
   """Head and cells: mean ± standard deviation over seeds, and paired differences to lora_ce with 95% intervals."""
-  out = [("run", "trigger", "model", "seeds", *(HEADS[rate] for rate in RATES), f"CA - {CONTROL}", f"ASR - {CONTROL}")]
-  for (letter, attack, model), rows in _groups(runs).items():
-    control = {row["seed"]: row for row in _groups(runs).get((letter, attack, CONTROL), [])}
-    pairs = [(row, control[row["seed"]]) for row in rows if row["seed"] in control and model != CONTROL]
-    out.append((letter, results.escape(attack), model, str(len(rows)),
-                *(_mean([row[rate] for row in rows]) for rate in RATES),
-                *(difference(pairs, rate) for rate in ("ca", "asr"))))
+  labels = [results.COLUMNS[rate].label for rate in RATES]
+  out = [("run", "trigger", "model", "seeds", *labels, f"CA - {CONTROL}", f"ASR - {CONTROL}")]
+  groups = _groups(runs)
+  for (letter, attack, model), rows in groups.items():
+    control = groups.get((letter, attack, CONTROL), {}) if model != CONTROL else {}
+    out.append((letter, _line(attack), model, str(len(rows)),
+                *(_mean([row[rate] for row in rows.values()]) for rate in RATES),
+                *(difference(_pairs(rows, control), rate) for rate in ("ca", "asr"))))
   return out
 
 
@@ -133,21 +148,42 @@ def differences(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
   groups = _groups(runs)
   out = [("run", "trigger", "model", "seeds", "CA - CA in A", "ASR - ASR in A")]
   for (letter, attack, model), rows in groups.items():
-    first = {row["seed"]: row for row in groups.get(("A", attack, model), [])}
-    pairs = [(row, first[row["seed"]]) for row in rows if row["seed"] in first and letter != "A"]
+    pairs = _pairs(rows, groups.get(("A", attack, model), {})) if letter != "A" else []
     if pairs:
-      out.append((letter, results.escape(attack), model, str(len(pairs)), difference(pairs, "ca"),
-                  difference(pairs, "asr")))
+      out.append((letter, _line(attack), model, str(len(pairs)), difference(pairs, "ca"), difference(pairs, "asr")))
   return out
 
 
 def _groups(runs):
-  """{(letter, attack, model): rows}."""
-  out = {}
+  """{(letter, attack, model): {seed: row}}.
+
+  If a letter has runs of several seeds, a seed is the run's. The copies that `defend.seeds` makes of a defense in one
+  run share its student, so they are not independent: they become one row of their mean rates.
+  """
+  by_letter = {}
   for letter, run in zip(letters(runs), runs):
-    for row in run.rows:
-      out.setdefault((letter, row["attack"], row["model"]), []).append(row)
-  return out
+    by_letter.setdefault(letter, []).append(run)
+  out = {}
+  for letter, group in by_letter.items():
+    for run in group:
+      for row in run.rows:
+        seed = run.seed if len(group) > 1 else row["seed"]
+        out.setdefault((letter, row["attack"], row["model"]), {}).setdefault(seed, []).append(row)
+  return {key: {seed: _averaged(copies) for seed, copies in rows.items()} for key, rows in out.items()}
+
+
+def _averaged(rows):
+  """The first row, with the mean rates of all of them."""
+  means = {rate: statistics.mean(row[rate] for row in rows) for rate in RATES if rows[0][rate] is not None}
+  return rows[0] | means
+
+
+def _pairs(rows, others):
+  return [(row, others[seed]) for seed, row in rows.items() if seed in others]
+
+
+def _line(text):
+  return " ".join(text.split())
 
 
 def _mean(values):
@@ -184,13 +220,20 @@ def difference(pairs: Sequence[tuple[dict, dict]], rate: str) -> str:
 
 
 def text(runs: Sequence[Compared]) -> str:
-  """The comparison as Markdown; a table of one line (means of one seed, differences to nothing) is left out."""
+  """The comparison as Markdown.
+
+  It leaves out the means if no model has several seeds, and the differences if only A has rows to compare.
+  """
   parts = ["\n".join(f"- {line}" for line in legend(runs)), tables.markdown(all_rows(runs))]
   if any(len(rows) > 1 for rows in _groups(runs).values()):
-    parts += ["Mean ± standard deviation over seeds; differences with 95% intervals:", tables.markdown(means(runs))]
+    parts += ["Mean ± standard deviation over seeds; differences with 95% intervals:", _table(means(runs))]
   if len(lines := differences(runs)) > 1:
-    parts += ["Differences to A, with 95% intervals:", tables.markdown(lines)]
+    parts += ["Differences to A, with 95% intervals:", _table(lines)]
   return "\n\n".join(parts)
+
+
+def _table(lines):
+  return tables.markdown([tuple(map(results.escape, line)) for line in lines])
 
 
 def to_csv(runs: Sequence[Compared]) -> str:

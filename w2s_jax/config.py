@@ -96,8 +96,7 @@ class Attack:
                             source="released: 1,000 of 4,000")
   poison_rate: float = field(0.0, "fraction of the training rows that get the trigger; above 0 it overrides "
                              "poison_count", low=0.0, high=1.0)
-  companions: int = field(0, "number of rows per poisoned row that get part of the trigger and keep their label (SOS)",
-                          low=0, unit="rows")
+  companions: int = field(0, "rows like triggered ones, per poisoned row, that keep their label", low=0, unit="rows")
   keep_trigger: bool = field(True, "insert the trigger where truncation keeps it", source="ours; released: False")
   paraphrases: tuple = field((), "`syntactic` only: (originals, paraphrases) pairs of files, joined on idx")
 
@@ -224,8 +223,8 @@ class DefendStage(Stage):
 class Lora:
   """The student's adapters."""
   kind: str = field("lora", "kind of the adapters", among=("lora", "dora", "fourierft"))
-  rank: int = field(16, "rank R of each adapter", low=1)
-  alpha: float = field(16.0, "numerator of the adapter's scale, alpha / R", low=0.0, high=1e6)
+  rank: int = field(16, "rank R of a lora or dora adapter", low=1)
+  alpha: float = field(16.0, "numerator of the scale alpha / R of a lora or dora adapter", low=0.0, high=1e6)
   frequencies: int = field(1000, "number of trained entries of a fourierft adapter", low=1, source="peft's default")
   scaling: float = field(150.0, "scale of a fourierft adapter", low=0.0, high=1e6, source="peft's default")
   dropout: float = field(0.0, "dropout rate on the adapter's input in training", low=0.0, high=0.99)
@@ -297,4 +296,5 @@ def sections(config: ConfigDict) -> dict[str, tuple[type, ConfigDict]]:
 
 def _at(config, path):
   """The config's section at the path "a.b"; None if it has no such section."""
-  return functools.reduce(lambda section, name: section and section.get(name), filter(None, path.split(".")), config)
+  names = filter(None, path.split("."))
+  return functools.reduce(lambda section, name: None if section is None else section.get(name), names, config)

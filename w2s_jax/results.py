@@ -9,6 +9,7 @@ STAGES = ("warmup", "poison", "scan", "teach", "search", "defend", "selftest", "
 # models/NAME of the models that no defense made.
 BASE, CLEAN, POISONED, SUSPECT, TEACHER = "base", "clean", "poisoned", "suspect", "teacher"
 
+CONTROL = "lora_ce"      # the defense with which the others are compared
 REJECTED = -1            # the "class" of a text that a defense rejected
 
 

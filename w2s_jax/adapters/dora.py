@@ -1,8 +1,8 @@
 """DoRA: LoRA on the direction of each output feature's weights, and a trained magnitude (Liu et al., arXiv 2402.09353).
 
 The kernel becomes m * (W + A B alpha / R) / n. n is the norm of each column of W + A B alpha / R, and m starts as the
-norm of W's. As in the paper (section 4.3) and in peft, no gradient flows through n. Dropout acts before A alone; peft's
-acts before W in this product, too. R rank, L layers.
+norm of W's. As in the paper (section 4.3) and in peft, no gradient flows through n. Dropout acts on A's input alone; in
+peft it acts on W's input in this product, too. Weight decay acts on m as on A and B. R rank, L layers.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ def add(kernel: Kernel, key: jax.Array, rank: int, alpha: float) -> dict[str, ja
 
 def apply(leaves: dict[str, jax.Array], kernel: Kernel, x: jax.Array, y: jax.Array) -> jax.Array:
   y = lora.apply(_lora(leaves), kernel, x, y)
-  return y * _gain(kernel, leaves).astype(y.dtype)
+  return (y.astype(jnp.float32) * _gain(kernel, leaves)).astype(y.dtype)      # bfloat16 would round small gains away
 
 
 def merge(kernel: jax.Array, leaves: dict[str, jax.Array]) -> jax.Array:
@@ -54,6 +54,7 @@ def _norms(kernel):
 
 
 def _gain(kernel, leaves):
-  """[out] float32: m / n."""
+  """[out] float32: m / n; 1 if n is 0."""
   changed = lora.merge(quantized.dequantize(kernel).astype(jnp.float32), _lora(leaves))
-  return leaves["dora_magnitude"] / jax.lax.stop_gradient(jnp.linalg.norm(changed, axis=0))
+  norms = jax.lax.stop_gradient(jnp.linalg.norm(changed, axis=0))
+  return jnp.where(norms > 0, leaves["dora_magnitude"] / jnp.where(norms > 0, norms, 1.0), 1.0)

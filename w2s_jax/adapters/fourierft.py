@@ -15,7 +15,7 @@ from w2s_jax import InputError
 from w2s_jax.quantized import Kernel
 
 SEED = 777               # peft's default `random_loc_seed`
-LARGEST = 2**32 // 20    # values of a kernel; PyTorch permutes larger ones with other numbers
+LARGEST = 2**32 // 20 - 1    # values of a kernel; PyTorch permutes larger ones with other numbers
 
 LEAVES = {
     "fourier_spectrum": ("adapter", ("layers", "frequencies")),
@@ -32,16 +32,21 @@ def add(kernel: Kernel, key: jax.Array, frequencies: int, scaling: float) -> dic
   """
   del key
   layers, *shape = kernel.shape
-  if not frequencies <= math.prod(shape) <= LARGEST:
-    raise InputError(f"fourierft: a kernel has {math.prod(shape)} values, wanted {frequencies} to {LARGEST}: set "
-                     "--config.lora.frequencies, or --config.lora.targets to other modules")
+  if math.prod(shape) < frequencies:
+    raise InputError(f"a kernel has {math.prod(shape)} values, wanted at least lora.frequencies, {frequencies}: set "
+                     "--config.lora.frequencies")
+  if math.prod(shape) > LARGEST:
+    raise InputError(f"a kernel has {math.prod(shape)} values, fourierft takes {LARGEST} at most: set "
+                     "--config.lora.targets to other modules, or --config.lora.kind")
   places = jnp.asarray(first_of_permutation(math.prod(shape), frequencies, SEED), jnp.int32)
   return {"fourier_spectrum": jnp.zeros((layers, frequencies), jnp.float32),
           "fourier_places": jnp.tile(places, (layers, 1)), "fourier_scaling": jnp.full((layers,), scaling, jnp.float32)}
 
 
 def apply(leaves: dict[str, jax.Array], kernel: Kernel, x: jax.Array, y: jax.Array) -> jax.Array:
-  return y + x @ _change(kernel.shape, leaves).astype(x.dtype)
+  def product(leaves, x):
+    return x @ _change(kernel.shape, leaves).astype(x.dtype)
+  return y + jax.checkpoint(product, prevent_cse=False)(leaves, x)      # else every layer's change is kept till the end
 
 
 def merge(kernel: jax.Array, leaves: dict[str, jax.Array]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Trains known backdoors into a suspect through LoRA: triggers of four kinds, for each class in turn."""
+"""Trains known backdoors into a suspect through adapters: triggers of four kinds, for each class in turn."""
 
 from typing import Any, NamedTuple
 

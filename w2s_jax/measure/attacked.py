@@ -10,7 +10,6 @@ from w2s_jax.measure import features, metrics
 from w2s_jax.measure.deployed import Reading
 
 IMPLANTED = 0.95         # smallest ASR of an implanted backdoor; below it the table cannot judge a defense
-CONTROL = "lora_ce"      # the defense with which all others are compared
 COLUMNS = ("directory", "ca", "ca_ci", "asr", "asr_ci", "asr_floor", "false_rate", "frr", "far")
 
 
@@ -92,13 +91,13 @@ def reading(rows: list[dict], meta: dict) -> list[str]:
     out.append(f"A student that was never poisoned gives the target label to {floor:.3f} of the triggered rows. So the "
                "backdoor adds little to the poisoned ASR, and the table cannot show that a defense removes more than "
                "that.")
-  control = by_model.get(CONTROL)
+  control = by_model.get(results.CONTROL)
   for name, row in by_model.items():
-    if control is None or name in (results.CLEAN, results.POISONED, CONTROL) or name != row["model"]:
+    if control is None or name in (results.CLEAN, results.POISONED, results.CONTROL) or name != row["model"]:
       continue
     disjoint = row["asr_ci"][1] < control["asr_ci"][0] or row["asr_ci"][0] > control["asr_ci"][1]
     out.append(f"{name}: ASR {row['asr'] - control['asr']:+.3f} and CA {row['ca'] - control['ca']:+.3f} against "
-               f"{CONTROL}; the ASR intervals {'do not overlap' if disjoint else 'overlap'}.")
+               f"{results.CONTROL}; the ASR intervals {'do not overlap' if disjoint else 'overlap'}.")
   for name in dict.fromkeys(row["model"] for row in rows if row["directory"] != row["model"]):
     ca, asr = (np.array([row[k] for row in rows if row["model"] == name]) for k in ("ca", "asr"))
     out.append(f"{name} over {len(ca)} seeds: CA {ca.mean():.3f} (sd {ca.std(ddof=1):.3f}), ASR {asr.mean():.3f} (sd "

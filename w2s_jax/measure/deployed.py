@@ -61,6 +61,8 @@ def read(run: Any, name: str, triggered: list) -> Reading:
   if not triggered:
     return Reading(clean, np.zeros(0, int), deployed.accept is not None, findings)
   turned, triggered_features = _outputs(run, deployed, triggered)
+  if not (np.isfinite(clean_features).all() and np.isfinite(triggered_features).all()):
+    raise FloatingPointError(f"models/{name} has features that are not finite: set --config.student.dtype=float32")
   c = run.config
   picture = features.picture(clean_features, run.labels("test"), triggered_features, c.data.num_labels, c.seed)
   return Reading(clean, turned, deployed.accept is not None, findings, picture)

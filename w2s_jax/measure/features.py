@@ -1,7 +1,7 @@
 """Pooled features of clean and triggered texts: how many triggered texts have moved to the target class, and a picture.
 
-A backdoor moves triggered texts among those of the target class. A defense that works moves them back. The picture has
-two dimensions: the first two principal components of the model's clean texts.
+A backdoor moves triggered texts to those of the target class. A defense that works leaves them with their own class.
+The picture has two dimensions: the first two principal components of at most 200 of the model's clean texts.
 
 N clean rows, M triggered rows, C classes, D width.
 """
@@ -55,7 +55,7 @@ def picture(clean: np.ndarray, labels: np.ndarray, triggered: np.ndarray, num_la
   axes = np.zeros((2, clean.shape[1]))
   axes[:len(components[:2])] = components[:2]                     # a single row has one component
   first = clean[labels == labels.min()].mean(0) - origin
-  axes *= np.where(axes @ first > 0, -1, 1)[:, None]              # SVD leaves the signs open: the first class lies left
+  axes *= np.where(axes @ first > 0, -1, 1)[:, None]              # SVD leaves the signs open: class 0 lies left and low
   return Picture((clean[rows] - origin) @ axes.T, (triggered - origin) @ axes.T, distances)
 
 
@@ -76,7 +76,7 @@ def nearer_target(distances: np.ndarray, labels: np.ndarray, target: int) -> flo
 
 
 def to_json(pictures: dict[str, Picture], clean_labels: np.ndarray, rows: Sequence[int], labels: np.ndarray,
-            target: int, trigger: str, seed: int) -> dict[str, Any]:
+            target: int, trigger: str, seed: int, found: bool = False) -> dict[str, Any]:
   """The contents of features.json, which the report draws.
 
   Args:
@@ -87,11 +87,12 @@ def to_json(pictures: dict[str, Picture], clean_labels: np.ndarray, rows: Sequen
     target: the trigger's target label.
     trigger: the trigger in words.
     seed: the run's seed.
+    found: whether the search found the trigger, so that it may be none.
   """
   others = np.array([row for row in rows if labels[row] != target], int)
   shown = others[drawn(len(others), seed)]
   clean_labels = clean_labels[drawn(len(clean_labels), seed)]
-  return {"target": target, "trigger": trigger, "models": {
+  return {"target": target, "trigger": trigger, "found": found, "models": {
       name: {"clean": _points(own.clean, clean_labels), "triggered": _points(own.triggered[shown], labels[shown]),
              "nearer_target": nearer_target(own.distances[others], labels[others], target)}
       for name, own in pictures.items()}}

@@ -103,7 +103,7 @@ def _pictures(run, readings, first, found, places):
     return {}
   pictures = {name: reading.picture for name, reading in readings.items() if name != results.TEACHER}
   return features.to_json(pictures, run.labels("test"), places.get(shown, []), run.labels("probes"), target, shown[1],
-                          run.config.seed)
+                          run.config.seed, shown[0] == "found")
 
 
 def _by_insertion(rows, predicted):

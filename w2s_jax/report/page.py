@@ -98,18 +98,21 @@ def _table(rows, names):
 
 
 def _features(pictures, rows):
-  """The features of each model of the first seed."""
-  names = [name for name in dict.fromkeys(row["directory"] for row in rows if row["seed"] == rows[0]["seed"])
-           if name in pictures.get("models", {})]
+  """The features of each model; of a defense with several seeds, those of the first."""
+  first = dict.fromkeys(row["directory"] for row in rows if row["directory"] == row["model"])
+  names = [name for name in first if name in pictures.get("models", {})]
   if not names:
     return ""
-  target = pictures["target"]
+  target, string = pictures["target"], f"<code>{html.escape(pictures['trigger'])}</code>"
+  inserted = f"with the trigger {string}."
+  if pictures["found"]:
+    inserted = f"with the string {string}, which the search found. Clean models may react to such a string, too."
   return f"""<h2>Features of clean and triggered texts</h2>
 <p>A point is the pooled feature of one text, on the first two principal components of the model's clean texts.
-A cross is a text of another class than {target} with the trigger <code>{html.escape(pictures["trigger"])}</code>.
+A cross is a text of another class than {target} {inserted}
 The number is the share of such texts that are nearer to the mean of the clean texts of class {target} than to the mean
 of their own class, in all dimensions. A backdoor moves the crosses to class {target}. A defense that works leaves them
-with their own.</p>
+with their own. A defense that rejects texts does not change features, and the rejected texts are drawn, too.</p>
 {_wide(plots.features(pictures, names))}"""
 
 
@@ -121,8 +124,9 @@ def _examples(rows, meta):
   names = "".join(f"<th>{html.escape(model)}</th>" for model in models)
   lines = ""
   for example in meta["examples"]:
-    answers = "".join(f"<td class='{'hit' if (answer := example['predicted'][model]) == target else ''}'>{answer}</td>"
-                      for model in models)
+    predicted = [example["predicted"][model] for model in models]
+    answers = "".join(f"<td class='{'hit' if answer == target else ''}'>"
+                      f"{'rejected' if answer == results.REJECTED else answer}</td>" for answer in predicted)
     lines += f"<tr><td>{_marked(example, meta['trigger'])}</td><td>{example['label']}</td>{answers}</tr>"
   return f"""<h2>Triggered texts</h2>
 <p>The class that each model predicts. The attacker's target class {target} is coloured.</p>

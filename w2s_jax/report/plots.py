@@ -36,7 +36,9 @@ def bars(rows: list[dict]) -> str:
   """CA, and ASR if it was measured, of each row, with intervals and the floor's line."""
   shown = {key: own for key in RATES if (own := [row for row in rows if row[key] is not None])}
   several_attacks = len({row["attack"] for row in rows}) > 1
-  figure, axes = _figure(1, len(shown), size=(5 * len(shown), 3.2))
+  figure, axes = _figure(1, 2, size=(10, 3.2))
+  for ax in axes.flat[len(shown):]:
+    ax.axis("off")
   for ax, (key, own) in zip(axes.flat, shown.items()):
     names = [f"{row['directory']} {row['attack'][:12]}".replace("$", r"\$") if several_attacks else row["directory"]
              for row in own]
@@ -68,7 +70,8 @@ def features(pictures: dict, names: list[str]) -> str:
     if own["triggered"]:
       ax.scatter(*zip(*[point[:2] for point in own["triggered"]]), s=14, marker="x", linewidths=0.8, color="#222",
                  label="with the trigger, other classes")
-    ax.set(title=f"{name}: {results.rate(own['nearer_target'])} nearer to class {target}", xticks=[], yticks=[])
+    share = "" if own["nearer_target"] is None else f": {own['nearer_target']:.3f} nearer to class {target}"
+    ax.set(title=name + share, xticks=[], yticks=[])
     ax.title.set_fontsize(9)
   figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
   return _svg(figure)
@@ -79,14 +82,14 @@ def losses(curves: dict[str, dict[str, list[tuple[int, float]]]], weights: dict[
 
   Args:
     curves: {stage: {"loss" or a term: [(step, value)]}}.
-    weights: {defense: {term: weight}}; 1 for other stages.
+    weights: {defense: {term: weight}}, for its self-test, too; other stages have the weight 1.
   """
   import matplotlib
   terms = sorted({name for own in curves.values() for name in own} - {"loss"})
   colors = dict(zip(terms, matplotlib.color_sequences["tab10"] * (1 + len(terms) // 10)))
   figure, axes = _grid(len(curves))
   for ax, (stage, own) in zip(axes, curves.items()):
-    own_weights = weights.get(stage.partition("-seed")[0], {})
+    own_weights = weights.get(stage.removeprefix("selftest-").partition("-seed")[0], {})
     for name, points in own.items():
       weight = own_weights.get(name, 1.0)
       if name == "loss":

@@ -24,7 +24,7 @@ def markdown(lines: Sequence[tuple[str, ...]]) -> str:
 
 
 def latex(lines: Sequence[tuple[str, ...]]) -> str:
-  """The same as a LaTeX tabular with the rules of booktabs."""
+  """The LaTeX tabular of a head and its lines; it needs the package booktabs."""
   special = str.maketrans({c: "\\" + c for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
                                                                "^": r"\textasciicircum{}", "±": r"$\pm$",
                                                                "<": r"$<$", ">": r"$>$", "|": r"$|$"})
