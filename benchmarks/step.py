@@ -74,9 +74,8 @@ def make_step(model, params, rank, mesh, adversary=False, seeds=1):
 
   With `adversary` of w2s_adv: params and batch have soft tokens.
   """
-  recipe, ascent = DEFENSES["w2s_adv" if adversary else "w2s"].recipe, None
-  if adversary:
-    ascent = optim.ascent(0.5, 1.5)
+  recipe = DEFENSES["w2s_adv" if adversary else "w2s"].recipe
+  ascent = optim.ascent(0.5, 1.5) if adversary else None
   plan = distill.stage_plan(recipe, CLASSIFICATION, model, DEFENSE, TRAINING, {str(i): i for i in range(seeds)}, ascent)
   labels = plan.trains if rank else (*trees.FULL, *plan.trains[len(trees.LORA):])
   trainable, frozen = trees.split(params, labels)

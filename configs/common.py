@@ -68,6 +68,11 @@ def _base():
   return c
 
 
+def grid(**axes):
+  """The section `grid` of a grid of runs (w2s_jax/grid.py): AXIS={value: {section: {field: value}} that it changes}."""
+  return ConfigDict(axes)
+
+
 def llama_arch(vocab, width, layers, heads, kv_heads, ffn, *, model_type="llama", rope_theta=10000.0, eps=1e-5,
                tied=True, positions=512, std=0.08):
   """A decoder's shape in transformers' names, for a new student, or for planning without the weights."""

@@ -344,7 +344,7 @@ def test_pack_is_the_texts_one_after_the_other(tokenizers):
   tokenizer = tokenizers["decoder"]
   texts = ["the meal is good .", "the staff is rude .", "what a bad lamp ."]
   stream = [t for text in texts for t in tokenizer(text)["input_ids"]]
-  out = tokenization.pack(tokenizer, texts, 5)
+  out = tokenization.full_rows(tokenizer, texts, 5)
   assert out["input_ids"].reshape(-1).tolist() == stream[:len(stream) // 5 * 5]
   assert set(out["length"]) == {5} and len(out["length"]) == len(stream) // 5
 

@@ -15,7 +15,7 @@ CLEANING = ("--config=configs/clean_checkpoint.py", "--config.data.train=grammar
             "--config.selftest.triggers=0", "--config.probe.search=0", "--config.data.max_length=32",
             "--config.data.buckets=(32,)",
             "--config.teach.max_steps=2", "--config.defend.max_steps=2", "--config.defend.evaluations=1",
-            "--config.teach.most_below=1", SHORT[-2])
+            "--config.teach.largest_gap=1", SHORT[-2])
 
 
 @pytest.fixture

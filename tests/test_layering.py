@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "w2s_jax"
 # From top to bottom. A package or module imports only from those behind its own: from layers below, or to its right.
-LAYERS = (("main", "plan", "compare", "command", "stages"), ("run", "source", "checks", "claims", "planning"),
+LAYERS = (("main", "plan", "grid", "compare", "command", "stages"), ("run", "source", "checks", "claims", "planning"),
           ("measure", "report", "defenses"), ("training", "lora"),
           ("models", "adapters", "tasks", "data", "attacks"),
           ("quantized", "losses", "sharding", "processes", "results", "config", "arguments"))

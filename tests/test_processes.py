@@ -17,7 +17,7 @@ def test_a_share_each_makes_the_whole(count, items, monkeypatch):
   def run_as(process, gather):
     monkeypatch.setattr(jax, "process_index", lambda: process)
     monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
-    return processes.shared(make, list(range(items)))
+    return processes.share_work(make, list(range(items)))
   parts = []
   if count > 1:
     for process in range(count):

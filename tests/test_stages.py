@@ -15,7 +15,7 @@ def run_of(teacher, student, rows, **teach):
   """A run whose teacher and attacked model answer this number of `rows` dev rows rightly."""
   right = {"teacher": teacher, "suspect": student}
   return types.SimpleNamespace(
-      config=ConfigDict({"teach": {"most_below": 0.1} | teach, "data": {"num_labels": 2}}), task=CLASSIFICATION,
+      config=ConfigDict({"teach": {"largest_gap": 0.1} | teach, "data": {"num_labels": 2}}), task=CLASSIFICATION,
       rows={"dev": [None] * rows},
       source=types.SimpleNamespace(attacked="suspect"), labels=lambda split: np.ones(rows, int),
       load=lambda name: (np.arange(rows) < right[name], None, None))
@@ -31,13 +31,13 @@ def test_a_teacher_clearly_below_the_suspect_stops_the_run():
     stages._refuse_a_weak_teacher(run_of(100, 174, 200))
 
 
-@pytest.mark.parametrize("teacher,student,rows,most_below", [
+@pytest.mark.parametrize("teacher,student,rows,largest_gap", [
     (160, 174, 200, 0.1),       # a little below
     (180, 140, 200, 0.1),       # above: the usual case offline
     (7, 9, 10, 0.1),            # ten rows do not tell
     (100, 174, 200, 1.0)])
-def test_another_one_does_not(teacher, student, rows, most_below):
-  stages._refuse_a_weak_teacher(run_of(teacher, student, rows, most_below=most_below))
+def test_another_one_does_not(teacher, student, rows, largest_gap):
+  stages._refuse_a_weak_teacher(run_of(teacher, student, rows, largest_gap=largest_gap))
 
 
 @pytest.mark.parametrize("config,given,rate", [

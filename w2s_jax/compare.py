@@ -37,12 +37,14 @@ class Compared(NamedTuple):
     fields: {field of the config: value}, without those in FREE.
     rows: the rows of results.json, as dicts with every field of results.Row.
     columns: names of its table's columns.
+    implanted: False if the attack's backdoor was not implanted (measure/attacked.py); such a run is in no mean.
   """
   name: str
   seed: int
   fields: dict[str, Any]
   rows: list[dict]
   columns: tuple[str, ...]
+  implanted: bool = True
 
 
 def read(workdir: str | Path) -> Compared:
@@ -62,7 +64,8 @@ def read(workdir: str | Path) -> Compared:
     fields = claims.flat(dict(config))
     return Compared(str(workdir), fields["seed"], {k: v for k, v in fields.items() if k not in FREE},
                     [empty | row for row in saved["rows"]],
-                    tuple(name for name in saved["meta"]["columns"] if name in results.COLUMNS))
+                    tuple(name for name in saved["meta"]["columns"] if name in results.COLUMNS),
+                    saved["meta"].get("implanted", True))
   except OSError as e:
     raise InputError(f"cannot read {workdir} ({e.strerror}): give another workdir") from None
   except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -97,7 +100,7 @@ def letters(runs: Sequence[Compared]) -> list[str]:
 
 
 def legend(runs: Sequence[Compared]) -> list[str]:
-  """One line per letter: its runs, and the fields in which it differs from the first."""
+  """One line per letter: its runs, and the fields in which they differ from the first run's."""
   groups = {}
   for letter, run in zip(letters(runs), runs):
     groups.setdefault(letter, []).append(run)
@@ -105,7 +108,7 @@ def legend(runs: Sequence[Compared]) -> list[str]:
   for letter, group in groups.items():
     first, own = runs[0].fields, group[0].fields
     names = [name for name in sorted({*first, *own}) if first.get(name) != own.get(name)]
-    text = f"{letter} = {', '.join(run.name for run in group)}"
+    text = f"{letter} = {', '.join(run.name + ('' if run.implanted else ' (not implanted)') for run in group)}"
     if names:
       text += (f": {', '.join(f'{name}={_value(own, name)}' for name in names)} "
                f"(in A: {', '.join(_value(first, name) for name in names)})")
@@ -155,14 +158,15 @@ def differences(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
 
 
 def _groups(runs):
-  """{(letter, attack, model): {seed: row}}.
+  """{(letter, attack, model): {seed: row}} of the runs whose backdoor was implanted.
 
   If a letter has runs of several seeds, a seed is the run's. The copies that `defend.seeds` makes of a defense in one
   run share its student, so they are not independent: they become one row of their mean rates.
   """
   by_letter = {}
   for letter, run in zip(letters(runs), runs):
-    by_letter.setdefault(letter, []).append(run)
+    if run.implanted:
+      by_letter.setdefault(letter, []).append(run)
   out = {}
   for letter, group in by_letter.items():
     for run in group:

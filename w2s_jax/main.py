@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
   absl_logging.set_verbosity(absl_logging.ERROR)
   import jax  # late: transformers and PyTorch take seconds to load, so the flags are checked first
 
-  from w2s_jax import processes, stages
+  from w2s_jax import grid, processes, stages
   if not _connect(processes):
     _find_devices()
   _show_log()
@@ -94,8 +94,13 @@ def main(argv: list[str]) -> int:
   if not jax.config.jax_compilation_cache_dir:     # else the user has set JAX_COMPILATION_CACHE_DIR
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute().parent / ".w2s_cache" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  config = command.CONFIG.value
   try:
-    return stages.run(command.CONFIG.value, workdir, _STAGE.value)
+    if "grid" not in config:
+      return stages.run(config, workdir, _STAGE.value)
+    if _STAGE.value:
+      raise InputError(f"--stage={_STAGE.value} is for one run, and this config is a grid: leave out --stage")
+    return grid.run(config, workdir)
   except (MemoryError, jax.errors.JaxRuntimeError) as e:
     if not isinstance(e, MemoryError) and "RESOURCE_EXHAUSTED" not in str(e):
       if jax.process_count() == 1 or command.DEBUG.value:

@@ -109,7 +109,7 @@ def _gather(everywhere):
   return jax.jit(lambda x: x, out_shardings=everywhere)
 
 
-def shared(make: Callable[[Sequence], dict[str, np.ndarray]], items: Sequence) -> dict[str, np.ndarray]:
+def share_work(make: Callable[[Sequence], dict[str, np.ndarray]], items: Sequence) -> dict[str, np.ndarray]:
   """The result of make(items): arrays [N, ...], one row per item, N >= 1. Each process computes its share of the rows.
   """
   count = jax.process_count()

@@ -64,8 +64,8 @@ def _attacked_rows(config):
   c = config.data
   attacked, defended = corpora.read(c.attack_source, c.attack_rows), corpora.read(c.defend_source, c.defend_rows)
   names = _names_by_hand(c) or corpora.class_names(attacked["train"], c.num_labels)
-  attack = corpora.of(attacked, c.attack_source, c.attack_rows, c.num_labels, config.seed, names)
-  defend = corpora.of(defended, c.defend_source, c.defend_rows, c.num_labels, config.seed, names)
+  attack = corpora.prepare(attacked, c.attack_source, c.attack_rows, c.num_labels, config.seed, names)
+  defend = corpora.prepare(defended, c.defend_source, c.defend_rows, c.num_labels, config.seed, names)
   rows = {"attack_train": attack["train"], "attack_dev": attack["dev"], **defend}
   for split, knob in (("attack_train", "attack_rows.train"), ("attack_dev", "attack_rows.dev"),
                       ("train", "defend_rows.train"), ("dev", "defend_rows.dev"), ("test", "defend_rows.test")):

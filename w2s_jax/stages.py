@@ -44,7 +44,7 @@ def warmup(run: Run) -> None:
   if not c.student.path:
     params = model.init(stage.stream_key(c.seed, "student"), run.mesh)
     if c.warmup.epochs:
-      arrays = tokenization.pack(tokenizer, _warmup_texts(run), c.data.attack_max_length)
+      arrays = tokenization.full_rows(tokenizer, _warmup_texts(run), c.data.attack_max_length)
       plan = steps.StagePlan(("warmup",), (c.seed,), model, steps.language_model_loss(model), {"lm": 1.0}, trees.FULL,
                              c.warmup, "warmup", packed=False)
       params, = stage.train_stage(plan, [params], [arrays], None, run.place)
@@ -166,12 +166,12 @@ def _refuse_a_weak_teacher(run):
   if metrics.wilson(student, len(rows))[1] < 1 / run.config.data.num_labels:
     LOG.warning(f"models/{run.source.attacked} answers {student} of {len(rows)} dev rows rightly, fewer than chance. "
                 "If its classes have another order than the data's labels, set --config.data.class_names")
-  if metrics.wilson(teacher, len(rows))[1] < student / len(rows) - run.config.teach.most_below:
+  if metrics.wilson(teacher, len(rows))[1] < student / len(rows) - run.config.teach.largest_gap:
     raise InputError(
         f"the teacher answers {teacher} of {len(rows)} dev rows rightly, the model that it is to teach {student}. "
         "Give another --workdir, and train the teacher longer or at another rate (--config.teach.epochs, "
         ".learning_rate), give a better one (--config.teacher.path=DIR), or go on all the same "
-        "(--config.teach.most_below=1)")
+        "(--config.teach.largest_gap=1)")
 
 
 def _runs_that_train_together(run):
@@ -216,6 +216,8 @@ def measure(run: Run) -> None:
                                                          "public": front.hub_id(c.student.base),
                                                          "data": front.hub_id(c.data.get("train", ""))}}
   rows, meta, pictures = source.table(run, readings, meta)
+  if c.lora.kind != "lora":
+    meta["notes"].append(f"The adapters are of kind {c.lora.kind} (--config.lora.kind).")
   processes.write_text(run.workdir / features.FILE, json.dumps(pictures))
   processes.write_json(run.workdir / "results.json", {
       "rows": [dataclasses.asdict(row) for row in rows],

@@ -32,7 +32,7 @@ def load(source: str, sizes: Any, num_labels: int, seed: int = 0, names: Sequenc
   Raises:
     InputError: the source does not exist; see also `check`.
   """
-  return of(read(source, sizes), source, sizes, num_labels, seed, names)
+  return prepare(read(source, sizes), source, sizes, num_labels, seed, names)
 
 
 def read(source: str, sizes: Any) -> dict[str, list[dict]]:
@@ -55,8 +55,8 @@ def read(source: str, sizes: Any) -> dict[str, list[dict]]:
   return splits
 
 
-def of(splits: dict[str, list[dict]], source: str, sizes: Any, num_labels: int, seed: int = 0,
-       names: Sequence[str] = ()) -> dict[str, list[dict]]:
+def prepare(splits: dict[str, list[dict]], source: str, sizes: Any, num_labels: int, seed: int = 0,
+            names: Sequence[str] = ()) -> dict[str, list[dict]]:
   """Does what `load` does, for splits that `read` has returned."""
   if source.startswith("grammar:"):
     return splits

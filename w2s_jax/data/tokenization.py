@@ -182,7 +182,7 @@ def encode(tokenizer: Any, texts: Iterable[str], max_length: int) -> dict[str, n
   return {"input_ids": out, "length": lengths}
 
 
-def pack(tokenizer: Any, texts: Iterable[str], length: int) -> dict[str, np.ndarray]:
+def full_rows(tokenizer: Any, texts: Iterable[str], length: int) -> dict[str, np.ndarray]:
   """The texts' tokens in one stream, cut into full rows of `length` tokens. What is left over is dropped."""
   stream = np.array([token for ids in tokenizer(list(texts))["input_ids"] for token in ids], np.int32)
   rows = stream[:len(stream) // length * length].reshape(-1, length)

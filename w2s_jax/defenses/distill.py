@@ -27,10 +27,10 @@ def train(recipe: Recipe, suspect: Suspect, settings: Any, runs: dict[str, int])
   """
   check(next(iter(runs)), recipe, suspect.place.task, suspect.model, settings)
   initial, arrays = zip(*(_start(recipe, suspect, settings, seed) for seed in runs.values()))
-  ascent = recipe.ascent(suspect, settings) if recipe.ascent else None
-  plan = stage_plan(recipe, suspect.place.task, suspect.model, settings, suspect.training, runs, ascent)
+  adversary = recipe.adversary(suspect, settings) if recipe.adversary else None
+  plan = stage_plan(recipe, suspect.place.task, suspect.model, settings, suspect.training, runs, adversary)
   trained = stage.train_stage(plan, list(initial), list(arrays), suspect.encode(suspect.dev), suspect.place)
-  if recipe.ascent:
+  if recipe.adversary:
     trained = [trees.split(params, ("soft",))[1] for params in trained]
   if "matrix" in recipe.trains:
     trained = [_in_dtypes_of(start, params) for start, params in zip(initial, trained)]
@@ -48,7 +48,7 @@ def cleaned(defense: Defense, suspect: Suspect, settings: Any, runs: dict[str, i
 
 
 def stage_plan(recipe: Recipe, task: Task, model: Model, settings: Any, training: Any, runs: dict[str, int],
-               ascent: optax.GradientTransformation | None = None) -> steps.StagePlan:
+               adversary: optax.GradientTransformation | None = None) -> steps.StagePlan:
   """The plan of a recipe's training stage, for training and for `w2s_jax.plan`."""
   weights = recipe.weights(settings, model.config.feature_size)
   loss = steps.weighted_loss(model, functools.partial(recipe.terms, settings=settings, task=task), weights)
@@ -58,7 +58,7 @@ def stage_plan(recipe: Recipe, task: Task, model: Model, settings: Any, training
   if recipe.rows:
     training.epochs = 1                                # the recipe's rows are those of all epochs
   return steps.StagePlan(tuple(runs), tuple(runs.values()), model, loss, weights, (*recipe.trains, *soft), training,
-                         "defend", recipe.views, recipe.layout == "packed", ascent)
+                         "defend", recipe.views, recipe.layout == "packed", adversary)
 
 
 def _start(recipe, suspect, settings, seed):

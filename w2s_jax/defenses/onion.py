@@ -70,5 +70,5 @@ def _language_model(suspect, own, seed):
   plan = steps.StagePlan((f"onion_lm-seed{seed}",), (seed,), model, loss, {"lm": 1.0}, trees.FULL, training, "onion_lm",
                          packed=False)
   start = model.init(stage.stream_key(seed, "onion_lm"), suspect.place.mesh)
-  arrays = tokenization.pack(suspect.tokenizer, [row["text"] for row in suspect.train], suspect.max_length)
+  arrays = tokenization.full_rows(suspect.tokenizer, [row["text"] for row in suspect.train], suspect.max_length)
   return model, stage.train_stage(plan, [start], [arrays], None, suspect.place)[0]

@@ -102,7 +102,7 @@ class Recipe(NamedTuple):
     augment: (suspect, settings, params, arrays, seed) -> (params, arrays) with `views` texts per example.
     views: texts per example.
     soft_tokens: settings -> number of soft tokens that `augment` adds beside the vocabulary; None: no soft tokens.
-    ascent: (suspect, settings) -> optimizer of the soft tokens.
+    adversary: (suspect, settings) -> optimizer of the soft tokens.
     from_base: whether it gets a public model (Run.base_path) instead of the attacked model.
     trains: labels of the leaves that train; if "adapter" is one of them, the student gets adapters.
     rate: multiple of `defend.learning_rate` at which it trains.
@@ -115,7 +115,7 @@ class Recipe(NamedTuple):
   augment: Callable | None = None
   views: int = 1
   soft_tokens: Callable | None = None
-  ascent: Callable | None = None
+  adversary: Callable | None = None
   from_base: bool = False
   trains: tuple[str, ...] = trees.LORA
   rate: float = 1.0

@@ -43,7 +43,7 @@ def with_adversary(recipe: Recipe) -> Recipe:
   both_terms = functools.partial(terms, recipe.terms)
   def weights(settings, width):
     return loss_weights(recipe.weights(settings, width), settings.adversary.weight)
-  return recipe._replace(terms=both_terms, weights=weights, augment=_augment, views=2, ascent=_ascent,
+  return recipe._replace(terms=both_terms, weights=weights, augment=_augment, views=2, adversary=_ascent,
                          soft_tokens=lambda settings: settings.adversary.triggers * settings.adversary.tokens)
 
 

@@ -94,7 +94,7 @@ def make_search(run: Any, model: Model | Latent, params: dict, tokenizer: Any,
     seed_rows = rows[:c.defend.batch_size]
     batch = batches.make_batch(run.encode(tokenizer, seed_rows, c.data.max_length), np.arange(len(seed_rows)),
                                c.defend.batch_size, c.data.buckets)
-    states = model.words(params, batch, tokenizer.all_special_ids, mesh)
+    states = model.token_states(params, batch, tokenizer.all_special_ids, mesh)
     unit = float(np.linalg.norm(states, axis=-1).mean())
     start = soft.put(model, params, jax.random.choice(key, states, (count,)))
   else:

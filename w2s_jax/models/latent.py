@@ -47,8 +47,8 @@ class Latent:
     words = jnp.where(input_ids < self.config.vocab_size, input_ids, self.config.pad_token_id or 0)
     return self._layers(0, self.below, params, words, *args, **kwargs).stream
 
-  def words(self, params: dict, batch: dict[str, np.ndarray], special: Sequence[int],
-            mesh: jax.sharding.Mesh) -> np.ndarray:
+  def token_states(self, params: dict, batch: dict[str, np.ndarray], special: Sequence[int],
+                   mesh: jax.sharding.Mesh) -> np.ndarray:
     """[tokens, D] float32 on the host, the output of the first layers at a batch's real tokens.
 
     Args:

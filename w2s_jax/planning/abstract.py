@@ -74,16 +74,16 @@ def defense_plan(name: str, config: Any, model: Model) -> tuple[steps.StagePlan,
   recipe = DEFENSES[name].recipe
   if recipe is None:
     raise InputError(f"defense {name!r} has no training step to plan: set --step or --config.defenses")
-  params, ascent = params_of(config, model), None
+  params, adversary = params_of(config, model), None
   if "adapter" in recipe.trains:
     params = adapted(config, params)
   if recipe.soft_tokens:
     width = traverse_util.flatten_dict(params)[(*model.vocabulary, "embedding")].shape[-1]
     rows = jax.ShapeDtypeStruct((recipe.soft_tokens(config.defense), width), jnp.float32)
     params = soft.put(model, params, rows)
-    ascent = optim.ascent(1.0, 1.0)                    # any numbers: they are part of the state, not of the program
+    adversary = optim.ascent(1.0, 1.0)                 # any numbers: they are part of the state, not of the program
   task, runs = TASKS[config.task], {name: config.seed}
-  return distill.stage_plan(recipe, task, model, config.defense, config.defend, runs, ascent), params
+  return distill.stage_plan(recipe, task, model, config.defense, config.defend, runs, adversary), params
 
 
 def poison_plan(config: Any, model: Model) -> tuple[steps.StagePlan, dict]:

@@ -12,7 +12,7 @@ from w2s_jax.tasks.task import Task
 def _encode(tokenizer, rows, max_length):
   """Token ids and lengths of the rows' texts, and "label" [N] int32. Each process tokenizes its share of the texts."""
   encode = functools.partial(tokenization.encode, tokenizer, max_length=max_length)
-  arrays = processes.shared(encode, [row["text"] for row in rows])
+  arrays = processes.share_work(encode, [row["text"] for row in rows])
   return arrays | {"label": np.array([row["label"] for row in rows], np.int32)}
 
 
