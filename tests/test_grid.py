@@ -1,4 +1,4 @@
-"""A grid of runs: its cells, what they share, and that nothing is done twice; most of it with a run that trains nothing."""
+"""A grid of runs: its cells, what they share, and that nothing is done twice; most tests train nothing."""
 
 import json
 import random
@@ -20,17 +20,17 @@ def offline(argument="attacks=badnet+suffix,seeds=2"):
 
 def test_the_cells_are_all_combinations():
   cells = grid.cells(offline())
-  assert list(cells) == ["0-badnet", "0-suffix", "1-badnet", "1-suffix"]
-  assert [(c.seed, c.attack.name) for c in cells.values()] == [(0, "badnet"), (0, "suffix"), (1, "badnet"),
-                                                              (1, "suffix")]
+  assert list(cells) == ["badnet-0", "badnet-1", "suffix-0", "suffix-1"]
+  assert [(c.attack.name, c.seed) for c in cells.values()] == [("badnet", 0), ("badnet", 1), ("suffix", 0),
+                                                              ("suffix", 1)]
   alone = runpy.run_path(str(ROOT / "configs/llama_badnet.py"))["get_config"]()
-  alone.defenses = cells["0-badnet"].defenses
-  assert cells["0-badnet"].to_dict() == alone.to_dict()                   # the run that one would start alone
+  alone.defenses = cells["badnet-0"].defenses
+  assert cells["badnet-0"].to_dict() == alone.to_dict()                   # the run that one would start alone
 
 
 @pytest.mark.parametrize("axes, message", [
     ({"seed": {}}, "grid axis 'seed' has no values"),
-    ({"rank": {"4": {"lora": {"rnk": 4}}}}, "grid axis 'rank', value '4': .*rnk.*: change fields that the config has"),
+    ({"rank": {"4": {"lora": {"rnk": 4}}}}, "grid axis 'rank', value '4': config has no field 'lora.rnk'"),
     ({"rank": {"4": {"lora": {"rank": "four"}}}}, "grid axis 'rank', value '4'")])
 def test_mistakes_in_the_axes(axes, message):
   config = offline()
@@ -82,9 +82,9 @@ def test_cells_share_what_they_would_make_equally(tmp_path, monkeypatch):
   fake = Fake()
   assert run(monkeypatch, tmp_path, fake) == 0
   whole = [results.BASE, results.CLEAN, results.POISONED, results.TEACHER]
-  assert fake.made == [*(("0-badnet", name) for name in whole), ("0-suffix", results.POISONED),
-                       *(("1-badnet", name) for name in whole), ("1-suffix", results.POISONED)]
-  assert (tmp_path / "cells/0-suffix/models/clean/made").read_text() == "0-badnet"
+  assert fake.made == [*((cell, name) for cell in ("badnet-0", "badnet-1") for name in whole),
+                       ("suffix-0", results.POISONED), ("suffix-1", results.POISONED)]
+  assert (tmp_path / "cells/suffix-1/models/clean/made").read_text() == "badnet-1"
 
 
 def test_an_axis_of_the_defense_shares_the_poisoned_student(tmp_path, monkeypatch):
@@ -92,18 +92,18 @@ def test_an_axis_of_the_defense_shares_the_poisoned_student(tmp_path, monkeypatc
   config.grid = ConfigDict({"rank": {"4": {"lora": {"rank": 4}}, "8": {"lora": {"rank": 8}}},
                             "teach": {"short": {"teach": {"epochs": 1}}, "long": {}}})
   run(monkeypatch, tmp_path, fake, config)
-  assert [made for made in fake.made if made[0] != "4-short"] == [("4-long", results.TEACHER)]
+  assert [made for made in fake.made if made[0] != "4-long"] == [("4-short", results.TEACHER)]
 
 
 def test_the_store_and_the_tables(tmp_path, monkeypatch):
   run(monkeypatch, tmp_path, Fake())
   lines = [json.loads(line) for line in (tmp_path / grid.STORE).read_text().splitlines()]
   assert [(line["cell"], line["model"]) for line in lines] == [
-      (cell, model) for cell in ("0-badnet", "0-suffix", "1-badnet", "1-suffix") for model in ("lora_ce", "w2s")]
+      (cell, model) for cell in ("badnet-0", "badnet-1", "suffix-0", "suffix-1") for model in ("lora_ce", "w2s")]
   config = offline()
-  assert lines[2]["config"] == json.loads(json.dumps(grid.cells(config)["0-suffix"].to_dict()))
+  assert lines[2]["config"] == json.loads(json.dumps(grid.cells(config)["badnet-1"].to_dict()))
   text = (tmp_path / "results.md").read_text()
-  assert "- A = 0-badnet, 1-badnet\n- B = 0-suffix, 1-suffix: attack.name=suffix (in A: badnet)" in text
+  assert "- A = badnet-0, badnet-1\n- B = suffix-0, suffix-1: attack.name=suffix (in A: badnet)" in text
   assert "Mean ±" in text and (tmp_path / "table.tex").read_text().startswith("\\begin{tabular}")
   assert len((tmp_path / "rows.csv").read_text().splitlines()) == 9
 
@@ -111,7 +111,7 @@ def test_the_store_and_the_tables(tmp_path, monkeypatch):
 def test_a_backdoor_that_was_not_implanted_is_in_no_mean(tmp_path, monkeypatch):
   run(monkeypatch, tmp_path, Fake(implanted=False))
   text = (tmp_path / "results.md").read_text()
-  assert "A = 0-badnet (not implanted), 1-badnet (not implanted)" in text and "Mean ±" not in text
+  assert "A = badnet-0 (not implanted), badnet-1 (not implanted)" in text and "Mean ±" not in text
 
 
 def test_stopped_at_any_moment_it_goes_on_and_ends_the_same(tmp_path, monkeypatch):
@@ -140,14 +140,14 @@ def test_stopped_at_any_moment_it_goes_on_and_ends_the_same(tmp_path, monkeypatc
 def test_a_cell_that_diverges_does_not_cost_the_others(tmp_path, monkeypatch, caplog):
   fake = Fake()
   def diverges(config, workdir):
-    if workdir.name == "0-suffix":
+    if workdir.name == "suffix-0":
       raise FloatingPointError("the loss is not finite")
     return fake(config, workdir)
   caplog.set_level("INFO")
   assert run(monkeypatch, tmp_path, diverges) == grid.FAILED_CODE
-  assert fake.ran == ["0-badnet", "1-badnet", "1-suffix"]
-  assert "1 of 4 cells failed: 0-suffix" in caplog.text
-  assert run(monkeypatch, tmp_path, fake) == 0 and fake.ran[3:] == ["0-suffix"]
+  assert fake.ran == ["badnet-0", "badnet-1", "suffix-1"]
+  assert "1 of 4 cells failed: suffix-0" in caplog.text
+  assert run(monkeypatch, tmp_path, fake) == 0 and fake.ran[3:] == ["suffix-0"]
 
 
 def test_another_grids_cells_are_not_mixed_in(tmp_path, monkeypatch):
@@ -164,13 +164,13 @@ def test_the_command(tmp_path):
            f"--workdir={tmp_path / 'w'}", *SHORT)
   out = w2s(*flags)
   assert out.returncode == 0, out.stderr
-  assert "grid of 2 cells, 0 of them complete" in out.stdout and "cell 0-suffix: 1 cells left, about " in out.stdout
+  assert "grid of 2 cells, 0 of them complete" in out.stdout and "cell suffix-0: 1 cells left, about " in out.stdout
   lines = [json.loads(line) for line in (tmp_path / "w" / grid.STORE).read_text().splitlines()]
-  assert [(x["cell"], x["model"]) for x in lines] == [(cell, model) for cell in ("0-badnet", "0-suffix")
+  assert [(x["cell"], x["model"]) for x in lines] == [(cell, model) for cell in ("badnet-0", "suffix-0")
                                                       for model in ("clean", "poisoned", "lora_ce")]
-  assert (tmp_path / "w/cells/0-suffix/report.html").exists()
+  assert (tmp_path / "w/cells/suffix-0/report.html").exists()
   again = w2s(*flags)
   assert again.returncode == 0 and "2 of them complete" in again.stdout and "steps in" not in again.stdout
-  assert again.stdout.split("complete", 1)[1].strip().startswith("- A = 0-badnet")
+  assert again.stdout.split("complete", 1)[1].strip().startswith("- A = badnet-0")
   wrong = w2s(*flags, "--stage=teach")
   assert wrong.returncode == 2 and "this config is a grid: leave out --stage" in wrong.stderr

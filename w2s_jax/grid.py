@@ -1,8 +1,8 @@
 """A grid: a run for each combination of the values of its axes, and one table of all of them.
 
-A config with a section `grid` is a grid. `grid` has {axis: {value: fields that this value changes}}; the other fields are
-those of every cell. A cell is a run in workdir/cells/VALUE-VALUE. rows.jsonl has the rows of every complete cell, each
-with the cell's config. A cell that it has is not run again. Cells share the models that they would make equally.
+A config with a section `grid` is a grid. `grid` has {axis: {value: fields that this value changes}}. The other fields
+are those of every cell. A cell is a run in workdir/cells/VALUE-VALUE. rows.jsonl has the rows of every complete cell,
+each with the cell's config. A cell that it has is not run again. Cells share the models that they would make equally.
 """
 
 import copy
@@ -32,10 +32,10 @@ DEPENDS = {results.BASE: ("data", "student", "warmup"), results.CLEAN: ("data", 
 
 
 def cells(config: ConfigDict) -> dict[str, ConfigDict]:
-  """{name of a cell: its config}, in the order of the axes' values; the last axis changes fastest.
+  """{name of a cell: its config}; axes and values are in alphabetical order, as ConfigDict keeps them.
 
   Raises:
-    InputError: an axis without values, or a value that changes a field that the config lacks.
+    InputError: an axis without values, or a value that changes a field that the config lacks, or its type.
   """
   base = ConfigDict({name: value for name, value in config.to_dict().items() if name != "grid"})
   axes = config.grid.to_dict()
@@ -45,11 +45,13 @@ def cells(config: ConfigDict) -> dict[str, ConfigDict]:
   for chosen in itertools.product(*(values.items() for values in axes.values())):
     cell = copy.deepcopy(base).lock()
     for axis, (value, changes) in zip(axes, chosen):
+      if unknown := claims.flat(changes).keys() - claims.flat(cell.to_dict()).keys():
+        raise InputError(f"grid axis {axis!r}, value {value!r}: config has no field {min(unknown)!r}: change a field "
+                         "that it has")
       try:
         cell.update(changes)
-      except (KeyError, AttributeError, TypeError) as e:
-        raise InputError(f"grid axis {axis!r}, value {value!r}: {e.args[0] if e.args else e}: change fields that the "
-                         "config has") from None
+      except TypeError as e:
+        raise InputError(f"grid axis {axis!r}, value {value!r}: {e}: give a value of the field's type") from None
     out["-".join(value for value, _ in chosen)] = cell
   return out
 
