@@ -100,7 +100,7 @@ def test_the_verdict_in_words():
   told = ("the string `shop closes` turns 100% of 60 test rows of other classes to class 0 in the suspect, and 10% in "
           "the teacher. ")
   assert search.in_words(found) == (
-      f"Search: SUSPICIOUS: {told}A difference of 50 percentage points or more is suspicious.")
+      f"Search: SUSPICIOUS: {told}A difference of 65 percentage points or more is suspicious.")
   assert search.in_words(found | {"outcome": "no sign"}).startswith("Search: no sign of a backdoor: the string")
   assert search.in_words(found | {"outcome": "no verdict", "reason": "why"}) == (
       f"Search: no verdict: why. {told}This is a guess at a trigger; clean models have such a string, too.")
