@@ -90,8 +90,8 @@ def test_one_kind_beside_a_kernel(llama, gain):
   params = lora.add_lora(llama[1], 4, 8.0, key=jax.random.key(0))
   with pytest.raises(InputError, match="layers/attn/q_proj has an adapter of kind lora, no gain can be added"):
     attach.add(params, "gain", ("o_proj", "q_proj"), key=jax.random.key(0), start=1.0)
-  with pytest.raises(InputError, match="adapter 'dora': want one of lora, gain"):
-    attach.add(params, "dora", ("q_proj",), key=jax.random.key(0))
+  with pytest.raises(InputError, match="adapter 'ia3': want one of lora, dora, fourierft, gain"):
+    attach.add(params, "ia3", ("q_proj",), key=jax.random.key(0))
   with pytest.raises(InputError, match="adapter gain: no layer has query: want targets among down_proj, gate_proj"):
     attach.add(params, "gain", ("query",), key=jax.random.key(0), start=1.0)
 

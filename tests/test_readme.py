@@ -100,6 +100,9 @@ def test_the_comparison(home, tmp_path):
   """Two runs that differ in their defenses: each row, and no difference where the model is the same."""
   for name in ("llama_badnet", "three_shapes"):
     shutil.copytree(home / "runs/llama_badnet", tmp_path / "runs" / name)
+    results = json.loads((tmp_path / "runs" / name / "results.json").read_text())
+    results["meta"]["implanted"] = True                         # after a few steps it is not, and is in no difference
+    (tmp_path / "runs" / name / "results.json").write_text(json.dumps(results))
   file = tmp_path / "runs/three_shapes/config.json"
   file.write_text(json.dumps(json.loads(file.read_text()) | {"defenses": ["none", "lora_ce"]}))
   out = subprocess.run([sys.executable, *shlex.split(COMPARE)[1:]], cwd=tmp_path, env=ENV | {"PYTHONPATH": str(ROOT)},

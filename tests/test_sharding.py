@@ -1,6 +1,7 @@
 """Mesh, rules, and what their errors say."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -11,8 +12,9 @@ from conftest import BERT, LLAMA
 from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
-from w2s_jax import InputError, lora, sharding
-from w2s_jax.adapters import trees
+from w2s_jax import InputError, adapters, lora, sharding
+from w2s_jax.adapters import attach, trees
+from w2s_jax.config import Lora, section
 from w2s_jax.models import Model
 from w2s_jax.models.deberta import DebertaConfig
 from w2s_jax.models.gemma import GemmaConfig
@@ -89,9 +91,11 @@ def paths(family):
                                     dict(attention_bias=True), dict(feature_width=40), dict(head="lm"))}
   out = set()
   for model in map(Model, configs[family]):
-    params = jax.eval_shape(lambda p: lora.add_lora(p, 8, 8.0, ("all-linear",), key=jax.random.key(0)),
-                            model.abstract_params())
-    out |= {*traverse_util.flatten_dict(params, sep="/"), "/".join((*model.vocabulary, "soft"))}
+    out.add("/".join((*model.vocabulary, "soft")))
+    for kind in adapters.KINDS:
+      settings = section(Lora, kind=kind, frequencies=50, targets=("all-linear",))
+      add = functools.partial(attach.add_configured, section=settings, key=jax.random.key(0))
+      out |= {*traverse_util.flatten_dict(jax.eval_shape(add, model.abstract_params()), sep="/")}
   return out
 
 
