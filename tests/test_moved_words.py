@@ -112,21 +112,6 @@ def test_a_teacher_of_the_same_base_shows_what_clean_fine_tuning_moves(suspect_o
     assert first(moved_words.rank(suspect_of(params, teacher_model=lambda unlike=unlike: unlike)), 12) == by_regression
 
 
-def test_a_word_that_moved_alone_is_before_words_that_moved_together():
-  """All moved equally far compared with the teacher, on average."""
-  rng = np.random.default_rng(0)
-  outputs = rng.normal(size=(2000, 8))
-  outputs[0] = 0
-  together = outputs[:, 1] > 1.5
-  teacher = 0.5 * outputs[:, 0] + 0.1 * rng.normal(size=2000)
-  suspect = teacher + 0.1 * rng.normal(size=2000) + together
-  suspect[0] = teacher[0] + 1
-  scores = moved_words._compared(np.stack([suspect, teacher]), outputs)
-  assert 50 < together.sum() < 200 and scores[0] > scores[together].mean() + 2
-  assert scores[together].min() > np.quantile(scores, 0.9)
-  np.testing.assert_allclose(moved_words._in_usual_sizes(np.array([1.0, 2, 3, 4, 10])), [-2, -1, 0, 1, 7])
-
-
 def test_a_word_of_two_pieces_is_joined(suspect_of):
   ranking = moved_words.rank(suspect_of(embeddings("qui", "##ll", size=1.0)))
   assert {"qui", "quill"} <= set(first(ranking, 4)) and not {"##ll", "##ns"} & set(ranking.words)

@@ -1,16 +1,14 @@
 """Ranks the words of the vocabulary by how far fine-tuning moved them from the suspect's public base.
 
 Fine-tuning changes the vectors of words that decide labels. It changes them in clean models, too. A trigger's words
-change in the suspect alone. So suspect, base and teacher read each token alone, through their first layer. Two
-distances are compared: from the base's output to the suspect's, and from the base's to the teacher's. The score of a
-token is the sum of two numbers, each in units of its usual size: the log of the distances' ratio, and the error of a
-ridge regression that predicts the suspect's distance from the teacher's distance and the base's output. Words of
-similar meaning move together, which the second number accounts for. The first finds a word whose neighbours moved
-along.
+change in the suspect alone. So suspect, base and teacher read each token alone, through their first layer. The score of
+a token is the log of two distances' ratio: from the base's output to the suspect's, and from the base's to the
+teacher's.
 
-If the teacher was not fine-tuned from the same base, the score is the error of a regression alone. It predicts the
-suspect's distance from the base's output and the number of clean rows with the token. The error is divided by the size
-that is usual for such inputs (trigger_words.unexplained). This misses some single words.
+If the teacher was not fine-tuned from the same base, a ridge regression takes its place. It predicts the log of the
+suspect's distance from the base's output and the number of clean rows with the token. The score is the error of this
+prediction, divided by its usual size (trigger_words.unexplained). It misses some single words: words of similar meaning
+move along, and then the regression expects the distance.
 
 The ranking needs the base that the suspect was really fine-tuned from. Fine-tuning must have trained the embeddings or
 the first layer. Ours; docs/notes/minilm_suspects.md has the ranks of the words of real triggers. W words, D width.
@@ -89,26 +87,12 @@ def _scores(suspect):
     return {}, "fine-tuning trained neither the embeddings nor the first layer"
   logs = np.log(np.maximum(distances, NEAREST * sizes))
   if len(logs) > 1 and 0 < medians[1] <= FARTHEST:
-    score = _compared(logs, outputs)
+    score = logs[0] - logs[1]
   else:
     LOG.info("the teacher was not fine-tuned from student.base, so it does not show how clean fine-tuning moves words. "
              "If that model is an encoder, give it as --config.teacher.path, too")
     score = trigger_words.unexplained(logs[0], _inputs(suspect, tokens, outputs))
   return dict(zip(tokens, score.tolist())), ""
-
-
-def _compared(logs, outputs):
-  """[W] scores from the logs of suspect's and teacher's distances, [2, W], and from the base's outputs [W, D]."""
-  width = outputs.shape[1]
-  inputs = np.concatenate([trigger_words.standardised(outputs) / np.sqrt(width),      # together they weigh as one input
-                           trigger_words.standardised(logs[1][:, None])], axis=1)
-  return _in_usual_sizes(logs[0] - logs[1]) + _in_usual_sizes(logs[0] - trigger_words.predicted(logs[0], inputs))
-
-
-def _in_usual_sizes(values):
-  """The values minus their median, divided by their median absolute deviation."""
-  centred = values - np.median(values)
-  return centred / (np.median(abs(centred)) + 1e-12)
 
 
 def _shape(model):

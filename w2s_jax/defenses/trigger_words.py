@@ -71,10 +71,10 @@ def unexplained(values: np.ndarray, inputs: np.ndarray) -> np.ndarray:
 
   The result is scaled so that its median absolute value is 0.67.
   """
-  expected = predicted(values, inputs)
+  expected = _predicted(values, inputs)
   error = values - expected
   bent = standardised(np.stack([expected, expected ** 2], axis=1))
-  usual = np.exp(predicted(np.log(abs(error) + SMALLEST), np.concatenate([inputs, bent], axis=1)))
+  usual = np.exp(_predicted(np.log(abs(error) + SMALLEST), np.concatenate([inputs, bent], axis=1)))
   score = error / usual
   return score / (1.4826 * np.median(abs(score)) + 1e-12)
 
@@ -119,8 +119,8 @@ def standardised(inputs: np.ndarray) -> np.ndarray:
   return (inputs - inputs.mean(axis=0)) / (inputs.std(axis=0) + 1e-12)
 
 
-def predicted(values: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-  """[W] predictions of `values` from `inputs` [W, D] by ridge regression; each fold is predicted from the others."""
+def _predicted(values, inputs):
+  """[W] predictions by ridge regression with an intercept; each fold is predicted from the other folds."""
   folds, out = np.arange(len(values)) % FOLDS, np.empty(len(values))
   for fold in range(FOLDS):
     known = folds != fold
