@@ -70,7 +70,7 @@ def _base():
 
 def grid(**axes):
   """The section `grid` of a grid of runs (w2s_jax/grid.py): AXIS={value: {section: {field: value}} that it changes}."""
-  return ConfigDict(axes)
+  return ConfigDict(axes, allow_dotted_keys=True)               # a value may be named "0.05"
 
 
 def llama_arch(vocab, width, layers, heads, kv_heads, ffn, *, model_type="llama", rope_theta=10000.0, eps=1e-5,

@@ -48,7 +48,7 @@ def test_runs_that_differ_in_seeds_alone_have_one_letter(runs):
 
 def test_letters_do_not_end_at_z():
   many = [compare.Compared(str(i), 0, {"x": i}, [], ()) for i in range(28)]
-  assert compare.letters(many)[24:] == ["Y", "Z", "AA", "AB"]
+  assert compare.letters(many)[24:] == ["Y", "Z", "A1", "B1"]
 
 
 def test_every_row_is_in_the_first_table(runs):
@@ -118,6 +118,10 @@ def test_copies_of_a_defense_in_one_run_count_as_one_seed(tmp_path):
   head, *lines = compare.means(read)
   w2s = dict(zip(head, lines[1]))
   assert (w2s["seeds"], w2s["ASR"]) == ("2", "0.250 ± 0.141")
+  other = write(tmp_path / "other", [row("w2s", copy, 180, 10) for copy in (0, 1)], seed=0, lora={"kind": "dora"},
+                defend={"seeds": [0, 1], "epochs": 3})
+  _, line = compare.differences([*read, compare.read(other)])
+  assert line[3:] == ("1", "+0.000", "-0.100")             # seed 0 alone has a partner; means have no interval
   head, *lines = compare.means(read[:1])
   assert dict(zip(head, lines[1]))["ASR"] == "0.150 ± 0.071"               # in one run each copy is a seed
 
@@ -133,6 +137,18 @@ def test_a_trigger_with_a_bar_is_escaped_for_each_format(tmp_path):
   read = [compare.read(write(tmp_path / "s", [row("suspect", 0, 180, 190) | {"attack": "x |\n y"}]))]
   assert compare.means(read)[1][1] == "x | y" and "x $|$ y" in tables.latex(compare.means(read))
   assert "| x \\| y " in compare.text(read)
+
+
+def test_a_setting_that_was_not_implanted_is_no_reference(runs):
+  read = [compare.read(run) for run in runs]
+  read = [read[0]._replace(implanted=False), read[1]._replace(implanted=False), read[2],
+          read[2]._replace(fields={"x": 1}, name="c0")]
+  assert compare.letters(read) == ["A", "A", "B", "C"]
+  head, *lines = compare.differences(read)
+  assert head[-1] == "ASR - ASR in B" and [line[0] for line in lines] == ["C", "C"]
+  assert "Differences to B, with" in compare.text(read)
+  lines = list(csv.DictReader(io.StringIO(compare.to_csv(read))))
+  assert [line["implanted"] for line in lines[::2]] == ["False", "False", "True", "True"]
 
 
 def test_latex_escapes_what_has_a_meaning_there():
@@ -168,7 +184,9 @@ def test_both_commands_print_the_same_and_write_the_files(runs, tmp_path):
   read = [compare.read(run) for run in runs]
   assert both[0] == both[1] == compare.text(read) + "\n"
   assert (tmp_path / "rows.csv").read_text() == compare.to_csv(read)
-  assert (tmp_path / "table.tex").read_text() == tables.latex(compare.means(read))
+  latex = (tmp_path / "table.tex").read_text()
+  assert latex == compare.to_latex(read) and latex.startswith(f"% A = {runs[0]}, {runs[1]}\n% B = {runs[2]}: defend")
+  assert latex.count(r"\begin{tabular}") == 2 and "ASR - ASR in A" in latex
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -2,7 +2,9 @@
 
 import json
 import random
+import re
 import runpy
+import shutil
 
 import pytest
 from cli import ROOT, SHORT, w2s
@@ -31,12 +33,34 @@ def test_the_cells_are_all_combinations():
 @pytest.mark.parametrize("axes, message", [
     ({"seed": {}}, "grid axis 'seed' has no values"),
     ({"rank": {"4": {"lora": {"rnk": 4}}}}, "grid axis 'rank', value '4': config has no field 'lora.rnk'"),
-    ({"rank": {"4": {"lora": {"rank": "four"}}}}, "grid axis 'rank', value '4'")])
+    ({"rank": {"4": {"lora": {"rank": "four"}}}}, "grid axis 'rank', value '4'"),
+    ({}, "the grid has no axes"), ({"rank": {"4": 4}}, "grid axis 'rank': want {value: {field"),
+    ({"rank": (4, 64)}, "grid axis 'rank': want {value: {field"), ({"rank": {"": {}}}, "value '': want a string of"),
+    ({"rank": {"/tmp/x": {}}}, "value '/tmp/x': want a string of"),
+    ({"rank": {"..": {}}}, "value '..': want a string of"),
+    ({"one": {"1": {"seed": 1}}, "two": {"2": {"seed": 2}}}, "grid axes 'one' and 'two' both change 'seed'"),
+    ({"one": {"x": {}, "x-y": {}}, "two": {"y-z": {}, "z": {}}}, "two cells of the grid have the name 'x-y-z'")])
 def test_mistakes_in_the_axes(axes, message):
   config = offline()
-  config.grid = ConfigDict(axes)
+  config.grid = ConfigDict(axes, allow_dotted_keys=True)
   with pytest.raises(InputError, match=message):
     grid.cells(config)
+
+
+def test_the_file_of_the_page_of_experiments(tmp_path):
+  text, = re.findall(r'```text\n(""".*?)```', (ROOT / "docs/experiments.md").read_text(), re.S)
+  (tmp_path / "grid_rank.py").write_text(text)
+  cells = grid.cells(runpy.run_path(str(tmp_path / "grid_rank.py"))["get_config"]())
+  assert [(c.lora.rank, c.lora.alpha, c.seed) for c in cells.values()] == [
+      (rank, rank, seed) for rank in (4, 64) for seed in range(5)]
+  assert len({grid._key(cell, results.POISONED) for cell in cells.values()}) == 5
+
+
+def test_a_value_may_be_named_after_a_rate():
+  config = offline()
+  common = runpy.run_path(str(ROOT / "configs/common.py"))
+  config.grid = common["grid"](rate={"0.05": {"attack": {"poison_rate": 0.05}}})
+  assert {name: cell.attack.poison_rate for name, cell in grid.cells(config).items()} == {"0.05": 0.05}
 
 
 def test_a_mistake_in_a_late_cell_stops_the_grid_before_the_first(tmp_path, monkeypatch):
@@ -104,7 +128,7 @@ def test_the_store_and_the_tables(tmp_path, monkeypatch):
   assert lines[2]["config"] == json.loads(json.dumps(grid.cells(config)["badnet-1"].to_dict()))
   text = (tmp_path / "results.md").read_text()
   assert "- A = badnet-0, badnet-1\n- B = suffix-0, suffix-1: attack.name=suffix (in A: badnet)" in text
-  assert "Mean ±" in text and (tmp_path / "table.tex").read_text().startswith("\\begin{tabular}")
+  assert "Mean ±" in text and (tmp_path / "table.tex").read_text().startswith("% A = badnet-0, badnet-1")
   assert len((tmp_path / "rows.csv").read_text().splitlines()) == 9
 
 
@@ -137,11 +161,12 @@ def test_stopped_at_any_moment_it_goes_on_and_ends_the_same(tmp_path, monkeypatc
   assert run(monkeypatch, workdir, again) == 0 and again.ran == []
 
 
-def test_a_cell_that_diverges_does_not_cost_the_others(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("error", [FloatingPointError("the loss is not finite"), InputError("the teacher is weak")])
+def test_a_cell_that_fails_does_not_cost_the_others(error, tmp_path, monkeypatch, caplog):
   fake = Fake()
   def diverges(config, workdir):
     if workdir.name == "suffix-0":
-      raise FloatingPointError("the loss is not finite")
+      raise error
     return fake(config, workdir)
   caplog.set_level("INFO")
   assert run(monkeypatch, tmp_path, diverges) == grid.FAILED_CODE
@@ -150,12 +175,41 @@ def test_a_cell_that_diverges_does_not_cost_the_others(tmp_path, monkeypatch, ca
   assert run(monkeypatch, tmp_path, fake) == 0 and fake.ran[3:] == ["suffix-0"]
 
 
+def test_a_mistake_in_every_cell_is_told_as_one(tmp_path, monkeypatch):
+  def refuses(config, workdir):
+    raise InputError(f"no data for {workdir.name}")
+  with pytest.raises(InputError, match="no data for badnet-0"):
+    run(monkeypatch, tmp_path, refuses)
+
+
 def test_another_grids_cells_are_not_mixed_in(tmp_path, monkeypatch):
   run(monkeypatch, tmp_path, Fake())
   config = offline()
   config.defend.epochs = 9
-  with pytest.raises(InputError, match="was made by another config .defend.epochs was 4, is 9"):
+  with pytest.raises(InputError, match="has the cell badnet-0 of another config .defend.epochs was 4, is 9"):
     run(monkeypatch, tmp_path, Fake(), config)
+
+
+def test_fields_that_a_run_chooses_itself_do_not_make_another_config(tmp_path, monkeypatch):
+  """A run writes its config with the learning rates that it chose; the grid's own has 0 there."""
+  config = offline()
+  config.defend.learning_rate = 0.0
+  fake = Fake()
+  def chooses(cell, workdir):
+    return fake(ConfigDict(cell.to_dict() | {"defend": cell.defend.to_dict() | {"learning_rate": 2e-3}}), workdir)
+  assert run(monkeypatch, tmp_path, chooses, config) == 0
+  again = Fake()
+  assert run(monkeypatch, tmp_path, again, config) == 0 and again.ran == []
+
+
+def test_more_seeds_later_and_a_cell_whose_directory_is_gone(tmp_path, monkeypatch):
+  run(monkeypatch, tmp_path, Fake(), offline("attacks=badnet+suffix,seeds=1"))
+  shutil.rmtree(tmp_path / "cells/suffix-0")
+  fake = Fake()
+  run(monkeypatch, tmp_path, fake, offline("attacks=suffix,seeds=2"))
+  assert fake.ran == ["suffix-0", "suffix-1"]
+  cells = [json.loads(line)["cell"] for line in (tmp_path / grid.STORE).read_text().splitlines()]
+  assert list(dict.fromkeys(cells)) == ["suffix-0", "suffix-1", "badnet-0"]
 
 
 def test_the_command(tmp_path):

@@ -10,10 +10,10 @@ import argparse
 import csv
 import dataclasses
 import io
-import itertools
 import json
 import math
 import statistics
+import string
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,10 +74,7 @@ def read(workdir: str | Path) -> Compared:
 
 
 def check_different(runs: Sequence[Compared]) -> None:
-  """Raises InputError if two runs have the same letter and seed, and rows of the same model, trigger and seed.
-
-  Such rows would count twice in a mean.
-  """
+  """Raises InputError if two rows have the same letter, trigger, model and seeds: they would count twice in a mean."""
   seen = {}
   for letter, run in zip(letters(runs), runs):
     for row in run.rows:
@@ -88,15 +85,13 @@ def check_different(runs: Sequence[Compared]) -> None:
 
 
 def letters(runs: Sequence[Compared]) -> list[str]:
-  """One letter (A, B, ..., Z, AA, ...) per run; runs with equal fields have the same."""
-  names = ("".join(letters) for size in itertools.count(1)
-           for letters in itertools.product("ABCDEFGHIJKLMNOPQRSTUVWXYZ", repeat=size))
+  """One letter (A, B, ..., Z, A1, ...) per run; runs with equal fields have the same."""
   different = []
   for run in runs:
     if run.fields not in different:
       different.append(run.fields)
-  by_place = list(itertools.islice(names, len(different)))
-  return [by_place[different.index(run.fields)] for run in runs]
+  places = [different.index(run.fields) for run in runs]
+  return [string.ascii_uppercase[place % 26] + (str(place // 26) if place >= 26 else "") for place in places]
 
 
 def legend(runs: Sequence[Compared]) -> list[str]:
@@ -147,11 +142,15 @@ def means(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
 
 
 def differences(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
-  """Head and cells: CA and ASR of each model minus those of the same model, trigger and seed in A."""
+  """Head and cells: CA and ASR of each model minus those of the same model, trigger and seed in the reference.
+
+  The reference is the first letter with an implanted backdoor.
+  """
   groups = _groups(runs)
-  out = [("run", "trigger", "model", "seeds", "CA - CA in A", "ASR - ASR in A")]
+  reference = next((letter for letter, *_ in groups), "A")
+  out = [("run", "trigger", "model", "seeds", f"CA - CA in {reference}", f"ASR - ASR in {reference}")]
   for (letter, attack, model), rows in groups.items():
-    pairs = _pairs(rows, groups.get(("A", attack, model), {})) if letter != "A" else []
+    pairs = _pairs(rows, groups.get((reference, attack, model), {})) if letter != reference else []
     if pairs:
       out.append((letter, _line(attack), model, str(len(pairs)), difference(pairs, "ca"), difference(pairs, "asr")))
   return out
@@ -160,26 +159,25 @@ def differences(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
 def _groups(runs):
   """{(letter, attack, model): {seed: row}} of the runs whose backdoor was implanted.
 
-  If a letter has runs of several seeds, a seed is the run's. The copies that `defend.seeds` makes of a defense in one
-  run share its student, so they are not independent: they become one row of their mean rates.
+  If some letter has several runs, a seed is the run's. The copies that `defend.seeds` makes of a defense in one run
+  share its student, so they are not independent: they become one row of their mean rates.
   """
-  by_letter = {}
-  for letter, run in zip(letters(runs), runs):
-    if run.implanted:
-      by_letter.setdefault(letter, []).append(run)
+  named = list(zip(letters(runs), runs))
+  by_run = len({letter for letter, _ in named}) < len(named)
   out = {}
-  for letter, group in by_letter.items():
-    for run in group:
-      for row in run.rows:
-        seed = run.seed if len(group) > 1 else row["seed"]
-        out.setdefault((letter, row["attack"], row["model"]), {}).setdefault(seed, []).append(row)
+  for letter, run in named:
+    for row in run.rows if run.implanted else []:
+      seed = run.seed if by_run else row["seed"]
+      out.setdefault((letter, row["attack"], row["model"]), {}).setdefault(seed, []).append(row)
   return {key: {seed: _averaged(copies) for seed, copies in rows.items()} for key, rows in out.items()}
 
 
 def _averaged(rows):
-  """The first row, with the mean rates of all of them."""
+  """A single row as it is; of several, the first with the mean rates of all, and without intervals."""
+  if len(rows) == 1:
+    return rows[0]
   means = {rate: statistics.mean(row[rate] for row in rows) for rate in RATES if rows[0][rate] is not None}
-  return rows[0] | means
+  return rows[0] | means | {"ca_ci": None, "asr_ci": None}
 
 
 def _pairs(rows, others):
@@ -201,7 +199,8 @@ def difference(pairs: Sequence[tuple[dict, dict]], rate: str) -> str:
   """Mean of the rate in a row minus the rate in the row that it is paired with, and a 95% interval, as text.
 
   The interval of several pairs is Student's, over seeds. That of one pair is Newcombe's (Statistics in Medicine 17,
-  1998, method 10): it covers the sampling of test rows alone, and treats the two samples as independent.
+  1998, method 10): it covers the sampling of test rows alone, and treats the two samples as independent. A pair with
+  means of several copies has no interval.
 
   Args:
     pairs: (row, row that it is compared with).
@@ -216,6 +215,8 @@ def difference(pairs: Sequence[tuple[dict, dict]], rate: str) -> str:
     import scipy.stats  # late: the import takes half a second
     half = scipy.stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
     low, high = mean - half, mean + half
+  elif None in (pairs[0][0][f"{rate}_ci"], pairs[0][1][f"{rate}_ci"]):
+    return f"{mean:+.3f}"
   else:
     (own, other), = pairs
     (p, (p_low, p_high)), (q, (q_low, q_high)) = ((row[rate], row[f"{rate}_ci"]) for row in (own, other))
@@ -224,15 +225,12 @@ def difference(pairs: Sequence[tuple[dict, dict]], rate: str) -> str:
 
 
 def text(runs: Sequence[Compared]) -> str:
-  """The comparison as Markdown.
-
-  It leaves out the means if no model has several seeds, and the differences if only A has rows to compare.
-  """
+  """The comparison as Markdown, without the means if no model has several seeds."""
   parts = ["\n".join(f"- {line}" for line in legend(runs)), tables.markdown(all_rows(runs))]
   if any(len(rows) > 1 for rows in _groups(runs).values()):
     parts += ["Mean ± standard deviation over seeds; differences with 95% intervals:", _table(means(runs))]
   if len(lines := differences(runs)) > 1:
-    parts += ["Differences to A, with 95% intervals:", _table(lines)]
+    parts += [f"Differences to {lines[0][-1].split()[-1]}, with 95% intervals:", _table(lines)]
   return "\n\n".join(parts)
 
 
@@ -245,20 +243,27 @@ def to_csv(runs: Sequence[Compared]) -> str:
   out = io.StringIO()
   writer = csv.writer(out, lineterminator="\n")
   names = [field.name for field in dataclasses.fields(results.Row)]
-  writer.writerow(["run", "workdir", *names])
+  writer.writerow(["run", "workdir", "implanted", *names])
   for letter, run in zip(letters(runs), runs):
     for row in run.rows:
       values = [" ".join(map(str, v)) if isinstance(v := row[name], list) else v for name in names]
-      writer.writerow([letter, run.name, *values])
+      writer.writerow([letter, run.name, run.implanted, *values])
   return out.getvalue()
+
+
+def to_latex(runs: Sequence[Compared]) -> str:
+  """The legend as comments, then the means and, if there are any, the differences as tabulars."""
+  comments = "".join(f"% {line}\n" for line in legend(runs))
+  parts = [tables.latex(means(runs))] + [tables.latex(lines) for lines in [differences(runs)] if len(lines) > 1]
+  return comments + "\n".join(parts)
 
 
 def take_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments of this program."""
   parser.add_argument("runs", metavar="RUN", nargs="+", help="workdir of a finished run")
   parser.add_argument("--csv", metavar="FILE", type=Path, help="also write every field of every row to FILE")
-  parser.add_argument("--latex", metavar="FILE", type=Path, help="also write the means to FILE, as a LaTeX table that "
-                                                                 "needs the package booktabs")
+  parser.add_argument("--latex", metavar="FILE", type=Path, help="also write means and differences to FILE, as LaTeX "
+                                                                 "tables that need the package booktabs")
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -269,7 +274,7 @@ def compare(args: argparse.Namespace) -> None:
   """
   runs = [read(Path(run).expanduser()) for run in args.runs]
   check_different(runs)
-  for file, content in ((args.csv, to_csv), (args.latex, lambda runs: tables.latex(means(runs)))):
+  for file, content in ((args.csv, to_csv), (args.latex, to_latex)):
     if file:
       try:
         file.expanduser().write_text(content(runs))

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import logging
+import re
 import shutil
 import time
 from pathlib import Path
@@ -18,7 +19,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from w2s_jax import InputError, checks, claims, compare, processes, results, stages
-from w2s_jax.report import tables
 
 LOG = logging.getLogger(__name__)
 
@@ -35,12 +35,12 @@ def cells(config: ConfigDict) -> dict[str, ConfigDict]:
   """{name of a cell: its config}; axes and values are in alphabetical order, as ConfigDict keeps them.
 
   Raises:
-    InputError: an axis without values, or a value that changes a field that the config lacks, or its type.
+    InputError: an axis without values; a name that cannot be a directory's; two axes that change one field; a value
+      that changes a field that the config lacks, or its type.
   """
   base = ConfigDict({name: value for name, value in config.to_dict().items() if name != "grid"})
   axes = config.grid.to_dict()
-  if empty := [axis for axis, values in axes.items() if not values]:
-    raise InputError(f"grid axis {empty[0]!r} has no values: give it at least one in the config file")
+  _check_axes(axes)
   out = {}
   for chosen in itertools.product(*(values.items() for values in axes.values())):
     cell = copy.deepcopy(base).lock()
@@ -52,38 +52,58 @@ def cells(config: ConfigDict) -> dict[str, ConfigDict]:
         cell.update(changes)
       except TypeError as e:
         raise InputError(f"grid axis {axis!r}, value {value!r}: {e}: give a value of the field's type") from None
-    out["-".join(value for value, _ in chosen)] = cell
+    name = "-".join(value for value, _ in chosen)
+    if name in out:
+      raise InputError(f"two cells of the grid have the name {name!r}: give one of the values another name")
+    out[name] = cell
   return out
+
+
+def _check_axes(axes):
+  if not axes:
+    raise InputError("the grid has no axes: give common.grid at least one in the config file")
+  owners = {}
+  for axis, values in axes.items():
+    if not isinstance(values, dict) or not all(isinstance(changes, dict) for changes in values.values()):
+      raise InputError(f"grid axis {axis!r}: want {{value: {{field or section: new value}}}} in the config file")
+    if not values:
+      raise InputError(f"grid axis {axis!r} has no values: give it at least one in the config file")
+    for value in values:
+      if not isinstance(value, str) or not re.fullmatch(r"\w[\w.+=-]*", value):
+        raise InputError(f"grid axis {axis!r}, value {value!r}: want a string of letters, digits and ._+=-, which is a "
+                         "part of a directory's name")
+    for field in {field for changes in values.values() for field in claims.flat(changes)}:
+      if owners.setdefault(field, axis) != axis:
+        raise InputError(f"grid axes {owners[field]!r} and {axis!r} both change {field!r}: leave it to one of them")
 
 
 def run(config: ConfigDict, workdir: Path) -> int:
   """Runs the cells that are not in the store, and writes the store and the tables.
 
   Returns:
-    The exit code: 0, or FAILED_CODE if the training of some cell diverged; the other cells are run all the same.
+    The exit code: 0, or FAILED_CODE if some cell failed; the other cells are run all the same.
   Raises:
-    InputError: a mistake in some cell's config, before any cell runs; or another grid's cells are in the workdir.
+    InputError: a mistake in some cell's config, before any cell runs; the store has a cell of another config; or no
+      cell can run.
   """
   grid = cells(config)
   directories = {name: workdir / "cells" / name for name in grid}
-  for name, cell in grid.items():
+  for cell in grid.values():
     checks.check_fields(cell)
-    claims.check_config(cell, directories[name])
-  complete = {name for name in _stored(workdir) if name in grid}
-  left, seconds, failed, made = [name for name in grid if name not in complete], [], [], {}
+  complete, failed, seconds, made = _complete(workdir, grid, directories), {}, [], {}
+  left = len(grid) - len(complete)
   LOG.info(f"grid of {len(grid)} cells, {len(complete)} of them complete")
   for name in grid:
-    if name in left:
-      remaining = len(left) - len(seconds) - len(failed)
-      about = f", about {sum(seconds) / len(seconds) * remaining / 60:.0f} minutes left" if seconds else ""
-      LOG.info(f"cell {name}: {remaining} cells left{about}")
-      began = time.monotonic()
+    if name not in complete:
+      about = f", about {sum(seconds) / len(seconds) * left / 60:.0f} minutes left" if seconds else ""
+      LOG.info(f"cell {name}: {left} cells left{about}")
+      left, began = left - 1, time.monotonic()
       _take_over(grid[name], directories[name], made)
       try:
         stages.run(grid[name], directories[name])
-      except FloatingPointError as e:
+      except (FloatingPointError, InputError) as e:      # the weak teacher of one seed should not cost the other cells
         LOG.error(f"cell {name} failed: {e}")
-        failed.append(name)
+        failed[name] = e
         continue
       seconds.append(time.monotonic() - began)
       complete.add(name)
@@ -91,10 +111,29 @@ def run(config: ConfigDict, workdir: Path) -> int:
     for model in DEPENDS:
       if (directories[name] / "models" / model).exists():
         made.setdefault(_key(grid[name], model), directories[name] / "models" / model)
+  if not complete:
+    raise next(iter(failed.values()))
   _write_tables(workdir, directories, [name for name in grid if name in complete])
   if failed:
     LOG.error(f"{len(failed)} of {len(grid)} cells failed: {', '.join(failed)}. The same command tries them again")
   return FAILED_CODE if failed else 0
+
+
+def _complete(workdir, grid, directories):
+  """Names of the cells that are in the store and whose results exist.
+
+  Raises:
+    InputError: the store has such a cell with another config.
+  """
+  out = set()
+  for name, lines in _stored(workdir).items():
+    if name in grid and (directories[name] / "results.json").exists():
+      fields, other = claims.flat(json.loads(json.dumps(grid[name].to_dict()))), claims.flat(lines[0]["config"])
+      if differing := sorted(k for k in fields.keys() | other.keys() if fields.get(k) != other.get(k)):
+        raise InputError(f"{workdir} has the cell {name} of another config ({differing[0]} was "
+                         f"{other.get(differing[0])!r}, is {fields.get(differing[0])!r}): give another --workdir")
+      out.add(name)
+  return out
 
 
 def _key(cell, model):
@@ -125,10 +164,11 @@ def _stored(workdir) -> dict[str, list[dict[str, Any]]]:
 
 
 def _store(workdir, grid, directories, complete):
-  """Writes the store again, with the rows of every complete cell in the grid's order."""
-  lines = [json.dumps({"cell": name, **row, "config": grid[name].to_dict()}) for name in grid if name in complete
+  """Writes the store again: the rows of this grid's complete cells in its order, then those of other cells."""
+  lines = [{"cell": name, **row, "config": grid[name].to_dict()} for name in grid if name in complete
            for row in json.loads((directories[name] / "results.json").read_text())["rows"]]
-  processes.write_text(workdir / STORE, "".join(line + "\n" for line in lines))
+  lines += [line for name, stored in _stored(workdir).items() if name not in grid for line in stored]
+  processes.write_text(workdir / STORE, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _write_tables(workdir, directories, names):
@@ -138,6 +178,6 @@ def _write_tables(workdir, directories, names):
   runs = [compare.read(directories[name])._replace(name=name) for name in names]
   text = compare.text(runs)
   for file, content in (("results.md", text + "\n"), ("rows.csv", compare.to_csv(runs)),
-                        ("table.tex", tables.latex(compare.means(runs)))):
+                        ("table.tex", compare.to_latex(runs))):
     processes.write_text(workdir / file, content)
   LOG.info(f"\n{text}\n\n{workdir / 'results.md'}, rows.csv, table.tex; reports are in {workdir / 'cells'}")
