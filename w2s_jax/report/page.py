@@ -56,12 +56,14 @@ body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem aut
 table {{ border-collapse: collapse; margin: 1rem 0 }}
 th, td {{ border-bottom: 1px solid #ddd; padding: .3rem .7rem; text-align: left; vertical-align: top }}
 dt {{ font-weight: bold }}
+.texts td:first-child {{ min-width: 16rem }}
 .hit {{ background: #fbd9d3 }}
 .warning {{ background: #fff3cd; border-left: .3rem solid #d39e00; padding: .5rem .8rem }}
 .wide {{ overflow-x: auto }}
 .wide svg {{ width: 100%; min-width: 40rem; height: auto }}
 pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto }}
-@media print {{ .wide {{ overflow: visible }} .wide svg {{ min-width: 0 }} tr, svg {{ break-inside: avoid }} }}
+@media print {{ .wide {{ overflow: visible }} .wide svg {{ min-width: 0 }} .texts {{ font-size: 11px }}
+  tr, svg {{ break-inside: avoid }} h2, p {{ break-after: avoid }} }}
 </style></head><body>
 <h1>{title}: before and after</h1>
 {warnings}
@@ -130,7 +132,7 @@ def _examples(rows, meta):
     lines += f"<tr><td>{_marked(example, meta['trigger'])}</td><td>{example['label']}</td>{answers}</tr>"
   return f"""<h2>Triggered texts</h2>
 <p>The class that each model predicts. The attacker's target class {target} is coloured.</p>
-{_wide(f"<table><tr><th>text</th><th>true class</th>{names}</tr>{lines}</table>")}"""
+{_wide(f"<table class='texts'><tr><th>text</th><th>true class</th>{names}</tr>{lines}</table>")}"""
 
 
 def _marked(example, trigger):
