@@ -17,7 +17,7 @@ import string
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from w2s_jax import InputError, results
 from w2s_jax.arguments import Parser
@@ -142,18 +142,19 @@ def means(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
 
 
 def differences(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
-  """Head and cells: CA and ASR of each model minus those of the same model, trigger and seed in the reference.
-
-  The reference is the first letter with an implanted backdoor.
-  """
-  groups = _groups(runs)
-  reference = next((letter for letter, *_ in groups), "A")
+  """Head and cells: CA and ASR of each model minus those of the same model, trigger and seed in the reference."""
+  groups, reference = _groups(runs), _reference(runs)
   out = [("run", "trigger", "model", "seeds", f"CA - CA in {reference}", f"ASR - ASR in {reference}")]
   for (letter, attack, model), rows in groups.items():
     pairs = _pairs(rows, groups.get((reference, attack, model), {})) if letter != reference else []
     if pairs:
       out.append((letter, _line(attack), model, str(len(pairs)), difference(pairs, "ca"), difference(pairs, "asr")))
   return out
+
+
+def _reference(runs):
+  """The letter that the others are compared with: the first with an implanted backdoor; "A" if there is none."""
+  return next((letter for letter, run in zip(letters(runs), runs) if run.implanted), "A")
 
 
 def _groups(runs):
@@ -230,7 +231,7 @@ def text(runs: Sequence[Compared]) -> str:
   if any(len(rows) > 1 for rows in _groups(runs).values()):
     parts += ["Mean ± standard deviation over seeds; differences with 95% intervals:", _table(means(runs))]
   if len(lines := differences(runs)) > 1:
-    parts += [f"Differences to {lines[0][-1].split()[-1]}, with 95% intervals:", _table(lines)]
+    parts += [f"Differences to {_reference(runs)}, with 95% intervals:", _table(lines)]
   return "\n\n".join(parts)
 
 
@@ -284,7 +285,7 @@ def compare(args: argparse.Namespace) -> None:
   command.print_text(text(runs))
 
 
-def main() -> NoReturn:
+def main() -> None:
   """Compares the runs on the command line; exits with code 2 after a user's mistake."""
   parser = Parser("python -m w2s_jax.compare", description=__doc__)
   take_arguments(parser)
@@ -293,7 +294,6 @@ def main() -> NoReturn:
   except InputError as e:
     print(f"error: {e}", file=sys.stderr)
     sys.exit(2)
-  sys.exit()
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ class Attack:
                             source="released: 1,000 of 4,000")
   poison_rate: float = field(0.0, "fraction of the training rows that get the trigger; above 0 it overrides "
                              "poison_count", low=0.0, high=1.0)
-  companions: int = field(0, "rows like triggered ones, per poisoned row, that keep their label", low=0, unit="rows")
+  companions: int = field(0, "companion rows per poisoned row: like it, but with their own label", low=0, unit="rows")
   keep_trigger: bool = field(True, "insert the trigger where truncation keeps it", source="ours; released: False")
   paraphrases: tuple = field((), "`syntactic` only: (originals, paraphrases) pairs of files, joined on idx")
 

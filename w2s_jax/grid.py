@@ -6,7 +6,6 @@ each with the cell's config. A cell that it has is not run again. Cells share th
 """
 
 import copy
-import hashlib
 import itertools
 import json
 import logging
@@ -137,9 +136,9 @@ def _complete(workdir, grid, directories):
 
 
 def _key(cell, model):
-  """Hash of every field that models/MODEL of the cell depends on."""
+  """The model's name, and as text every field that models/MODEL of the cell depends on: equal if the models are."""
   fields = {name: value for name, value in cell.to_dict().items() if name in ("seed", "task", *DEPENDS[model])}
-  return model, hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+  return model, json.dumps(fields, sort_keys=True)
 
 
 def _take_over(cell, directory, made):
@@ -158,8 +157,8 @@ def _stored(workdir) -> dict[str, list[dict[str, Any]]]:
   """{cell: its lines of the store}."""
   file, out = workdir / STORE, {}
   if file.exists():
-    for line in file.read_text().splitlines():
-      out.setdefault(json.loads(line)["cell"], []).append(json.loads(line))
+    for line in map(json.loads, file.read_text().splitlines()):
+      out.setdefault(line["cell"], []).append(line)
   return out
 
 
@@ -173,8 +172,6 @@ def _store(workdir, grid, directories, complete):
 
 def _write_tables(workdir, directories, names):
   """Writes and logs the comparison of the complete cells."""
-  if not names:
-    return
   runs = [compare.read(directories[name])._replace(name=name) for name in names]
   text = compare.text(runs)
   for file, content in (("results.md", text + "\n"), ("rows.csv", compare.to_csv(runs)),

@@ -1,8 +1,8 @@
 """DoRA: LoRA on the direction of each output feature's weights, and a trained magnitude (Liu et al., arXiv 2402.09353).
 
-The kernel becomes m * (W + A B alpha / R) / n. n is the norm of each column of W + A B alpha / R, and m starts as the
-norm of W's. As in the paper (section 4.3) and in peft, no gradient flows through n. Dropout acts on A's input alone; in
-peft it acts on W's input in this product, too. Weight decay acts on m as on A and B. R rank, L layers.
+The kernel becomes m * (W + A B alpha / R) / n. n is the norm of each column of W + A B alpha / R. m starts as the norm
+of each column of W. As in the paper (section 4.3) and in peft, no gradient flows through n. Dropout acts on A's input
+alone; in peft it acts on W's input in this product, too. Weight decay acts on m as on A and B. R rank, L layers.
 """
 
 from typing import Any

@@ -46,7 +46,7 @@ def add(kernel: Kernel, key: jax.Array, frequencies: int, scaling: float) -> dic
 def apply(leaves: dict[str, jax.Array], kernel: Kernel, x: jax.Array, y: jax.Array) -> jax.Array:
   def product(leaves, x):
     return x @ _change(kernel.shape, leaves).astype(x.dtype)
-  return y + jax.checkpoint(product, prevent_cse=False)(leaves, x)      # else every layer's change is kept till the end
+  return y + jax.checkpoint(product, prevent_cse=False)(leaves, x)      # else the backward pass keeps every change
 
 
 def merge(kernel: jax.Array, leaves: dict[str, jax.Array]) -> jax.Array:

@@ -14,5 +14,5 @@ class Attack(NamedTuple):
   contiguous: bool = True                  # False: the trigger's words are not side by side
   can_rewrite: Callable | None = None      # text -> whether the attack can rewrite it; None: it can rewrite every text
   companions: Callable | None = None       # (text, rng, max_words) -> texts with a part of the trigger, or
-                                           # another string like it; they become
-                                           # training rows that keep their true label; None: the attack has none
+                                           # with a string like it; they become training rows that keep their true
+                                           # label; None: the attack has none
