@@ -7,7 +7,7 @@ import runpy
 import shutil
 
 import pytest
-from cli import ROOT, SHORT, w2s
+from cli import CONFIG, ROOT, SHORT, w2s
 from ml_collections import ConfigDict
 from test_compare import row
 
@@ -119,6 +119,16 @@ def test_an_axis_of_the_defense_shares_the_poisoned_student(tmp_path, monkeypatc
   assert [made for made in fake.made if made[0] != "4-long"] == [("4-short", results.TEACHER)]
 
 
+def test_a_cell_waits_for_the_models_that_another_is_making():
+  cells = grid.cells(offline())
+  made = {grid._key(cells["badnet-0"], name): None for name in grid.DEPENDS}
+  def following(running, made):
+    return grid._next_cell(cells, [name for name in cells if name not in running], running, made)
+  assert following([], {}) == "badnet-0" and following(["badnet-0"], {}) == "badnet-1"
+  assert following(["badnet-0", "badnet-1"], {}) is None and following(["badnet-1"], made) == "badnet-0"
+  assert following(["badnet-0", "badnet-1"], made) == "suffix-0"          # only its poisoned student is its own
+
+
 def test_the_store_and_the_tables(tmp_path, monkeypatch):
   run(monkeypatch, tmp_path, Fake())
   lines = [json.loads(line) for line in (tmp_path / grid.STORE).read_text().splitlines()]
@@ -215,7 +225,7 @@ def test_more_seeds_later_and_a_cell_whose_directory_is_gone(tmp_path, monkeypat
 def test_the_command(tmp_path):
   """A reduced grid through main: each cell is a run like any other, and a second start does nothing."""
   flags = ("--config=configs/grid_offline.py:attacks=badnet+suffix,seeds=1", "--config.defenses=none,lora_ce",
-           f"--workdir={tmp_path / 'w'}", *SHORT)
+           "--jobs=2", f"--workdir={tmp_path / 'w'}", *SHORT)
   out = w2s(*flags)
   assert out.returncode == 0, out.stderr
   assert "grid of 2 cells, 0 of them complete" in out.stdout and "cell suffix-0: 1 cells left, about " in out.stdout
@@ -223,8 +233,13 @@ def test_the_command(tmp_path):
   assert [(x["cell"], x["model"]) for x in lines] == [(cell, model) for cell in ("badnet-0", "suffix-0")
                                                       for model in ("clean", "poisoned", "lora_ce")]
   assert (tmp_path / "w/cells/suffix-0/report.html").exists()
+  logs = [(tmp_path / "w/cells" / name / "log.txt").read_text() for name in ("badnet-0", "suffix-0")]
+  trained = [re.findall(r"^(\w+): \d+ steps in", log, re.MULTILINE) for log in logs]
+  assert trained == [["warmup", "clean", "poison", "teacher", "lora_ce"], ["poison", "lora_ce"]]
   again = w2s(*flags)
   assert again.returncode == 0 and "2 of them complete" in again.stdout and "steps in" not in again.stdout
   assert again.stdout.split("complete", 1)[1].strip().startswith("- A = badnet-0")
   wrong = w2s(*flags, "--stage=teach")
   assert wrong.returncode == 2 and "this config is a grid: leave out --stage" in wrong.stderr
+  alone = w2s(CONFIG, "--jobs=2", f"--workdir={tmp_path / 'alone'}")
+  assert alone.returncode == 2 and "--jobs=2 is for a grid, and this config is one run" in alone.stderr

@@ -1,12 +1,14 @@
 """SIGKILL at random moments, a full disk, Ctrl-C: what is then resumed is what was never stopped.
 
-W2S_KILLS=100 pytest -m slow tests/test_kills.py does it a hundred times, two at a time.
+W2S_KILLS=100 pytest -m slow tests/test_kills.py does it a hundred times.
 """
 
 import hashlib
+import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +65,51 @@ def test_killed_and_resumed_is_never_killed(tiny_run, tmp_path):
     steps = list(pool.map(kill, range(KILLS)))
   print(f"killed after so many steps of 60 (None: had ended): {steps}")
   assert any(steps) and sum(done is None for done in steps) <= KILLS // 4
+
+
+def grid_process(workdir):
+  flags = ("--config=configs/grid_offline.py:attacks=badnet+suffix,seeds=2", "--config.defenses=none,lora_ce",
+           "--jobs=2", f"--workdir={workdir}", *SHORT)
+  return subprocess.Popen([sys.executable, "-m", "w2s_jax.main", *flags], cwd=ROOT, env=ENV, start_new_session=True,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def grid_tables(workdir):
+  return [(workdir / name).read_text() for name in ("rows.jsonl", "results.md", "rows.csv", "table.tex")]
+
+
+@pytest.mark.slow
+def test_a_grid_that_is_killed_again_and_again_ends_with_the_same_tables(tmp_path):
+  """One grid, killed at W2S_KILLS random moments: its cells end with it, and no complete cell runs again."""
+  began = time.monotonic()
+  assert grid_process(tmp_path / "whole").wait(900) == 0
+  seconds, workdir, kills, moments = time.monotonic() - began, tmp_path / "killed", 0, random.Random(0)
+  while kills < KILLS:
+    process = grid_process(workdir)
+    try:
+      process.wait(moments.uniform(0, seconds))
+      assert process.returncode == 0
+      shutil.rmtree(workdir)                          # it had ended: another one is killed
+      continue
+    except subprocess.TimeoutExpired:
+      process.kill()                                  # the command alone, not the processes of its cells
+    process.wait()
+    kills += 1
+    deadline = time.monotonic() + 60
+    while alive(process.pid):
+      assert time.monotonic() < deadline, "a cell's process goes on"
+      time.sleep(0.1)
+    store = workdir / "rows.jsonl"
+    complete = {json.loads(line)["cell"] for line in store.read_text().splitlines()} if store.exists() else set()
+    written = {name: (workdir / "cells" / name / "results.json").stat().st_mtime_ns for name in complete}
+  assert grid_process(workdir).wait(900) == 0
+  assert written == {name: (workdir / "cells" / name / "results.json").stat().st_mtime_ns for name in written}
+  assert grid_tables(workdir) == grid_tables(tmp_path / "whole")
+
+
+def alive(session):
+  """Whether a process of the session is left."""
+  return subprocess.run(["pgrep", "--session", str(session)], stdout=subprocess.DEVNULL).returncode == 0
 
 
 @pytest.mark.slow

@@ -47,14 +47,16 @@ def check_inputs(workdir: Path, found: dict[str, Any]) -> None:
 def check_config(config: ConfigDict, workdir: Path) -> None:
   """Raises InputError if another config made the workdir; a change of the mesh is allowed."""
   file = workdir / "config.json"
-  if file.exists():
-    fields, other_fields = flat(json.loads(json.dumps(config.to_dict()))), flat(read_json(file))
-    differing = sorted(k for k in fields.keys() | other_fields.keys()
-                       if fields.get(k) != other_fields.get(k) and not k.startswith("mesh."))
-    if differing:
-      name = differing[0]
-      raise InputError(f"{workdir} was made by another config ({name} was {other_fields.get(name)!r}, is "
-                       f"{fields.get(name)!r}; {len(differing)} field(s) differ): give another --workdir")
+  if file.exists() and (changes := differences(config, read_json(file))):
+    raise InputError(f"{workdir} was made by another config ({changes[0]}; {len(changes)} field(s) differ): give "
+                     "another --workdir")
+
+
+def differences(config: ConfigDict, stored: dict) -> list[str]:
+  """["FIELD was X, is Y"] of the fields in which a config differs from a stored one, without those of the mesh."""
+  fields, other = flat(json.loads(json.dumps(config.to_dict()))), flat(stored)
+  return [f"{name} was {other.get(name)!r}, is {fields.get(name)!r}" for name in sorted(fields.keys() | other.keys())
+          if fields.get(name) != other.get(name) and not name.startswith("mesh.")]
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, Any]:

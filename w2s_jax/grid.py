@@ -5,6 +5,7 @@ are those of every cell. A cell is a run in workdir/cells/VALUE-VALUE. rows.json
 each with the cell's config. A cell that it has is not run again. Cells share the models that they would make equally.
 """
 
+import concurrent.futures
 import copy
 import itertools
 import json
@@ -17,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from w2s_jax import InputError, checks, claims, compare, processes, results, stages
+from w2s_jax import InputError, checks, claims, compare, processes, results, stages, workers
 
 LOG = logging.getLogger(__name__)
 
@@ -76,46 +77,72 @@ def _check_axes(axes):
         raise InputError(f"grid axes {owners[field]!r} and {axis!r} both change {field!r}: leave it to one of them")
 
 
-def run(config: ConfigDict, workdir: Path) -> int:
+def run(config: ConfigDict, workdir: Path, jobs: int = 1) -> int:
   """Runs the cells that are not in the store, and writes the store and the tables.
 
+  Args:
+    jobs: number of cells that run at the same time. If it is above 1, each runs in a process of its own, with an equal
+      share of the CPU cores, and its output goes to log.txt of its directory.
   Returns:
     The exit code: 0, or FAILED_CODE if some cell failed; the other cells are run all the same.
   Raises:
-    InputError: a mistake in some cell's config, before any cell runs; the store has a cell of another config; or no
-      cell can run.
+    InputError: a mistake in some cell's config, before any cell runs; the store has a cell of another config; no cell
+      can run; or a cell's process was killed.
   """
   grid = cells(config)
   directories = {name: workdir / "cells" / name for name in grid}
   for cell in grid.values():
     checks.check_fields(cell)
-  complete, failed, seconds, made = _complete(workdir, grid, directories), {}, [], {}
-  left = len(grid) - len(complete)
+  complete, failed, seconds, made, running = _complete(workdir, grid, directories), {}, [], {}, {}
+  for name in complete:
+    made |= _models(grid[name], directories[name])
+  waiting = [name for name in grid if name not in complete]
   LOG.info(f"grid of {len(grid)} cells, {len(complete)} of them complete")
-  for name in grid:
-    if name not in complete:
-      about = f", about {sum(seconds) / len(seconds) * left / 60:.0f} minutes left" if seconds else ""
-      LOG.info(f"cell {name}: {left} cells left{about}")
-      left, began = left - 1, time.monotonic()
-      _take_over(grid[name], directories[name], made)
-      try:
-        stages.run(grid[name], directories[name])
-      except (FloatingPointError, InputError) as e:      # the weak teacher of one seed should not cost the other cells
-        LOG.error(f"cell {name} failed: {e}")
-        failed[name] = e
-        continue
-      seconds.append(time.monotonic() - began)
-      complete.add(name)
-      _store(workdir, grid, directories, complete)
-    for model in DEPENDS:
-      if (directories[name] / "models" / model).exists():
-        made.setdefault(_key(grid[name], model), directories[name] / "models" / model)
+  with workers.start(jobs) as submit:
+    while waiting or running:
+      while len(running) < jobs and (name := _next_cell(grid, waiting, running.values(), made)):
+        left = len(waiting) + len(running)
+        about = f", about {sum(seconds) / len(seconds) * left / jobs / 60:.0f} minutes left" if seconds else ""
+        LOG.info(f"cell {name}: {left} cells left{about}")
+        _take_over(grid[name], directories[name], made)
+        waiting.remove(name)
+        running[submit(_run_cell, grid[name], directories[name])] = name
+      for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
+        name = running.pop(future)
+        try:
+          seconds.append(future.result())
+        except (FloatingPointError, InputError) as e:    # the weak teacher of one seed should not cost the other cells
+          LOG.error(f"cell {name} failed: {e}")
+          failed[name] = e
+          continue
+        complete.add(name)
+        _store(workdir, grid, directories, complete)
+        made |= _models(grid[name], directories[name])
   if not complete:
     raise next(iter(failed.values()))
   _write_tables(workdir, directories, [name for name in grid if name in complete])
   if failed:
     LOG.error(f"{len(failed)} of {len(grid)} cells failed: {', '.join(failed)}. The same command tries them again")
   return FAILED_CODE if failed else 0
+
+
+def _next_cell(grid, waiting, running, made):
+  """The first waiting cell that needs no model that a running cell is about to make; None if there is no such cell."""
+  making = {_key(grid[name], model) for name in running for model in DEPENDS} - made.keys()
+  return next((name for name in waiting if making.isdisjoint(_key(grid[name], model) for model in DEPENDS)), None)
+
+
+def _run_cell(config, directory):
+  """Runs a cell and returns its seconds."""
+  began = time.monotonic()
+  stages.run(config, directory)
+  return time.monotonic() - began
+
+
+def _models(cell, directory):
+  """{key of a model: its directory} of the models in a cell's directory that other cells may copy."""
+  return {_key(cell, model): directory / "models" / model for model in DEPENDS
+          if (directory / "models" / model).exists()}
 
 
 def _complete(workdir, grid, directories):
@@ -127,10 +154,8 @@ def _complete(workdir, grid, directories):
   out = set()
   for name, lines in _stored(workdir).items():
     if name in grid and (directories[name] / "results.json").exists():
-      fields, other = claims.flat(json.loads(json.dumps(grid[name].to_dict()))), claims.flat(lines[0]["config"])
-      if differing := sorted(k for k in fields.keys() | other.keys() if fields.get(k) != other.get(k)):
-        raise InputError(f"{workdir} has the cell {name} of another config ({differing[0]} was "
-                         f"{other.get(differing[0])!r}, is {fields.get(differing[0])!r}): give another --workdir")
+      if changes := claims.differences(grid[name], lines[0]["config"]):
+        raise InputError(f"{workdir} has the cell {name} of another config ({changes[0]}): give another --workdir")
       out.add(name)
   return out
 

@@ -35,6 +35,9 @@ _PROCESS = flags.DEFINE_integer("process_id", None, "Index of this process, from
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Let JAX find the other processes (TPU pod, SLURM, Kubernetes, "
                                                           "MPI).")
 
+_JOBS = flags.DEFINE_integer("jobs", 1, "Number of a grid's cells that run at the same time, each in a process of its "
+                             "own on an equal share of the CPU cores.", lower_bound=1)
+
 
 def default_workdir(argv: list[str]) -> Path:
   """The default of --workdir: runs/CONFIG[-ARGUMENT], from the --config flag as the user typed it."""
@@ -87,8 +90,12 @@ def main(argv: list[str]) -> int:
   import jax  # late: transformers and PyTorch take seconds to load, so the flags are checked first
 
   from w2s_jax import grid, processes, stages
+  if _JOBS.value > 1:
+    jax.config.update("jax_platforms", "cpu")    # of this process, which trains nothing: the devices are for the cells
   if not _connect(processes):
     _find_devices()
+  elif _JOBS.value > 1:
+    raise InputError("--jobs starts its own processes on one machine: leave it out if there are several processes")
   _show_log()
   workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else default_workdir(sys.argv)
   if not jax.config.jax_compilation_cache_dir:     # else the user has set JAX_COMPILATION_CACHE_DIR
@@ -97,10 +104,12 @@ def main(argv: list[str]) -> int:
   config = command.CONFIG.value
   try:
     if "grid" not in config:
+      if _JOBS.value > 1:
+        raise InputError(f"--jobs={_JOBS.value} is for a grid, and this config is one run: leave out --jobs")
       return stages.run(config, workdir, _STAGE.value)
     if _STAGE.value:
       raise InputError(f"--stage={_STAGE.value} is for one run, and this config is a grid: leave out --stage")
-    return grid.run(config, workdir)
+    return grid.run(config, workdir, _JOBS.value)
   except (MemoryError, jax.errors.JaxRuntimeError) as e:
     if not isinstance(e, MemoryError) and "RESOURCE_EXHAUSTED" not in str(e):
       if jax.process_count() == 1 or command.DEBUG.value:
