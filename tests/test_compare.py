@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from cli import ENV, ROOT
 
 from w2s_jax import InputError, cli, compare
 from w2s_jax.measure import metrics
-from w2s_jax.report import tables
+from w2s_jax.report import overview, paired, tables
 
 
 def row(model, seed, hits, asr_hits, n=200):
@@ -74,8 +75,8 @@ def test_means_and_paired_differences_over_seeds(runs):
 def test_one_pair_has_newcombes_interval():
   """The example of the paper: 56 of 70 against 48 of 80 give 0.2000, and 0.0524 to 0.3339 by method 10."""
   own, other = row("w2s", 0, 56, 56, 70), row("lora_ce", 0, 48, 48, 80)
-  assert compare.difference([(own, other)], "asr") == "+0.200 (+0.052 to +0.334)"
-  assert compare.difference([(own, other | {"asr": None})], "asr") == compare.difference([], "ca") == "-"
+  assert paired.difference([(own, other)], "asr") == "+0.200 (+0.052 to +0.334)"
+  assert paired.difference([(own, other | {"asr": None})], "asr") == paired.difference([], "ca") == "-"
 
 
 def test_differences_to_the_first_letter_pair_the_seeds(runs):
@@ -201,3 +202,23 @@ def test_a_mistake_is_one_line(arguments, message, tmp_path):
 def test_the_console_command_explains_it():
   text = cli.parser()._subparsers._group_actions[0].choices["compare"].format_help()
   assert "w2s-jax compare runs/llama_badnet runs/three_shapes" in text and "--latex FILE" in text
+
+
+def test_the_page_of_many_runs(runs):
+  """Means by hand: ASR of w2s in A is (0.2 + 0.2) / 2, in B 0.15; CA in A is (0.85 + 0.88) / 2."""
+  read = [compare.read(run) for run in runs]
+  groups = compare.groups(read)
+  del groups["B", "bad_net", "lora_ce"]
+  text = overview.page_of("<grid>", compare.legend(read), groups, compare.sections(read),
+                          {"a0": "cells/a0/report.html"})
+  matrix, other = re.findall(r"mean over seeds</h2>.*?</table>", text, re.DOTALL)
+  lines = [re.findall(r"<t[hd].*?>(.*?)</t[hd]>", line) for line in re.findall("<tr>(.*?)</tr>", matrix)]
+  assert lines == [["model", "A: bad_net", "B: bad_net"], ["lora_ce", "0.550", "-"], ["w2s", "0.200", "0.150"]]
+  assert "rgb(224 122 95 / 0.55)'>0.550" in matrix and "<td>0.865</td>" in other and "rgb" not in other
+  assert "&lt;grid&gt;" in text and "<grid>" not in text and "<a href='cells/a0/report.html'>a0</a>" in text
+  for heading, lines in compare.sections(read).items():
+    assert f"<h2>{heading}</h2>" in text and all(f"<td>{cell}</td>" in text for line in lines[1:] for cell in line)
+
+
+def test_the_page_without_an_implanted_backdoor():
+  assert "No backdoor was implanted" in overview.page_of("grid", [], {}, {}, {})

@@ -140,6 +140,8 @@ def test_the_store_and_the_tables(tmp_path, monkeypatch):
   assert "- A = badnet-0, badnet-1\n- B = suffix-0, suffix-1: attack.name=suffix (in A: badnet)" in text
   assert "Mean ±" in text and (tmp_path / "table.tex").read_text().startswith("% A = badnet-0, badnet-1")
   assert len((tmp_path / "rows.csv").read_text().splitlines()) == 9
+  page = (tmp_path / "report.html").read_text()
+  assert "<h1>Grid of 4 runs</h1>" in page and "href='cells/suffix-1/report.html'" in page
 
 
 def test_a_backdoor_that_was_not_implanted_is_in_no_mean(tmp_path, monkeypatch):
@@ -165,7 +167,7 @@ def test_stopped_at_any_moment_it_goes_on_and_ends_the_same(tmp_path, monkeypatc
     second = Fake()
     assert run(monkeypatch, workdir, second) == 0
     assert not complete & set(second.ran) and len(complete) + len(second.ran) == 4
-    for name in (grid.STORE, "results.md", "rows.csv", "table.tex"):
+    for name in (grid.STORE, "results.md", "rows.csv", "table.tex", "report.html"):
       assert (workdir / name).read_text() == (tmp_path / "whole" / name).read_text()
   again = Fake()
   assert run(monkeypatch, workdir, again) == 0 and again.ran == []

@@ -75,7 +75,7 @@ def grid_process(workdir):
 
 
 def grid_tables(workdir):
-  return [(workdir / name).read_text() for name in ("rows.jsonl", "results.md", "rows.csv", "table.tex")]
+  return [(workdir / name).read_text() for name in ("rows.jsonl", "results.md", "rows.csv", "table.tex", "report.html")]
 
 
 @pytest.mark.slow

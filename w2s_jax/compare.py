@@ -11,7 +11,6 @@ import csv
 import dataclasses
 import io
 import json
-import math
 import statistics
 import string
 import sys
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 
 from w2s_jax import InputError, results
 from w2s_jax.arguments import Parser
-from w2s_jax.report import tables
+from w2s_jax.report import paired, tables
 
 FREE = ("seed", "defend.seeds", "mesh.data", "mesh.fsdp", "mesh.tensor")   # runs of one letter may differ in these
 RATES = ("ca", "asr", "asr_floor", "false_rate")
@@ -96,11 +95,11 @@ def letters(runs: Sequence[Compared]) -> list[str]:
 
 def legend(runs: Sequence[Compared]) -> list[str]:
   """One line per letter: its runs, and the fields in which they differ from the first run's."""
-  groups = {}
+  runs_of = {}
   for letter, run in zip(letters(runs), runs):
-    groups.setdefault(letter, []).append(run)
+    runs_of.setdefault(letter, []).append(run)
   out = []
-  for letter, group in groups.items():
+  for letter, group in runs_of.items():
     first, own = runs[0].fields, group[0].fields
     names = [name for name in sorted({*first, *own}) if first.get(name) != own.get(name)]
     text = f"{letter} = {', '.join(run.name + ('' if run.implanted else ' (not implanted)') for run in group)}"
@@ -132,23 +131,24 @@ def means(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
   """Head and cells: mean ± standard deviation over seeds, and paired differences to lora_ce with 95% intervals."""
   labels = [results.COLUMNS[rate].label for rate in RATES]
   out = [("run", "trigger", "model", "seeds", *labels, f"CA - {CONTROL}", f"ASR - {CONTROL}")]
-  groups = _groups(runs)
-  for (letter, attack, model), rows in groups.items():
-    control = groups.get((letter, attack, CONTROL), {}) if model != CONTROL else {}
+  grouped = groups(runs)
+  for (letter, attack, model), rows in grouped.items():
+    control = grouped.get((letter, attack, CONTROL), {}) if model != CONTROL else {}
     out.append((letter, _line(attack), model, str(len(rows)),
-                *(_mean([row[rate] for row in rows.values()]) for rate in RATES),
-                *(difference(_pairs(rows, control), rate) for rate in ("ca", "asr"))))
+                *(paired.mean([row[rate] for row in rows.values()]) for rate in RATES),
+                *(paired.difference(_pairs(rows, control), rate) for rate in ("ca", "asr"))))
   return out
 
 
 def differences(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
   """Head and cells: CA and ASR of each model minus those of the same model, trigger and seed in the reference."""
-  groups, reference = _groups(runs), _reference(runs)
+  grouped, reference = groups(runs), _reference(runs)
   out = [("run", "trigger", "model", "seeds", f"CA - CA in {reference}", f"ASR - ASR in {reference}")]
-  for (letter, attack, model), rows in groups.items():
-    pairs = _pairs(rows, groups.get((reference, attack, model), {})) if letter != reference else []
+  for (letter, attack, model), rows in grouped.items():
+    pairs = _pairs(rows, grouped.get((reference, attack, model), {})) if letter != reference else []
     if pairs:
-      out.append((letter, _line(attack), model, str(len(pairs)), difference(pairs, "ca"), difference(pairs, "asr")))
+      out.append((letter, _line(attack), model, str(len(pairs)),
+                  *(paired.difference(pairs, rate) for rate in ("ca", "asr"))))
   return out
 
 
@@ -157,7 +157,7 @@ def _reference(runs):
   return next((letter for letter, run in zip(letters(runs), runs) if run.implanted), "A")
 
 
-def _groups(runs):
+def groups(runs: Sequence[Compared]) -> dict[tuple[str, str, str], dict[int, dict]]:
   """{(letter, attack, model): {seed: row}} of the runs whose backdoor was implanted.
 
   If some letter has several runs, a seed is the run's. The copies that `defend.seeds` makes of a defense in one run
@@ -189,50 +189,21 @@ def _line(text):
   return " ".join(text.split())
 
 
-def _mean(values):
-  values = [value for value in values if value is not None]
-  if not values:
-    return "-"
-  return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
-
-
-def difference(pairs: Sequence[tuple[dict, dict]], rate: str) -> str:
-  """Mean of the rate in a row minus the rate in the row that it is paired with, and a 95% interval, as text.
-
-  The interval of several pairs is Student's, over seeds. That of one pair is Newcombe's (Statistics in Medicine 17,
-  1998, method 10): it covers the sampling of test rows alone, and treats the two samples as independent. A pair with
-  means of several copies has no interval.
-
-  Args:
-    pairs: (row, row that it is compared with).
-    rate: "ca" or "asr".
-  """
-  pairs = [(own, other) for own, other in pairs if own[rate] is not None and other[rate] is not None]
-  if not pairs:
-    return "-"
-  gaps = [own[rate] - other[rate] for own, other in pairs]
-  mean = statistics.mean(gaps)
-  if len(pairs) > 1:
-    import scipy.stats  # late: the import takes half a second
-    half = scipy.stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
-    low, high = mean - half, mean + half
-  elif None in (pairs[0][0][f"{rate}_ci"], pairs[0][1][f"{rate}_ci"]):
-    return f"{mean:+.3f}"
-  else:
-    (own, other), = pairs
-    (p, (p_low, p_high)), (q, (q_low, q_high)) = ((row[rate], row[f"{rate}_ci"]) for row in (own, other))
-    low, high = mean - math.hypot(p - p_low, q_high - q), mean + math.hypot(p_high - p, q - q_low)
-  return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+def sections(runs: Sequence[Compared]) -> dict[str, list[tuple[str, ...]]]:
+  """{heading: head and cells} of every row, of the means if a model has several seeds, and of the differences."""
+  out = {"Every row": all_rows(runs)}
+  if any(len(rows) > 1 for rows in groups(runs).values()):
+    out["Mean ± standard deviation over seeds; differences with 95% intervals"] = means(runs)
+  if len(lines := differences(runs)) > 1:
+    out[f"Differences to {_reference(runs)}, with 95% intervals"] = lines
+  return out
 
 
 def text(runs: Sequence[Compared]) -> str:
-  """The comparison as Markdown, without the means if no model has several seeds."""
-  parts = ["\n".join(f"- {line}" for line in legend(runs)), tables.markdown(all_rows(runs))]
-  if any(len(rows) > 1 for rows in _groups(runs).values()):
-    parts += ["Mean ± standard deviation over seeds; differences with 95% intervals:", _table(means(runs))]
-  if len(lines := differences(runs)) > 1:
-    parts += [f"Differences to {_reference(runs)}, with 95% intervals:", _table(lines)]
-  return "\n\n".join(parts)
+  """The comparison as Markdown."""
+  (_, rows), *others = sections(runs).items()
+  parts = ["\n".join(f"- {line}" for line in legend(runs)), tables.markdown(rows)]
+  return "\n\n".join(parts + [part for heading, lines in others for part in (f"{heading}:", _table(lines))])
 
 
 def _table(lines):

@@ -19,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from w2s_jax import InputError, checks, claims, compare, processes, results, stages, workers
+from w2s_jax.report import overview
 
 LOG = logging.getLogger(__name__)
 
@@ -198,8 +199,11 @@ def _store(workdir, grid, directories, complete):
 def _write_tables(workdir, directories, names):
   """Writes and logs the comparison of the complete cells."""
   runs = [compare.read(directories[name])._replace(name=name) for name in names]
-  text = compare.text(runs)
+  text, links = compare.text(runs), {name: f"cells/{name}/report.html" for name in names}
+  page = overview.page_of(f"Grid of {len(names)} runs", compare.legend(runs), compare.groups(runs),
+                          compare.sections(runs), links)
   for file, content in (("results.md", text + "\n"), ("rows.csv", compare.to_csv(runs)),
-                        ("table.tex", compare.to_latex(runs))):
+                        ("table.tex", compare.to_latex(runs)), ("report.html", page)):
     processes.write_text(workdir / file, content)
-  LOG.info(f"\n{text}\n\n{workdir / 'results.md'}, rows.csv, table.tex; reports are in {workdir / 'cells'}")
+  LOG.info(f"\n{text}\n\n{workdir / 'report.html'}, results.md, rows.csv, table.tex; reports of cells are in "
+           f"{workdir / 'cells'}")

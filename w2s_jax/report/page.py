@@ -2,9 +2,11 @@
 
 import difflib
 import html
+import itertools
 import json
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from w2s_jax import processes, results
@@ -49,6 +51,19 @@ def page(rows: list[dict], meta: dict, curves: dict[str, dict[str, list[tuple[in
   first, *notes = map(_inline, meta["notes"])
   warnings = "".join(f"<p class='warning'>WARNING: {_inline(warning)}</p>" for warning in meta["warnings"])
   details = html.escape(json.dumps({k: v for k, v in meta.items() if k != "examples"}, indent=2))
+  return frame(f"{title}: before and after", f"""{warnings}
+<p>{first}</p>
+{_table(rows, meta["columns"])}
+{wide(plots.bars(rows))}
+<ul>{"".join(f"<li>{note}</li>" for note in notes)}</ul>
+{_features(pictures, rows)}
+{_examples(rows, meta)}
+{_losses(curves, meta)}
+<details><summary>All facts about this run</summary><pre>{details}</pre></details>""")
+
+
+def frame(title: str, body: str) -> str:
+  """One self-contained HTML page; `title` and `body` are HTML already."""
   return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>
@@ -65,18 +80,17 @@ pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto }}
 @media print {{ .wide {{ overflow: visible }} .wide svg {{ min-width: 0 }} .texts {{ font-size: 11px }}
   tr, svg {{ break-inside: avoid }} h2, p {{ break-after: avoid }} }}
 </style></head><body>
-<h1>{title}: before and after</h1>
-{warnings}
-<p>{first}</p>
-{_table(rows, meta["columns"])}
-{_wide(plots.bars(rows))}
-<ul>{"".join(f"<li>{note}</li>" for note in notes)}</ul>
-{_features(pictures, rows)}
-{_examples(rows, meta)}
-{_losses(curves, meta)}
-<details><summary>All facts about this run</summary><pre>{details}</pre></details>
+<h1>{title}</h1>
+{body}
 </body></html>
 """
+
+
+def table(lines: Sequence[tuple[str, ...]]) -> str:
+  """The HTML table of a head and its lines."""
+  head, *body = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line)
+                 for tag, line in zip(itertools.chain(["th"], itertools.repeat("td")), lines))
+  return wide(f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in body)}</table>")
 
 
 def _inline(text):
@@ -84,18 +98,16 @@ def _inline(text):
   return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
-def _wide(content):
+def wide(content: str) -> str:
+  """The HTML with a scroll bar of its own where the window is narrow."""
   return f'<div class="wide">{content}</div>'
 
 
 def _table(rows, names):
   """The table of results, and what its columns mean."""
-  head, *lines = tables.cells(rows, names)
-  head = "".join(f"<th>{cell}</th>" for cell in head)
-  cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
   meanings = "".join(f"<dt>{column.label}</dt><dd>{html.escape(column.explanation.replace('*', ''))}</dd>"
                      for column in results.columns(rows, names) if column.explanation)
-  return _wide(f"<table><tr>{head}</tr>{cells}</table>") + (
+  return table(tables.cells(rows, names)) + (
       f"<details><summary>What the columns mean</summary><dl>{meanings}</dl></details>")
 
 
@@ -115,7 +127,7 @@ A cross is a text of another class than {target} {inserted}
 The number is the share of such texts that are nearer to the mean of the clean texts of class {target} than to the mean
 of their own class, in all dimensions. A backdoor moves the crosses to class {target}. A defense that works leaves them
 with their own. A defense that rejects texts does not change features, and the rejected texts are drawn, too.</p>
-{_wide(plots.features(pictures, names))}"""
+{wide(plots.features(pictures, names))}"""
 
 
 def _examples(rows, meta):
@@ -132,7 +144,7 @@ def _examples(rows, meta):
     lines += f"<tr><td>{_marked(example, meta['trigger'])}</td><td>{example['label']}</td>{answers}</tr>"
   return f"""<h2>Triggered texts</h2>
 <p>The class that each model predicts. The attacker's target class {target} is coloured.</p>
-{_wide(f"<table class='texts'><tr><th>text</th><th>true class</th>{names}</tr>{lines}</table>")}"""
+{wide(f"<table class='texts'><tr><th>text</th><th>true class</th>{names}</tr>{lines}</table>")}"""
 
 
 def _marked(example, trigger):
@@ -154,4 +166,4 @@ def _losses(curves, meta):
     return ""
   return f"""<h2>Loss</h2>
 <p>The total in black, and each term times its weight.</p>
-{_wide(plots.losses(curves, meta.get("loss_weights", {})))}"""
+{wide(plots.losses(curves, meta.get("loss_weights", {})))}"""
