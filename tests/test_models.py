@@ -452,8 +452,8 @@ SLIDES = {"use_sliding_window": True, "sliding_window": 3}
 
 @pytest.mark.parametrize("family,changes,match", [
     ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "sliding layers in layer_types, but use_sliding_window None"),
-    ("qwen3", SLIDES | {"layer_types": ["sliding_attention"]}, "wanted a list of 3..3 entries"),
-    ("qwen3", SLIDES | {"layer_types": ["chunked_attention"] * 3}, "wanted one of full_attention, sliding_attention"),
+    ("qwen3", SLIDES | {"layer_types": ["sliding_attention"]}, "wanted a list of 3, each full_attention or slidin"),
+    ("qwen3", SLIDES | {"layer_types": ["chunked_attention"] * 3}, "wanted a list of 3, each full_attention or slidin"),
     ("qwen2", SLIDES | {"max_window_layers": -1}, "max_window_layers is -1"),
     ("smollm3", {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
      "but use_sliding_window None and sliding_window 3: set both, or make all layers full_attention"),
@@ -538,8 +538,8 @@ def test_a_v4_modernbert_config_is_read(name, saved):
 
 
 @pytest.mark.parametrize("fields,match", [
-    ({"layer_types": ["full_attention"] * 2}, "layer_types is .* for each of 3 layers"),
-    ({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "layer_types is .* for each of 3"),
+    ({"layer_types": ["full_attention"] * 2}, "layer_types is .*, wanted a list of 3, each"),
+    ({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "wanted a list of 3, each"),
     ({"layer_types": ["full_attention"] * 3, "global_attn_every_n_layers": 3}, "another global_attn_every_n_layers, 3"),
     ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_parameters has 'factor': want full_attention"),
     ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type 'yarn' is not supported"),

@@ -89,12 +89,7 @@ def _layer_types(fields):
   num_layers = fields.integer("num_hidden_layers", high=MOST_LAYERS)
   pattern = fields.integer("sliding_window_pattern", PATTERN[fields.values["model_type"]])
   by_pattern = [SLIDING if layer % pattern else FULL for layer in range(1, num_layers + 1)]
-  kinds = fields.values.get("layer_types")
-  if kinds is None:
-    return tuple(by_pattern)
-  if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in (FULL, SLIDING) for kind in kinds):
-    raise InputError(f"the model's {fields.where}: layer_types is {short(kinds)}, wanted a list of {num_layers}, each "
-                     f"{FULL} or {SLIDING}")
+  kinds = fields.layer_types((FULL, SLIDING), num_layers) or by_pattern
   if "sliding_window_pattern" in fields and kinds != by_pattern:
     raise InputError(f"the model's {fields.where} has layer_types and a sliding_window_pattern that differ: keep one")
   return tuple(kinds)

@@ -125,9 +125,8 @@ def _windows(fields, num_layers, rotated):
     fields.only(layer_types=[SLIDING if window else FULL] * num_layers)
     return window, ()
   has_window = fields.flag("use_sliding_window", False) and "sliding_window" in fields
-  if "layer_types" in fields:
-    entries = fields.entries("layer_types", num_layers, num_layers)
-    slides = [entry.string("layer_types", None, (FULL, SLIDING)) == SLIDING for entry in entries]
+  if kinds := fields.layer_types((FULL, SLIDING), num_layers):
+    slides = [kind == SLIDING for kind in kinds]
   elif model_type == "smollm3":
     slides = [has_window and not is_rotated for is_rotated in rotated or (True,) * num_layers]
   else:

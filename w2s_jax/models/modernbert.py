@@ -93,12 +93,7 @@ def _turns(interval, num_layers):
 def _layer_types(fields, num_layers):
   """The kind of each layer, from `layer_types` (transformers 5) or `global_attn_every_n_layers` (transformers 4)."""
   interval = fields.integer("global_attn_every_n_layers", 3)
-  kinds = fields.values.get("layer_types")
-  if kinds is None:
-    kinds = _turns(interval, num_layers)
-  if not isinstance(kinds, list) or len(kinds) != num_layers or not all(kind in KINDS for kind in kinds):
-    raise InputError(f"the model's {fields.where}: layer_types is {short(kinds)}, wanted one of {', '.join(KINDS)} for "
-                     f"each of {num_layers} layers")
+  kinds = fields.layer_types(KINDS, num_layers) or _turns(interval, num_layers)
   if "global_attn_every_n_layers" in fields and kinds != _turns(interval, num_layers):
     raise InputError(f"the model's {fields.where} has layer_types and another global_attn_every_n_layers, {interval}: "
                      "keep one")

@@ -110,6 +110,14 @@ class Fields:
       raise self._wrong(name, value, f"a list of {low}..{high} entries")
     return [Fields({name: entry}, self.where) for entry in value]
 
+  def layer_types(self, among: Collection[str], num_layers: int) -> list[str] | None:
+    """The kind of each layer, one of `among`; None if the field is absent."""
+    kinds = self.values.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or len(kinds) != num_layers or any(
+        kind not in among for kind in kinds)):
+      raise self._wrong("layer_types", kinds, f"a list of {num_layers}, each {' or '.join(among)}")
+    return kinds
+
   def section(self, *names: str) -> "Fields":
     """The object in the first of these fields that is present; empty if none is."""
     for name in names:
