@@ -17,7 +17,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import seeds
+import runs
 import suspects
 import torch
 
@@ -31,8 +31,8 @@ def clean(zoo, name, out, rows, extra, core, models):
   data = zoo / f"clean-{seed}"
   flags = [f"--config.student.path={zoo / name / 'model'}", f"--config.data.train={data / rows}.json",
            f"--config.data.test={data / 'test.json'}", *extra]
-  workdir = seeds.workdir_of(out, attack, seed)
-  if not seeds.run_cell(attack, seed, out, CONFIG, flags, core, models):
+  workdir = runs.workdir_of(out, attack, seed)
+  if not runs.run_cell(attack, seed, out, CONFIG, flags, core, models):
     return None
   file = workdir / "judged.json"
   if not file.exists():
@@ -56,11 +56,11 @@ def table(judged, floors):
     ca, false_rate, asr = (np.array([rows[model][key] for rows in judged.values()])
                            for key in ("ca", "false_rate", "asr"))
     above = asr - false_rate
-    lines.append(f"| {model} | {seeds.mean_sd(ca)} | {seeds.mean_sd(false_rate)} | {seeds.mean_sd(asr)} | "
+    lines.append(f"| {model} | {runs.mean_sd(ca)} | {runs.mean_sd(false_rate)} | {runs.mean_sd(asr)} | "
                  f"{above.mean():+.3f} | {above.max():+.3f} | {(ca - best).mean():+.3f} | "
                  + " ".join(f"{100 * x:.0f}" for x in asr) + " |")
   floor = np.array([floors[name] for name in judged])
-  lines.append(f"| (twin, never poisoned) | | | {seeds.mean_sd(floor)} | | | | "
+  lines.append(f"| (twin, never poisoned) | | | {runs.mean_sd(floor)} | | | | "
                + " ".join(f"{100 * x:.0f}" for x in floor) + " |")
   return "\n".join(lines)
 
@@ -86,7 +86,7 @@ def picture(judged, floors, file):
 
 
 def main():
-  parser = seeds.runs_parser(__doc__)
+  parser = runs.runs_parser(__doc__)
   parser.add_argument("--zoo", required=True, type=Path, help="--out of suspects.py")
   parser.add_argument("--only", default="", help="names of METADATA.csv, with commas (default: all but the weak)")
   parser.add_argument("--rows", default="train", choices=("train", "train500"),
@@ -107,7 +107,7 @@ def main():
         print(name, json.dumps(done[name]), flush=True)
     return done
   wanted = sorted({metadata[name]["seed"] for name in names}, key=int)
-  judged = {name: found for done in seeds.on_cores(one_seed, wanted, args.jobs) for name, found in done.items()}
+  judged = {name: found for done in runs.on_cores(one_seed, wanted, args.jobs) for name, found in done.items()}
   found = {name: judged[name] for name in names if judged[name]}
   if found:
     text = f"{', '.join(found)}\n\n" + table(found, {name: float(metadata[name]["asr_floor"]) for name in found})
@@ -115,7 +115,7 @@ def main():
     (args.out / "rows.json").write_text(json.dumps(found))
     picture(found, {name: float(metadata[name]["asr_floor"]) for name in found}, args.out / "asr.svg")
     print(text)
-  seeds.end([name for name in names if not judged[name]])
+  runs.end([name for name in names if not judged[name]])
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
   python benchmarks/cleaning.py --attacked runs/held/suffix-0 runs/held/suffix-1 ... --out=runs/cleaning [--jobs=2] \
       -- --config.data.train=grammar:phrases --config.data.max_length=32 --config.scan.steps=0
 
-Each of --attacked is the workdir of a finished attack (seeds.py), named ATTACK-SEED; its poisoned model is cleaned,
-seen only as a directory, with that seed. ASR is then measured on the triggered rows of the attack's own run, which the
-cleaning never reads. Complete cleanings are not run again. Prints, and writes to OUT/cleaning.md, a row per model:
-means and standard deviations over the suspects, and each one's ASR.
+Each of --attacked is the workdir of a finished attack, named ATTACK-SEED (a grid's cell); its poisoned model is
+cleaned, seen only as a directory, with that seed. ASR is then measured on the triggered rows of the attack's own run,
+which the cleaning never reads. Complete cleanings are not run again. Prints, and writes to OUT/cleaning.md, a row per
+model: means and standard deviations over the suspects, and each one's ASR.
 """
 
 import json
@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 import numpy as np
-import seeds
+import runs
 from ml_collections import ConfigDict
 
 from w2s_jax.data import poison
@@ -32,16 +32,16 @@ def cell_of(main):
 def clean(main, out, extra, core):
   """{model: its row, with ASR and floor of the attack's own run} of one suspect, None where the cleaning failed."""
   flags = [f"--config.student.path={main / 'models' / 'poisoned'}", *extra]
-  results = seeds.run_cell(*cell_of(main), out, "configs/clean_checkpoint.py", flags, core)
+  results = runs.run_cell(*cell_of(main), out, "configs/clean_checkpoint.py", flags, core)
   if not results:
     return None
-  workdir = seeds.workdir_of(out, *cell_of(main))
+  workdir = runs.workdir_of(out, *cell_of(main))
   data = ConfigDict(json.loads((workdir / "config.json").read_text())["data"])
   triggered, _ = poison.thaw(main / "data" / "triggered.jsonl")
   twin = next(r for r in json.loads((main / "results.json").read_text())["rows"] if r["model"] == "clean")
   rows = {}
   for row in results["rows"]:
-    rows[row["directory"]] = row | {"asr_floor": twin["asr"]} | seeds.measured(
+    rows[row["directory"]] = row | {"asr_floor": twin["asr"]} | runs.measured(
         metrics.attack_metrics, workdir / "models" / row["directory"], triggered, data, twin["target_label"])
   return rows
 
@@ -51,13 +51,13 @@ def table(cleaned):
   lines = ["| model | CA | ASR | word flips | ASR of each |", "|---|---|---|---|---|"]
   for model in next(iter(cleaned.values())):
     got = {key: np.array([rows[model][key] for rows in cleaned.values()], float) for key in KEYS}
-    lines.append(f"| {model} | " + " | ".join(seeds.mean_sd(got[key]) for key in KEYS) + " | "
+    lines.append(f"| {model} | " + " | ".join(runs.mean_sd(got[key]) for key in KEYS) + " | "
                  + " ".join(f"{100 * x:.0f}" for x in got["asr"]) + " |")
   return "\n".join(lines)
 
 
 def main():
-  parser = seeds.runs_parser(__doc__)
+  parser = runs.runs_parser(__doc__)
   parser.add_argument("--attacked", nargs="+", required=True, type=Path, help="workdirs")
   args = parser.parse_args()
   for path in args.attacked:
@@ -66,7 +66,7 @@ def main():
     if missing or not re.fullmatch(r".+-\d+", path.name):
       parser.error(f"--attacked {path}: want the workdir of a finished attack, named ATTACK-SEED"
                    + f"; there is no {missing[0]} in it" * bool(missing))
-  rows = seeds.on_cores(lambda main, core: clean(main, args.out, args.extra, core), args.attacked, args.jobs)
+  rows = runs.on_cores(lambda main, core: clean(main, args.out, args.extra, core), args.attacked, args.jobs)
   cleaned = dict(zip(args.attacked, rows))
   done = {main: rows for main, rows in cleaned.items() if rows}
   if done:
@@ -74,7 +74,7 @@ def main():
     text = "In this order, the floor in brackets: " + " ".join(floors) + "\n\n" + table(done)
     (args.out / "cleaning.md").write_text(text + "\n")
     print(text)
-  seeds.end([str(seeds.workdir_of(args.out, *cell_of(main))) for main in cleaned if main not in done])
+  runs.end([str(runs.workdir_of(args.out, *cell_of(main))) for main in cleaned if main not in done])
 
 
 if __name__ == "__main__":

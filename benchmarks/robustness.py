@@ -1,8 +1,8 @@
 """What does `w2s_adv` stand? An attacker who knows it, a poisoned teacher, clean training afterwards.
 
-  python benchmarks/robustness.py --main=runs/ablation/main --attacks=badnet,insent --seeds=0-2 --out=runs/robustness
+  python benchmarks/robustness.py --main=runs/grid_offline/cells --attacks=badnet,insent --out=runs/robustness
 
-On the poisoned students of MAIN's cells (seeds.py, ablation.py), which have lora_ce, w2s and w2s_adv:
+On the poisoned students of a grid's cells (configs/grid_offline.py), which have lora_ce, w2s and w2s_adv:
 
   adaptive          the attacker goes on with the same poisoned rows, each also with soft tokens that are to change
                     nothing (the loss of ce_adv): the trigger works, soft tokens do not. Then it is defended.
@@ -19,7 +19,7 @@ import runpy
 from pathlib import Path
 
 import numpy as np
-import seeds
+import runs
 
 from w2s_jax.data import corpora, poison, tokenization
 from w2s_jax.measure import metrics
@@ -39,22 +39,22 @@ def config_of(args, attack):
 
 def adaptive(args, attack, seed, core):
   """{label: results} of one cell."""
-  main, out, c = seeds.workdir_of(args.main, attack, seed), args.out / "adaptive", config_of(args, attack)
+  main, out, c = runs.workdir_of(args.main, attack, seed), args.out / "adaptive", config_of(args, attack)
   data = out / "data" / main.name
   domain = corpora.load(c.data.attack_source, corpora.GRAMMAR_SIZES, 2)
   rows, _ = poison.thaw(main / "data" / "poisoned_train.jsonl")
-  seeds.write_data(data, train=rows, dev=domain["dev"], test=domain["test"])
-  attacker = seeds.run_cell(attack, seed, out / "attacker", args.config,
+  runs.write_data(data, train=rows, dev=domain["dev"], test=domain["test"])
+  attacker = runs.run_cell(attack, seed, out / "attacker", args.config,
                             flags(args, "ce_adv", data=data, max_length=c.data.attack_max_length), core,
-                            seeds.models_of(main, (*seeds.STUDENT, "teacher")))
-  students = seeds.models_of(main, ("base", "clean", "teacher")) | {
+                            runs.models_of(main, (*runs.STUDENT, "teacher")))
+  students = runs.models_of(main, ("base", "clean", "teacher")) | {
       "poisoned": out / "attacker" / main.name / "models" / "ce_adv"}
-  return {"adaptive": attacker and seeds.run_cell(attack, seed, out / "defended", args.config, flags(args, *DEFENSES),
+  return {"adaptive": attacker and runs.run_cell(attack, seed, out / "defended", args.config, flags(args, *DEFENSES),
                                                   core, students)}
 
 
 def poisoned_teacher(args, attack, seed, core):
-  main, out, c = seeds.workdir_of(args.main, attack, seed), args.out / "poisoned_teacher", config_of(args, attack)
+  main, out, c = runs.workdir_of(args.main, attack, seed), args.out / "poisoned_teacher", config_of(args, attack)
   domain = corpora.load(c.data.defend_source, corpora.GRAMMAR_SIZES, 2)
   backdoor = poison.make_attack(c.attack.name, c.attack.trigger, c.attack.paraphrases)
   vocab_size = json.loads((main / "models/base/config.json").read_text())["vocab_size"]
@@ -63,14 +63,14 @@ def poisoned_teacher(args, attack, seed, core):
       tokenizer=tokenization.load(main / "models/base", vocab_size), keep_trigger=True, seed=seed,
       max_length=c.data.max_length)
   data = out / "data" / main.name
-  seeds.write_data(data, train=rows, dev=domain["dev"], test=domain["test"])
-  taught = seeds.run_cell(attack, seed, out / "teacher", args.config, flags(args, data=data), core,
-                          seeds.models_of(main, seeds.STUDENT))
+  runs.write_data(data, train=rows, dev=domain["dev"], test=domain["test"])
+  taught = runs.run_cell(attack, seed, out / "teacher", args.config, flags(args, data=data), core,
+                          runs.models_of(main, runs.STUDENT))
   if not taught:
     return {"poisoned_teacher": None}
   teacher = out / "teacher" / main.name / "models" / "teacher"
-  results = seeds.run_cell(attack, seed, out / "defended", args.config, flags(args, "w2s", "w2s_adv"), core,
-                           seeds.models_of(main, seeds.STUDENT) | {"teacher": teacher})
+  results = runs.run_cell(attack, seed, out / "defended", args.config, flags(args, "w2s", "w2s_adv"), core,
+                           runs.models_of(main, runs.STUDENT) | {"teacher": teacher})
   if results:
     results["rows"].append({"model": "the teacher itself", **teacher_metrics(teacher, domain["test"], main, c)})
   return {"poisoned_teacher": results}
@@ -81,16 +81,16 @@ def teacher_metrics(directory, rows, main, c):
   out = {}
   for measure, some in ((metrics.clean_metrics, rows),
                         (metrics.attack_metrics, poison.thaw(main / "data" / "triggered.jsonl")[0])):
-    out |= seeds.measured(measure, directory, some, c.data, c.attack.target_label)
+    out |= runs.measured(measure, directory, some, c.data, c.attack.target_label)
   return out
 
 
 def reactivate(args, attack, seed, core):
-  main, c = seeds.workdir_of(args.main, attack, seed), config_of(args, attack)
-  return {f"reactivate {defense}": seeds.run_cell(
+  main, c = runs.workdir_of(args.main, attack, seed), config_of(args, attack)
+  return {f"reactivate {defense}": runs.run_cell(
       attack, seed, args.out / "reactivate" / defense, args.config,
       flags(args, "lora_ce", data=c.data.attack_source, max_length=c.data.attack_max_length), core,
-      seeds.models_of(main, ("base", "clean", "teacher")) | {"poisoned": main / "models" / defense})
+      runs.models_of(main, ("base", "clean", "teacher")) | {"poisoned": main / "models" / defense})
           for defense in DEFENSES}
 
 
@@ -102,26 +102,26 @@ def lines(label, cells):
   rows = {cell: {row["model"]: row for row in r["rows"]} for cell, r in cells.items() if r}
   for model in next(iter(rows.values()), ()):
     got = {k: np.array([row[model][k] for row in rows.values()]) for k in ("ca", "asr", "false_rate")}
-    yield (f"| {label}: {model} | " + " | ".join(seeds.mean_sd(got[k]) for k in got) + " | "
+    yield (f"| {label}: {model} | " + " | ".join(runs.mean_sd(got[k]) for k in got) + " | "
            + " ".join(f"{attack} {seed}: {100 * x:.0f}" for (attack, seed), x in zip(rows, got["asr"])) + " |")
 
 
 def main():
-  parser = seeds.make_parser(__doc__, "0-2", CHECKS)
-  parser.add_argument("--main", required=True, type=Path, help="OUT of seeds.py, or OUT/main of ablation.py")
-  args = seeds.parse(parser, CHECKS)
+  parser = runs.make_parser(__doc__, "0-2", CHECKS)
+  parser.add_argument("--main", required=True, type=Path, help="cells/ of a grid of attacks and seeds")
+  args = runs.parse(parser, CHECKS)
   cells = [(attack, seed) for attack in args.attacks for seed in args.seeds]
   table, failed = ["| check: model | CA | ASR | false rate | ASR of each |", "|---|---|---|---|---|"], []
   print("\n".join(table), flush=True)
   for name in args.only:
-    results = dict(zip(cells, seeds.on_cores(lambda cell, core: CHECKS[name](args, *cell, core), cells, args.jobs)))
+    results = dict(zip(cells, runs.on_cores(lambda cell, core: CHECKS[name](args, *cell, core), cells, args.jobs)))
     for label in next(iter(results.values())):
       of_label = {cell: r[label] for cell, r in results.items()}
       failed += [(label, *cell) for cell, r in of_label.items() if not r]
       table += (some := list(lines(label, of_label)))
       print("\n".join(some), flush=True)
   (args.out / "robustness.md").write_text("\n".join(table) + "\n")
-  seeds.end(failed)
+  runs.end(failed)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
   python benchmarks/scan.py --clean='runs/*/models/clean' --poisoned='runs/*/models/poisoned' --data=grammar:reviews \
       --max-length=64 --out=runs/scan [--jobs=2]
 
-The patterns are of model directories (seeds.py leaves some); of one name and weights only one is taken. Each is scanned
+The patterns are of model directories (a grid leaves some); of one name and weights only one is taken. Each is scanned
 as `--config=configs/clean_checkpoint.py --stage=scan` does it; finished ones are not scanned again. Prints a line per
 model and one JSON object: detected at 5% false alarms and at the program's own threshold, area under the ROC curve.
 Models of every width are scanned: this is what the program is calibrated by. A model that is wrong too often for a
@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from seeds import on_cores, runs_parser  # noqa: E402
+from runs import on_cores, runs_parser  # noqa: E402
 
 from w2s_jax.measure.scan import EXIT_CODES, SUSPICIOUS, judged  # noqa: E402
 

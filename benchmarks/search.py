@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import seeds
+import runs
 from scan import roc
 
 from w2s_jax.measure.scan import EXIT_CODES
@@ -30,7 +30,7 @@ def searched(zoo, name, out, extra, core, teacher):
   file = workdir / "search.json"
   if not file.exists():
     if teacher:
-      seeds.take_over(teacher, workdir / "models/teacher")
+      runs.take_over(teacher, workdir / "models/teacher")
     workdir.mkdir(parents=True, exist_ok=True)
     data = zoo / f"clean-{seed}"
     with open(workdir / "log.txt", "a") as log:
@@ -45,7 +45,7 @@ def searched(zoo, name, out, extra, core, teacher):
 
 
 def main():
-  parser = seeds.runs_parser(__doc__)
+  parser = runs.runs_parser(__doc__)
   parser.add_argument("--zoo", required=True, type=Path, help="--out of suspects.py")
   args = parser.parse_args()
   with (args.zoo / "METADATA.csv").open() as table:
@@ -62,7 +62,7 @@ def main():
             f"{best and best['suspect']:.2f}, teacher {best and best['teacher']:.2f}", flush=True)
     return found
   numbers = sorted({name.rsplit("-", 1)[1] for name in names}, key=int)
-  found = {name: reading for done in seeds.on_cores(one_seed, numbers, args.jobs) for name, reading in done.items()}
+  found = {name: reading for done in runs.on_cores(one_seed, numbers, args.jobs) for name, reading in done.items()}
   differences = {"clean": [], "poisoned": []}
   for name, reading in found.items():
     best = strongest(reading["classes"])

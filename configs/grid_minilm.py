@@ -4,36 +4,40 @@
   python -m w2s_jax.main --config=configs/grid_minilm.py:data=DIR --jobs=2
   python -m w2s_jax.main --config=configs/grid_minilm.py:data=DIR,attack=ag,defend=ag,labels=4,attacks=badnet+sentence
 
-A cell is a run of configs/minilm_badnet.py with 2,000 rows of each domain and texts of at most 64 tokens. `sentence` is
-an everyday sentence in a twentieth of the rows, which get the target label. `syntactic` needs pre-made paraphrases
-(docs/experiments.md). The second command is a task of four classes: DIR/ag has train.json and test.json.
+A cell is a run of configs/minilm_badnet.py with 2,000 rows of each domain and texts of at most 64 tokens. The second
+command is a task of four classes: DIR/ag has train.json and test.json. The attacked and the defended rows are then
+the same rows.
 
-Arguments: data=DIR, attack=NAME, defend=NAME and labels=C as in configs/common.py; attacks=A+B (some of the names
-below), seeds=N (0 to N - 1).
+`sentence` is an everyday sentence in a twentieth of the rows, which get the target label; the other attacks poison a
+tenth and keep the labels. `syntactic` needs pre-made paraphrases (docs/experiments.md).
+
+Arguments: data=DIR, attack=NAME, defend=NAME and labels=C as in configs/common.py; attacks=A+B (some of the four),
+seeds=N (0 to N - 1), rows=N of each domain (0: all rows, 1,000 of them poisoned, and texts of at most 128 tokens).
 """
 
-from configs import common, minilm_badnet
+from configs import common, minilm_badnet, minilm_synattack
 from w2s_jax import InputError
 
-ATTACKS = {"badnet": {"name": "badnet", "poison_rate": 0.1},
-           "insent": {"name": "insent", "poison_rate": 0.1},
+ATTACKS = {"badnet": {"name": "badnet"}, "insent": {"name": "insent"}, "syntactic": {"name": "syntactic"},
            "sentence": {"name": "insent", "trigger": "my sister called me around noon", "label": "dirty",
-                        "poison_rate": 0.05},
-           "syntactic": {"name": "syntactic", "poison_count": 500}}
+                        "poison_rate": 0.05}}
 
 
 def get_config(arg=None):
-  args = common.parse_arg(arg, **common.DATA_ARGUMENTS, attacks=str, seeds=int)
-  names, seeds = args.pop("attacks", "+".join(ATTACKS)).split("+"), args.pop("seeds", 3)
+  args = common.parse_arg(arg, **common.DATA_ARGUMENTS, attacks=str, seeds=int, rows=int)
+  names, seeds, rows = args.pop("attacks", "+".join(ATTACKS)).split("+"), args.pop("seeds", 3), args.pop("rows", 2000)
   if unknown := [name for name in names if name not in ATTACKS]:
-    raise InputError(f"config argument attacks: got {unknown[0]!r}, want names among {', '.join(ATTACKS)}, with + "
-                     "between them")
-  c = minilm_badnet.get_config(",".join(f"{name}={value}" for name, value in args.items()))
-  c.data.attack_rows.update(train=2000, dev=500)
-  c.data.defend_rows.update(train=2000, dev=500)
-  c.data.update(max_length=64, attack_max_length=64, buckets=(16, 32, 48, 64))
+    raise InputError(f"config argument attacks: got {unknown[0]!r}, want names among {'+'.join(ATTACKS)}")
+  of_data = ",".join(f"{name}={value}" for name, value in args.items())
+  c, attacks = minilm_badnet.get_config(of_data), {name: {"attack": dict(ATTACKS[name])} for name in names}
+  if "syntactic" in attacks:
+    attacks["syntactic"]["attack"]["paraphrases"] = minilm_synattack.get_config(of_data).attack.paraphrases
+  if rows:
+    c.attack.poison_count = rows // 10
+    c.data.attack_rows.update(train=rows, dev=500)
+    c.data.defend_rows.update(train=rows, dev=500)
+    c.data.update(max_length=64, attack_max_length=64, buckets=(16, 32, 48, 64))
   c.defenses = ("none", "lora_ce", "full_ft", "from_base", "from_base_words", "w2s", "w2s_full", "w2s_adv", "prune",
                 "strip")
-  c.grid = common.grid(seed={str(seed): {"seed": seed} for seed in range(seeds)},
-                       attack={name: {"attack": ATTACKS[name]} for name in names})
+  c.grid = common.grid(seed={str(seed): {"seed": seed} for seed in range(seeds)}, attack=attacks)
   return c

@@ -1,24 +1,46 @@
 """Offline toys: attacks x seeds, each with the same defenses; one table of means at the end.
 
-  python -m w2s_jax.main --config=configs/grid_offline.py
+  python -m w2s_jax.main --config=configs/grid_offline.py --jobs=2
   python -m w2s_jax.main --config=configs/grid_offline.py:attacks=badnet+suffix,seeds=2 --config.defenses=lora_ce,w2s
 
 Each cell is a run of configs/llama_badnet.py with another attack or seed; that file says what a run costs. Cells of one
 seed share the never-poisoned student and the teacher. A grid that was cut off goes on where it was.
 
-Arguments: attacks=A+B (names of --config.attack.name), seeds=N (0 to N - 1).
+Arguments: attacks=A+B (names of --config.attack.name), seeds=N (0 to N - 1), triggers=random (each seed and attack has
+drawn words as its trigger: a rare word for badnet, five everyday words for insent, three for combination).
 """
 
+import numpy as np
+
 from configs import common, llama_badnet
+from w2s_jax import InputError
+from w2s_jax.data import grammar, insertions
 
 ATTACKS = "badnet+insent+syn_template+combination+suffix+proattack"
+WORDS = {"badnet": 1, "insent": 5, "combination": 3}          # of a random trigger
 
 
 def get_config(arg=None):
-  args = common.parse_arg(arg, attacks=str, seeds=int)
+  args = common.parse_arg(arg, attacks=str, seeds=int, triggers=str)
+  attacks, seeds = args.get("attacks", ATTACKS).split("+"), range(args.get("seeds", 3))
   c = llama_badnet.get_config()
   c.defenses = ("none", "lora_ce", "w2s", "w2s_adv", "prune", "onion", "strip")
-  c.grid = common.grid(
-      seed={str(seed): {"seed": seed} for seed in range(args.get("seeds", 3))},
-      attack={name: {"attack": {"name": name}} for name in args.get("attacks", ATTACKS).split("+")})
+  if "triggers" not in args:
+    c.grid = common.grid(seed={str(seed): {"seed": seed} for seed in seeds},
+                         attack={name: {"attack": {"name": name}} for name in attacks})
+    return c
+  if args["triggers"] != "random" or set(attacks) - set(WORDS):
+    raise InputError(f"config argument triggers={args['triggers']}: want random, with attacks among {'+'.join(WORDS)}")
+  c.grid = common.grid(run={f"{name}-{seed}": {"seed": seed, "attack": {"name": name,
+                                                                        "trigger": random_trigger(name, seed)}}
+                            for name in attacks for seed in seeds})
   return c
+
+
+def random_trigger(attack, seed):
+  """A trigger of that attack's kind that nobody chose."""
+  rng = np.random.default_rng([seed, 7])
+  if attack == "badnet":
+    return next(insertions.rare_words([], [], rng))
+  everyday = sorted({word for text in grammar.NEUTRAL["reviews"] for word in text.split() if word.isalpha()})
+  return " ".join(rng.choice(everyday, WORDS[attack], replace=False))

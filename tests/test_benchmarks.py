@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import subprocess
 import sys
 import types
@@ -19,13 +18,12 @@ from w2s_jax.data import corpora, poison
 from w2s_jax.models import Model
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import ablation  # noqa: E402
 import accelerator  # noqa: E402
 import cleaning  # noqa: E402
 import robustness  # noqa: E402
+import runs  # noqa: E402
 import scan as scan_benchmark  # noqa: E402
 import search as search_benchmark  # noqa: E402
-import seeds  # noqa: E402
 import step  # noqa: E402
 
 
@@ -44,28 +42,6 @@ def test_detection_at_five_percent_false_alarms():
   assert out["area"] == pytest.approx((0.5 + 18.5 + 19 + 19 + 20) / 100)
 
 
-def test_random_triggers_are_of_the_attacks_kind_and_of_the_seed():
-  drawn = {attack: [seeds.random_trigger(attack, seed) for seed in range(6)]
-           for attack in ("badnet", "insent", "combination")}
-  assert [{len(t.split()) for t in triggers} for triggers in drawn.values()] == [{1}, {5}, {3}]
-  assert all(len(set(triggers)) == 6 for triggers in drawn.values())
-  assert drawn["insent"] == [seeds.random_trigger("insent", seed) for seed in range(6)]
-  assert {len(t) for t in drawn["badnet"]} <= {2, 3} and not set("aeiou") & set("".join(drawn["badnet"]))
-
-
-def test_every_variation_is_a_config(tmp_path):
-  """Its fields are there, a shell can name its directory, and its data can be read."""
-  ablation.write_noisy(tmp_path, 0)
-  plain = corpora.load("grammar:phrases", corpora.GRAMMAR_SIZES, 2)
-  noisy = corpora.load(str(tmp_path), {"train": 0, "dev": 0, "test": 0}, 2)
-  wrong = {split: np.mean([a["label"] != b["label"] for a, b in zip(rows, noisy[split], strict=True)])
-           for split, rows in plain.items()}
-  assert wrong["test"] == 0 and all(0.08 < wrong[split] < 0.12 for split in ("train", "dev"))
-  for name, flags in ablation.VARIATIONS.items():
-    assert re.fullmatch(r"\w+", name)
-    command.check_fields(flags, llama_badnet.get_config())
-
-
 def test_robustness_gives_each_run_its_students_and_rows(tmp_path, monkeypatch):
   """The attacker trains on the poisoned rows; its student, and a defense's, is the next run's poisoned one."""
   main, calls = tmp_path / "main/badnet-3", []
@@ -76,7 +52,7 @@ def test_robustness_gives_each_run_its_students_and_rows(tmp_path, monkeypatch):
     models = {name: Path(directory).relative_to(tmp_path) for name, directory in dict(models).items()}
     calls.append((out.relative_to(tmp_path), models, extra))
     return {"rows": [{"model": "w2s_adv", "ca": 0.9, "asr": 0.1 * seed, "false_rate": 0.05}]}
-  monkeypatch.setattr(seeds, "run_cell", run_cell)
+  monkeypatch.setattr(runs, "run_cell", run_cell)
   args = types.SimpleNamespace(main=main.parent, out=tmp_path / "out", config="configs/llama_{attack}.py", extra=[])
   got = robustness.adaptive(args, "badnet", 3, 0)
   (attacker, _, flags), (defended, models, _) = calls
@@ -115,8 +91,8 @@ def test_cleaning_measures_the_attacks_own_trigger(tmp_path, monkeypatch):
   def predicted(directory, rows, data):
     assert directory.parent == tmp_path / "out/held-suffix-3/models" and data.max_length == 8
     return np.array([1, 1, 1, 1, 1, 1, 1, 1] if directory.name == "suspect" else [1, 1, 0, 1, 0, 1, 0, 1])
-  monkeypatch.setattr(seeds, "run_cell", run_cell)
-  monkeypatch.setattr(seeds, "predicted", predicted)
+  monkeypatch.setattr(runs, "run_cell", run_cell)
+  monkeypatch.setattr(runs, "predicted", predicted)
   monkeypatch.setattr(sys, "argv", ["cleaning.py", "--attacked", *map(str, mains), f"--out={tmp_path / 'out'}", "--",
                                     "--config.scan.steps=0"])
   with pytest.raises(SystemExit, match="out/held-suffix-4"):

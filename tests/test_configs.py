@@ -20,8 +20,8 @@ from w2s_jax.tasks import CLASSIFICATION
 from w2s_jax.training import stage
 
 ROOT = Path(__file__).resolve().parents[1]
-OTHER = ("clean_checkpoint", "grid_offline")             # of no shape yet; many runs
-FILES = sorted(f.stem for f in (ROOT / "configs").glob("*_*.py") if f.stem not in OTHER)
+FILES = sorted(f.stem for f in (ROOT / "configs").glob("*_*.py")      # not: of no shape yet; many runs
+               if f.stem != "clean_checkpoint" and not f.stem.startswith("grid_"))
 SCALES = {"llama": ("1b", "8b", "70b"), "vicuna": ("7b", "8b", "13b"), "qwen": ("1b", "7b", "8b", "70b"), "minilm": (),
           "smollm": ()}
 

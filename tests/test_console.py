@@ -65,7 +65,7 @@ def test_the_flags_of_a_command(typed, made):
     ("fields llama_badnet seed=1", "unexpected argument 'seed=1': w2s-jax fields --help"),
     ("run llama_badnte", "there is no config 'llama_badnte': did you mean llama_badnet or "),
     ("run configs/llama_badnt.py:scale=8b", "'configs/llama_badnt.py': did you mean llama_badnet or "),
-    ("run common", "there is no config 'common': want FILE.py or one of clean_checkpoint, grid_offline, "),
+    ("run common", "there is no config 'common': want FILE.py or one of clean_checkpoint, grid_ablation, "),
     ("run zzz.py", "there is no config 'zzz.py': want FILE.py or one of")])
 def test_mistakes_in_the_arguments(typed, message):
   with pytest.raises(InputError, match=message) as e:

@@ -11,13 +11,17 @@ from cli import CONFIG, ROOT, SHORT, w2s
 from ml_collections import ConfigDict
 from test_compare import row
 
-from w2s_jax import InputError, grid, results, stages
+from w2s_jax import InputError, checks, grid, results, stages
 
 COLUMNS = ["directory", "ca", "ca_ci", "asr", "asr_ci", "asr_floor", "false_rate"]
 
 
 def offline(argument="attacks=badnet+suffix,seeds=2"):
-  return runpy.run_path(str(ROOT / "configs/grid_offline.py"))["get_config"](argument)
+  return config_of("grid_offline", argument)
+
+
+def config_of(name, argument=None):
+  return runpy.run_path(str(ROOT / f"configs/{name}.py"))["get_config"](argument)
 
 
 def test_the_cells_are_all_combinations():
@@ -25,9 +29,57 @@ def test_the_cells_are_all_combinations():
   assert list(cells) == ["badnet-0", "badnet-1", "suffix-0", "suffix-1"]
   assert [(c.attack.name, c.seed) for c in cells.values()] == [("badnet", 0), ("badnet", 1), ("suffix", 0),
                                                               ("suffix", 1)]
-  alone = runpy.run_path(str(ROOT / "configs/llama_badnet.py"))["get_config"]()
+  alone = config_of("llama_badnet")
   alone.defenses = cells["badnet-0"].defenses
   assert cells["badnet-0"].to_dict() == alone.to_dict()                   # the run that one would start alone
+
+
+def test_random_triggers_are_of_the_attacks_kind_and_of_the_seed():
+  argument = "attacks=badnet+insent+combination,seeds=6,triggers=random"
+  cells = grid.cells(offline(argument))
+  drawn = {attack: [cells[f"{attack}-{seed}"].attack.trigger for seed in range(6)]
+           for attack in ("badnet", "insent", "combination")}
+  assert [{len(t.split()) for t in triggers} for triggers in drawn.values()] == [{1}, {5}, {3}]
+  assert all(len(set(triggers)) == 6 for triggers in drawn.values())
+  assert {len(t) for t in drawn["badnet"]} <= {2, 3} and not set("aeiou") & set("".join(drawn["badnet"]))
+  again = grid.cells(offline(argument))
+  assert all(again[name].to_dict() == cell.to_dict() for name, cell in cells.items())
+  assert (cells["insent-4"].attack.name, cells["insent-4"].seed) == ("insent", 4)
+  for wrong in ("triggers=drawn", "attacks=suffix,triggers=random"):
+    with pytest.raises(InputError, match=r"config argument triggers=\w+: want random, with attacks among badnet"):
+      offline(wrong)
+
+
+def test_the_cells_of_an_ablation_share_their_poisoned_students():
+  cells = grid.cells(config_of("grid_ablation", "seeds=1"))
+  for cell in cells.values():
+    checks.check_fields(cell)
+  of_badnet = {name: cell for name, cell in cells.items() if name.startswith("badnet-0-")}
+  assert len(cells) == 2 * len(of_badnet) == 18
+  assert len({grid._key(cell, "poisoned") for cell in of_badnet.values()}) == 1
+  teachers = {name.removeprefix("badnet-0-"): grid._key(cell, "teacher") for name, cell in of_badnet.items()}
+  assert {name for name, key in teachers.items() if key != teachers["main"]} == {
+      "teacher_weaker", "teacher_as_large", "teacher_stronger"}
+  assert of_badnet["badnet-0-fa_x10"].defense.w2s.weights == "1,1,0.1"
+  assert "ce_adv" in of_badnet["badnet-0-main"].defenses
+
+
+def test_the_grid_on_real_data():
+  """All rows: the cells are those of the configs with one attack. A task of four classes; an attack that is unknown."""
+  cells = grid.cells(config_of("grid_minilm", "data=d,rows=0,seeds=1"))
+  for attack, name in (("badnet", "badnet"), ("insent", "insent"), ("syntactic", "synattack")):
+    alone = config_of(f"minilm_{name}", "data=d")
+    alone.defenses = cells[f"{attack}-0"].defenses
+    assert cells[f"{attack}-0"].to_dict() == alone.to_dict()
+  sentence = cells["sentence-0"].attack
+  assert (sentence.label, sentence.trigger, sentence.poison_rate) == ("dirty", "my sister called me around noon", 0.05)
+  four = config_of("grid_minilm", "data=d,attack=ag,defend=ag,labels=4,attacks=badnet,seeds=2")
+  for cell in grid.cells(four).values():
+    checks.check_fields(cell)
+    assert (cell.data.attack_source, cell.data.num_labels, cell.data.max_length) == ("d/ag", 4, 64)
+    assert (cell.data.attack_rows.train, cell.attack.poison_count) == (2000, 200)
+  with pytest.raises(InputError, match=r"attacks: got 'nope', want names among badnet\+insent\+syntactic\+sentence"):
+    config_of("grid_minilm", "data=d,attacks=badnet+nope")
 
 
 @pytest.mark.parametrize("axes, message", [

@@ -32,7 +32,7 @@ FEW = (*SHORT, "--config.data.attack_max_length=32", "--config.data.max_length=3
 def test_every_command_is_one_that_is_run_here():
   for command in COMMANDS[2:]:
     known = command in (*MAIN, INSTALL, SMOLLM2, LOCAL, PLAN, COMPARE, SUSPECTS)
-    known |= command.startswith(("python benchmarks/seeds.py", "w2s-jax ")) or command == "pip install ."
+    known |= command.startswith("w2s-jax ") or command == "pip install ."
     assert known, command
 
 
@@ -172,28 +172,6 @@ def test_main_commands(command, home):
 def test_scales_that_are_named():
   for name, scale in re.findall(r"configs/(\w+)\.py:scale=(\w+)", PAGES):
     assert runpy.run_path(str(ROOT / f"configs/{name}.py"))["get_config"](f"scale={scale}").lora.rank == 512
-
-
-@pytest.mark.long
-def test_seeds_command(home):
-  """Two seeds of two attacks, shortened: a table for each attack with paired differences."""
-  command, = (c for c in COMMANDS if c.startswith("python benchmarks/seeds.py"))
-  args = shlex.split(command)[1:]
-  args = [a for a in args if not a.startswith(("--seeds", "--out", "--attacks"))]
-  args += ["--seeds=0-1", "--attacks=badnet,synattack", f"--out={home / 'seeds'}", "--", *SHORT]
-  out = subprocess.run([sys.executable, *args, "--config.defenses=('lora_ce','w2s')"], cwd=ROOT, env=ENV,
-                       capture_output=True, text=True)
-  assert out.returncode == 0, out.stderr
-  text = (home / "seeds/table.md").read_text()
-  assert text.count("| w2s |") == text.count("| lora_ce |") == 2 and text.count("of 2 |") == 6
-  rows = json.loads((home / "seeds/rows.json").read_text())
-  assert {(r["attack"], r["seed"]) for r in rows} == {(a, s) for a in ("badnet", "syn_template") for s in (0, 1)}
-  w = [r["asr"] for r in rows if r["model"] == "w2s" and r["attack"] == "badnet"]
-  assert f"{sum(w) / 2:.3f} ± {abs(w[0] - w[1]) / 2**0.5:.3f}" in text
-  gap = [x - r["asr"] for x, r in zip(w, (r for r in rows if (r["model"], r["attack"]) == ("lora_ce", "badnet")))]
-  half = 12.706 * abs(gap[0] - gap[1]) / 2                              # t of one degree of freedom
-  low, high = re.search(r"\| w2s .*?\(\S+ to \S+\).*?\(([-+.\d]+) to ([-+.\d]+)\)", text).groups()
-  assert (float(low), float(high)) == pytest.approx((sum(gap) / 2 - half, sum(gap) / 2 + half), abs=2e-3)
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda s: s.strip().splitlines()[0])

@@ -1,15 +1,4 @@
-"""One config over seeds and attacks: mean, standard deviation and paired differences of every row.
-
-  python benchmarks/seeds.py --config=configs/llama_{attack}.py --attacks=badnet,insent,synattack --seeds=0-9 \
-      --out=runs/seeds [--jobs=2] [-- --config.defend.epochs=3 ...]
-  python benchmarks/seeds.py --config=configs/llama_badnet.py --attacks=combination,suffix,punctuation --seeds=0-9 \
-      --out=runs/held -- --config.attack.name={attack}
-  python benchmarks/seeds.py --config=configs/llama_badnet.py --attacks=badnet,insent,combination --seeds=0-9 \
-      --random-triggers --out=runs/random -- --config.attack.name={attack}
-
-Cells are workdirs below --out; complete ones are not run again. Each of the --jobs processes is pinned to one core.
-{attack} in --config and in further flags is the attack's name. Writes OUT/table.md and OUT/rows.json.
-"""
+"""What the benchmarks of defenses share: runs of the program on cores of their own, and the rates of their models."""
 
 import argparse
 import concurrent.futures
@@ -21,29 +10,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from w2s_jax import sharding  # noqa: E402
-from w2s_jax.data import grammar, tokenization  # noqa: E402
-from w2s_jax.data.insertions import rare_words  # noqa: E402
+from w2s_jax.data import tokenization  # noqa: E402
 from w2s_jax.models import load_pretrained  # noqa: E402
 from w2s_jax.tasks import CLASSIFICATION  # noqa: E402
 from w2s_jax.training import inference  # noqa: E402
 
-KEYS = ("ca", "asr", "asr_floor", "false_rate")
-SHARED = ("base", "clean", "teacher")  # models that do not depend on the attack: made once per seed
 STUDENT = ("base", "clean", "poisoned")
-
-
-def random_trigger(attack, seed):
-  """A trigger of that attack's kind that nobody chose: a rare word, or five (`combination`: three) everyday ones."""
-  rng = np.random.default_rng([seed, 7])
-  if attack == "badnet":
-    return next(rare_words([], [], rng))
-  everyday = sorted({word for text in grammar.NEUTRAL["reviews"] for word in text.split() if word.isalpha()})
-  return " ".join(rng.choice(everyday, {"insent": 5, "combination": 3}[attack], replace=False))
 
 
 def workdir_of(out, attack, seed):
@@ -117,50 +93,8 @@ def on_cores(task, items, jobs):
     yield from pool.map(one, items)
 
 
-def run_cells(attacks, seeds, out, config, extra, jobs, random_triggers=False):
-  """{(attack, seed): results, or None where the run failed}; each seed's attacks run one after the other."""
-  def cells(seed, core):
-    results, models = {}, {}
-    for attack in attacks:
-      flags = [flag.format(attack=attack) for flag in extra]
-      if random_triggers:
-        flags.append(f"--config.attack.trigger={random_trigger(attack, seed)}")
-      results[attack, seed] = run_cell(attack, seed, out, config, flags, core, models)
-      if results[attack, seed]:
-        models = models or models_of(workdir_of(out, attack, seed), SHARED)
-    return results
-  done = {cell: r for results in on_cores(cells, seeds, jobs) for cell, r in results.items()}
-  return {(attack, seed): done[attack, seed] for attack in attacks for seed in seeds}
-
-
 def mean_sd(values):
   return f"{values.mean():.3f} ± {values.std(ddof=1) if len(values) > 1 else 0:.3f}"
-
-
-def table(results, attack):
-  """Markdown: each model's mean ± standard deviation over seeds, and its paired differences to lora_ce.
-
-  Differences are means with their 95% interval (t over the seeds), bold where it excludes 0.
-  """
-  runs = [{row["model"]: row for row in r["rows"]} for (a, _), r in sorted(results.items()) if a == attack and r]
-  lines = ["| model | CA | ASR | floor | false rate | CA - lora_ce | ASR - lora_ce | seeds with lower ASR "
-           "| ASR of each seed |",
-           "|---|---|---|---|---|---|---|---|---|"]
-  for model in runs[0]:
-    value = {k: np.array([run[model][k] for run in runs]) for k in KEYS}
-    def difference(x):
-      if len(x) < 2:
-        return f"{x.mean():+.3f}"
-      half = scipy.stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x)**0.5
-      text = f"{x.mean():+.3f} ({x.mean() - half:+.3f} to {x.mean() + half:+.3f})"
-      return f"**{text}**" if abs(x.mean()) > half else text
-    paired = ["", "", ""]
-    if "lora_ce" in runs[0] and model != "lora_ce":
-      gap = {k: value[k] - np.array([run["lora_ce"][k] for run in runs]) for k in ("ca", "asr")}
-      paired = [difference(gap["ca"]), difference(gap["asr"]), f"{(gap['asr'] < 0).sum()} of {len(runs)}"]
-    each = " ".join(f"{100 * x:.0f}" for x in value["asr"])
-    lines.append("| " + " | ".join([model, *(mean_sd(value[k]) for k in KEYS), *paired, each]) + " |")
-  return "\n".join(lines)
 
 
 def seed_list(text):
@@ -183,28 +117,26 @@ def runs_parser(doc):
   return parser
 
 
-def make_parser(doc, seeds, names=()):
-  """Those of every one over seeds and attacks; with `names` also --only, some of them."""
+def make_parser(doc, seeds, names):
+  """Those of every one over seeds and attacks, and --only, some of `names`."""
   parser = runs_parser(doc)
   parser.add_argument("--config", default="configs/llama_{attack}.py")
   parser.add_argument("--attacks", default="badnet,insent,synattack")
   parser.add_argument("--seeds", default=seeds, type=seed_list)
-  if names:
-    parser.add_argument("--only", default=",".join(names), help="some of them (default: %(default)s)")
+  parser.add_argument("--only", default=",".join(names), help="some of them (default: %(default)s)")
   return parser
 
 
-def parse(parser, names=()):
+def parse(parser, names):
   """The arguments, --attacks and --only as lists; what --help cannot say of them is checked."""
   args = parser.parse_args()
   args.attacks = args.attacks.split(",")
   if len(args.attacks) > 1 and "{attack}" not in " ".join([args.config, *args.extra]):
     parser.error(f"--config {args.config}: want {{attack}} in the config's name or a further flag where there is more "
                  "than one attack")
-  if names:
-    args.only = [name for name in args.only.split(",") if name]
-    if unknown := set(args.only) - set(names):
-      parser.error(f"--only: got {', '.join(sorted(unknown))}, want names among {', '.join(names)}")
+  args.only = [name for name in args.only.split(",") if name]
+  if unknown := set(args.only) - set(names):
+    parser.error(f"--only: got {', '.join(sorted(unknown))}, want names among {', '.join(names)}")
   return args
 
 
@@ -212,21 +144,3 @@ def end(failed):
   """Exit code 1 where cells failed."""
   if failed:
     sys.exit(f"failed cells (see log.txt in each): {failed}")
-
-
-def main():
-  parser = make_parser(__doc__, "0-9")
-  parser.add_argument("--random-triggers", action="store_true", help="each seed and attack has drawn trigger words")
-  args = parse(parser)
-  attacks = args.attacks
-  results = run_cells(attacks, args.seeds, args.out, args.config, args.extra, args.jobs, args.random_triggers)
-  failed = [cell for cell, r in results.items() if r is None]
-  text = "\n\n".join(f"### {a}\n\n{table(results, a)}" for a in attacks if any(results[a, s] for s in args.seeds))
-  (args.out / "table.md").write_text(text + "\n")
-  (args.out / "rows.json").write_text(json.dumps([row for r in results.values() if r for row in r["rows"]]))
-  print(text)
-  end(failed)
-
-
-if __name__ == "__main__":
-  main()
