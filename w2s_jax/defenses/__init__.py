@@ -8,6 +8,7 @@ from w2s_jax.defenses import (
     lora_ce,
     onion,
     prune,
+    quantize,
     strip,
     w2s,
     w2s_adv,
@@ -32,6 +33,7 @@ DEFENSES = {
     "w2s_released": Defense(w2s_released.RECIPE, settings=_DISTILS),
     "w2s_adv": Defense(_W2S_ADV, settings=_ADVERSARY),
     "prune": Defense(weights=prune.weights, settings={"prune": prune.Settings}),
+    "quantize": Defense(weights=quantize.weights, settings={"quantize": quantize.Settings}),
     "onion": Defense(text=onion.text, settings={"onion": onion.Settings}),
     "strip": Defense(accept=strip.accept, settings={"strip": strip.Settings}),
 }
