@@ -3,9 +3,11 @@
 from w2s_jax.defenses import (
     anchors,
     distill,
+    fine_mix,
     from_base,
     full_ft,
     lora_ce,
+    merge,
     onion,
     prune,
     quantize,
@@ -34,6 +36,8 @@ DEFENSES = {
     "w2s_adv": Defense(_W2S_ADV, settings=_ADVERSARY),
     "prune": Defense(weights=prune.weights, settings={"prune": prune.Settings}),
     "quantize": Defense(weights=quantize.weights, settings={"quantize": quantize.Settings}),
+    "merge": Defense(weights=merge.weights, settings={"merge": merge.Settings}, mixes_base=True),
+    "fine_mix": Defense(fine_mix.RECIPE, settings={"fine_mix": fine_mix.Settings}, mixes_base=True),
     "onion": Defense(text=onion.text, settings={"onion": onion.Settings}),
     "strip": Defense(accept=strip.accept, settings={"strip": strip.Settings}),
 }
