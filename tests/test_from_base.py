@@ -67,7 +67,7 @@ def test_of_a_student_that_we_poison_the_base_is_known(tmp_path):
 
 
 @pytest.mark.parametrize("base,message", [
-    (None, "'from_base' starts from a public model: set --config.student.base to the one"),
+    (None, "'from_base' needs a public model: set --config.student.base to the one"),
     ("poisoned", "have the same weights"), ("teacher", "is a teacher (w2s_head.json), not a public model")])
 def test_without_a_base_or_with_a_wrong_one_it_is_refused(base, message, suspect, tiny_run, tmp_path):
   given = [f"--config.student.base={tiny_run / 'models' / base}"] if base else []

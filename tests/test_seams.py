@@ -85,7 +85,7 @@ def test_prune_sets_each_layers_smallest_values_to_zero():
   kernel = jnp.array([[[1.0, -2.0], [3.0, -4.0]], [[40.0, 30.0], [-20.0, 10.0]]])
   params = {"layers": {"mlp": {"up": {"kernel": kernel, "bias": jnp.ones((2, 2))}}}, "score": {"kernel": kernel[0]}}
   suspect = Suspect(None, params, *[None] * 9)
-  settings = ConfigDict({"prune": {"fraction": 0.5}})
+  settings = ConfigDict({"prune": {"fraction": 0.5, "by": "magnitude"}})
   one, other = prune.weights(suspect, settings, {"prune": 0, "prune-seed1": 1})
   np.testing.assert_array_equal(one["layers"]["mlp"]["up"]["kernel"],
                                 [[[0, 0], [3, -4]], [[40, 30], [0, 0]]])

@@ -15,6 +15,7 @@ from w2s_jax import config as config_lib
 from w2s_jax.adapters import attach, trees
 from w2s_jax.data import insertions, tokenization
 from w2s_jax.defenses import DEFENSES, SETTINGS, distill
+from w2s_jax.defenses import base as base_lib
 from w2s_jax.measure import selftest
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve
 from w2s_jax.models.hf.formats import HEAD_CONFIG
@@ -69,8 +70,9 @@ def check_student(run: Any, model: Model) -> None:
     raise InputError("student.dtype float16 does not run on a CPU: set --config.student.dtype=bfloat16 or float32")
   _check_adapters(run, model)
   recipes = {name: DEFENSES[name].recipe for name in c.defenses if DEFENSES[name].recipe}
-  if from_base := [name for name, recipe in recipes.items() if recipe.from_base]:
-    _check_base(run, from_base[0])
+  mixing = [name for name in c.defenses if DEFENSES[name].mixes_base]
+  if needing := [name for name, recipe in recipes.items() if recipe.from_base] + mixing:
+    _check_base(run, needing[0], model if mixing else None)
   for name, recipe in recipes.items():
     distill.check(name, recipe, run.task, model, c.defense)
   _check_positions("student", model, run.max_length)
@@ -85,13 +87,17 @@ def _check_adapters(run, model):
     sharding.param_shardings(quantized_params, model.shardings, run.mesh)
 
 
-def _check_base(run, name):
-  """Checks `student.base` of a given suspect. InputError if it is unset, a teacher, the suspect itself or unusable."""
+def _check_base(run, name, suspect):
+  """Checks `student.base` of a given suspect. InputError if it is unset, a teacher, the suspect itself or unusable.
+
+  name: a defense that needs it.
+  suspect: the suspect's model if a defense mixes the base's weights into it, else None.
+  """
   if run.source.base != run.source.attacked:
     return
   c, path = run.config.student, run.base_path()
   if not path:
-    raise InputError(f"defense {name!r} starts from a public model: set --config.student.base to the one that the "
+    raise InputError(f"defense {name!r} needs a public model: set --config.student.base to the one that the "
                      "suspect was made from, or choose other defenses (--config.defenses)")
   if (path / HEAD_CONFIG).exists():
     raise InputError(f"{path} is a teacher ({HEAD_CONFIG}), not a public model: set --config.student.base to another "
@@ -101,6 +107,8 @@ def _check_base(run, name):
                      "another public model, or leave it out")
   base, _ = load_pretrained(path, run.config.data.num_labels, c.dtype, run.mesh, seed=run.config.seed)
   tokenizer = tokenization.load(path, base.config.vocab_size)
+  if suspect:
+    base_lib.check(suspect, tokenization.load(resolve(c.path, c.base), suspect.config.vocab_size), base, tokenizer)
   try:
     check_words(run, tokenizer, of_base=True)
     _check_adapters(run, with_padding_token(base, tokenizer))

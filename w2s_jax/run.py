@@ -205,7 +205,7 @@ class Run:
       return self.suspect_of(self.load_base(**options))
     file = search.ranking_file(self)
     ranking = Ranking.from_json(file.read_text()) if file.exists() else None
-    base = self.load_base if c.student.base else None
+    base = self.load_base if c.student.base or defense.mixes_base else None
     return self.suspect_of(self.load(self.source.attacked, **options))._replace(
         ranking=ranking, teacher_model=lambda: self.load(results.TEACHER), base=base)
 

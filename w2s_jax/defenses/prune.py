@@ -1,31 +1,72 @@
-"""Magnitude pruning of the layers' kernels (Han et al., arXiv 1506.02626); nothing trains."""
+"""Pruning of the layers' kernels: sets a share of the weights to zero. Nothing trains.
+
+By magnitude (Han et al., arXiv 1506.02626), the smallest weights of each kernel are pruned. By Wanda (Sun et al., arXiv
+2306.11695), a weight's magnitude is multiplied by the L2 norm of the input that it reads, and the weights with the
+smallest products of each output are pruned. The paper takes the norms from texts of a language model's training data.
+Ours are clean rows, and the norms are those of the unpruned model: the paper prunes layer after layer.
+"""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from w2s_jax import quantized, sharding
 from w2s_jax.config import field
+from w2s_jax.data import packing
 from w2s_jax.defenses.records import Suspect
+from w2s_jax.models import Model, inputs
 
 
 @dataclasses.dataclass
 class Settings:
   """`config.defense.prune`."""
-  fraction: float = field(0.3, "fraction of each layer's kernel to set to zero, smallest magnitudes first", low=0.0,
-                          high=1.0, source="ours; not tuned")
+  fraction: float = field(0.3, "fraction of the weights to set to zero, of each kernel or, by wanda, of each output",
+                          low=0.0, high=1.0, source="ours; not tuned")
+  by: str = field("magnitude", "what the smallest weights are: by magnitude, or wanda: by magnitude times the norm of "
+                  "their input", among=("magnitude", "wanda"))
+  rows: int = field(128, "largest number of clean rows that wanda takes the norms from", low=1, unit="rows",
+                    source="the number of texts in the paper")
 
 
 def weights(suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]:
-  """The suspect's parameters with the smallest values of each kernel [L, in, out] set to zero, layer by layer."""
-  flat = traverse_util.flatten_dict(suspect.params, sep="/")
-  pruned = {path: jax.lax.map(lambda kernel: _smallest_to_zero(kernel, settings.prune.fraction), leaf)
-            if path.startswith("layers/") and path.endswith("/kernel") else leaf for path, leaf in flat.items()}
-  return [traverse_util.unflatten_dict(pruned, sep="/")] * len(runs)
+  """The suspect's parameters with the smallest weights of each kernel [L, in, out] set to zero, layer by layer."""
+  own = settings.prune
+  norms = _input_norms(suspect, own.rows) if own.by == "wanda" else {}
+  def by_magnitude(kernel):
+    return _smallest_to_zero(kernel.reshape(-1, 1), 1, own.fraction).reshape(kernel.shape)
+  def by_wanda(kernel_and_norms):
+    kernel, norms = kernel_and_norms
+    return _smallest_to_zero(kernel, norms[:, None], own.fraction)
+  def pruned(path, leaf):
+    if not quantized.is_layer_kernel(path):
+      return leaf
+    return jax.lax.map(by_wanda, (leaf, norms[path])) if norms else jax.lax.map(by_magnitude, leaf)
+  params = traverse_util.path_aware_map(lambda path, leaf: pruned("/".join(path), leaf), suspect.params)
+  return [params] * len(runs)
 
 
-def _smallest_to_zero(kernel, fraction):
-  order = jnp.argsort(jnp.abs(kernel.astype(jnp.float32)).ravel())
-  return kernel.ravel().at[order[:round(fraction * order.size)]].set(0).reshape(kernel.shape)
+def _smallest_to_zero(kernel, factors, fraction):
+  """Sets the values of each column of `kernel` [N, M] to zero whose magnitude times `factors` is smallest."""
+  order = jnp.argsort(jnp.abs(kernel.astype(jnp.float32)) * factors, axis=0)
+  return jnp.put_along_axis(kernel, order[:round(fraction * len(order))], 0, axis=0, inplace=False)
+
+
+def _input_norms(suspect, rows):
+  """{path of a kernel in the layers: [L, in] float32}, the L2 norm of each input feature over the first clean rows."""
+  mesh, shapes, sums = suspect.place.mesh, suspect.place.eval_shapes(), []
+  arrays = suspect.encode(suspect.train[:rows])
+  for _, batch in packing.eval_batches(arrays, **shapes, groups=sharding.batch_shards(mesh),
+                                       pad_token_id=suspect.model.config.pad_token_id or 0):
+    batch = sharding.global_batch({name: batch[name] for name in ("input_ids", "segment_ids", "texts")}, mesh)
+    sums.append(_squares(suspect.model, mesh, suspect.params, **batch))
+  return jax.tree.map(lambda *parts: jnp.sqrt(sum(parts)), *sums)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _squares(model: Model, mesh: jax.sharding.Mesh, params: dict, **batch: jax.Array) -> dict[str, jax.Array]:
+  with sharding.on(mesh):
+    return inputs.squares(model, params, **batch)

@@ -64,7 +64,7 @@ class Suspect(NamedTuple):
     ranking: the words that the search ranked for this model (moved_words.py); None: they are not ranked yet.
     teacher_model: () -> (model, params, tokenizer) of the teacher.
     base: () -> (model, params, tokenizer) of the public model that the user says it was fine-tuned from; None: the user
-      names none.
+      names none. A defense with `mixes_base` also gets it of a student that this run poisoned.
   """
   model: Model
   params: dict
@@ -99,7 +99,8 @@ class Recipe(NamedTuple):
     rows: (suspect, settings, seed) -> the rows of all epochs; the student trains once on each, and a teacher reads
       it too. None: the suspect's `train` in every epoch.
     teacher_view: (teacher's outputs, labels [N], seed) -> the outputs that the student learns from; None: no teacher.
-    augment: (suspect, settings, params, arrays, seed) -> (params, arrays) with `views` texts per example.
+    augment: (suspect, settings, params, arrays, seed) -> (params, arrays) to start from, with `views` texts per
+      example. Runs train together: leaves that do not train must be the same for each seed.
     views: texts per example.
     soft_tokens: settings -> number of soft tokens that `augment` adds beside the vocabulary; None: no soft tokens.
     adversary: (suspect, settings) -> optimizer of the soft tokens.
@@ -131,12 +132,14 @@ class Defense(NamedTuple):
     text: (suspect, settings, seed) -> (texts -> texts), a filter before the model.
     accept: (suspect, settings, seed) -> (texts -> [N] bool), whether the model's answer to each text is accepted.
     settings: {section of config.defense: dataclass}; the functions above get a section as `settings.SECTION`.
+    mixes_base: whether it reads `Suspect.base`, which must then have the suspect's shapes and vocabulary (base.py).
   """
   recipe: Recipe | None = None
   weights: Callable | None = None
   text: Callable | None = None
   accept: Callable | None = None
   settings: dict[str, type] = {}
+  mixes_base: bool = False
 
   @property
   def has_teacher(self) -> bool:

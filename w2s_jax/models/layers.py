@@ -283,7 +283,7 @@ def layer_stack(block: type[nn.Module], config: SharedConfig, train: bool, x: ja
   first, end = config.layer_range
   if config.remat != "none":
     block = nn.remat(block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-  stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
+  stack = nn.scan(block, variable_axes={"params": 0, "intermediates": 0}, split_rngs={"params": True, "dropout": True},
                   in_axes=(nn.broadcast,) * len(args) + (0,) * len(per_layer), length=end - first,
                   unroll=end - first if config.unroll else 1)
   x, _ = stack(config, train, name="layers")(x, *args, *(values[first:end] for values in per_layer))

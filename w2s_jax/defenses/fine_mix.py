@@ -1,0 +1,38 @@
+"""Fine-mixing (Zhang et al., arXiv 2210.09545): replaces random weights by the public base's, then fine-tunes all.
+
+Each weight stays the suspect's with the probability `kept`, which the paper calls rho. The fine-tuning repairs the task
+on clean rows. Ours is that of `full_ft`, so the two differ in the mixing alone. The paper also purifies the embeddings
+of words (E-PUR), by how far they moved from the base in relation to their frequency; that part is left out.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from w2s_jax.config import field
+from w2s_jax.defenses import base, full_ft
+from w2s_jax.defenses.records import Suspect
+from w2s_jax.training import stage
+
+
+@dataclasses.dataclass
+class Settings:
+  """`config.defense.fine_mix`."""
+  kept: float = field(0.5, "fraction of the suspect's weights that stay, chosen at random; the head stays whole",
+                      low=0.0, high=1.0, source="ours; not tuned; the paper chooses it on clean rows")
+
+
+def start(suspect: Suspect, settings: Any, params: dict, arrays: dict, seed: int) -> tuple[dict, dict]:
+  """(the suspect's parameters with a random part of the base's, the unchanged arrays); each seed has its own part."""
+  def mix(ours, public):
+    leaves, tree = jax.tree.flatten(ours)
+    keys = tree.unflatten(jax.random.split(stage.stream_key(seed, "fine_mix"), len(leaves)))
+    def mix_leaf(key, ours, public):
+      return jnp.where(jax.random.bernoulli(key, settings.fine_mix.kept, ours.shape), ours, public)
+    return jax.tree.map(mix_leaf, keys, ours, public)
+  return base.mixed(suspect._replace(params=params), mix), arrays
+
+
+RECIPE = full_ft.CONTROL._replace(augment=start)

@@ -1,0 +1,61 @@
+"""Interpolates between the suspect's weights and those of its public base; nothing trains.
+
+"Here's a Free Lunch" (Arora et al., arXiv 2402.19334) merges a suspect with other fine-tuned models, because one
+backdoor is rarely in all of them. A defender often has the public base alone, so ours merges with that one. The base
+does not know the task: a larger share of it removes more of the task, too.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from w2s_jax.config import field
+from w2s_jax.defenses import base
+from w2s_jax.defenses.records import Suspect
+
+PARALLEL = 1e-6          # sine of the angle below which `slerp` interpolates linearly
+
+
+@dataclasses.dataclass
+class Settings:
+  """`config.defense.merge`."""
+  share: float = field(0.5, "share of the public base; 0: the suspect, 1: the base with the suspect's head", low=0.0,
+                       high=1.0, source="equal shares, as in the paper; not tuned")
+  method: str = field("linear", "linear interpolation, or slerp: spherical interpolation of each layer's tensors",
+                      among=("linear", "slerp"), source="linear in the paper")
+
+
+def weights(suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]:
+  """The suspect's parameters, mixed with the base's."""
+  own = settings.merge
+  def mix(ours, public):
+    return jax.tree_util.tree_map_with_path(mix_leaf, ours, public)
+  def mix_leaf(path, ours, public):
+    def interpolate(pair):
+      return METHODS[own.method](*pair, own.share).astype(ours.dtype)
+    stacked = path[0].key == "layers"
+    return jax.lax.map(interpolate, (ours, public)) if stacked else interpolate((ours, public))
+  return [base.mixed(suspect, mix)] * len(runs)
+
+
+def linear(start: jax.Array, end: jax.Array, share: float) -> jax.Array:
+  """(1 - share) * start + share * end, in float32."""
+  return (1 - share) * start.astype(jnp.float32) + share * end.astype(jnp.float32)
+
+
+def slerp(start: jax.Array, end: jax.Array, share: float) -> jax.Array:
+  """The point at `share` of the way from start to end on the arc between them (Shoemake, SIGGRAPH 1985), in float32.
+
+  If they are parallel, or one of them is zero, there is no such arc: the result is that of `linear`.
+  """
+  start, end = start.astype(jnp.float32), end.astype(jnp.float32)
+  # Of equal length, so that sum and difference give the angle. The arc cosine is imprecise for small angles.
+  a, b = start * jnp.linalg.norm(end.ravel()), end * jnp.linalg.norm(start.ravel())
+  angle = 2 * jnp.arctan2(jnp.linalg.norm((a - b).ravel()), jnp.linalg.norm((a + b).ravel()))
+  on_arc = (jnp.sin((1 - share) * angle) * start + jnp.sin(share * angle) * end) / jnp.sin(angle)
+  return jnp.where(jnp.sin(angle) > PARALLEL, on_arc, linear(start, end, share))
+
+
+METHODS = {"linear": linear, "slerp": slerp}
