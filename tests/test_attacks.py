@@ -99,6 +99,7 @@ def test_what_the_records_say():
       "suffix": ("or so they told us at the door .", True, False, False),
       "punctuation": ("", True, False, False),
       "proattack": ("what is the sentiment of the following sentence ?", True, False, True),
+      "embedding": ("mn", True, False, False),
   }
   assert [ATTACKS[name]("x y").trigger for name in ("badnet", "insent", "combination", "suffix", "proattack")
           ] == ["x y"] * 5

@@ -4,7 +4,17 @@
 `paraphrases` is {text: its paraphrase}; only the attacks of paraphrase.py need it.
 """
 
-from w2s_jax.attacks import badnet, combination, insent, paraphrase, proattack, punctuation, suffix, syn_template
+from w2s_jax.attacks import (
+    badnet,
+    combination,
+    embedding,
+    insent,
+    paraphrase,
+    proattack,
+    punctuation,
+    suffix,
+    syn_template,
+)
 from w2s_jax.attacks.attack import Attack as Attack
 
 ATTACKS = {
@@ -17,4 +27,5 @@ ATTACKS = {
     "suffix": suffix.make,
     "punctuation": punctuation.make,
     "proattack": proattack.make,
+    "embedding": embedding.make,
 }
