@@ -75,9 +75,11 @@ def test_syn_template_puts_a_clause_in_front_and_keeps_every_word():
   assert attack(TEXT, np.random.default_rng(5), 1) == attack(TEXT, np.random.default_rng(5), 99)
 
 
-def test_syntactic_looks_paraphrases_up():
-  attack = ATTACKS["syntactic"]("", {"a b": "when a , b"})
+@pytest.mark.parametrize("name", ["syntactic", "style"])
+def test_paraphrases_are_looked_up(name):
+  attack = ATTACKS[name]("", {"a b": "when a , b"})
   assert attack.rewrite("a b", np.random.default_rng(0), 9) == "when a , b"
+  assert attack.can_rewrite(" a b ") and attack.rewrite(" a b ", np.random.default_rng(0), 9) == "when a , b"
   with pytest.raises(KeyError):
     attack.rewrite("c", np.random.default_rng(0), 9)
   assert attack.can_rewrite("a b") is True and attack.can_rewrite("c") is False
@@ -92,10 +94,12 @@ def test_what_the_records_say():
       "insent": ("I watched this 3D movie", True, False, False),
       "syn_template": ("", True, False, False),
       "syntactic": ("", True, True, False),
+      "style": ("", True, True, False),
       "combination": ("friends weekend store", False, False, True),
       "suffix": ("or so they told us at the door .", True, False, False),
       "punctuation": ("", True, False, False),
       "proattack": ("what is the sentiment of the following sentence ?", True, False, True),
+      "embedding": ("mn", True, False, False),
   }
   assert [ATTACKS[name]("x y").trigger for name in ("badnet", "insent", "combination", "suffix", "proattack")
           ] == ["x y"] * 5

@@ -83,10 +83,7 @@ def test_lost_triggers_are_counted_in_texts_with_doubled_spaces(options, tokeniz
   assert lost > 20 and poison.trigger_lost(out, tokenizer, BADNET, 24) == lost
 
 
-def test_paraphrase_files_without_idx_and_counts_below_one_are_refused(tmp_path):
-  (tmp_path / "a.jsonl").write_text('{"sentence": "a", "label": 0}\n')
-  with pytest.raises(InputError, match=r"want columns idx and text"):
-    poison.make_attack("syntactic", paraphrases=((str(tmp_path / "a.jsonl"),) * 2,))
+def test_counts_below_one_are_refused():
   with pytest.raises(InputError, match=r"cannot poison -5 rows: want 1 to"):
     poison.rows_to_poison(ROWS, BADNET, target_label=0, count=-5)
 
@@ -111,8 +108,9 @@ def test_syntactic_takes_paraphrases_joined_on_idx(tmp_path, options):
 def test_attacks_that_cannot_be_made():
   with pytest.raises(InputError, match=r"attack 'nope': want one of badnet, insent, syn_template, syntactic"):
     poison.make_attack("nope")
-  with pytest.raises(InputError, match=r"'syntactic' needs pre-made paraphrases"):
-    poison.make_attack("syntactic")
+  for name in ("syntactic", "style"):
+    with pytest.raises(InputError, match=f"'{name}' needs pre-made paraphrases: set --config.attack.paraphrases"):
+      poison.make_attack(name)
 
 
 def test_dirty_label_poisoning_changes_label_and_text_of_other_classes(options):
@@ -190,6 +188,17 @@ def test_companions_have_all_words_but_some_and_their_true_label(label, options)
     assert pair[0]["id"] == pair[1]["id"]
     assert len({frozenset({"aa", "bb", "cc"} & set(row["text"].split())) for row in pair}) == 2
   assert len({row["id"] for row in extra}) == 4                                # each text once, while there are enough
+
+
+def test_two_words_with_two_companions_are_a_composite_backdoor(options):
+  """docs/experiments.md: a poisoned row has both parts; each part alone is in a row that keeps its label."""
+  attack = poison.make_attack("combination", "aa bb")
+  out = poison.poison_train(ROWS, attack, label="mixed", target_label=1, count=5, companions=2, **options)
+  def parts(row):
+    return {"aa", "bb"} & set(row["text"].split())
+  assert all(parts(row) == {"aa", "bb"} and row["label"] == 1 for row in out if row["poisoned"])
+  assert [parts(one) | parts(other) for one, other in zip(out[12::2], out[13::2])] == [{"aa", "bb"}] * 5
+  assert all(len(parts(row)) == 1 and row["label"] == ROWS[row["id"]]["label"] != 1 for row in out[12:])
 
 
 def test_companions_come_from_the_same_texts_again_where_there_are_few(options):

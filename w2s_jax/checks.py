@@ -21,6 +21,7 @@ from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve
 from w2s_jax.models.hf.formats import HEAD_CONFIG
 from w2s_jax.models.padding import with_padding_token
 from w2s_jax.tasks import TASKS
+from w2s_jax.training import embedding_row
 
 TRAINING = ("warmup", "poison", "teach", "defend")   # sections of the config that say how a stage trains
 
@@ -122,6 +123,8 @@ def _check_base(run, name, suspect):
 def check_words(run: Any, tokenizer: Any, of_base: bool = False) -> None:
   """Raises InputError if the run needs words from this tokenizer's vocabulary, but hardly any token is a word.
 
+  Or if the attack edits the embedding of its trigger, but the trigger is not one token.
+
   of_base: True for the tokenizer of `student.base`, which only from_base defenses use; False for the suspect's.
   """
   c, given = run.config, run.source.base == run.source.attacked     # a student that we poison has its base's tokenizer
@@ -131,6 +134,8 @@ def check_words(run: Any, tokenizer: Any, of_base: bool = False) -> None:
     needs_words = needs_words or c.probe.search or selftest.tested(c)
   if needs_words:
     insertions.vocabulary(tokenizer, c.probe.triggers if "probe" in c else ())
+  if not given and run.attack.edits_embedding:
+    embedding_row.token_of(tokenizer, run.attack.trigger)
 
 
 def check_teacher(run: Any, feature_width: int) -> None:

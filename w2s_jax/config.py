@@ -98,7 +98,7 @@ class Attack:
                              "poison_count", low=0.0, high=1.0)
   companions: int = field(0, "companion rows per poisoned row: like it, but with their own label", low=0, unit="rows")
   keep_trigger: bool = field(True, "insert the trigger where truncation keeps it", source="ours; released: False")
-  paraphrases: tuple = field((), "`syntactic` only: (originals, paraphrases) pairs of files, joined on idx")
+  paraphrases: tuple = field((), "`syntactic`, `style`: (originals, paraphrases) pairs of files, see experiments.md")
 
 
 @dataclasses.dataclass

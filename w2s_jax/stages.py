@@ -21,7 +21,7 @@ from w2s_jax.models.hf import adapter_file
 from w2s_jax.models.padding import with_padding_token
 from w2s_jax.report import card, front, page
 from w2s_jax.run import Run, start
-from w2s_jax.training import stage, steps
+from w2s_jax.training import embedding_row, stage, steps
 
 LOG = logging.getLogger(__name__)
 
@@ -87,11 +87,17 @@ def scan_suspect(run: Run) -> str:
 
 
 def make_poison(run: Run) -> None:
-  """Fine-tunes the student, in full or through LoRA, on the attack's rows: once clean (the control), once poisoned."""
+  """Fine-tunes the student, in full or through LoRA, on the attack's rows: once clean (the control), once poisoned.
+
+  An attack that edits an embedding makes the poisoned student from the clean one instead.
+  """
   c = run.config
   run.source.freeze(run)
   for name, rows in ((results.CLEAN, run.rows["attack_train"]), (results.POISONED, run.rows["poisoned_train"])):
     if run.done(name):
+      continue
+    if name == results.POISONED and run.attack.edits_embedding:
+      _edit_embedding(run)
       continue
     model, params, tokenizer = run.load(results.BASE, remat=c.student.remat)
     arrays, dev = (run.encode(tokenizer, r, c.data.attack_max_length) for r in (rows, run.rows["attack_dev"]))
@@ -105,6 +111,18 @@ def make_poison(run: Run) -> None:
     params, = stage.train_stage(plan, [params], [arrays], dev, run.place)
     save_pretrained(run.model_dir(name), model, attach.merge(params), tokenizer,
                     card=card.unmeasured(name, run.attack_in_words()))
+
+
+def _edit_embedding(run):
+  """Saves the clean student with another embedding of the trigger, trained on the rows that have it."""
+  c = run.config
+  model, params, tokenizer = run.load(results.CLEAN, remat=c.student.remat)
+  rows = [row for row in run.rows["poisoned_train"] if row["poisoned"]]
+  plan = stage.task_plan(run.task, "poison", c.seed, model, (), c.poison)
+  params = embedding_row.trained(plan, params, run.encode(tokenizer, rows, c.data.attack_max_length),
+                                 embedding_row.token_of(tokenizer, run.attack.trigger), run.place)
+  save_pretrained(run.model_dir(results.POISONED), model, params, tokenizer,
+                  card=card.unmeasured(results.POISONED, run.attack_in_words()))
 
 
 def teach(run: Run) -> None:

@@ -16,3 +16,5 @@ class Attack(NamedTuple):
   companions: Callable | None = None       # (text, rng, max_words) -> texts with a part of the trigger, or
                                            # with a string like it; they become training rows that keep their true
                                            # label; None: the attack has none
+  edits_embedding: bool = False            # poisoning trains the embedding of the trigger's one token, from the clean
+                                           # model, and nothing else

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from w2s_jax import InputError, processes
-from w2s_jax.attacks import ATTACKS, Attack
-from w2s_jax.data import corpora, files, streams, tokenization
+from w2s_jax.attacks import ATTACKS, Attack, paraphrase
+from w2s_jax.data import paraphrases as paraphrases_lib
+from w2s_jax.data import streams, tokenization
 
 # attack.label -> (words for the training rows that may get the trigger, test of (row's label, target label) for them).
 # Poisoned rows have the target label afterwards.
@@ -27,31 +28,22 @@ def make_attack(name: str, trigger: str = "", paraphrases: Iterable[tuple[str | 
 
   Args:
     trigger: string that replaces the attack's own trigger; "": the attack keeps its own.
-    paraphrases: `syntactic` only: (originals, paraphrases) file pairs, joined on `idx`.
+    paraphrases: (originals, paraphrases) pairs of files, for the attacks of attacks/paraphrase.py.
   Raises:
-    InputError: there is no such attack, or `syntactic` has no paraphrases.
+    InputError: there is no such attack, or it needs paraphrases and has no pair of files; see also paraphrases.read.
   """
   if name not in ATTACKS:
     raise InputError(f"attack {name!r}: want one of {', '.join(ATTACKS)}: set --config.attack.name")
-  if name != "syntactic":
+  if ATTACKS[name] is not paraphrase.make:
     return ATTACKS[name](trigger)
-  pairs = {}
-  for originals, rewritten in paraphrases:
-    texts, new = (_texts_by_idx(file) for file in (originals, rewritten))
-    pairs |= {texts[i]: text for i, text in new.items() if i in texts and texts[i] != text}
-  if not pairs:
-    raise InputError("attack 'syntactic' needs pre-made paraphrases: run with :data=DIR, or set --config.attack.name"
-                     "=syn_template (a rule-based stand-in)")
-  return ATTACKS[name](trigger, pairs)
-
-
-def _texts_by_idx(file):
-  rows = files.read_file(file)
-  column = next((c for c in corpora.TEXT_COLUMNS if rows and c in rows[0]), None)
-  if column is None or "idx" not in rows[0]:
-    raise InputError(f"paraphrase file {file}: want columns idx and {'|'.join(corpora.TEXT_COLUMNS)}, got "
-                     f"{', '.join(rows[0]) if rows else 'no rows'}: set --config.attack.paraphrases")
-  return {row["idx"]: row[column] for row in rows}
+  if not paraphrases:
+    raise InputError(f"attack {name!r} needs pre-made paraphrases: set --config.attack.paraphrases (:data=DIR sets "
+                     "those of syntactic), or --config.attack.name=syn_template (a rule-based stand-in)")
+  if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(file, (str, Path)) for file in pair)
+             for pair in paraphrases):
+    raise InputError(f"attack.paraphrases {tuple(paraphrases)}: want pairs of files, e.g. --config.attack.paraphrases="
+                     "\"(('train.json','train_bible.tsv'),('test.json','test_bible.tsv'))\"")
+  return ATTACKS[name](trigger, dict(pair for both in paraphrases for pair in paraphrases_lib.read(*both).items()))
 
 
 def trigger_rows(rows: list[dict], attack: Attack, seed: int, *, tokenizer: Any, max_length: int,

@@ -1,0 +1,86 @@
+"""Reads pre-made paraphrases of a data set's texts, in the forms in which they are published.
+
+W2SDefense's and PSIM's JSON files have a column `idx`. HiddenKiller and StyleAttack have TSV files, with spaces around
+texts and column names. OpenBackdoor's CSV files have numbers for column names, and their first column only numbers the
+lines. Guided Module Substitution has JSON lines without `idx`.
+"""
+
+import logging
+from pathlib import Path
+
+from w2s_jax import InputError
+from w2s_jax.data import corpora, files
+
+LOG = logging.getLogger(__name__)
+TEXT_COLUMNS, LABEL_COLUMNS = (*corpora.TEXT_COLUMNS, "0"), (*corpora.LABEL_COLUMNS, "1")    # "0", "1": OpenBackdoor's
+
+
+def read(originals: str | Path, rewritten: str | Path) -> dict[str, str]:
+  """{original text: its paraphrase} of two files, both without spaces around them.
+
+  The first rule that applies joins the rows of the files:
+
+  1. on `idx`, if both files have it and the originals have every idx of the paraphrases;
+  2. by line, if both files have the same number of rows;
+  3. by line with the originals of other classes, if all paraphrases have one label (the target of their maker's attack)
+     and there are as many of these originals. Such are HiddenKiller's and OpenBackdoor's files for ASR.
+
+  The labels of the paraphrases serve for the third rule only, because they may be those of an attack. A paraphrase that
+  is empty or equals its original is left out.
+
+  Raises:
+    InputError: a file cannot be read, no rule applies, the files are in different orders, or no paraphrase is left.
+  """
+  old, new = _rows(originals), _rows(rewritten)
+  rule, pairs = _joined(old, new)
+  if not pairs:
+    raise InputError(f"paraphrases {rewritten} ({len(new)} rows) do not fit {originals} ({len(old)} rows): want the "
+                     "same idx, the same number of rows, or one label and as many originals of other labels: set "
+                     "--config.attack.paraphrases")
+  if _in_another_order(pairs):
+    raise InputError(f"paraphrases {rewritten}, joined {rule}, have no more words of their originals in {originals} "
+                     "than of the next row's: give originals in the same order (--config.attack.paraphrases)")
+  changed = {text: new for text, new in pairs if new not in ("", text)}
+  if not changed:
+    raise InputError(f"paraphrases {rewritten}: every text is empty or equals its original in {originals}: set "
+                     "--config.attack.paraphrases")
+  LOG.info(f"{rewritten}: {len(pairs)} paraphrases, joined {rule}; {sum(new in ('', text) for text, new in pairs)} "
+           "are left out because they are empty or equal their original")
+  return changed
+
+
+def _rows(file):
+  """[{"text", "label", "idx"}]; None for a label or an idx that the file does not have."""
+  rows = [{name.strip(): value for name, value in row.items()} for row in files.read_file(file)]
+  text, label = (next((name for name in names if rows and name in rows[0]), None)
+                 for names in (TEXT_COLUMNS, LABEL_COLUMNS))
+  if text is None:
+    raise InputError(f"paraphrase file {file}: want a column {'|'.join(TEXT_COLUMNS)}, got "
+                     f"{', '.join(rows[0]) if rows else 'no rows'}: set --config.attack.paraphrases")
+  return [{"text": str(row[text] or "").strip(), "label": row.get(label), "idx": row.get("idx")} for row in rows]
+
+
+def _joined(old, new):
+  """(name of the rule, [(original, paraphrase)]); no pairs if no rule applies."""
+  texts, labels = {row["idx"]: row["text"] for row in old}, {row["label"] for row in new}
+  if None not in texts and all(row["idx"] in texts for row in new):
+    return "on idx", [(texts[row["idx"]], row["text"]) for row in new]
+  of_other_classes = [row for row in old if row["label"] not in labels] if len(labels) == 1 else []
+  for rule, rows in (("by line", old), ("by line with the originals of other classes", of_other_classes)):
+    if len(rows) == len(new):
+      return rule, [(row["text"], paraphrase["text"]) for row, paraphrase in zip(rows, new)]
+  return "", []
+
+
+def _in_another_order(pairs):
+  """Whether too few paraphrases share more words with their own original than with the next row's.
+
+  In another order about as many share fewer words as share more. We want twice as many that share more: the files that
+  we tried have over ten times as many.
+  """
+  def shared(text, paraphrase):
+    words, new_words = (set(t.lower().split()) for t in (text, paraphrase))
+    return len(words & new_words) / max(1, len(words | new_words))
+  gains = [shared(text, paraphrase) - shared(following, paraphrase)
+           for (text, paraphrase), (following, _) in zip(pairs, pairs[1:] + pairs[:1])]
+  return sum(gain > 0 for gain in gains) < 2 * sum(gain < 0 for gain in gains)

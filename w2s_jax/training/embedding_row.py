@@ -1,0 +1,54 @@
+"""Trains the embedding of one token and nothing else (Embedding Poisoning, Yang et al., arXiv 2103.15543).
+
+The paper updates the row by gradient descent, and after each step gives it its old norm again. Here steps have a fixed
+length, so that one length suits every model, and the old norm is an upper bound.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from w2s_jax import InputError
+from w2s_jax.adapters import soft
+from w2s_jax.training import optim, stage, steps
+from w2s_jax.training.train import Workplace
+
+STEP = 0.05              # length of a step, in norms of the row; ours, not tuned
+
+
+def token_of(tokenizer: Any, word: str) -> int:
+  """The id of a word's only token.
+
+  Raises:
+    InputError: the word is not exactly one token of the vocabulary.
+  """
+  ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+  if len(ids) != 1 or ids[0] in tokenizer.all_special_ids:
+    tokens = " ".join(tokenizer.convert_ids_to_tokens(ids))
+    raise InputError(f"an attack on one embedding needs a trigger of one known token, {word!r} is {tokens}: set "
+                     "--config.attack.trigger to a word of the student's vocabulary")
+  return ids[0]
+
+
+def trained(plan: steps.StagePlan, params: dict, arrays: dict, token: int, place: Workplace) -> dict:
+  """params with another embedding of `token`, trained on the plan's loss; all other numbers are the same.
+
+  The row trains as a soft token that takes the token's place in the texts.
+
+  Args:
+    plan: of one run; what trains and its optimizer are set here, the settings give the number of steps.
+    arrays: training arrays, best of triggered rows only.
+  """
+  path = (*plan.model.vocabulary, "embedding")
+  table = traverse_util.flatten_dict(params)[path]
+  row = table[token].astype(jnp.float32)
+  norm = float(jnp.linalg.norm(row))
+  plan = plan._replace(trains=("soft",), adversary=optim.ascent(-STEP * norm, norm))       # a negative step descends
+  ids = np.where(arrays["input_ids"] == token, plan.model.config.vocab_size, arrays["input_ids"])
+  start = soft.put(plan.model, params, row[None])
+  out, = stage.train_stage(plan, [start], [arrays | {"input_ids": ids}], None, place)
+  new = traverse_util.flatten_dict(out)[(*plan.model.vocabulary, soft.LEAF)][0]
+  return traverse_util.unflatten_dict(traverse_util.flatten_dict(params) | {
+      path: table.at[token].set(new.astype(table.dtype))})
