@@ -7,7 +7,10 @@ from w2s_jax.defenses import (
     full_ft,
     lora_ce,
     onion,
+    paraphrase_file,
     prune,
+    psim,
+    rap,
     strip,
     w2s,
     w2s_adv,
@@ -33,7 +36,11 @@ DEFENSES = {
     "w2s_adv": Defense(_W2S_ADV, settings=_ADVERSARY),
     "prune": Defense(weights=prune.weights, settings={"prune": prune.Settings}),
     "onion": Defense(text=onion.text, settings={"onion": onion.Settings}),
+    "paraphrase_file": Defense(text=paraphrase_file.text, settings={"paraphrase_file": paraphrase_file.Settings},
+                               check=paraphrase_file.paraphrases),
     "strip": Defense(accept=strip.accept, settings={"strip": strip.Settings}),
+    "rap": Defense(accept=rap.accept, settings={"rap": rap.Settings}),
+    "psim": Defense(accept=psim.accept, settings={"psim": psim.Settings}),
 }
 # Ablations of w2s and w2s_adv: other anchors than the teacher's outputs on the student's own text, or no teacher.
 ABLATIONS = {

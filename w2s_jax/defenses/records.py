@@ -131,12 +131,15 @@ class Defense(NamedTuple):
     text: (suspect, settings, seed) -> (texts -> texts), a filter before the model.
     accept: (suspect, settings, seed) -> (texts -> [N] bool), whether the model's answer to each text is accepted.
     settings: {section of config.defense: dataclass}; the functions above get a section as `settings.SECTION`.
+    check: (settings, texts) -> InputError if the defense cannot handle one of the texts. It gets the clean test texts
+      before anything trains, and all texts before anything is measured. None: it handles every text.
   """
   recipe: Recipe | None = None
   weights: Callable | None = None
   text: Callable | None = None
   accept: Callable | None = None
   settings: dict[str, type] = {}
+  check: Callable | None = None
 
   @property
   def has_teacher(self) -> bool:
