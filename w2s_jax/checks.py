@@ -64,6 +64,13 @@ def check_fields(config: ConfigDict) -> None:
                      f"{longest} tokens: set --config.data.buckets or --config.data.max_length/.attack_max_length")
 
 
+def check_texts(config: ConfigDict, rows: list[dict]) -> None:
+  """Raises InputError if a defense of the config cannot handle the text of one of the rows."""
+  for defense in map(DEFENSES.get, config.defenses):
+    if defense.check:
+      defense.check(config.defense, [row["text"] for row in rows])
+
+
 def check_student(run: Any, model: Model) -> None:
   """Raises InputError for mistakes that only the student's shape shows; called before anything trains."""
   c = run.config

@@ -262,8 +262,8 @@ def start(config: ConfigDict, workdir: str | Path) -> Run:
   """Checks the config and the workdir, and makes or reads the rows. It may lock the workdir, but writes no results.
 
   Raises:
-    InputError: the workdir belongs to another config, a defense is unknown, a batch does not fit the mesh, or the data
-      cannot be used.
+    InputError: the workdir belongs to another config, a defense is unknown or cannot handle a test text, a batch does
+      not fit the mesh, or the data cannot be used.
   """
   checks.check_fields(config)
   source = source_lib.of(config)
@@ -275,6 +275,7 @@ def start(config: ConfigDict, workdir: str | Path) -> Run:
   workdir = Path(workdir)
   claims.check_config(config, workdir)
   rows = source.read(config)
+  checks.check_texts(config, rows["test"])
   run = Run(config, workdir, mesh, claims.config_hash(config), source, rows, {}, claims.inputs(config, rows))
   if (workdir / "config.json").exists():
     claims.check_inputs(run.workdir, run.inputs)

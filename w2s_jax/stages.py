@@ -224,6 +224,7 @@ def measure(run: Run) -> None:
   began, c, source = time.monotonic(), run.config, run.source
   source.freeze(run)
   triggered = run.rows[source.triggered]
+  checks.check_texts(c, run.rows["test"] + triggered)
   readings = {results.TEACHER: deployed.read(run, results.TEACHER, [])}
   readings |= {name: deployed.read(run, name, triggered) for name in (*source.measured, *run.defended())}
   width = run.model_config(source.base).feature_size

@@ -37,7 +37,8 @@ def read_file(file: str | Path) -> list[dict]:
   if "*" in file.name and not file.exists():
     return _read_all(sorted(file.parent.glob(file.name)), file)
   if not file.is_file():
-    raise InputError(f"data file {file} does not exist: give one that does (--config.data.*, --config.attack.*)")
+    raise InputError(f"data file {file} does not exist: give one that does (--config.data.*, --config.attack.*, "
+                     "--config.defense.*)")
   suffix = kind_of(file)
   if not suffix:
     raise InputError(f"data file {file}: want one of {', '.join(SUFFIXES)}")

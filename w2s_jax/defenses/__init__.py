@@ -9,8 +9,11 @@ from w2s_jax.defenses import (
     lora_ce,
     merge,
     onion,
+    paraphrase_file,
     prune,
+    psim,
     quantize,
+    rap,
     strip,
     w2s,
     w2s_adv,
@@ -39,7 +42,11 @@ DEFENSES = {
     "merge": Defense(weights=merge.weights, settings={"merge": merge.Settings}, mixes_base=True),
     "fine_mix": Defense(fine_mix.RECIPE, settings={"fine_mix": fine_mix.Settings}, mixes_base=True),
     "onion": Defense(text=onion.text, settings={"onion": onion.Settings}),
+    "paraphrase_file": Defense(text=paraphrase_file.text, settings={"paraphrase_file": paraphrase_file.Settings},
+                               check=paraphrase_file.paraphrases),
     "strip": Defense(accept=strip.accept, settings={"strip": strip.Settings}),
+    "rap": Defense(accept=rap.accept, settings={"rap": rap.Settings}),
+    "psim": Defense(accept=psim.accept, settings={"psim": psim.Settings}),
 }
 # Ablations of w2s and w2s_adv: other anchors than the teacher's outputs on the student's own text, or no teacher.
 ABLATIONS = {

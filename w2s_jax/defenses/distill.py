@@ -19,6 +19,8 @@ from w2s_jax.training import stage, steps
 def train(recipe: Recipe, suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]:
   """The trained parameters, with their adapters, of each run {models/NAME: seed}.
 
+  Dev accuracy chooses each run's checkpoint; without dev rows the last step is kept.
+
   Several runs train as one program over one frozen base. A recipe whose loss reads the padding must have a single run,
   because stacking pads each batch to the longest text of all runs.
 
@@ -29,7 +31,8 @@ def train(recipe: Recipe, suspect: Suspect, settings: Any, runs: dict[str, int])
   initial, arrays = zip(*(_start(recipe, suspect, settings, seed) for seed in runs.values()))
   adversary = recipe.adversary(suspect, settings) if recipe.adversary else None
   plan = stage_plan(recipe, suspect.place.task, suspect.model, settings, suspect.training, runs, adversary)
-  trained = stage.train_stage(plan, list(initial), list(arrays), suspect.encode(suspect.dev), suspect.place)
+  dev = suspect.encode(suspect.dev) if suspect.dev else None
+  trained = stage.train_stage(plan, list(initial), list(arrays), dev, suspect.place)
   if recipe.adversary:
     trained = [trees.split(params, ("soft",))[1] for params in trained]
   if "matrix" in recipe.trains:

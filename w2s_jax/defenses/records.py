@@ -133,6 +133,8 @@ class Defense(NamedTuple):
     accept: (suspect, settings, seed) -> (texts -> [N] bool), whether the model's answer to each text is accepted.
     settings: {section of config.defense: dataclass}; the functions above get a section as `settings.SECTION`.
     mixes_base: whether it reads `Suspect.base`, which must then have the suspect's shapes and vocabulary (base.py).
+    check: (settings, texts) -> InputError if the defense cannot handle one of the texts. It gets the clean test texts
+      before anything trains, and all texts before anything is measured. None: it handles every text.
   """
   recipe: Recipe | None = None
   weights: Callable | None = None
@@ -140,6 +142,7 @@ class Defense(NamedTuple):
   accept: Callable | None = None
   settings: dict[str, type] = {}
   mixes_base: bool = False
+  check: Callable | None = None
 
   @property
   def has_teacher(self) -> bool:
