@@ -23,7 +23,7 @@ class Settings:
   threshold: float = field(0.7, "highest probability of a class that the copy may give to an accepted text", low=0.0,
                            high=1.0, source="the paper")
   epochs: int = field(1, "number of passes over the rows with random labels", low=1, high=1000,
-                      source="the paper's code")
+                      source="published code")
 
 
 def accept(suspect: Suspect, settings: Any, seed: int) -> Callable[[list[str]], np.ndarray]:

@@ -34,11 +34,11 @@ class Settings:
                                source="the paper")
   largest_drop: float = field(0.3, "largest drop of the probability that a word trains for", low=0.0, high=1.0,
                               source="the paper")
-  epochs: int = field(5, "number of passes over the clean rows", low=1, high=1000, source="OpenBackdoor's code")
+  epochs: int = field(5, "number of passes over the clean rows", low=1, high=1000, source="published code")
   learning_rate: float = field(1e-2, "peak learning rate of the words' embeddings", low=0.0, high=10.0,
-                               source="OpenBackdoor's code")
+                               source="published code")
   frr: float = field(0.01, "fraction of a class's clean dev rows that may be rejected; it sets the class's threshold",
-                     low=0.0, high=1.0, source="OpenBackdoor's code")
+                     low=0.0, high=1.0, source="published code")
 
   def __post_init__(self):
     if self.smallest_drop > self.largest_drop:
