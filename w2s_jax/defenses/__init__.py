@@ -2,6 +2,7 @@
 
 from w2s_jax.defenses import (
     anchors,
+    crow,
     distill,
     from_base,
     full_ft,
@@ -31,6 +32,7 @@ DEFENSES = {
     "w2s": Defense(w2s.RECIPE, settings=_DISTILS),
     "w2s_released": Defense(w2s_released.RECIPE, settings=_DISTILS),
     "w2s_adv": Defense(_W2S_ADV, settings=_ADVERSARY),
+    "crow": Defense(crow.RECIPE, settings={"crow": crow.Settings}),
     "prune": Defense(weights=prune.weights, settings={"prune": prune.Settings}),
     "onion": Defense(text=onion.text, settings={"onion": onion.Settings}),
     "strip": Defense(accept=strip.accept, settings={"strip": strip.Settings}),
