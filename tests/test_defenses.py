@@ -16,14 +16,16 @@ WEIGHTS = {"ce": 1.0, "kd": 1.0, "fa": 0.1}
 
 
 @functools.cache
-def jitted_loss(model, terms, weights):
-  return jax.jit(steps.weighted_loss(model, rig.terms(terms), dict(weights)))
+def jitted_loss(model, terms, weights, forward):
+  run = functools.partial(forward, settings=rig.DEFENSE) if forward else steps.forward
+  return jax.jit(steps.weighted_loss(model, rig.terms(terms), dict(weights), run))
 
 
-def value(model, params, batch, terms, weights=None):
+def value(model, params, batch, terms, weights=None, forward=None):
   """(loss, {term: value}) of the defense as the training step computes them."""
   trainable, frozen = trees.split(params, trees.LORA)
-  return jitted_loss(model, terms, tuple((weights or WEIGHTS).items()))(trainable, frozen, batch, jax.random.key(0))
+  loss = jitted_loss(model, terms, tuple((weights or WEIGHTS).items()), forward)
+  return loss(trainable, frozen, batch, jax.random.key(0))
 
 
 RECIPES = {name: defense.recipe for name, defense in DEFENSES.items() if defense.recipe}
@@ -34,9 +36,11 @@ def weights_of(name):
   return RECIPES[name].weights(rig.DEFENSE, 32)
 
 
-def both_views(batch):
-  """Every other text of the batch as one with soft tokens."""
-  return batch | {"soft": (np.arange(len(batch["label"])) % 2).astype(np.float32)}
+def whole(batch, name, model):
+  """The batch with every other text as one with soft tokens, and with the arrays that the defense itself adds."""
+  (B, T), fields, rng = batch["input_ids"].shape, RECIPES[name].fields, np.random.default_rng(0)
+  own = {field: rng.random((B, *shape), np.float32) for field, shape in fields(model, T).items()} if fields else {}
+  return batch | {"soft": (np.arange(B) % 2).astype(np.float32)} | own
 
 
 def longer(batch, tokens, left=False):
@@ -84,11 +88,12 @@ def test_w2s_released_depends_on_both(family, request, make_batch):
 def test_filler_rows_change_nothing(name, llama, make_batch):
   """A short batch filled up with copies at weight 0 gives the value of the short batch itself."""
   model, params = llama
-  batch = both_views(make_batch(model))
+  batch = whole(make_batch(model), name, model)
   short = {k: v[:5] for k, v in batch.items()}
   filled = {k: np.concatenate([v[:5], v[:1], v[:1], v[:1]]) for k, v in batch.items()}
   filled["weight"] = np.array([1.0] * 5 + [0.0] * 3, np.float32)
-  want, got = (value(model, params, b, RECIPES[name].terms, weights_of(name))[0] for b in (short, filled))
+  recipe = RECIPES[name]
+  want, got = (value(model, params, b, recipe.terms, weights_of(name), recipe.forward)[0] for b in (short, filled))
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
@@ -104,7 +109,8 @@ def test_w2s_released_is_the_released_arithmetic_on_a_model(llama, make_batch):
 def test_terms_have_the_names_of_their_weights_and_make_up_the_loss(name, llama, make_batch):
   model, params = llama
   weights = weights_of(name)
-  total, terms = value(model, params, both_views(make_batch(model)), RECIPES[name].terms, weights)
+  recipe, batch = RECIPES[name], whole(make_batch(model), name, model)
+  total, terms = value(model, params, batch, recipe.terms, weights, recipe.forward)
   assert set(terms) == set(weights)
   np.testing.assert_allclose(total, sum(weights[k] * terms[k] for k in weights), rtol=1e-6)
 

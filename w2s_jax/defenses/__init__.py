@@ -2,12 +2,14 @@
 
 from w2s_jax.defenses import (
     anchors,
+    crow,
     distill,
     fine_mix,
     from_base,
     full_ft,
     lora_ce,
     merge,
+    nad,
     onion,
     paraphrase_file,
     prune,
@@ -37,6 +39,8 @@ DEFENSES = {
     "w2s": Defense(w2s.RECIPE, settings=_DISTILS),
     "w2s_released": Defense(w2s_released.RECIPE, settings=_DISTILS),
     "w2s_adv": Defense(_W2S_ADV, settings=_ADVERSARY),
+    "crow": Defense(crow.RECIPE, settings={"crow": crow.Settings}),
+    "nad": Defense(nad.RECIPE, settings={"nad": nad.Settings}),
     "prune": Defense(weights=prune.weights, settings={"prune": prune.Settings}),
     "quantize": Defense(weights=quantize.weights, settings={"quantize": quantize.Settings}),
     "merge": Defense(weights=merge.weights, settings={"merge": merge.Settings}, mixes_base=True),

@@ -28,7 +28,8 @@ def train(recipe: Recipe, suspect: Suspect, settings: Any, runs: dict[str, int])
     InputError: see `check`. The stages check the recipe earlier, but not if the student was copied into the workdir.
   """
   check(next(iter(runs)), recipe, suspect.place.task, suspect.model, settings)
-  initial, arrays = zip(*(_start(recipe, suspect, settings, seed) for seed in runs.values()))
+  suspects = recipe.prepare(suspect, settings, runs) if recipe.prepare else [suspect] * len(runs)
+  initial, arrays = zip(*(_start(recipe, own, settings, seed) for own, seed in zip(suspects, runs.values())))
   adversary = recipe.adversary(suspect, settings) if recipe.adversary else None
   plan = stage_plan(recipe, suspect.place.task, suspect.model, settings, suspect.training, runs, adversary)
   dev = suspect.encode(suspect.dev) if suspect.dev else None
@@ -54,7 +55,8 @@ def stage_plan(recipe: Recipe, task: Task, model: Model, settings: Any, training
                adversary: optax.GradientTransformation | None = None) -> steps.StagePlan:
   """The plan of a recipe's training stage, for training and for `w2s_jax.plan`."""
   weights = recipe.weights(settings, model.config.feature_size)
-  loss = steps.weighted_loss(model, functools.partial(recipe.terms, settings=settings, task=task), weights)
+  terms = functools.partial(recipe.terms, settings=settings, task=task)
+  loss = steps.weighted_loss(model, terms, weights, _forward(recipe, settings))
   soft = ("soft",) if recipe.soft_tokens else ()
   training = training.copy_and_resolve_references()
   training.learning_rate *= recipe.rate
@@ -62,6 +64,10 @@ def stage_plan(recipe: Recipe, task: Task, model: Model, settings: Any, training
     training.epochs = 1                                # the recipe's rows are those of all epochs
   return steps.StagePlan(tuple(runs), tuple(runs.values()), model, loss, weights, (*recipe.trains, *soft), training,
                          "defend", recipe.views, recipe.layout == "packed", adversary)
+
+
+def _forward(recipe, settings):
+  return functools.partial(recipe.forward, settings=settings) if recipe.forward else steps.forward
 
 
 def _start(recipe, suspect, settings, seed):
@@ -83,9 +89,10 @@ def check(name: str, recipe: Recipe, task: Task, model: Model, settings: Any) ->
   It allocates nothing.
   """
   weights = recipe.weights(settings, model.config.feature_size)
-  batch = steps.abstract_batch(model, task, 2, 4, recipe.teacher_view is not None, bool(recipe.soft_tokens))
+  batch = steps.abstract_batch(model, task, 2, 4, recipe.teacher_view is not None, bool(recipe.soft_tokens),
+                               fields=recipe.fields)
   def terms(params, batch):
-    out = model.apply(params, batch["input_ids"], segment_ids=batch["segment_ids"])
+    out = _forward(recipe, settings)(model, params, batch, None)
     return recipe.terms(out, batch, settings=settings, task=task)
   shapes = jax.eval_shape(terms, model.abstract_params(), batch)
   if set(shapes) != set(weights):

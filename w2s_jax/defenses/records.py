@@ -96,11 +96,16 @@ class Recipe(NamedTuple):
   Attributes:
     terms: (ClassifierOutput, batch, settings, task) -> {loss term: scalar}; task.loss_terms computes the task's own.
     weights: (settings, feature width) -> {loss term: weight}; the names are checked before anything trains.
+    forward: (model, params, batch, key, settings) -> the ClassifierOutput that `terms` reads; None: the model's output
+      on the batch (steps.forward).
     rows: (suspect, settings, seed) -> the rows of all epochs; the student trains once on each, and a teacher reads
       it too. None: the suspect's `train` in every epoch.
     teacher_view: (teacher's outputs, labels [N], seed) -> the outputs that the student learns from; None: no teacher.
+    prepare: (suspect, settings, {models/NAME: seed}) -> [Suspect of each run], such as one with a teacher of its own;
+      None: all runs get the suspect unchanged.
     augment: (suspect, settings, params, arrays, seed) -> (params, arrays) to start from, with `views` texts per
       example. Runs train together: leaves that do not train must be the same for each seed.
+    fields: (model, tokens) -> {name: shape of one text's entry} of float32 arrays that `augment` adds; None: none.
     views: texts per example.
     soft_tokens: settings -> number of soft tokens that `augment` adds beside the vocabulary; None: no soft tokens.
     adversary: (suspect, settings) -> optimizer of the soft tokens.
@@ -111,9 +116,12 @@ class Recipe(NamedTuple):
   """
   terms: Callable
   weights: Callable
+  forward: Callable | None = None
   rows: Callable | None = None
   teacher_view: Callable | None = None
+  prepare: Callable | None = None
   augment: Callable | None = None
+  fields: Callable | None = None
   views: int = 1
   soft_tokens: Callable | None = None
   adversary: Callable | None = None

@@ -23,9 +23,10 @@ from w2s_jax.models.model import Model
 class Latent:
   """A Model whose soft tokens (layers.Tokens) enter after its first `below` layers.
 
-  `below` is at least 1 and less than the number of layers. At the positions of the soft tokens the first layers read
-  the padding token, and the attention mask treats it as a real token. `apply`, `config`, `shardings` and `vocabulary`
-  work as in Model. BEEAR (arXiv 2406.17092) instead perturbs the hidden states of the text itself.
+  `below` is at least 1 and less than the number of layers; `stream` alone also takes 0. At the positions of the soft
+  tokens the first layers read the padding token, and the attention mask treats it as a real token. `apply`, `config`,
+  `shardings` and `vocabulary` work as in Model. BEEAR (arXiv 2406.17092) instead perturbs the hidden states of the text
+  itself.
   """
   model: Model
   below: int
@@ -43,7 +44,7 @@ class Latent:
     return self.model.shardings
 
   def stream(self, params: dict, input_ids: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-    """[R, T, D], the output of the first `below` layers."""
+    """[R, T, D], the output of the first `below` layers; what the first layer reads if `below` is 0."""
     words = jnp.where(input_ids < self.config.vocab_size, input_ids, self.config.pad_token_id or 0)
     return self._layers(0, self.below, params, words, *args, **kwargs).stream
 

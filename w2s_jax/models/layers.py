@@ -32,11 +32,14 @@ class ClassifierOutput:
     hidden: [R, T, D], every token's vector after the final norm, for language-model logits and the released feature
       loss.
     stream: [R, T, D], every token's vector before the final norm, which a next layer would take (models/latent.py).
+    states: [L, R, T, D], the output of every layer, so the last one is `stream`; None unless Model.apply is asked for
+      them.
   """
   logits: jax.Array
   features: jax.Array
   hidden: jax.Array
   stream: jax.Array
+  states: jax.Array | None = None
 
 
 class Dense(nn.Module):
@@ -267,7 +270,8 @@ def layer_stack(block: type[nn.Module], config: SharedConfig, train: bool, x: ja
                 per_layer: Sequence[jax.Array] = ()) -> jax.Array:
   """Applies the config's layers to x, one after the other, as a scan over `block`.
 
-  The parameters lie under `layers`, stacked on a leading layer axis, even if `config.unroll` unrolls the scan.
+  The parameters lie under `layers`, stacked on a leading layer axis, even if `config.unroll` unrolls the scan. The
+  outputs that Model.apply may capture are stacked in the same way.
   `config.remat` names the policy that chooses the values to keep for the backward pass ("none" keeps all).
 
   Args:

@@ -1,6 +1,7 @@
 """Model: a network's config with functions on the network's parameters, which are a plain nested dict."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Collection
 from typing import Any
@@ -77,6 +78,11 @@ def config_from_hf(hf: dict, **runtime: Any) -> SharedConfig:
   return config
 
 
+def _is_a_layer(module, method):
+  """Whether `module` is a layer of layers.layer_stack, which scans them under one name."""
+  return (module.name, method) == ("layers", "__call__")
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
   """A network's config with functions on its parameters.
@@ -107,7 +113,8 @@ class Model:
 
   def apply(self, params: dict, input_ids: jax.Array, attention_mask: jax.Array | None = None,
             texts: jax.Array | None = None, *, segment_ids: jax.Array | None = None,
-            dropout_key: jax.Array | None = None, stream: jax.Array | None = None) -> layers.ClassifierOutput:
+            dropout_key: jax.Array | None = None, stream: jax.Array | None = None,
+            states: bool = False) -> layers.ClassifierOutput:
     """Runs the model on a batch. `attention_mask` or `segment_ids` marks the padding.
 
     Args:
@@ -120,6 +127,7 @@ class Model:
         None: a row is a text.
       dropout_key: a JAX key turns dropout on; without one the output is deterministic.
       stream: [R, T, D], what the first layer reads instead of the embeddings of `input_ids`; None: the embeddings.
+      states: whether to return the output of every layer, too (ClassifierOutput.states).
     Raises:
       ValueError: neither `attention_mask` nor `segment_ids` is given, or both are.
       InputError: outside jit, a token is not in the vocabulary, or a text has more tokens than the model has positions.
@@ -133,7 +141,12 @@ class Model:
       self._check_tokens(params, np.asarray(input_ids), np.asarray(segment_ids), texts)
     module = self.family.module(self.config, train=dropout_key is not None)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    return module.apply({"params": params}, input_ids, segment_ids, texts, stream, rngs=rngs)
+    run = functools.partial(module.apply, {"params": params}, input_ids, segment_ids, texts, stream, rngs=rngs)
+    if not states:
+      return run()
+    out, captured = run(capture_intermediates=_is_a_layer, mutable="intermediates")
+    (of_layers, _), = captured["intermediates"]["layers"]["__call__"]
+    return out.replace(states=of_layers)
 
   def _check_tokens(self, params, input_ids, segment_ids, texts):
     leaves = traverse_util.flatten_dict(params)

@@ -4,6 +4,7 @@ B rows, T tokens, C classes, D feature width.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def adapted(config: Any, params: dict) -> dict:
 
 
 def costliest(config: Any) -> str:
-  """The configured defense with the costliest step. It ranks by full fine-tuning, then views of a text, then a teacher.
+  """The configured defense with the costliest step.
+
+  It ranks by full fine-tuning, then views of a text, then a forward pass of the defense's own, then a teacher.
 
   Raises:
     InputError: no configured defense trains.
@@ -65,7 +68,7 @@ def costliest(config: Any) -> str:
                      "out of --step")
   def cost(name):
     recipe = DEFENSES[name].recipe
-    return "matrix" in recipe.trains, recipe.views, recipe.teacher_view is not None
+    return "matrix" in recipe.trains, recipe.views, recipe.forward is not None, recipe.teacher_view is not None
   return max(names, key=cost)
 
 
@@ -113,13 +116,13 @@ def lower(name: str, config: Any, mesh: jax.sharding.Mesh, B: int, T: int,
     return _lower_evaluation(config, mesh, B, T, model)
   task = TASKS[config.task]
   if name == "poison":
-    plan, params, teacher = *poison_plan(config, model), False
+    plan, params, teacher, fields = *poison_plan(config, model), False, None
   else:
     defense = costliest(config) if name == "defend" else name
     plan, params = defense_plan(defense, config, model)
-    teacher = DEFENSES[defense].recipe.teacher_view is not None
+    teacher, fields = DEFENSES[defense].recipe.teacher_view is not None, DEFENSES[defense].recipe.fields
   step, state, frozen = training_step(plan, params, mesh)
-  batch = training_batch(plan, task, B, T, teacher, sharding.batch_shards(mesh) if config.data.pack else 0)
+  batch = training_batch(plan, task, B, T, teacher, sharding.batch_shards(mesh) if config.data.pack else 0, fields)
   return step.lower(state, frozen, batch, jax.eval_shape(lambda: jnp.stack([jax.random.key(0)])))
 
 
@@ -132,13 +135,15 @@ def training_step(plan: steps.StagePlan, params: dict,
   return program.step, steps.abstract_state(program, trainable), frozen
 
 
-def training_batch(plan: steps.StagePlan, task: Task, B: int, T: int, teacher: bool, groups: int = 0) -> dict:
+def training_batch(plan: steps.StagePlan, task: Task, B: int, T: int, teacher: bool, groups: int = 0,
+                   fields: Callable | None = None) -> dict:
   """One run's abstract batch of B examples; each view of an example has a row of T tokens.
 
   groups: number of groups of packed rows; 0: one text per row. A plan whose loss reads the padding never packs.
+  fields: see Recipe.fields.
   """
   batch = steps.abstract_batch(plan.model, task, B * plan.views, T, teacher, soft="soft" in plan.trains,
-                               groups=groups if plan.packed else 0)
+                               groups=groups if plan.packed else 0, fields=fields)
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), batch)
 
 

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from w2s_jax import losses, sharding
 from w2s_jax.adapters import trees
-from w2s_jax.models import Model
+from w2s_jax.models import ClassifierOutput, Model
 from w2s_jax.models.latent import Latent
 from w2s_jax.tasks import Task
 from w2s_jax.training import optim
@@ -102,7 +102,7 @@ def abstract_state(program: Program, trainable: dict, runs: int = 1) -> TrainSta
 
 
 def abstract_batch(model: Model, task: Task, rows: int, tokens: int, teacher: bool = False, soft: bool = False,
-                   groups: int = 0) -> dict:
+                   groups: int = 0, fields: Callable | None = None) -> dict:
   """A batch of one text per row, as ShapeDtypeStructs.
 
   Args:
@@ -111,6 +111,7 @@ def abstract_batch(model: Model, task: Task, rows: int, tokens: int, teacher: bo
     teacher: whether the batch has the teacher's outputs.
     soft: whether the batch has the field `soft`.
     groups: number of groups in the layout of packed rows; 0: the layout without packing.
+    fields: see Recipe.fields (defenses/records.py).
   """
   c = model.config
   shapes = {"input_ids": ((rows, tokens), "int32"), "segment_ids": ((rows, tokens), "int32"),
@@ -120,6 +121,8 @@ def abstract_batch(model: Model, task: Task, rows: int, tokens: int, teacher: bo
                "teacher_features": ((rows, c.feature_size), "float32")}
   if soft:
     shapes["soft"] = ((rows,), "float32")
+  if fields:
+    shapes |= {name: ((rows, *shape), "float32") for name, shape in fields(model, tokens).items()}
   if groups:
     shapes["texts"] = ((groups, rows // groups, 2), "int32")
   return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
@@ -146,34 +149,41 @@ def state_shardings(params: dict, tx: optax.GradientTransformation, rules: Seque
   return TrainState(everywhere, of_params, opt_state)
 
 
-def weighted_loss(model: Model | Latent, terms: Callable, weights: dict[str, float]) -> Loss:
+def forward(model: Model | Latent, params: dict, batch: dict, key: jax.Array | None = None,
+            **options: Any) -> ClassifierOutput:
+  """The model's output on a batch. A key turns dropout on; `options` are further arguments of Model.apply."""
+  return model.apply(params, batch["input_ids"], texts=batch.get("texts"), segment_ids=batch["segment_ids"],
+                     dropout_key=key, **options)
+
+
+def counted_tokens(batch: dict) -> jax.Array:
+  """[R, T] float32: 1 on real tokens, 0 on padding and in rows of weight 0. Packed rows have no texts of weight 0."""
+  real = (batch["segment_ids"] > 0).astype(jnp.float32)
+  return real if "texts" in batch else real * batch["weight"][:, None]
+
+
+def weighted_loss(model: Model | Latent, terms: Callable, weights: dict[str, float],
+                  forward: Callable = forward) -> Loss:
   """The loss (trainable, frozen, batch, key) -> (scalar, {term: scalar}): a weighted sum of terms of the output.
 
   Args:
     terms: (ClassifierOutput, batch) -> {term: scalar}.
     weights: {term: weight}.
+    forward: (model, params, batch, key) -> ClassifierOutput.
   """
   def loss(trainable, frozen, batch, key):
-    out = model.apply(trees.combine(trainable, frozen), batch["input_ids"], texts=batch.get("texts"),
-                      segment_ids=batch["segment_ids"], dropout_key=key)
-    values = terms(out, batch)
+    values = terms(forward(model, trees.combine(trainable, frozen), batch, key), batch)
     return sum(weights[name] * value for name, value in values.items()), values
   return loss
 
 
 def language_model_loss(model: Model) -> Loss:
-  """The loss for next-token prediction: mean cross entropy, with logits from the tied embedding.
-
-  Padding does not count: rows of weight 0 are masked, and padding texts in packed rows have no tokens.
-  """
+  """The loss for next-token prediction: mean cross entropy of `counted_tokens`, with logits from the tied embedding."""
   def loss(trainable, frozen, batch, key):
     params = trees.combine(trainable, frozen)
-    segments, texts = batch["segment_ids"], batch.get("texts")
-    out = model.apply(params, batch["input_ids"], texts=texts, segment_ids=segments, dropout_key=key)
-    logits = model.lm_logits(params, out.hidden[:, :-1])
-    tokens, counted = losses.next_token(logits, batch["input_ids"], segments)
-    if texts is None:
-      counted *= batch["weight"][:, None]
+    logits = model.lm_logits(params, forward(model, params, batch, key).hidden[:, :-1])
+    tokens, counted = losses.next_token(logits, batch["input_ids"], batch["segment_ids"])
+    counted *= counted_tokens(batch)[:, 1:]
     value = (tokens * counted).sum() / counted.sum()
     return value, {"lm": value}
   return loss
