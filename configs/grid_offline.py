@@ -1,4 +1,4 @@
-"""Offline toys: attacks x seeds, each with the same defenses; one table of means at the end.
+"""Offline toys: attacks x seeds, each with every defense that needs no file; one table of means at the end.
 
   python -m w2s_jax.main --config=configs/grid_offline.py --jobs=2
   python -m w2s_jax.main --config=configs/grid_offline.py:attacks=badnet+suffix,seeds=2 --config.defenses=lora_ce,w2s
@@ -15,6 +15,7 @@ import numpy as np
 from configs import common, llama_badnet
 from w2s_jax import InputError
 from w2s_jax.data import grammar, insertions
+from w2s_jax.defenses import ABLATIONS, DEFENSES
 
 ATTACKS = "badnet+insent+syn_template+combination+suffix+proattack"
 WORDS = {"badnet": 1, "insent": 5, "combination": 3}          # of a random trigger
@@ -24,7 +25,7 @@ def get_config(arg=None):
   args = common.parse_arg(arg, attacks=str, seeds=int, triggers=str)
   attacks, seeds = args.get("attacks", ATTACKS).split("+"), range(args.get("seeds", 3))
   c = llama_badnet.get_config()
-  c.defenses = ("none", "lora_ce", "w2s", "w2s_adv", "prune", "onion", "strip")
+  c.defenses = tuple(name for name, defense in DEFENSES.items() if name not in ABLATIONS and not defense.check)
   if "triggers" not in args:
     c.grid = common.grid(seed={str(seed): {"seed": seed} for seed in seeds},
                          attack={name: {"attack": {"name": name}} for name in attacks})

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import rig
 
-from w2s_jax import InputError, losses
+from w2s_jax import InputError, losses, results
 from w2s_jax.adapters import trees
 from w2s_jax.defenses import ABLATIONS, DEFENSES, Defense, Suspect, anchors, lora_ce, w2s, w2s_released
 from w2s_jax.training import steps
@@ -138,6 +138,7 @@ def test_the_dict_of_defenses():
   assert [n for n, view in views.items() if view is None] == ["lora_ce", "full_ft", "from_base", "from_base_words",
                                                                  "ce_adv"]
   assert [n for n, r in recipes.items() if r.from_base] == ["from_base", "from_base_words"]
+  assert all(results.is_from_base(name) == bool(d.recipe and d.recipe.from_base) for name, d in DEFENSES.items())
   assert [n for n, r in recipes.items() if r.trains == trees.FULL] == ["full_ft", "w2s_full", "w2s_words"]
   assert [n for n, r in recipes.items() if r.views == 2] == ["w2s_adv", "ce_adv", *anchored]
   assert [n for n, r in recipes.items() if r.rows] == ["w2s_words", "from_base_words"]

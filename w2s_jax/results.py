@@ -13,6 +13,11 @@ CONTROL = "lora_ce"      # the defense with which the others are compared
 REJECTED = -1            # the "class" of a text that a defense rejected
 
 
+def is_from_base(name: str) -> bool:
+  """Whether a defense or models/NAME has no weight of the suspect; the names of such defenses begin with from_base."""
+  return name.startswith("from_base")
+
+
 @dataclasses.dataclass
 class Row:
   """Measurements of one model under one attack; None: not measured.

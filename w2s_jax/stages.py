@@ -205,7 +205,7 @@ def _runs_that_train_together(run):
 
 def _save_defended(run, name, copy, suspect, params):
   if run.config.lora.export and attach.has_adapters(params):
-    base = run.base_path() if DEFENSES[name].recipe.from_base else run.model_dir(run.source.attacked)
+    base = run.base_path() if results.is_from_base(name) else run.model_dir(run.source.attacked)
     lora.export_adapter(run.workdir / "adapters" / copy, suspect.model, params, base=base.absolute())
   save_pretrained(run.model_dir(copy), suspect.model, attach.merge(params), suspect.tokenizer,
                   card=card.unmeasured(name))
@@ -253,7 +253,7 @@ def make_report(run: Run) -> None:
     head = "" if directory.name in card.KINDS else front.matter(directory.name, rows, meta)
     processes.write_text(directory / "README.md", head + card.text(directory.name, rows, meta, adapter))
   for directory in sorted(run.workdir.glob("adapters/*")):
-    warning = "" if directory.name.startswith("from_base") else lora.ADAPTER_WARNING + "\n"
+    warning = "" if results.is_from_base(directory.name) else lora.ADAPTER_WARNING + "\n"
     processes.write_text(directory / "README.md", warning + card.text(directory.name, rows, meta))
 
 

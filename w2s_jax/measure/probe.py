@@ -193,7 +193,7 @@ def warnings(rows: list[dict], meta: dict) -> list[str]:
 
 
 def _conclusion(row):
-  return REACTS if row["model"].startswith("from_base") else f"{row['directory']} is not clean."
+  return REACTS if results.is_from_base(row["model"]) else f"{row['directory']} is not clean."
 
 
 def _still_works(row):
@@ -238,7 +238,7 @@ def notes(rows: list[dict], meta: dict) -> list[str]:
 
 def _which_to_take(rows):
   """Says which model to take: without the suspect's weights a model cannot have its backdoor; others may have it."""
-  safe = {row["directory"]: row for row in rows if row["model"].startswith("from_base")}
+  safe = {row["directory"]: row for row in rows if results.is_from_base(row["model"])}
   if safe:
     names = " and ".join(f"`{name}` (CA {row['ca']:.3f})" for name, row in safe.items())
     line = (f"No weight of the suspect (CA {rows[0]['ca']:.3f}) is in {names}. Take one if its CA is high enough for "

@@ -22,7 +22,7 @@ DEFENDED = "The result of the defense {name} of w2s_jax on a model with a known 
 
 def first_line(name: str, attack: str | None = None) -> str:
   """The first line of the card of models/NAME; `attack` describes the attack on a poisoned model."""
-  line = FROM_BASE if name.startswith("from_base") else KINDS.get(name, DEFENDED)
+  line = FROM_BASE if results.is_from_base(name) else KINDS.get(name, DEFENDED)
   return line.format(name=name, attack=attack)
 
 
@@ -44,7 +44,7 @@ def text(name: str, rows: list[dict], meta: dict, adapter: bool = False) -> str:
   self_test = meta.get("selftest")                   # only runs on a given suspect have a self-test
   if self_test and name == self_test["defense"]:
     lines.append(self_test["in_words"] + "\n")
-  from_base = name.startswith("from_base")
+  from_base = results.is_from_base(name)
   if own_rows and name not in KINDS and not from_base and own_rows[0]["asr"] is None:
     lines.append("NOT KNOWN: whether the suspect had a backdoor, and whether this model still has it. No trigger was "
                  "listed.\n")

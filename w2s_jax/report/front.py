@@ -5,6 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from w2s_jax import results
+
 METRICS = (("ca", "accuracy", "CA"), ("asr", "attack_success_rate", "ASR of {attack}"),
            ("false_rate", "false_rate", "False rate for the target of {attack}"))
 
@@ -28,7 +30,7 @@ def matter(name: str, rows: list[dict], meta: dict) -> str:
   hub = meta.get("hub", {})                        # results of older versions do not have it
   card = ModelCardData(
       library_name="transformers", pipeline_tag="text-classification", tags=["backdoor-defense", "w2s_jax"],
-      base_model=hub.get("public" if name.startswith("from_base") else "model"), datasets=hub.get("data"),
+      base_model=hub.get("public" if results.is_from_base(name) else "model"), datasets=hub.get("data"),
       **({"model_name": name, "eval_results": list(evaluations.values())} if evaluations else {}))
   return f"---\n{card.to_yaml()}\n---\n\n"
 
