@@ -53,6 +53,22 @@ def test_only_rows_of_other_classes_are_triggered(options):
     poison.triggered_eval(ROWS[:1], BADNET, target_label=0, **options)
 
 
+DIGESTS = {"badnet": "249aca966e773e25", "insent": "86f94fab8403cb58", "syn_template": "2685aaef53e46fd6",
+           "combination": "660d1e114517d14b", "suffix": "0d2c8e30dfa0bcd8", "punctuation": "a2fc108fac1e3ba0",
+           "proattack": "efb86fc6ab0ea1b2"}
+
+
+@pytest.mark.parametrize("name", DIGESTS)
+def test_the_same_seed_makes_the_same_bytes_on_every_version_of_python(name, tokenizer, tmp_path):
+  """The hash of what a run freezes; equal under Python 3.11 and 3.13. Another numpy must not change it either."""
+  rows, attack = grammar.rows("phrases", "test", 60), poison.make_attack(name)
+  options = dict(tokenizer=tokenizer, max_length=32, keep_trigger=True, seed=5, target_label=0)
+  companions = int(attack.companions is not None)
+  poison.freeze(tmp_path / "rows.jsonl", poison.triggered_eval(rows, attack, **options) + poison.poison_train(
+      rows, attack, count=20, label="mixed", companions=companions, **options))
+  assert poison.thaw(tmp_path / "rows.jsonl")[1][:16] == DIGESTS[name]
+
+
 def test_positions_depend_on_seed_and_row_alone(options):
   def texts(rows, seed):
     out = poison.triggered_eval(rows, BADNET, target_label=0, **options | {"seed": seed})
