@@ -1,6 +1,6 @@
 """What does configs/clean_checkpoint.py make of suspects whose trigger we know and it does not?
 
-  python benchmarks/cleaning.py --attacked runs/held/suffix-0 runs/held/suffix-1 ... --out=runs/cleaning [--jobs=2] \
+  python benchmarks/cleaning.py --attacked runs/held/cells/suffix-0 runs/held/cells/suffix-1 ... --out=runs/cleaning \
       -- --config.data.train=grammar:phrases --config.data.max_length=32 --config.scan.steps=0
 
 Each of --attacked is the workdir of a finished attack, named ATTACK-SEED (a grid's cell); its poisoned model is

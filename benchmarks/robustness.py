@@ -45,12 +45,12 @@ def adaptive(args, attack, seed, core):
   rows, _ = poison.thaw(main / "data" / "poisoned_train.jsonl")
   runs.write_data(data, train=rows, dev=domain["dev"], test=domain["test"])
   attacker = runs.run_cell(attack, seed, out / "attacker", args.config,
-                            flags(args, "ce_adv", data=data, max_length=c.data.attack_max_length), core,
-                            runs.models_of(main, (*runs.STUDENT, "teacher")))
+                           flags(args, "ce_adv", data=data, max_length=c.data.attack_max_length), core,
+                           runs.models_of(main, (*runs.STUDENT, "teacher")))
   students = runs.models_of(main, ("base", "clean", "teacher")) | {
       "poisoned": out / "attacker" / main.name / "models" / "ce_adv"}
   return {"adaptive": attacker and runs.run_cell(attack, seed, out / "defended", args.config, flags(args, *DEFENSES),
-                                                  core, students)}
+                                                 core, students)}
 
 
 def poisoned_teacher(args, attack, seed, core):
@@ -65,12 +65,12 @@ def poisoned_teacher(args, attack, seed, core):
   data = out / "data" / main.name
   runs.write_data(data, train=rows, dev=domain["dev"], test=domain["test"])
   taught = runs.run_cell(attack, seed, out / "teacher", args.config, flags(args, data=data), core,
-                          runs.models_of(main, runs.STUDENT))
+                         runs.models_of(main, runs.STUDENT))
   if not taught:
     return {"poisoned_teacher": None}
   teacher = out / "teacher" / main.name / "models" / "teacher"
   results = runs.run_cell(attack, seed, out / "defended", args.config, flags(args, "w2s", "w2s_adv"), core,
-                           runs.models_of(main, runs.STUDENT) | {"teacher": teacher})
+                          runs.models_of(main, runs.STUDENT) | {"teacher": teacher})
   if results:
     results["rows"].append({"model": "the teacher itself", **teacher_metrics(teacher, domain["test"], main, c)})
   return {"poisoned_teacher": results}

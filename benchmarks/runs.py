@@ -121,7 +121,7 @@ def make_parser(doc, seeds, names):
   """Those of every one over seeds and attacks, and --only, some of `names`."""
   parser = runs_parser(doc)
   parser.add_argument("--config", default="configs/llama_{attack}.py")
-  parser.add_argument("--attacks", default="badnet,insent,synattack")
+  parser.add_argument("--attacks", default="badnet,insent")
   parser.add_argument("--seeds", default=seeds, type=seed_list)
   parser.add_argument("--only", default=",".join(names), help="some of them (default: %(default)s)")
   return parser

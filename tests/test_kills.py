@@ -84,12 +84,14 @@ def test_a_grid_that_is_killed_again_and_again_ends_with_the_same_tables(tmp_pat
   began = time.monotonic()
   assert grid_process(tmp_path / "whole").wait(900) == 0
   seconds, workdir, kills, moments = time.monotonic() - began, tmp_path / "killed", 0, random.Random(0)
+  written, seen = {}, 0
   while kills < KILLS:
     process = grid_process(workdir)
     try:
       process.wait(moments.uniform(0, seconds))
       assert process.returncode == 0
       shutil.rmtree(workdir)                          # it had ended: another one is killed
+      written = {}
       continue
     except subprocess.TimeoutExpired:
       process.kill()                                  # the command alone, not the processes of its cells
@@ -99,12 +101,20 @@ def test_a_grid_that_is_killed_again_and_again_ends_with_the_same_tables(tmp_pat
     while alive(process.pid):
       assert time.monotonic() < deadline, "a cell's process goes on"
       time.sleep(0.1)
-    store = workdir / "rows.jsonl"
-    complete = {json.loads(line)["cell"] for line in store.read_text().splitlines()} if store.exists() else set()
-    written = {name: (workdir / "cells" / name / "results.json").stat().st_mtime_ns for name in complete}
+    now = times_of_complete_cells(workdir)
+    assert written.items() <= now.items(), "a complete cell ran again"
+    written, seen = now, max(seen, len(now))
   assert grid_process(workdir).wait(900) == 0
-  assert written == {name: (workdir / "cells" / name / "results.json").stat().st_mtime_ns for name in written}
+  assert written.items() <= times_of_complete_cells(workdir).items()
   assert grid_tables(workdir) == grid_tables(tmp_path / "whole")
+  print(f"{kills} kills; at most {seen} of 4 cells were complete at one of them")
+
+
+def times_of_complete_cells(workdir):
+  """{cell: when its results were written} of the cells in the store."""
+  store = workdir / "rows.jsonl"
+  names = {json.loads(line)["cell"] for line in store.read_text().splitlines()} if store.exists() else ()
+  return {name: (workdir / "cells" / name / "results.json").stat().st_mtime_ns for name in names}
 
 
 def alive(session):

@@ -15,6 +15,7 @@ import transformers
 from w2s_jax import InputError
 from w2s_jax.data import grammar, tokenization
 from w2s_jax.models import load_pretrained
+from w2s_jax.training import embedding_row
 
 # Of lmsys/vicuna-7b-v1.5's tokenizer_config.json, what is not the same everywhere. Its directory has no tokenizer.json.
 VICUNA = dict(tokenizer_class="LlamaTokenizer", add_bos_token=True, add_eos_token=False, legacy=False, pad_token=None,
@@ -83,6 +84,12 @@ def test_logits_of_a_vicuna_directory_are_transformers(tmp_path):
     want = [theirs(torch.tensor([[1, *processor.encode(text)][:32]])).logits[0].numpy() for text in TEXTS]
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
   assert np.ptp(got) > 0.5
+
+
+def test_the_token_of_a_word_is_that_behind_another_word(tmp_path):
+  vicuna(tmp_path)
+  tokenizer = tokenization.load(tmp_path, 600)
+  assert tokenizer.convert_ids_to_tokens(embedding_row.token_of(tokenizer, "good")) == "▁good"
 
 
 def test_without_sentencepiece_one_line_names_it(tmp_path, monkeypatch):

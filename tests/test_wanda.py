@@ -24,9 +24,10 @@ def kernels(params):
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_norms_are_those_of_what_pytorchs_layers_read(family, request, tmp_path):
-  """Ours reads packed batches with padding, PyTorch reads one text at a time. Rows beyond the first 40 do not count."""
+  """Ours reads packed batches with padding, PyTorch reads one text at a time."""
   model, params = request.getfixturevalue(family)
   suspect = rig.suspect(model, params, tmp_path)
+  suspect = suspect._replace(train=suspect.train[:40])
   save_pretrained(tmp_path / "model", model, params)
   theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
   squares = {}
@@ -37,7 +38,7 @@ def test_norms_are_those_of_what_pytorchs_layers_read(family, request, tmp_path)
   for name, module in theirs.named_modules():
     if isinstance(module, torch.nn.Linear):
       module.register_forward_pre_hook(watch(f"{name}.weight"))
-  arrays = suspect.encode(suspect.train[:40])
+  arrays = suspect.encode(suspect.train)
   assert len(set(arrays["length"])) > 5
   for ids, length in zip(arrays["input_ids"], arrays["length"]):
     theirs(torch.tensor(ids[None, :length]).long(), attention_mask=torch.ones(1, length))
@@ -46,6 +47,7 @@ def test_norms_are_those_of_what_pytorchs_layers_read(family, request, tmp_path)
   for path, ours in norms.items():
     wanted = [np.sqrt(squares[names[path].format(layer)]) for layer in range(model.config.num_layers)]
     np.testing.assert_allclose(ours, wanted, rtol=2e-4, err_msg=path)
+    assert (np.square(prune._input_norms(suspect, 10)[path]).sum() < 0.5 * np.square(ours).sum())
 
 
 def test_each_output_loses_its_smallest_products(monkeypatch):

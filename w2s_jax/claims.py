@@ -22,13 +22,15 @@ def config_hash(config: ConfigDict) -> str:
 
 
 def inputs(config: ConfigDict, rows: dict[str, list]) -> dict[str, Any]:
-  """{name of an input: its sha256}, for the rows of each split and the weights of the given checkpoints."""
+  """{name of an input: its sha256}: the rows of each split, the files of defenses, and the weights of checkpoints."""
   out = {f"{split} rows": hashlib.sha256(json.dumps(split_rows).encode()).hexdigest()
          for split, split_rows in rows.items()}
   c = config.student
   directories = {path: resolve(path, base) for path, base in ((c.path, c.base), (config.teacher.path, "")) if path}
   if c.base:
     directories[c.base] = base_of(c.path, c.base)
+  files = [path for section in config.defense.values() if (path := section.get("path")) and Path(path).is_file()]
+  out |= {f"file {path}": hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files}
   return out | {weights_of(path): sha256(directory, "*.safetensors") for path, directory in directories.items()}
 
 
@@ -47,12 +49,12 @@ def check_inputs(workdir: Path, found: dict[str, Any]) -> None:
 def check_config(config: ConfigDict, workdir: Path) -> None:
   """Raises InputError if another config made the workdir; a change of the mesh is allowed."""
   file = workdir / "config.json"
-  if file.exists() and (changes := differences(config, read_json(file))):
+  if file.exists() and (changes := changed_fields(config, read_json(file))):
     raise InputError(f"{workdir} was made by another config ({changes[0]}; {len(changes)} field(s) differ): give "
                      "another --workdir")
 
 
-def differences(config: ConfigDict, stored: dict) -> list[str]:
+def changed_fields(config: ConfigDict, stored: dict) -> list[str]:
   """["FIELD was X, is Y"] of the fields in which a config differs from a stored one, without those of the mesh."""
   fields, other = flat(json.loads(json.dumps(config.to_dict()))), flat(stored)
   return [f"{name} was {other.get(name)!r}, is {fields.get(name)!r}" for name in sorted(fields.keys() | other.keys())

@@ -5,7 +5,7 @@ are those of every cell. A cell is a run in workdir/cells/VALUE-VALUE. rows.json
 each with the cell's config. A cell that it has is not run again. Cells share the models that they would make equally.
 """
 
-import concurrent.futures
+import contextlib
 import copy
 import itertools
 import json
@@ -87,38 +87,39 @@ def run(config: ConfigDict, workdir: Path, jobs: int = 1) -> int:
   Returns:
     The exit code: 0, or FAILED_CODE if some cell failed; the other cells are run all the same.
   Raises:
-    InputError: a mistake in some cell's config, before any cell runs; the store has a cell of another config; no cell
-      can run; or a cell's process was killed.
+    InputError: a mistake in some cell's config, before any cell runs; the store has a cell of another config; or no
+      cell can run.
   """
   grid = cells(config)
   directories = {name: workdir / "cells" / name for name in grid}
   for cell in grid.values():
     checks.check_fields(cell)
-  complete, failed, seconds, made, running = _complete(workdir, grid, directories), {}, [], {}, {}
+  complete, failed, began, seconds, made = _complete(workdir, grid, directories), {}, {}, [], {}
   for name in complete:
     made |= _models(grid[name], directories[name])
   waiting = [name for name in grid if name not in complete]
   LOG.info(f"grid of {len(grid)} cells, {len(complete)} of them complete")
-  with workers.start(jobs) as submit:
-    while waiting or running:
-      while len(running) < jobs and (name := _next_cell(grid, waiting, running.values(), made)):
-        left = len(waiting) + len(running)
-        about = f", about {sum(seconds) / len(seconds) * left / jobs / 60:.0f} minutes left" if seconds else ""
-        LOG.info(f"cell {name}: {left} cells left{about}")
-        _take_over(grid[name], directories[name], made)
-        waiting.remove(name)
-        running[submit(_run_cell, grid[name], directories[name])] = name
-      for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
-        name = running.pop(future)
-        try:
-          seconds.append(future.result())
-        except (FloatingPointError, InputError) as e:    # the weak teacher of one seed should not cost the other cells
-          LOG.error(f"cell {name} failed: {e}")
-          failed[name] = e
-          continue
-        complete.add(name)
-        _store(workdir, grid, directories, complete)
-        made |= _models(grid[name], directories[name])
+
+  def next_task(running):
+    if name := _next_cell(grid, waiting, running, made):
+      left = len(waiting) + len(running)
+      about = f", about {sum(seconds) / len(seconds) * left / jobs / 60:.0f} minutes left" if seconds else ""
+      LOG.info(f"cell {name}: {left} cells left{about}")
+      _take_over(grid[name], directories[name], made)
+      waiting.remove(name)
+      began[name] = time.monotonic()
+      return name, grid[name], directories[name]
+
+  with contextlib.closing(workers.outcomes(next_task, stages.run, jobs)) as outcomes:   # closing it ends its processes
+    for name, error in outcomes:
+      if error:                                        # the weak teacher of one seed should not cost the other cells
+        LOG.error(f"cell {name} failed: {error}")
+        failed[name] = error
+        continue
+      seconds.append(time.monotonic() - began[name])
+      complete.add(name)
+      _store(workdir, grid, directories, name)
+      made |= _models(grid[name], directories[name])
   if not complete:
     raise next(iter(failed.values()))
   _write_tables(workdir, directories, [name for name in grid if name in complete])
@@ -131,13 +132,6 @@ def _next_cell(grid, waiting, running, made):
   """The first waiting cell that needs no model that a running cell is about to make; None if there is no such cell."""
   making = {_key(grid[name], model) for name in running for model in DEPENDS} - made.keys()
   return next((name for name in waiting if making.isdisjoint(_key(grid[name], model) for model in DEPENDS)), None)
-
-
-def _run_cell(config, directory):
-  """Runs a cell and returns its seconds."""
-  began = time.monotonic()
-  stages.run(config, directory)
-  return time.monotonic() - began
 
 
 def _models(cell, directory):
@@ -155,7 +149,7 @@ def _complete(workdir, grid, directories):
   out = set()
   for name, lines in _stored(workdir).items():
     if name in grid and (directories[name] / "results.json").exists():
-      if changes := claims.differences(grid[name], lines[0]["config"]):
+      if changes := claims.changed_fields(grid[name], lines[0]["config"]):
         raise InputError(f"{workdir} has the cell {name} of another config ({changes[0]}): give another --workdir")
       out.add(name)
   return out
@@ -188,12 +182,13 @@ def _stored(workdir) -> dict[str, list[dict[str, Any]]]:
   return out
 
 
-def _store(workdir, grid, directories, complete):
-  """Writes the store again: the rows of this grid's complete cells in its order, then those of other cells."""
-  lines = [{"cell": name, **row, "config": grid[name].to_dict()} for name in grid if name in complete
-           for row in json.loads((directories[name] / "results.json").read_text())["rows"]]
-  lines += [line for name, stored in _stored(workdir).items() if name not in grid for line in stored]
-  processes.write_text(workdir / STORE, "".join(json.dumps(line) + "\n" for line in lines))
+def _store(workdir, grid, directories, new):
+  """Writes the store again, with the rows of the cell `new`: this grid's cells in its order, then other cells."""
+  lines = _stored(workdir)
+  lines[new] = [{"cell": new, **row, "config": grid[new].to_dict()}
+                for row in json.loads((directories[new] / "results.json").read_text())["rows"]]
+  ordered = [name for name in (*grid, *(name for name in lines if name not in grid)) if name in lines]
+  processes.write_text(workdir / STORE, "".join(json.dumps(line) + "\n" for name in ordered for line in lines[name]))
 
 
 def _write_tables(workdir, directories, names):

@@ -233,6 +233,9 @@ class Run:
     c, path = self.config, self.base_path()
     if self.source.base != self.source.attacked:
       return self.load(self.source.base, **options)
+    if not path:
+      raise InputError("this run needs a public model: set --config.student.base to the one that the suspect was made "
+                       "from")
     model, params = load_pretrained(path, c.data.num_labels, c.student.dtype, self.mesh, seed=c.seed, **options)
     tokenizer = tokenization.load(path, model.config.vocab_size)
     labels = self.model_config(self.source.attacked).labels

@@ -1,78 +1,145 @@
 """Several runs at the same time on one machine, each in a process of its own."""
 
-import concurrent.futures
 import contextlib
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from w2s_jax import InputError
+from w2s_jax import InputError, processes
 
 CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")    # options of JAX
 
 
-@contextlib.contextmanager
-def start(jobs: int) -> Iterator[Callable[..., concurrent.futures.Future]]:
-  """Yields submit(run, config, workdir) -> Future of what run(config, workdir) returns.
+def outcomes(next_task: Callable, run: Callable, jobs: int) -> Iterator[tuple[str, Exception | None]]:
+  """Yields the name of each task when it has ended, and its error, or None.
 
-  With one job, `submit` itself runs it, in this process. With more, each of `jobs` processes has an equal share of the
-  CPU cores, its output goes to WORKDIR/log.txt, and it ends if this process is killed.
+  With one job, tasks run in this process. With more, each runs in a process of its own on an equal share of the CPU
+  cores, and its output goes to WORKDIR/log.txt. SIGTERM stops these processes, too: a run saves what it has done. They
+  end at once if this process is killed.
 
+  Args:
+    next_task: (names of the running tasks) -> (name, config, workdir) of the task to start now; None: none can start
+      before a running one ends, or none is left.
+    run: called with (config, workdir); a function of a module, so that another process can import it. What it raises is
+      the task's error: InputError and FloatingPointError, in another process every exception.
+    jobs: number of tasks that run at the same time.
   Raises:
-    InputError: one of the processes was killed.
+    Stopped: SIGTERM came.
   """
   if jobs == 1:
-    yield _run_here
+    while task := next_task([]):
+      name, *arguments = task
+      yield name, _error_of(run, *arguments)
     return
-  context = multiprocessing.get_context("spawn")        # a fork of a process with JAX's threads may hang
-  cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-  shares = context.SimpleQueue()
-  for i in range(jobs):
-    shares.put(cores[i::jobs] or cores)
+  context, running = multiprocessing.get_context("spawn"), {}         # a fork of a process with threads may hang
+  free = _shares(jobs)
   options = {name: getattr(jax.config, name) for name in CACHE}
-  try:
-    with concurrent.futures.ProcessPoolExecutor(jobs, context, _begin, (shares, options)) as pool:
-      yield lambda run, config, workdir: pool.submit(_logged, run, config, workdir)
-  except BrokenProcessPool as e:
-    raise InputError("a cell's process was killed (out of memory?): lower --jobs, and run the command again") from e
+  with _stopped_by_sigterm():
+    try:
+      while True:
+        while free and (task := next_task([name for name, *_ in running.values()])):
+          name, config, workdir = task
+          receiver, sender = context.Pipe(duplex=False)
+          process = context.Process(target=_child, args=(run, config, workdir, options, sender))
+          cores = free.pop()
+          with _on_cores(cores):                                       # the new process inherits them
+            process.start()
+          sender.close()                                               # now the end of the process ends the pipe
+          running[process.sentinel] = name, process, receiver, cores
+        if not running:
+          return
+        for sentinel in multiprocessing.connection.wait(running):
+          name, process, receiver, cores = running.pop(sentinel)
+          process.join()
+          free.append(cores)
+          yield name, _outcome(process, receiver)
+    finally:
+      for _, process, *_ in running.values():
+        process.terminate()
+      for _, process, *_ in running.values():
+        process.join()
 
 
-def _run_here(run, config, workdir):
-  future = concurrent.futures.Future()
+def _error_of(run, config, workdir):
   try:
-    future.set_result(run(config, workdir))
+    run(config, workdir)
   except (FloatingPointError, InputError) as e:
-    future.set_exception(e)
-  return future
+    return e
 
 
-def _begin(shares, options):
-  """The first thing that a new process does."""
-  if cores := shares.get():
-    os.sched_setaffinity(0, cores)
+def _shares(jobs):
+  """[CPU cores of each job]; empty lists if the system cannot bind a process to cores."""
+  cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+  return [cores[i::jobs] or cores for i in range(jobs)]
+
+
+@contextlib.contextmanager
+def _on_cores(cores):
+  if not cores:
+    yield
+    return
+  before = os.sched_getaffinity(0)
+  os.sched_setaffinity(0, cores)
+  try:
+    yield
+  finally:
+    os.sched_setaffinity(0, before)
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm():
+  def stop(signum, frame):
+    raise processes.Stopped("stopped by SIGTERM; the cells' finished steps are saved")
+  before = signal.signal(signal.SIGTERM, stop)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def _outcome(process, receiver):
+  """The error of a process that has ended, or None."""
+  with contextlib.suppress(EOFError):
+    return InputError(receiver.recv())
+  if process.exitcode:
+    return InputError(f"its process ended with exit code {process.exitcode} (-9: killed, perhaps for want of memory; "
+                      "fewer --jobs need less)")
+  return None
+
+
+def _child(run: Callable, config: Any, workdir: Path, options: dict[str, Any], sender: Any) -> None:
+  """What a process does: the run, its output in log.txt, and the message of its error to the sender."""
+  threading.Thread(target=_end_with_parent, daemon=True).start()
   for name, value in options.items():
     jax.config.update(name, value)
-  threading.Thread(target=_end_with_parent, daemon=True).start()
+  workdir.mkdir(parents=True, exist_ok=True)
+  with open(workdir / "log.txt", "a") as log:
+    for stream in (sys.stdout, sys.stderr):
+      os.dup2(log.fileno(), stream.fileno())                  # XLA writes to the files, not to Python's streams
+  logger = logging.getLogger("w2s_jax")
+  logger.setLevel(logging.INFO)
+  logger.handlers = [logging.StreamHandler(sys.stdout)]
+  try:
+    run(config, workdir)
+  except processes.Stopped:
+    sys.exit(processes.STOPPED_CODE)
+  except Exception as e:
+    traceback.print_exc()
+    sender.send(str(e) if isinstance(e, (InputError, FloatingPointError)) else f"{type(e).__name__}: {e}")
+    sys.exit(1)
 
 
 def _end_with_parent():
   """Two processes would write to one workdir if the first went on after the command was killed and started again."""
   multiprocessing.parent_process().join()
   os._exit(1)
-
-
-def _logged(run: Callable, config: Any, workdir: Path) -> Any:
-  workdir.mkdir(parents=True, exist_ok=True)
-  with (open(workdir / "log.txt", "a", buffering=1) as log, contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log)):
-    logger = logging.getLogger("w2s_jax")
-    logger.setLevel(logging.INFO)
-    logger.handlers = [logging.StreamHandler(log)]
-    return run(config, workdir)

@@ -38,8 +38,9 @@ def read(originals: str | Path, rewritten: str | Path) -> dict[str, str]:
                      "same idx, the same number of rows, or one label and as many originals of other labels: set "
                      "--config.attack.paraphrases")
   if _in_another_order(pairs):
+    wanted = "with these idx" if rule == "on idx" else "in the same order"
     raise InputError(f"paraphrases {rewritten}, joined {rule}, have no more words of their originals in {originals} "
-                     "than of the next row's: give originals in the same order (--config.attack.paraphrases)")
+                     f"than of the next row's: give originals {wanted} (--config.attack.paraphrases)")
   changed = {text: new for text, new in pairs if new not in ("", text)}
   if not changed:
     raise InputError(f"paraphrases {rewritten}: every text is empty or equals its original in {originals}: set "

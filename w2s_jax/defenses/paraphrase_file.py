@@ -46,7 +46,7 @@ def paraphrases(settings: Any, texts: list[str]) -> list[str]:
     raise InputError(f"paraphrase file {path}: want columns {' and '.join(COLUMNS)}, got "
                      f"{', '.join(rows[0]) if rows else 'no rows'}: set {KNOB}")
   original, paraphrase = COLUMNS
-  known = {row[original]: row[paraphrase] for row in rows if row[paraphrase] and not str(row[paraphrase]).isspace()}
+  known = {str(row[original]): str(row[paraphrase]) for row in rows if str(row[paraphrase] or "").strip()}
   if missing := [text for text in texts if text not in known]:
     raise InputError(f"paraphrase file {path} has no paraphrase of {len(missing)} of {len(texts)} texts that are to be "
                      f"measured, the first is {missing[0][:80]!r}: add them (data/ in the workdir has the texts with a "

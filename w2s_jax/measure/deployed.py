@@ -44,11 +44,10 @@ def deploy(run: Any, name: str) -> Deployed:
   defense_name, seed = run.defended().get(name, (None, None))
   defense = DEFENSES.get(defense_name)
   has_weights = defense is None or defense.recipe or defense.weights
-  loaded = run.load(name if has_weights else run.source.attacked)
   if defense is None or not (defense.text or defense.accept):
-    return Deployed(*loaded)
-  suspect, settings = run.suspect_of(loaded), run.config.defense
-  return Deployed(*loaded, *(bind and bind(suspect, settings, seed) for bind in (defense.text, defense.accept)))
+    return Deployed(*run.load(name if has_weights else run.source.attacked))
+  suspect, settings = run.suspect_of(run.load(name)) if has_weights else run.suspect(defense), run.config.defense
+  return Deployed(*suspect[:3], *(bind and bind(suspect, settings, seed) for bind in (defense.text, defense.accept)))
 
 
 def read(run: Any, name: str, triggered: list) -> Reading:

@@ -31,8 +31,8 @@ CONTEXTS = 6             # rows that a string is put into during the search
 SHORTEST = 5             # fewest words of such a row; shorter rows are the last choice
 HELD_OUT = 100           # test rows that the string is measured on
 CANDIDATES = 400         # test rows that these are chosen from
-SUSPICIOUS = 0.65        # smallest suspicious difference between suspect and teacher; chosen on seeds 701 to 706, where
-                         # never-poisoned models reached 0.58 and 10 of 11 poisoned ones 0.78 or more (docs/results.md)
+SUSPICIOUS = 0.65        # smallest suspicious difference between suspect and teacher; chosen on 23 MiniLMs and judged
+                         # on 24 others: never-poisoned 0.09 to 0.52, poisoned 0.83 to 1.00 (docs/results.md)
 WIDEST = 384             # largest hidden size of a BERT that the verdict was calibrated on
 FEWEST = 50              # test rows of other classes that a verdict needs for each class; our choice
 SHOWN = 10               # single words of each class in search.json

@@ -24,7 +24,8 @@ def token_of(tokenizer: Any, word: str) -> int:
   Raises:
     InputError: the word is not exactly one token of the vocabulary.
   """
-  ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+  alone, behind_one = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", f"a {word}"))
+  ids = behind_one[len(alone):]                    # some tokenizers make a token of a space at the start of a text
   if len(ids) != 1 or ids[0] in tokenizer.all_special_ids:
     tokens = " ".join(tokenizer.convert_ids_to_tokens(ids))
     raise InputError(f"an attack on one embedding needs a trigger of one known token, {word!r} is {tokens}: set "
