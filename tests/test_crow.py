@@ -105,6 +105,7 @@ def test_a_student_of_two_layers_is_refused_before_anything_trains(llama):
     distill.check("crow", crow.RECIPE, CLASSIFICATION, shallow, rig.DEFENSE)
 
 
+@pytest.mark.slow
 def test_runs_together_on_a_mesh_and_with_a_weight_of_zero(llama, tmp_path):
   """Two seeds train as each alone, also on eight devices. With a weight of 0 they train as `lora_ce`."""
   known = rig.suspect(*llama, tmp_path)

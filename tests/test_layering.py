@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "w2s_jax"
 LAYERS = (("main", "plan", "grid", "compare", "command", "stages"), ("run", "source", "checks", "claims", "planning"),
           ("measure", "report", "defenses"), ("training", "lora"),
           ("models", "adapters", "tasks", "data", "attacks"),
-          ("quantized", "losses", "sharding", "processes", "workers", "results", "config", "arguments"))
+          ("quantized", "losses", "sharding", "workers", "processes", "results", "config", "arguments"))
 CONSOLE = "cli"                                              # above them all: it calls the three programs
 ORDER = tuple(room for layer in LAYERS for room in layer)
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import rig
 import test_packing
 from test_packing import LENGTHS
@@ -54,6 +55,7 @@ def test_packed_or_a_text_a_row_and_whose_maps_they_are(llama, tmp_path):
     np.testing.assert_allclose(got["maps"], want, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_teacher_and_a_weight_of_zero(llama, tmp_path):
   """The teacher is the suspect after `lora_ce`, of a seed of its own. At weight 0 the student trains as `lora_ce`."""
   known = rig.suspect(*llama, tmp_path)
