@@ -1,5 +1,6 @@
 """Tasks in processes of their own: which run at the same time, what becomes of errors, kills and SIGTERM."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from w2s_jax import InputError, processes, workers
 def act(name, workdir):
   """The task; it is imported by the processes."""
   print(f"this is {name}")
+  logging.getLogger("w2s_jax.task").info("it begins")
   if name == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
   if name == "diverged":
@@ -52,7 +54,7 @@ def test_tasks_run_together_and_an_error_costs_no_other_task(tmp_path):
   assert "exit code -9" in str(found["killed"]) and str(found["broken"]) == "KeyError: 'epochs'"
   assert str(found["diverged"]) == "the loss is not finite"
   log = (tmp_path / "broken/log.txt").read_text()
-  assert log.startswith("this is broken") and "Traceback" in log and "in act" in log
+  assert log.startswith("this is broken\nit begins\nTraceback") and "in act" in log
 
 
 def test_with_one_job_tasks_run_here_and_only_mistakes_are_outcomes(tmp_path, capsys):

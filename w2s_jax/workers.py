@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging as absl_logging
 
 from w2s_jax import InputError, processes
 
@@ -120,6 +121,7 @@ def _outcome(process, receiver):
 def _child(run: Callable, config: Any, workdir: Path, options: dict[str, Any], sender: Any) -> None:
   """What a process does: the run, its output in log.txt, and the message of its error to the sender."""
   threading.Thread(target=_end_with_parent, daemon=True).start()
+  absl_logging.set_verbosity(absl_logging.ERROR)
   for name, value in options.items():
     jax.config.update(name, value)
   workdir.mkdir(parents=True, exist_ok=True)
@@ -128,6 +130,7 @@ def _child(run: Callable, config: Any, workdir: Path, options: dict[str, Any], s
       os.dup2(log.fileno(), stream.fileno())                  # XLA writes to the files, not to Python's streams
   logger = logging.getLogger("w2s_jax")
   logger.setLevel(logging.INFO)
+  logger.propagate = False
   logger.handlers = [logging.StreamHandler(sys.stdout)]
   try:
     run(config, workdir)
