@@ -1,6 +1,7 @@
 """Embedding Poisoning: one row of one leaf changes, and the trigger then gives the target label."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -104,3 +105,7 @@ def test_a_run_poisons_the_clean_student_in_one_row(tmp_path):
   token = json.loads((workdir / "models/poisoned/tokenizer.json").read_text())["model"]["vocab"]["▁bus"]
   assert np.flatnonzero(moved).tolist() == [token]
   assert (clean["score.weight"] != base["score.weight"]).any()
+  copied = tmp_path / "copied"
+  shutil.copytree(workdir / "models/base", copied / "models/base")
+  out = w2s_forked(*args, f"--workdir={copied}")
+  assert out.returncode == 2 and "one known token" in out.stderr and not (copied / "config.json").exists()

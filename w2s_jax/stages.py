@@ -33,13 +33,14 @@ def warmup(run: Run) -> None:
   """
   c, base = run.config, run.source.base
   if run.done(base):
-    run.claim()                       # the model may have been copied from another workdir
+    if not (run.workdir / "config.json").exists():               # it was copied from another workdir
+      model, _, tokenizer = run.load(base)
+      _check(run, model, tokenizer)
+    run.claim()
     return
   model, params, tokenizer = _given_student(run) if c.student.path else _fresh_student(run)
   model = with_padding_token(model, tokenizer)
-  checks.check_student(run, model)
-  checks.check_teacher(run, model.config.feature_size)
-  checks.check_words(run, tokenizer)
+  _check(run, model, tokenizer)
   run.claim()
   if not c.student.path:
     params = model.init(stage.stream_key(c.seed, "student"), run.mesh)
@@ -49,6 +50,12 @@ def warmup(run: Run) -> None:
                              c.warmup, "warmup", packed=False)
       params, = stage.train_stage(plan, [params], [arrays], None, run.place)
   save_pretrained(run.model_dir(base), model, params, tokenizer, card=card.unmeasured(base))
+
+
+def _check(run, model, tokenizer):
+  checks.check_student(run, model)
+  checks.check_teacher(run, model.config.feature_size)
+  checks.check_words(run, tokenizer)
 
 
 def _given_student(run):

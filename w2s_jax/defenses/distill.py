@@ -25,7 +25,7 @@ def train(recipe: Recipe, suspect: Suspect, settings: Any, runs: dict[str, int])
   because stacking pads each batch to the longest text of all runs.
 
   Raises:
-    InputError: see `check`. The stages check the recipe earlier, but not if the student was copied into the workdir.
+    InputError: see `check`. The stages check the recipe before anything trains.
   """
   check(next(iter(runs)), recipe, suspect.place.task, suspect.model, settings)
   suspects = recipe.prepare(suspect, settings, runs) if recipe.prepare else [suspect] * len(runs)
