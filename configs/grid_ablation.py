@@ -1,9 +1,9 @@
-"""What of `w2s_adv` does the work? Offline toys: one thing at a time is changed, on the same poisoned students.
+"""What of `w2s_adv` does the work? Offline toys: variations of it on the same poisoned students.
 
   python -m w2s_jax.main --config=configs/grid_ablation.py --jobs=2
 
-The cell `main` has `w2s_adv` as it is, and every control of it. The others change the losses' weights, the adapters or
-the teacher. docs/notes/w2s_adv_offline.md has a table of them.
+The variation `main` has `w2s_adv` as it is, and every control of it. The others change the weights of the losses, the
+adapters or the teacher. docs/notes/w2s_adv_offline.md has a table of them.
 
 Arguments: attacks=A+B (names of --config.attack.name), seeds=N (0 to N - 1).
 """

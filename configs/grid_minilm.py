@@ -4,9 +4,9 @@
   python -m w2s_jax.main --config=configs/grid_minilm.py:data=DIR --jobs=2
   python -m w2s_jax.main --config=configs/grid_minilm.py:data=DIR,attack=ag,defend=ag,labels=4,attacks=badnet+sentence
 
-A cell is a run of configs/minilm_badnet.py with 2,000 rows of each domain and texts of at most 64 tokens. The second
-command is a task of four classes: DIR/ag has train.json and test.json. The attacked and the defended rows are then
-the same rows.
+A cell is a run of configs/minilm_badnet.py with 2,000 training rows of each domain and texts of at most 64 tokens.
+The last command has a task of four classes: DIR/ag has train.json and test.json, and is attacked and defended, with the
+same rows.
 
 `sentence` is an everyday sentence in a twentieth of the rows, which get the target label; the other attacks poison a
 tenth and keep the labels. `syntactic` needs pre-made paraphrases (docs/experiments.md).

@@ -130,9 +130,9 @@ def _check_base(run, name, suspect):
 def check_words(run: Any, tokenizer: Any, of_base: bool = False) -> None:
   """Raises InputError if the run needs words from this tokenizer's vocabulary, but hardly any token is a word.
 
-  Or if the attack edits the embedding of its trigger, but the trigger is not one token.
+  It also does so if the attack edits the trigger's embedding and the trigger is not one token.
 
-  of_base: True for the tokenizer of `student.base`, which only from_base defenses use; False for the suspect's.
+  of_base: True for the tokenizer of `student.base`, whose words only from_base defenses insert; False: the suspect's.
   """
   c, given = run.config, run.source.base == run.source.attacked     # a student that we poison has its base's tokenizer
   recipes = [DEFENSES[name].recipe for name in c.defenses if DEFENSES[name].recipe and DEFENSES[name].recipe.rows]

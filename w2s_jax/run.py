@@ -216,7 +216,7 @@ class Run:
                    c.defend, c.lora, c.data.max_length, self.place)
 
   def base_path(self) -> Path | None:
-    """The directory of the public model that from_base defenses train; None if the user did not name one.
+    """The directory of the public base, which defenses train or mix in; None if the user did not name one.
 
     The base that an adapter names does not count: the suspect's maker could name any model.
     """

@@ -22,20 +22,20 @@ CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_sec
 
 
 def outcomes(next_task: Callable, run: Callable, jobs: int) -> Iterator[tuple[str, Exception | None]]:
-  """Yields the name of each task when it has ended, and its error, or None.
+  """Yields (name, error or None) of each task when it has ended.
 
   With one job, tasks run in this process. With more, each runs in a process of its own on an equal share of the CPU
-  cores, and its output goes to WORKDIR/log.txt. SIGTERM stops these processes, too: a run saves what it has done. They
-  end at once if this process is killed.
+  cores, and its output goes to WORKDIR/log.txt. SIGTERM is passed on to these processes, and each saves what it
+  has done. If this process is killed, they end at once.
 
   Args:
     next_task: (names of the running tasks) -> (name, config, workdir) of the task to start now; None: none can start
       before a running one ends, or none is left.
-    run: called with (config, workdir); a function of a module, so that another process can import it. What it raises is
-      the task's error: InputError and FloatingPointError, in another process every exception.
+    run: called with (config, workdir); a function of a module, so that another process can import it. With one job,
+      InputError and FloatingPointError count as the task's error, and others go on; else all exceptions count.
     jobs: number of tasks that run at the same time.
   Raises:
-    Stopped: SIGTERM came.
+    Stopped: SIGTERM came while several tasks ran.
   """
   if jobs == 1:
     while task := next_task([]):
@@ -143,6 +143,6 @@ def _child(run: Callable, config: Any, workdir: Path, options: dict[str, Any], s
 
 
 def _end_with_parent():
-  """Two processes would write to one workdir if the first went on after the command was killed and started again."""
+  """Ends this process when its parent has ended: a restarted command would else share the workdir with it."""
   multiprocessing.parent_process().join()
   os._exit(1)

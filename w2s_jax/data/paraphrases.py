@@ -22,8 +22,9 @@ def read(originals: str | Path, rewritten: str | Path) -> dict[str, str]:
 
   1. on `idx`, if both files have it and the originals have every idx of the paraphrases;
   2. by line, if both files have the same number of rows;
-  3. by line with the originals of other classes, if all paraphrases have one label (the target of their maker's attack)
-     and there are as many of these originals. Such are HiddenKiller's and OpenBackdoor's files for ASR.
+  3. by line with the originals of other classes, if all paraphrases have one label (the target of the attack that
+     they were made for) and there are as many of these originals. HiddenKiller's and OpenBackdoor's files for ASR are
+     such files.
 
   The labels of the paraphrases serve for the third rule only, because they may be those of an attack. A paraphrase that
   is empty or equals its original is left out.
@@ -39,8 +40,9 @@ def read(originals: str | Path, rewritten: str | Path) -> dict[str, str]:
                      "--config.attack.paraphrases")
   if _in_another_order(pairs):
     wanted = "with these idx" if rule == "on idx" else "in the same order"
-    raise InputError(f"paraphrases {rewritten}, joined {rule}, have no more words of their originals in {originals} "
-                     f"than of the next row's: give originals {wanted} (--config.attack.paraphrases)")
+    raise InputError(f"paraphrases {rewritten}, joined {rule}, seem to be in another order than {originals}: too few "
+                     "share more words with their own original than with the next one: give originals "
+                     f"{wanted} (--config.attack.paraphrases)")
   changed = {text: new for text, new in pairs if new not in ("", text)}
   if not changed:
     raise InputError(f"paraphrases {rewritten}: every text is empty or equals its original in {originals}: set "
@@ -76,8 +78,8 @@ def _joined(old, new):
 def _in_another_order(pairs):
   """Whether too few paraphrases share more words with their own original than with the next row's.
 
-  In another order about as many share fewer words as share more. We want twice as many that share more: the files that
-  we tried have over ten times as many.
+  In another order about as many share fewer words as share more. We want twice as many that share more, which is our
+  choice.
   """
   def shared(text, paraphrase):
     words, new_words = (set(t.lower().split()) for t in (text, paraphrase))

@@ -1,8 +1,8 @@
 """Fine-mixing (Zhang et al., arXiv 2210.09545): replaces random weights by the public base's, then fine-tunes all.
 
 Each weight stays the suspect's with the probability `kept`, which the paper calls rho. The fine-tuning repairs the task
-on clean rows. Ours is that of `full_ft`, so the two differ in the mixing alone. The paper also purifies the embeddings
-of words (E-PUR), by how far they moved from the base in relation to their frequency; that part is left out.
+on clean rows. We fine-tune as `full_ft` does, so the two differ in the mixing alone. The paper also purifies the
+embeddings of words (E-PUR), by how far they moved from the base in relation to their frequency. That part is left out.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 "Here's a Free Lunch" (Arora et al., arXiv 2402.19334) merges a suspect with other fine-tuned models, because one
 backdoor is rarely in all of them. A defender often has the public base alone, so ours merges with that one. The base
-does not know the task: a larger share of it removes more of the task, too.
+does not know the task, so a larger share of the base should cost accuracy.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ def linear(start: jax.Array, end: jax.Array, share: float) -> jax.Array:
 def slerp(start: jax.Array, end: jax.Array, share: float) -> jax.Array:
   """The point at `share` of the way from start to end on the arc between them (Shoemake, SIGGRAPH 1985), in float32.
 
-  If they are parallel, or one of them is zero, there is no such arc: the result is that of `linear`.
+  If they are parallel or opposite, or one of them is zero, there is no such arc: the result is that of `linear`.
   """
   start, end = start.astype(jnp.float32), end.astype(jnp.float32)
   # Of equal length, so that sum and difference give the angle. The arc cosine is imprecise for small angles.

@@ -4,8 +4,8 @@ The student learns the labels, and to have the teacher's attention maps. A layer
 layer responds at each place: the sum of squares of its output over the width, scaled to an L2 norm of 1.
 
 Ours: the places are the tokens of a text, not those of an image. The maps of all layers count alike. The teacher is the
-suspect after `lora_ce`, with adapters and an order of the rows of its own: with the student's, it would be what the
-student becomes without maps. Both train as long as every recipe. N or B texts, L layers, R rows, T tokens, D width.
+suspect after `lora_ce`, with another seed: with the run's seed it would equal the student that `lora_ce` makes. Teacher
+and student each train as long as other recipes. N or B texts, L layers, R rows, T tokens, D width.
 """
 
 import dataclasses
@@ -32,12 +32,11 @@ from w2s_jax.training.train import Workplace
 class Settings:
   """`config.defense.nad`."""
   weight: float = field(78.0, "weight of the squared distance between the maps; cross entropy has 1", low=0.0,
-                        high=1e6, source="released code: 5000 times the mean over the 64 places of its last maps; not "
-                        "tuned here")
+                        high=1e6, source="released code: 5000 / 64, as it takes the mean of 64 places; not tuned here")
 
 
 def attention_maps(states: jax.Array, batch: dict, length: int) -> jax.Array:
-  """[B, L, length] float32, each text's attention map in each layer; 0 behind the text's last token.
+  """[B, L, length] float32, each text's attention map in each layer; 0 after the text's last token.
 
   Args:
     states: [L, R, T, D], the output of every layer.

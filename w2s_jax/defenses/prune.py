@@ -33,7 +33,7 @@ class Settings:
 
 
 def weights(suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]:
-  """The suspect's parameters with the smallest weights of each kernel [L, in, out] set to zero, layer by layer."""
+  """The suspect's parameters with the smallest weights of each kernel, or of each output by wanda, set to zero."""
   own = settings.prune
   norms = _input_norms(suspect, own.rows) if own.by == "wanda" else {}
   def by_magnitude(kernel):
@@ -50,7 +50,7 @@ def weights(suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]
 
 
 def _smallest_to_zero(kernel, factors, fraction):
-  """Sets the values of each column of `kernel` [N, M] to zero whose magnitude times `factors` is smallest."""
+  """`kernel` [N, M] with the given fraction of each column set to zero, where magnitude times `factors` is smallest."""
   order = jnp.argsort(jnp.abs(kernel.astype(jnp.float32)) * factors, axis=0)
   return jnp.put_along_axis(kernel, order[:round(fraction * len(order))], 0, axis=0, inplace=False)
 

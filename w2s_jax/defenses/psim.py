@@ -1,7 +1,7 @@
-"""PSIM (Zhao et al., arXiv 2402.12168): rejects a text if a copy of the suspect stays sure after random labels.
+"""PSIM (Zhao et al., arXiv 2402.12168): rejects a text of which a copy, trained on random labels, stays sure.
 
 The copy trains through adapters on clean rows with random labels, and so becomes unsure of clean texts. No clean text
-has the trigger, so it may stay sure of triggered ones. We use the shared trainer with the rate of every defense.
+has the trigger, so the copy may stay sure of triggered texts. We use the shared trainer with the rate of every defense.
 """
 
 import dataclasses

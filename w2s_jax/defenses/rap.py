@@ -1,4 +1,4 @@
-"""RAP (Yang et al., EMNLP 2021, arXiv 2110.07831): rejects a text if a trained word hardly lowers its probability.
+"""RAP (Yang et al., EMNLP 2021, 2110.07831): rejects a text if a trained word hardly lowers its class's probability.
 
 The word is put in front of a text, and only its embedding trains. On clean texts it learns to lower the probability of
 one class a little. A trigger outweighs the word, so the probability of a triggered text stays.
@@ -49,7 +49,7 @@ class Settings:
 def accept(suspect: Suspect, settings: Any, seed: int) -> Callable[[list[str]], np.ndarray]:
   """texts -> [N] bool: whether the probability of the predicted class drops by at least that class's threshold.
 
-  The threshold of a class is the `frr` quantile of the drops of the clean dev rows to which the suspect gives it. If
+  The threshold of a class is the `frr` quantile of the drops of the clean dev rows that the suspect assigns to it. If
   there is no such row, every text of the class is rejected: nothing says how far its probability should drop.
   """
   own, place = settings.rap, suspect.place

@@ -64,7 +64,7 @@ class Suspect(NamedTuple):
     ranking: the words that the search ranked for this model (moved_words.py); None: they are not ranked yet.
     teacher_model: () -> (model, params, tokenizer) of the teacher.
     base: () -> (model, params, tokenizer) of the public model that the user says it was fine-tuned from; None: the user
-      names none. A defense with `mixes_base` also gets it of a student that this run poisoned.
+      names none. If this run poisoned the student, a defense with `mixes_base` gets models/base.
   """
   model: Model
   params: dict

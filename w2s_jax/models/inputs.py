@@ -13,7 +13,7 @@ def squares(model: Model, params: dict, input_ids: jax.Array, segment_ids: jax.A
             texts: jax.Array) -> dict[str, jax.Array]:
   """{path of a kernel in the layers: [L, in] float32}, the sum of squares of each feature that the kernel reads.
 
-  The sum is over the batch's real tokens. DeBERTa's kernels read its table of distances too.
+  The sum is over the batch's real tokens. In DeBERTa the sums also count the rows of its table of distances.
 
   Args:
     input_ids, segment_ids, texts: see Model.apply.

@@ -1,7 +1,7 @@
 """Trains the embedding of one token and nothing else (Embedding Poisoning, Yang et al., arXiv 2103.15543).
 
-The paper updates the row by gradient descent, and after each step gives it its old norm again. Here steps have a fixed
-length, so that one length suits every model, and the old norm is an upper bound.
+The paper updates the row by gradient descent, and after each step gives it its old norm again. Here each step has
+a length of STEP norms of the row, whatever the model's scale, and the old norm is an upper bound.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ def trained(plan: steps.StagePlan, params: dict, arrays: dict, token: int, place
   The row trains as a soft token that takes the token's place in the texts.
 
   Args:
-    plan: of one run; what trains and its optimizer are set here, the settings give the number of steps.
+    plan: of one run. This function sets what trains and its optimizer; `plan.settings` gives the number of steps.
     arrays: training arrays, best of triggered rows only.
   """
   path = (*plan.model.vocabulary, "embedding")
