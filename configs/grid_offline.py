@@ -3,8 +3,9 @@
   python -m w2s_jax.main --config=configs/grid_offline.py --jobs=2
   python -m w2s_jax.main --config=configs/grid_offline.py:attacks=badnet+suffix,seeds=2 --config.defenses=lora_ce,w2s
 
-Each cell is a run of configs/llama_badnet.py with another attack or seed, and with more defenses. Cells of one seed
-share the never-poisoned student and the teacher. A grid that was cut off goes on where it was.
+Each cell is a run of configs/llama_badnet.py with another attack or seed, and with more defenses (docs/results.md,
+"Every defense", has their time). Cells of one seed share the never-poisoned student and the teacher. A grid that was
+cut off goes on where it was.
 
 Arguments: attacks=A+B (names of --config.attack.name), seeds=N (0 to N - 1), triggers=random (each seed and attack has
 drawn words as its trigger: a rare word for badnet, five everyday words for insent, three for combination; no others).
