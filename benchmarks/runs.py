@@ -4,7 +4,6 @@ import argparse
 import concurrent.futures
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from w2s_jax import sharding  # noqa: E402
+from w2s_jax import processes, sharding  # noqa: E402
 from w2s_jax.data import tokenization  # noqa: E402
 from w2s_jax.models import load_pretrained  # noqa: E402
 from w2s_jax.tasks import CLASSIFICATION  # noqa: E402
@@ -29,10 +28,7 @@ def workdir_of(out, attack, seed):
 def take_over(source, target):
   """Copies a directory, unless it is there; a copy that was cut off is made again."""
   if not target.exists():
-    part = target.with_name(f"{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(source, part)
-    os.replace(part, target)
+    processes.copy_whole(source, target)
 
 
 def run_cell(attack, seed, out, config, extra, core, models=()):

@@ -11,7 +11,6 @@ import itertools
 import json
 import logging
 import re
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -166,10 +165,7 @@ def _take_over(cell, directory, made):
   for model in DEPENDS:
     source, target = made.get(_key(cell, model)), directory / "models" / model
     if source and processes.writes() and not target.exists():
-      part = target.with_name(f"{model}.part")
-      shutil.rmtree(part, ignore_errors=True)
-      shutil.copytree(source, part)
-      part.rename(target)
+      processes.copy_whole(source, target)
   processes.wait(f"models of {directory}")
 
 

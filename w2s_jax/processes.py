@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import signal
 import time
 import zlib
@@ -91,6 +92,14 @@ def write_text(path: Path, text: str) -> None:
     part.write_text(text)
     os.replace(part, path)
   wait(f"after {path}")
+
+
+def copy_whole(source: Path, target: Path) -> None:
+  """Copies a directory, whole or not at all, in the process that calls this function."""
+  part = target.with_name(f"{target.name}.part")
+  shutil.rmtree(part, ignore_errors=True)
+  shutil.copytree(source, part)
+  os.replace(part, target)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -19,12 +19,12 @@ import optax
 
 from w2s_jax import losses, sharding
 from w2s_jax.config import field
-from w2s_jax.data import packing, streams
+from w2s_jax.data import streams
 from w2s_jax.defenses import distill, lora_ce
 from w2s_jax.defenses.records import Recipe, Suspect
 from w2s_jax.models import ClassifierOutput, Model
 from w2s_jax.tasks import Task
-from w2s_jax.training import steps
+from w2s_jax.training import inference, steps
 from w2s_jax.training.train import Workplace
 
 
@@ -66,10 +66,7 @@ def maps_of(model: Model, params: dict, arrays: dict, place: Workplace) -> np.nd
   """[N, L, T] float32 on the host, the attention maps of every text in `arrays`, whose "input_ids" are [N, T]."""
   N, T = arrays["input_ids"].shape
   out = np.zeros((N, model.config.num_layers, T), np.float32)
-  texts = {name: arrays[name] for name in ("input_ids", "length")}
-  for rows, batch in packing.eval_batches(texts, place.eval_batch_size, place.buckets,
-                                          sharding.batch_shards(place.mesh), model.config.pad_token_id or 0):
-    batch = sharding.global_batch(batch, place.mesh)
+  for rows, batch in inference.packed_batches(model, arrays, place.mesh, **place.eval_shapes()):
     out[rows] = np.asarray(_maps_of_batch(model, place.mesh, T, params, batch))[:len(rows)]
   return out
 

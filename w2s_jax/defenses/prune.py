@@ -16,9 +16,10 @@ from flax import traverse_util
 
 from w2s_jax import quantized, sharding
 from w2s_jax.config import field
-from w2s_jax.data import packing, streams
+from w2s_jax.data import streams
 from w2s_jax.defenses.records import Suspect
 from w2s_jax.models import Model, inputs
+from w2s_jax.training import inference
 
 
 @dataclasses.dataclass
@@ -57,13 +58,11 @@ def _smallest_to_zero(kernel, factors, fraction):
 
 def _input_norms(suspect, rows):
   """{path of a kernel in the layers: [L, in] float32}, the L2 norm of each input feature over random clean rows."""
-  mesh, shapes, sums = suspect.place.mesh, suspect.place.eval_shapes(), []
+  mesh = suspect.place.mesh
   chosen = streams.rng(0, "wanda").permutation(len(suspect.train))[:rows]      # a file may be sorted by label
   arrays = suspect.encode([suspect.train[i] for i in chosen])
-  for _, batch in packing.eval_batches(arrays, **shapes, groups=sharding.batch_shards(mesh),
-                                       pad_token_id=suspect.model.config.pad_token_id or 0):
-    batch = sharding.global_batch({name: batch[name] for name in ("input_ids", "segment_ids", "texts")}, mesh)
-    sums.append(_squares(suspect.model, mesh, suspect.params, **batch))
+  sums = [_squares(suspect.model, mesh, suspect.params, **batch) for _, batch in inference.packed_batches(
+      suspect.model, arrays, mesh, **suspect.place.eval_shapes())]
   return jax.tree.map(lambda *parts: jnp.sqrt(sum(parts)), *sums)
 
 

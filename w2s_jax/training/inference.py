@@ -1,7 +1,7 @@
 """Inference: logits, features and perplexities of every row. N rows, C classes, D width."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,14 @@ def _zeros(name, shape):
   return np.zeros(shape, np.float32)
 
 
+def packed_batches(model: Model | Latent, arrays: dict, mesh: jax.sharding.Mesh, *, batch_size: int,
+                   buckets: Sequence[int]) -> Iterator[tuple[np.ndarray, dict]]:
+  """Yields (indices of texts in `arrays`, the global batch of these texts with the fields that Model.apply reads)."""
+  for rows, batch in packing.eval_batches(arrays, batch_size, buckets, sharding.batch_shards(mesh),
+                                          model.config.pad_token_id or 0):
+    yield rows, sharding.global_batch({k: batch[k] for k in ("input_ids", "segment_ids", "texts")}, mesh)
+
+
 def outputs(model: Model | Latent, params: dict, arrays: dict, mesh: jax.sharding.Mesh, *, batch_size: int,
             buckets: Sequence[int],
             empty: Callable[[str, tuple[int, ...]], np.ndarray] = _zeros) -> tuple[np.ndarray, np.ndarray]:
@@ -41,9 +49,7 @@ def outputs(model: Model | Latent, params: dict, arrays: dict, mesh: jax.shardin
         host_arrays[name] = empty(name, (len(arrays["length"]), values.shape[1]))
       host_arrays[name][rows] = np.asarray(values, np.float32)[:len(rows)]
   before = None
-  for rows, batch in packing.eval_batches(arrays, batch_size, buckets, sharding.batch_shards(mesh),
-                                          model.config.pad_token_id or 0):
-    batch = sharding.global_batch({k: batch[k] for k in ("input_ids", "segment_ids", "texts")}, mesh)
+  for rows, batch in packed_batches(model, arrays, mesh, batch_size=batch_size, buckets=buckets):
     out = forward(model, mesh, params, **batch)
     if before:  # fetch the previous batch while the device computes this one
       write(*before)
