@@ -10,7 +10,6 @@
 A stage whose output is in the workdir does not run again; an interrupted stage resumes.
 """
 
-import logging
 import os
 import re
 import sys
@@ -76,27 +75,19 @@ def _find_devices():
     raise InputError(f"JAX finds no device ({reason}): {hint}") from e
 
 
-def _show_log():
-  """Sends the program's log to stdout, one line per message."""
-  log, handler = logging.getLogger("w2s_jax"), logging.StreamHandler(sys.stdout)
-  log.setLevel(logging.INFO)
-  log.propagate = False
-  log.handlers = [handler]
-
-
 def main(argv: list[str]) -> int:
   del argv
   absl_logging.set_verbosity(absl_logging.ERROR)
   import jax  # late: transformers and PyTorch take seconds to load, so the flags are checked first
 
-  from w2s_jax import grid, processes, stages
+  from w2s_jax import grid, processes, stages, workers
   if _JOBS.value > 1:
     jax.config.update("jax_platforms", "cpu")    # of this process, which trains nothing: the devices are for the cells
   if not _connect(processes):
     _find_devices()
   elif _JOBS.value > 1:
     raise InputError("--jobs starts its own processes on one machine: leave it out if there are several processes")
-  _show_log()
+  workers.show_log()
   workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else default_workdir(sys.argv)
   if not jax.config.jax_compilation_cache_dir:     # else the user has set JAX_COMPILATION_CACHE_DIR
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute().parent / ".w2s_cache" / "xla"))

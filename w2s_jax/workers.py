@@ -21,6 +21,14 @@ from w2s_jax import InputError, processes
 CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")    # options of JAX
 
 
+def show_log() -> None:
+  """Sends the program's log to stdout, one line per message."""
+  log = logging.getLogger("w2s_jax")
+  log.setLevel(logging.INFO)
+  log.propagate = False
+  log.handlers = [logging.StreamHandler(sys.stdout)]
+
+
 def outcomes(next_task: Callable, run: Callable, jobs: int) -> Iterator[tuple[str, Exception | None]]:
   """Yields (name, error or None) of each task when it has ended.
 
@@ -128,10 +136,7 @@ def _child(run: Callable, config: Any, workdir: Path, options: dict[str, Any], s
   with open(workdir / "log.txt", "a") as log:
     for stream in (sys.stdout, sys.stderr):
       os.dup2(log.fileno(), stream.fileno())                  # XLA writes to the files, not to Python's streams
-  logger = logging.getLogger("w2s_jax")
-  logger.setLevel(logging.INFO)
-  logger.propagate = False
-  logger.handlers = [logging.StreamHandler(sys.stdout)]
+  show_log()
   try:
     run(config, workdir)
   except processes.Stopped:
