@@ -192,7 +192,7 @@ DEVICES = ("accelerator", "cpu")
 def smollm2(arg, attack):
   """The config of the student SmolLM2-135M with the teacher all-MiniLM-L6-v2.
 
-  It is for one accelerator; with device=cpu it is for two cores: fewer rows, and poisoning through LoRA.
+  It is for one accelerator. With device=cpu it is for two cores: fewer and shorter texts, and poisoning through LoRA.
 
   Args:
     arg: text after the config's colon, with SMOLLM_ARGUMENTS.
@@ -225,8 +225,9 @@ def smollm2(arg, attack):
     return c
   c.poison.update(lora=16, learning_rate=8e-4, epochs=1, evaluations=1)
   c.attack.poison_count = 500
+  c.data.update(max_length=64, attack_max_length=64, buckets=(16, 32, 48, 64))
   c.data.attack_rows.update(train=2000, dev=200)
-  c.data.defend_rows.update(train=2000, dev=200)
+  c.data.defend_rows.update(train=2000, dev=200, test=600)
   c.defend.epochs = 1
   c.lora.update(rank=16, alpha=16.0)
   return c

@@ -82,6 +82,19 @@ def test_the_grid_on_real_data():
     config_of("grid_minilm", "data=d,attacks=badnet+nope")
 
 
+@pytest.mark.parametrize("device", ["", ",device=cpu"])
+def test_the_grid_of_smollm2(device):
+  """The cells are those of the configs with one attack, on either device; an attack that is unknown."""
+  cells = grid.cells(config_of("grid_smollm", f"data=d,seeds=1{device}"))
+  for attack, name in (("badnet", "badnet"), ("insent", "insent"), ("syntactic", "synattack")):
+    alone = config_of(f"smollm_{name}", f"data=d{device}")
+    alone.defenses = cells[f"{attack}-0"].defenses
+    assert cells[f"{attack}-0"].to_dict() == alone.to_dict()
+    checks.check_fields(alone)
+  with pytest.raises(InputError, match=r"attacks: got 'nope', want names among badnet\+insent\+syntactic"):
+    config_of("grid_smollm", "data=d,attacks=nope")
+
+
 @pytest.mark.parametrize("axes, message", [
     ({"seed": {}}, "grid axis 'seed' has no values"),
     ({"rank": {"4": {"lora": {"rnk": 4}}}}, "grid axis 'rank', value '4': config has no field 'lora.rnk'"),
