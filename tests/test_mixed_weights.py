@@ -1,4 +1,4 @@
-"""Defenses that mix a public base's weights into the suspect's: `merge` and `fine_mix`."""
+"""Defenses that mix a public base into the suspect: `merge`, `lethe` and `fine_mix`."""
 
 import dataclasses
 import json
@@ -17,9 +17,9 @@ from safetensors.numpy import load_file
 from test_from_base import CLEANING
 
 from w2s_jax import InputError
-from w2s_jax.adapters import trees
+from w2s_jax.adapters import attach, trees
 from w2s_jax.data import tokenization
-from w2s_jax.defenses import DEFENSES, base, distill, fine_mix, merge
+from w2s_jax.defenses import DEFENSES, base, distill, fine_mix, lethe, merge
 from w2s_jax.models import Model
 
 
@@ -177,3 +177,40 @@ def test_a_given_suspect_with_a_base_of_another_width_is_refused(tiny_run, tmp_p
                    f"--config.student.base={wide}", "--config.defenses=merge")
   assert out.returncode == 2 and "the public base cannot be mixed into the suspect: layers/mlp/" in out.stderr
   assert not (tmp_path / "w").exists()
+
+
+def lethe_of(suspect, **values):
+  own = settings(lethe=values)
+  return flat(DEFENSES["lethe"].weights(suspect, own, {"lethe": 0})[0])
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp"])
+def test_the_ends_of_lethe_are_the_suspect_and_the_clean_model(method, suspect):
+  """The clean model is that of `from_base`, with its head."""
+  suspect.training.update(max_steps=4)
+  model, params, tokenizer = suspect.base()
+  of_base = suspect._replace(model=model, params=params, tokenizer=tokenizer)
+  clean, = distill.train(DEFENSES["from_base"].recipe, of_base, settings(), {"from_base": 0})
+  for share, wanted in ((0.0, suspect.params), (1.0, attach.merge(clean))):
+    got = lethe_of(suspect, share=share, method=method)
+    for path, leaf in flat(wanted).items():
+      np.testing.assert_allclose(got[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_ties_keeps_the_largest_changes_that_agree_in_sign():
+  """Of four changes half are kept. Then: both positive, one model alone, opposite signs, nothing."""
+  public = jnp.array([1.0, 1.0, 1.0, 1.0])
+  ours = public + jnp.array([0.4, 0.1, -0.8, 0.0])          # keeps 0.4 and -0.8
+  clean = public + jnp.array([0.2, 0.3, 0.0, 0.1])          # keeps 0.2 and 0.3
+  np.testing.assert_allclose(lethe.ties(ours, clean, public, 0.5), [1.3, 1.3, 0.2, 1.0], rtol=1e-6)
+  opposite = public + jnp.array([0.2, 0.0, 0.3, 0.0])       # at the third: -0.8 wins over 0.3
+  np.testing.assert_allclose(lethe.ties(ours, opposite, public, 0.5), [1.3, 1.0, 0.2, 1.0], rtol=1e-6)
+  np.testing.assert_allclose(lethe.ties(ours, ours, public, 1.0), ours, rtol=1e-6)
+
+
+def test_ties_of_the_suspect_with_the_untrained_base_is_the_suspect(suspect):
+  """A clean model that did not train has no changes, so all that is kept is the suspect's."""
+  suspect.training.update(max_steps=1, learning_rate=1e-20)
+  got = lethe_of(suspect, method="ties", density=1.0)
+  for path, leaf in flat(suspect.params).items():
+    np.testing.assert_allclose(got[path], leaf, rtol=1e-4, atol=1e-6, err_msg=path)

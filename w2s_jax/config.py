@@ -153,8 +153,8 @@ class GivenData(Data):
 class Student:
   """The large model."""
   path: str = field("", "directory, .gguf file, hub id or pypi:PACKAGE/DIR; empty: a new network of the shape `arch`")
-  base: str = field("", "public model that from_base defenses train, best the one that `path` was made from; merge and "
-                    "fine_mix need that one; for an adapter its own base; empty: none, or the base an adapter names")
+  base: str = field("", "public model that from_base defenses train, best the one `path` was made from; merge, lethe, "
+                    "fine_mix need it; for an adapter its own base; empty: none, or the base an adapter names")
   dtype: str = field("float32", "dtype of the frozen base and the activations: float32, bfloat16 or float16")
   remat: str = field("none", "what the backward pass recomputes: none, dots or full")
 

@@ -197,15 +197,13 @@ class Run:
   def suspect(self, defense: Defense) -> Suspect:
     """The Suspect that a defense gets."""
     c, recipe = self.config, defense.recipe
-    options = {"lora_dropout": c.lora.dropout, "remat": c.student.remat}
-    if recipe and "adapter" in recipe.trains:
-      options["quantize"] = c.lora.quantize
-    of_base = recipe and recipe.from_base
-    if of_base:
+    runtime = {"lora_dropout": c.lora.dropout, "remat": c.student.remat}
+    options = runtime | {"quantize": c.lora.quantize if recipe and "adapter" in recipe.trains else ""}
+    if recipe and recipe.from_base:
       return self.suspect_of(self.load_base(**options))
     file = search.ranking_file(self)
     ranking = Ranking.from_json(file.read_text()) if file.exists() else None
-    base = self.load_base if c.student.base or defense.mixes_base else None
+    base = functools.partial(self.load_base, **runtime) if c.student.base or defense.mixes_base else None
     return self.suspect_of(self.load(self.source.attacked, **options))._replace(
         ranking=ranking, teacher_model=lambda: self.load(results.TEACHER), base=base)
 

@@ -1,4 +1,4 @@
-"""Mixes the weights of a public base into the suspect's, for merge.py and fine_mix.py.
+"""Mixes the weights of a public base into the suspect's, for merge.py and fine_mix.py; lethe.py checks the base here.
 
 The head stays the suspect's, because a base may have none. An encoder's pooler belongs to the head.
 """
@@ -35,8 +35,8 @@ def check(model: Model, tokenizer: Any, base: Model, base_tokenizer: Any) -> Non
 
   The suspect's tokenizer may have more tokens: a padding token is often added to unused rows of the embeddings.
   """
-  wanted = ("set --config.student.base to the model that the suspect was fine-tuned from, or leave merge and fine_mix "
-            "out of --config.defenses")
+  wanted = ("set --config.student.base to the model that the suspect was fine-tuned from, or leave merge, lethe and "
+            "fine_mix out of --config.defenses")
   ours, public = (_shapes(m) for m in (model, base))
   if odd := sorted(path for path in ours.keys() | public.keys() if ours.get(path) != public.get(path)):
     raise InputError(f"the public base cannot be mixed into the suspect: {odd[0]} has the shape {public.get(odd[0])}, "

@@ -6,6 +6,7 @@ does not know the task, so a larger share of the base should cost accuracy.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,14 +31,16 @@ class Settings:
 def weights(suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]:
   """The suspect's parameters, mixed with the base's."""
   own = settings.merge
-  def mix(ours, public):
-    return jax.tree_util.tree_map_with_path(mix_leaf, ours, public)
-  def mix_leaf(path, ours, public):
-    def interpolate(pair):
-      return METHODS[own.method](*pair, own.share).astype(ours.dtype)
-    stacked = path[0].key == "layers"
-    return jax.lax.map(interpolate, (ours, public)) if stacked else interpolate((ours, public))
-  return [base.mixed(suspect, mix)] * len(runs)
+  def interpolate(ours, public):
+    return METHODS[own.method](ours, public, own.share).astype(ours.dtype)
+  return [base.mixed(suspect, lambda ours, public: by_tensor(interpolate, ours, public))] * len(runs)
+
+
+def by_tensor(function: Callable[..., jax.Array], *params: dict) -> dict:
+  """`function` of the trees' leaves, one tensor at a time: leaves of the layers are stacked, and have one per layer."""
+  def of_leaf(path, *leaves):
+    return jax.lax.map(lambda parts: function(*parts), leaves) if path[0].key == "layers" else function(*leaves)
+  return jax.tree_util.tree_map_with_path(of_leaf, *params)
 
 
 def linear(start: jax.Array, end: jax.Array, share: float) -> jax.Array:
