@@ -33,7 +33,7 @@ class DebertaConfig(family.EncoderShared):
   num_heads: int = 12
   max_positions: int = 512            # largest intended number of tokens of a text; the network accepts longer ones
   max_distance: int = 512             # in tokens; larger distances are treated as this one
-  distance_buckets: int = 256         # rows per side: near half one per distance, far half log-spaced; 0: no buckets
+  distance_buckets: int = 256         # rows per side, the far half of them log-spaced; 0: one row per distance
   terms: tuple[str, ...] = TERMS
   share_keys: bool = True             # the tokens' q_proj and k_proj also project the distances
   norm_distances: bool = True         # apply a layer norm to the distance table
@@ -52,13 +52,13 @@ class DebertaConfig(family.EncoderShared):
   @classmethod
   def from_hf(cls, fields: Fields, **runtime: Any) -> Self:
     """Reads transformers' config.json (v4 or v5)."""
-    width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    width, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     for name, wanted in (("relative_attention", True), ("position_biased_input", False)):
       if fields.flag(name, not wanted) != wanted:          # transformers' default is `not wanted`
         raise InputError(f"the model's config.json: {name} {str(not wanted).lower()}, or none, is not supported (want "
                          f"{str(wanted).lower()})")
     fields.only(hidden_act="gelu", pooler_hidden_act="gelu", type_vocab_size=0, conv_kernel_size=0,
-                embedding_size=width, pooler_hidden_size=width, attention_head_size=width // heads)
+                embedding_size=width, pooler_hidden_size=width, attention_head_size=width // num_heads)
     if runtime.get("head") == "lm":
       fields.only(tie_word_embeddings=True, legacy=True)
     positions = fields.integer("max_position_embeddings", 512)
@@ -69,7 +69,7 @@ class DebertaConfig(family.EncoderShared):
       fields.integer("position_buckets", low=2, high=2 * distance - 3)
     hidden_dropout = fields.rate("hidden_dropout_prob", 0.1)
     return cls(
-        hidden_size=width, intermediate_size=fields.integer("intermediate_size"), num_heads=heads,
+        hidden_size=width, intermediate_size=fields.integer("intermediate_size"), num_heads=num_heads,
         num_layers=fields.integer("num_hidden_layers", high=MOST_LAYERS), max_positions=positions,
         max_distance=distance, distance_buckets=buckets, terms=_terms(fields),
         share_keys=fields.flag("share_att_key", False),
@@ -139,18 +139,18 @@ class SelfAttention(nn.Module):
     """distances: [S, D], embeddings of the distances in ascending order."""
     c = self.config
     dense = functools.partial(layers.linear, c, self.train, c.hidden_size)
-    def heads(y):
+    def split_heads(y):
       return y.reshape(*y.shape[:-1], c.num_heads, -1)
     query, key = dense("q_proj"), dense("k_proj")
-    q, k, v = heads(query(x)), heads(key(x)), heads(dense("v_proj")(x))
+    q, k, v = split_heads(query(x)), split_heads(key(x)), split_heads(dense("v_proj")(x))
     distances = layers.dropout(c.hidden_dropout, self.train)(distances)
     bias = 0.0
     if "c2p" in c.terms:
       # Reversed, because the key's offset from the query ascends as the distance falls.
-      distance_keys = heads((key if c.share_keys else dense("pos_k_proj"))(distances[::-1]))
+      distance_keys = split_heads((key if c.share_keys else dense("pos_k_proj"))(distances[::-1]))
       bias += by_key(jnp.einsum("rqhd,shd->rhqs", q, distance_keys))
     if "p2c" in c.terms:
-      distance_queries = heads((query if c.share_keys else dense("pos_q_proj"))(distances))
+      distance_queries = split_heads((query if c.share_keys else dense("pos_q_proj"))(distances))
       bias += by_key(jnp.einsum("rkhd,shd->rhks", k, distance_queries)).swapaxes(-1, -2)
     scale = (q.shape[-1] * (1 + len(c.terms)))**-0.5
     out = layers.attention(q, k, v, mask, c.attention_dropout if self.train else 0.0, bias * scale, scale)
@@ -175,8 +175,8 @@ class Embeddings(nn.Module):
 class DebertaClassifier(nn.Module):
   """Encoder with transformers' pooler and classifier, or, if `config.feature_width` is set, with the W2S widening head.
 
-  The pooler reads the first token of a row. If padding is on the left, this is a padding token, like in transformers.
-  The embedding of padding is 0, and padding attends to all tokens with equal weights.
+  Without packing, the pooler reads the first token of a row, like transformers. With padding on the left this is a
+  padding token. The embedding of padding is 0, and padding attends to all tokens with equal weights.
   """
   config: DebertaConfig
   train: bool = False

@@ -38,7 +38,7 @@ class EncoderConfig(family.EncoderShared):
   layer_norm_eps: float = 1e-12
   hidden_dropout: float = 0.1         # after the embeddings, attention and feed-forward, while training
   attention_dropout: float = 0.1      # on the attention probabilities, while training
-  head_dropout: float = 0.1           # before the classifier, in ROBERTAS and electra also before its dense layer
+  head_dropout: float = 0.1           # before the classifier, in ROBERTAS and electra also before the pooler
   pad_token_id: int | None = 0
 
   @property
@@ -208,8 +208,8 @@ _BERT = ("attention.self.query", "attention.self.key", "attention.self.value", "
          "attention.output.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm")
 _DISTILBERT = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "sa_layer_norm",
                "ffn.lin1", "ffn.lin2", "output_layer_norm")
-# The leaves that these encoders and DeBERTa share. L layers, F feed-forward width, V vocabulary, W feature width,
-# C classes.
+# Rules for the leaves that these encoders and DeBERTa share. L layers, F feed-forward width, V vocabulary,
+# W feature width, C classes.
 SHARDINGS = (
     (r"embeddings/word_embeddings/embedding", P("tensor", "fsdp")),      # [V, E]
     (r"layers/attn/(q|k|v)_proj/kernel", P(None, "fsdp", "tensor")),     # [L, D, D]

@@ -63,7 +63,7 @@ class SharedConfig:
 class EncoderShared(SharedConfig):
   """The fields that every encoder's config adds: an encoder can have the W2S teacher's head."""
   is_decoder: ClassVar[bool] = False
-  feature_width: int = 0              # > 0: the W2S head, Linear(D -> feature_width) -> ReLU = features -> classifier
+  feature_width: int = 0              # of the W2S head: Linear to this width, ReLU (features), classifier; 0: no head
 
   @property
   def feature_size(self) -> int:

@@ -205,10 +205,10 @@ def _tensors(name, norms, classifier="ForSequenceClassification"):
   return Checkpoint(name, checkpoint.prefix, weights, checkpoint.unused, classifier=classifier)
 
 
-# L layers, K key/value heads, d head width, F feed-forward width, V vocabulary, C classes.
 NORMS = (("attn_norm", "input_layernorm"), ("post_attn_norm", "post_attention_layernorm"),
          ("mlp_norm", "pre_feedforward_layernorm"), ("post_mlp_norm", "post_feedforward_layernorm"))
 
+# L layers, K key/value heads, d head width, F feed-forward width, V vocabulary, C classes.
 FAMILY = family.Family(
     config=GemmaConfig, module=GemmaClassifier,
     tensors={"gemma": _tensors("Gemma", ()), "gemma2": _tensors("Gemma2", NORMS),

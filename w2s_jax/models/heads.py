@@ -18,7 +18,7 @@ gelu = functools.partial(nn.gelu, approximate=False)
 
 
 class PredictionHead(nn.Module):
-  """Dense layer, GELU and norm, before a masked language model's logits; in ModernBERT also before the classifier."""
+  """Dense layer, GELU and layer norm before a masked language model's logits. ModernBERT's classifier has them too."""
   config: SharedConfig
   dense_bias: bool = True
   norm_bias: bool = True

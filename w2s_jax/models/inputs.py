@@ -1,4 +1,4 @@
-"""How large the inputs of the layers' kernels are. R rows, T tokens, L layers."""
+"""Measures how large the inputs of the layers' kernels are. R rows, T tokens, L layers."""
 
 import flax.linen as nn
 import jax
@@ -11,9 +11,9 @@ from w2s_jax.models.model import Model
 
 def squares(model: Model, params: dict, input_ids: jax.Array, segment_ids: jax.Array,
             texts: jax.Array) -> dict[str, jax.Array]:
-  """{path of a kernel in the layers: [L, in] float32}, the sum of squares of each feature that the kernel reads.
+  """{path of a kernel in the layers: [L, in] float32}, the sum of squares of each input feature of the kernel.
 
-  The sum is over the batch's real tokens. In DeBERTa the sums also count the rows of its table of distances.
+  The sum is over the batch's real tokens. DeBERTa also applies kernels to embeddings of distances, which count too.
 
   Args:
     input_ids, segment_ids, texts: see Model.apply.

@@ -1,4 +1,4 @@
-"""Soft tokens in the middle of a network. There a trigger of many words may already be a single direction.
+"""Inserts soft tokens between two layers. There a trigger of many words may already be a single direction.
 
 R rows, T tokens, D width, V vocabulary.
 """
@@ -23,10 +23,10 @@ from w2s_jax.models.model import Model
 class Latent:
   """A Model whose soft tokens (layers.Tokens) enter after its first `below` layers.
 
-  `below` is at least 1 and less than the number of layers; `stream` alone also takes 0. At the positions of the soft
-  tokens the first layers read the padding token, and the attention mask treats it as a real token. `apply`, `config`,
-  `shardings` and `vocabulary` work as in Model. BEEAR (arXiv 2406.17092) instead perturbs the hidden states of the text
-  itself.
+  `below` is at least 1 and less than the number of layers. For the method `stream` it may also be 0. The first layers
+  read the padding token at the positions of the soft tokens, and the attention mask treats it as a real token. `apply`,
+  `config`, `shardings` and `vocabulary` work as in Model. BEEAR (arXiv 2406.17092) instead perturbs the hidden states
+  of the text itself.
   """
   model: Model
   below: int
@@ -44,7 +44,7 @@ class Latent:
     return self.model.shardings
 
   def stream(self, params: dict, input_ids: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-    """[R, T, D], the output of the first `below` layers; what the first layer reads if `below` is 0."""
+    """[R, T, D], the output of the first `below` layers; the input of the first layer if `below` is 0."""
     words = jnp.where(input_ids < self.config.vocab_size, input_ids, self.config.pad_token_id or 0)
     return self._layers(0, self.below, params, words, *args, **kwargs).stream
 

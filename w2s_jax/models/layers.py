@@ -27,11 +27,12 @@ class ClassifierOutput:
 
   Attributes:
     logits: [B, C] float32; [B, V] from a language-model head.
-    features: [B, D] float32, each text's pooled vector after the final norm: the last real token in decoders, the
-      first token or the mean of all tokens in encoders. With the W2S head it is the output of the widening layer.
-    hidden: [R, T, D], every token's vector after the final norm, for language-model logits and the released feature
-      loss.
-    stream: [R, T, D], every token's vector before the final norm, which a next layer would take (models/latent.py).
+    features: [B, D] float32, each text's pooled vector after the final norm. Decoders pool the last real token,
+      encoders the first token or the mean of the real tokens. With the W2S head: [B, feature_width], the output of the
+      widening layer.
+    hidden: [R, T, D], every token's vector after the final norm, if there is one. Language-model logits and the feature
+      loss of the paper's released code read it.
+    stream: [R, T, D], every token's vector before the final norm, the input that a further layer would get.
     states: [L, R, T, D], the output of every layer, so the last one is `stream`; None unless Model.apply is asked for
       them.
   """
@@ -77,8 +78,8 @@ def attention_kernel(q: jax.Array) -> Literal["cudnn", "xla"]:
   """The implementation of jax.nn.dot_product_attention for q [B, T, H, d].
 
   It is "cudnn" on a single NVIDIA GPU if cuDNN supports q, else "xla". cuDNN's kernel does not write the scores to
-  memory (docs/benchmarks.md has the savings). On several GPUs it is untested. Runs that train together need
-  its vmap rule, which fails if all heads share one mask (jax 0.11, https://github.com/jax-ml/jax/pull/34920).
+  memory (docs/benchmarks.md has the savings). It is untested on several GPUs. Runs that train together do not use it,
+  because its vmap rule fails if all heads share one mask (jax 0.11, https://github.com/jax-ml/jax/pull/34920).
   """
   supported = q.dtype.itemsize == 2 and q.shape[1] % 2 == q.shape[3] % 8 == 0 and q.shape[3] <= 128
   if not supported or jax.default_backend() != "gpu" or jax.device_count() > 1 or _under_vmap_of_runs():
@@ -111,11 +112,11 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, dropout
     dropout_rate: dropout rate of the attention probabilities; 0 in evaluation.
     bias: broadcastable to [B, H, T, T], added to the scaled scores; None: no bias. With a bias cuDNN is not used.
     scale: factor of the scores; None: 1 / sqrt(d).
-    cap: cap of the scaled scores (`softcap`), which jax.nn.dot_product_attention does not have; 0: no cap.
+    cap: soft cap of the scaled scores, applied before the bias (`softcap`); 0: no cap.
   Returns:
     [B, T, H, d]. A query that may attend to no key gets the mean of all v.
   """
-  if not dropout_rate and not cap:
+  if not dropout_rate and not cap:    # jax.nn.dot_product_attention has neither
     kernel = attention_kernel(q) if bias is None else "xla"
     return jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale, implementation=kernel)
   k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
@@ -127,7 +128,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, dropout
 
 
 def text_mask(segment_ids: jax.Array) -> jax.Array:
-  """[R, 1, T, T] bool: a token attends to its text's real tokens, padding to all real tokens, like in transformers."""
+  """[R, 1, T, T] bool: a token attends to its own text, padding to all real tokens of its row, like in transformers."""
   query, key = segment_ids[:, None, :, None], segment_ids[:, None, None, :]
   return (key > 0) & ((query == key) | (query == 0))
 
@@ -145,14 +146,14 @@ def causal_mask(segment_ids: jax.Array, window: int = 0) -> jax.Array:
 
 
 def text_starts(segment_ids: jax.Array) -> jax.Array:
-  """[R, T] int, the index of the first token of each token's text. Padding belongs to the text before it."""
+  """[R, T] int, where in its row each token's text starts. Padding belongs to the text before it."""
   text = jax.lax.cummax(segment_ids, axis=1)
   begins = text != jnp.pad(text, ((0, 0), (1, 0)))[:, :-1]
   return jax.lax.cummax(jnp.where(begins, jnp.arange(text.shape[1]), 0), axis=1)
 
 
 def count_in_text(real: jax.Array, segment_ids: jax.Array) -> jax.Array:
-  """[R, T] int, for each token the number of `real` tokens in its text up to it, itself included."""
+  """[R, T] int, for each token the number of `real` ([R, T] bool) tokens of its text up to and including itself."""
   count = jnp.cumsum(real, axis=1)
   return count - jnp.take_along_axis(count - real, text_starts(segment_ids), axis=1)
 
@@ -206,10 +207,9 @@ def place_soft(words: jax.Array, input_ids: jax.Array, soft: jax.Array, vocab_si
 
 def last_places(config: SharedConfig, input_ids: jax.Array, segment_ids: jax.Array,
                 texts: jax.Array | None) -> jax.Array:
-  """`places` for `pool`: the last token of each text.
+  """[G, B / G] int, the `places` at which `pool` finds each text's last token.
 
-  A classifier skips the padding token even inside a text, like in transformers: if a text ends in the padding token,
-  the token before it is pooled.
+  If a text itself ends in padding tokens, a classifier pools the last token before them, like transformers.
   """
   if texts is None:
     real = segment_ids > 0
@@ -275,7 +275,7 @@ def layer_stack(block: type[nn.Module], config: SharedConfig, train: bool, x: ja
   `config.remat` names the policy that chooses the values to keep for the backward pass ("none" keeps all).
 
   Args:
-    block: (x, *args, *this layer's entries of per_layer) -> (x, None).
+    block: class of a layer. block(config, train) maps (x, *args, *this layer's entries of per_layer) to (x, None).
     args: arguments that all layers share.
     per_layer: arrays [config.num_layers or more, ...] with one entry per layer, such as its window or rotary base. If
       `config.layers` selects layers, these get their own entries.

@@ -60,7 +60,7 @@ class LlamaConfig(family.SharedConfig):
   def from_hf(cls, fields: Fields, **runtime: Any) -> Self:
     """Reads transformers' config.json (v4 or v5)."""
     model_type = fields.values["model_type"]
-    fields = Fields(ABSENT.get(model_type, {}) | fields.values, fields.where)       # Gemma: gemma.DEFAULTS
+    fields = Fields(ABSENT.get(model_type, {}) | fields.values, fields.where)       # a Gemma has gemma.DEFAULTS
     fields.only(hidden_act="silu")
     heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     kv_heads = fields.integer("num_key_value_heads", heads)
@@ -98,7 +98,7 @@ class LlamaConfig(family.SharedConfig):
 
 
 def _biases(fields):
-  """{field of LlamaConfig: flag} for the biases of linear layers that config.json sets for this model type."""
+  """{field of LlamaConfig: flag} for the biases of linear layers that this model type's config.json can turn on."""
   model_type = fields.values["model_type"]
   choices = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",),
              "smollm3": ("attention_bias", "mlp_bias")}.get(model_type, ())

@@ -79,7 +79,7 @@ def config_from_hf(hf: dict, **runtime: Any) -> SharedConfig:
 
 
 def _is_a_layer(module, method):
-  """Whether `module` is a layer of layers.layer_stack, which scans them under one name."""
+  """Whether this is the call of the module in which layers.layer_stack scans the layers."""
   return (module.name, method) == ("layers", "__call__")
 
 
@@ -121,17 +121,17 @@ class Model:
       params: the parameters from `init` or `load_pretrained`.
       input_ids: [R, T] int; without `texts` a row is a text.
       attention_mask: [R, T] int, 0 on padding, 1 on the row's text.
-      segment_ids: [R, T] int, for rows that may hold several texts: 0 on padding, else a number that ascends from text
-        to text.
-      texts: [G, B / G, 2] int, index of the first and last token of each text among the R / G * T tokens of its group;
-        None: a row is a text.
+      segment_ids: [R, T] int, for rows that may hold several texts: 0 on padding, elsewhere the number of the token's
+        text. These numbers ascend along a row.
+      texts: [G, B / G, 2] int, for G groups of R / G rows and B / G texts (data/packing.py). It has the indices of each
+        text's first and last token among the R / G * T tokens of its group. None: a row is a text.
       dropout_key: a JAX key turns dropout on; without one the output is deterministic.
-      stream: [R, T, D], what the first layer reads instead of the embeddings of `input_ids`; None: the embeddings.
+      stream: [R, T, D], input of the first layer instead of the embeddings of `input_ids`; None: the embeddings.
       states: whether to return the output of every layer, too (ClassifierOutput.states).
     Raises:
       ValueError: neither `attention_mask` nor `segment_ids` is given, or both are.
-      InputError: outside jit, a token is not in the vocabulary, or a text has more tokens than the model has positions.
-        Inside jit such a text has NaN logits.
+      InputError: outside jit, a token is not in the vocabulary, or a text is longer than the table of learned positions
+        (not checked with `texts`). Where this is not checked, such a text has NaN logits.
     """
     if (attention_mask is None) == (segment_ids is None):
       raise ValueError("give Model.apply either attention_mask, for one text per row, or segment_ids")
@@ -152,7 +152,7 @@ class Model:
     leaves = traverse_util.flatten_dict(params)
     soft = leaves.get((*self.vocabulary, "soft"))
     num_ids = self.config.vocab_size + (0 if soft is None else len(soft))
-    if input_ids.size and not 0 <= input_ids.min() <= input_ids.max() < num_ids:     # a NaN spreads from padding too
+    if input_ids.size and not 0 <= input_ids.min() <= input_ids.max() < num_ids:    # also of padding, whose NaN spreads
       raise InputError(f"token ids are {input_ids.min()} to {input_ids.max()}, the model knows 0 to {num_ids - 1}: use "
                        "its own tokenizer")
     learned = any("position_embeddings" in path for path in leaves)
@@ -173,7 +173,7 @@ class Model:
     return self.family.module.lm_logits(self.config, params, hidden)
 
   def weight_names(self) -> dict[str, str]:
-    """{our parameter path: transformers' tensor name} of every leaf; {} in a name is the place of the layer number."""
+    """{our parameter path: transformers' tensor name} of every leaf; {} in a name stands for the layer number."""
     return formats.weight_names(self, traverse_util.flatten_dict(self.abstract_params(), sep="/"))
 
   def abstract_params(self) -> dict:

@@ -32,7 +32,7 @@ class ModernBertConfig(family.EncoderShared):
   num_heads: int = 12
   max_positions: int = 8192           # largest number of tokens of a training text; longer texts are accepted
   layer_norm_eps: float = 1e-5
-  layer_types: tuple = tuple(KINDS[i % 3 > 0] for i in range(22))        # a kind per layer, or more
+  layer_types: tuple = tuple(KINDS[i % 3 > 0] for i in range(22))        # for each layer; further entries are unused
   window: int = 64                    # number of tokens on each side that a token attends to in a sliding layer
   rope_thetas: tuple = (160000.0, 10000.0)                               # rotary bases, in KINDS' order
   attention_bias: bool = False        # of Wqkv and Wo
@@ -87,6 +87,7 @@ class ModernBertConfig(family.EncoderShared):
 
 
 def _turns(interval, num_layers):
+  # Every `interval`-th layer, from the first on, has full attention.
   return [KINDS[i % interval > 0] for i in range(num_layers)]
 
 
@@ -108,7 +109,7 @@ def _rope_thetas(fields):
   for kind, name, default in zip(KINDS, ("global_rope_theta", "local_rope_theta"), (160000.0, 10000.0)):
     rope = nested.section(kind)
     rope.only(rope_type="default", type="default")
-    if name in fields.values and name not in fields:            # transformers 4 uses the other kind's base
+    if name in fields.values and name not in fields:            # transformers 4 then uses the other kind's base
       raise InputError(f"the model's {fields.where}: {name} is null, wanted a number")
     theta = fields.positive(name, default)
     if "rope_theta" in rope and name in fields:
@@ -204,7 +205,7 @@ class ModernBertClassifier(nn.Module):
     window = jnp.abs(jnp.arange(T)[:, None] - jnp.arange(T)) <= c.window
     mask = layers.text_mask(segment_ids)
     kinds = np.array([KINDS.index(kind) for kind in c.layer_types])
-    places = jnp.arange(T)[None]                  # in the row; scores depend on differences alone
+    places = jnp.arange(T)[None]  # in the row, even if it is packed, because scores depend on differences alone
     rotations = [rotary.Rope(rope_theta=theta).cos_sin(places, c.hidden_size // c.num_heads, c.max_positions)
                  for theta in c.rope_thetas]
     cos, sin = (jnp.stack(pair) for pair in zip(*rotations))

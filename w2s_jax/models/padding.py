@@ -1,4 +1,4 @@
-"""The padding token, by which a decoder finds a text's last token: config and tokenizer must agree on it."""
+"""Makes config and tokenizer agree on the padding token, by which a decoder finds a text's last token."""
 
 import dataclasses
 from typing import Any

@@ -28,15 +28,15 @@ class Rope:
   rope_type: str = "default"          # a key of ROPE_FIELDS
   rope_theta: float = 10000.0
   factor: float = 1.0
-  # llama3 divides a pair's frequency by factor if its wavelength is above original / low, keeps it if the wavelength is
-  # below original / high, and interpolates between the two.
+  # llama3 divides a pair's frequency by factor if the pair turns less than low_freq_factor times within the original
+  # length, keeps it if the pair turns more than high_freq_factor times, and interpolates between the two.
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
   # yarn (arXiv 2309.00071) keeps the frequency of a pair that turns more than beta_fast times within the original
   # length, divides it by factor if the pair turns less than beta_slow times, and interpolates between the two.
   beta_fast: float = 32.0
   beta_slow: float = 1.0
-  truncate: bool = True               # yarn: the interpolation begins and ends at whole pairs
+  truncate: bool = True               # yarn: round the interpolation's ends outward to whole pairs
   attention_factor: float | None = None   # factor of cos and sin; None: see `gain`
   # longrope (arXiv 2402.13753) divides each pair's frequency by its short_factor in texts of at most the original
   # length, and by its long_factor in longer texts.
@@ -101,7 +101,7 @@ class Rope:
     return int(head_dim * self.partial_rotary_factor)
 
   def inverse_frequencies(self, head_dim: int, max_positions: int, length: int | jax.Array) -> jax.Array:
-    """[P] float32, each pair's angle per position. Only "dynamic" and "longrope" depend on `length`, in tokens."""
+    """[P] float32, each pair's angle per position. `length`, in tokens, matters only to "dynamic" and "longrope"."""
     theta: float | jax.Array = self.rope_theta
     width = self.turning_width(head_dim)
     if self.rope_type == "dynamic":
@@ -144,7 +144,7 @@ class Rope:
     return 1 - jnp.clip((jnp.arange(width // 2, dtype=jnp.float32) - first) / ramp, 0, 1)
 
   def gain(self, max_positions: int) -> float:
-    """The factor of cos and sin. It increases the attention scores if positions are scaled."""
+    """The factor of cos and sin, by which yarn and longrope increase the attention scores; 1 in the other types."""
     if self.attention_factor is not None:
       return self.attention_factor
     if self.rope_type == "yarn":
@@ -200,7 +200,7 @@ def _parameters(rope_type: str, fields: Fields, rope: Fields) -> dict[str, Any]:
 
 
 def _place(name, fields, rope):
-  """The one of `fields` and `rope` that has the field `name`.
+  """`rope` if it has the field `name`, else `fields`.
 
   Raises:
     InputError: both have the field, with different values.

@@ -1,4 +1,4 @@
-"""Lowers a config's real steps on a mesh from shapes alone; nothing is allocated, however large the model is.
+"""Lowers a config's real steps on a mesh from shapes alone. No array is allocated, however large the model is.
 
 B rows, T tokens, C classes, D feature width.
 """
@@ -24,7 +24,10 @@ STEPS = 1000             # number of steps of the planned stage; it only changes
 
 
 def student(config: Any, **runtime: Any) -> Model:
-  """The config's student: by `student.arch` if there is one and `student.path` is not local, else by config.json."""
+  """The config's student, without parameters.
+
+  Its shape comes from `student.arch` if there is one and `student.path` is not local, else from the path's config.json.
+  """
   c = config
   if "arch" in c.student and not Path(c.student.path).expanduser().exists() or not c.student.path:
     hf = c.student.arch.to_dict()
@@ -57,7 +60,8 @@ def adapted(config: Any, params: dict) -> dict:
 def costliest(config: Any) -> str:
   """The configured defense with the costliest step.
 
-  It ranks by full fine-tuning, then views of a text, then a forward pass of the defense's own, then a teacher.
+  Defenses that train all parameters cost most. Ties are broken by the number of views of a text, then by whether the
+  defense has a forward pass of its own, then by whether it has a teacher.
 
   Raises:
     InputError: no configured defense trains.
@@ -137,8 +141,11 @@ def training_step(plan: steps.StagePlan, params: dict,
 
 def training_batch(plan: steps.StagePlan, task: Task, B: int, T: int, teacher: bool, groups: int = 0,
                    fields: Callable | None = None) -> dict:
-  """One run's abstract batch of B examples; each view of an example has a row of T tokens.
+  """One run's abstract batch of B examples, with a leading axis of length 1 for the run.
 
+  Each view of an example has a row of T tokens.
+
+  teacher: whether the batch has the teacher's outputs.
   groups: number of groups of packed rows; 0: one text per row. A plan whose loss reads the padding never packs.
   fields: see Recipe.fields.
   """

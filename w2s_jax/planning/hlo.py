@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BITS = {"pred": 8, "bf16": 16}                                                # other dtypes end in their number of bits
+BITS = {"pred": 8, "bf16": 16}                                           # in other dtypes the first number is the bits
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 CALLED = re.compile(r"(?:body|calls|to_apply|condition|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -25,7 +25,7 @@ def collectives(text: str) -> list[tuple[str, int, int, bool]]:
   """[(kind, bytes, times, in_loop)] of every collective in the text of a compiled module, on one device.
 
   bytes: size of the result; a combined collective has several results, whose sizes are added.
-  times: number of executions: the product of the trip counts of the loops around it, as far as they are known.
+  times: number of executions, which is the product of the known trip counts of the loops around it.
   in_loop: whether the collective is in a loop.
   """
   computations, entry = _computations(text)
@@ -47,9 +47,10 @@ def collectives(text: str) -> list[tuple[str, int, int, bool]]:
 
 
 def _trips(line, computations):
-  """Trip count of a loop: the compiler's note, else the only bound in the loop's condition divided by the increment.
+  """Trip count of a loop; 1 if it cannot be read.
 
-  The increment of a partly unrolled loop is above 1. The trip count is 1 if it cannot be read.
+  It is the compiler's note, or else the only constant in the loop's condition divided by the counter's increment. The
+  increment of a partly unrolled loop is above 1.
   """
   if noted := TRIPS.search(line):
     return int(noted[1])
@@ -58,8 +59,8 @@ def _trips(line, computations):
   counters = [int(matched[1]) for other in condition if (matched := ELEMENT.search(other))]
   if len(bounds) != 1:
     return 1
-  by = _added(computations.get(BODY.search(line)[1], ()), counters[0]) if len(counters) == 1 else 1
-  return -(-bounds[0] // by)
+  increment = _added(computations.get(BODY.search(line)[1], ()), counters[0]) if len(counters) == 1 else 1
+  return -(-bounds[0] // increment)
 
 
 def _added(body, element):

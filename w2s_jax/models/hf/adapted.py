@@ -1,4 +1,4 @@
-"""Reads a peft adapter: merges its LoRA into its base, once, into a cached directory that is read like any other."""
+"""Merges a peft LoRA adapter with its base, once, into a cached directory that is read like any model directory."""
 
 import json
 import re
@@ -52,7 +52,7 @@ def hub_id_of_base(directory: Path) -> str:
 
 
 def directory_of(adapter: Path, base: Path) -> Path:
-  """The directory of safetensors with the base and the adapter merged, in the base's dtype; made on first use.
+  """The cached directory of safetensors with base and adapter merged, in the base's dtype; written on first use.
 
   Raises:
     InputError: the adapter is of another kind, or has tensors that the base has no place for.
@@ -130,15 +130,15 @@ def _scale(config: dict[str, Any], adapter: Path):
 
 
 def _parts(adapter, base_names, targets):
-  """({tensor of the base: {"A": array, "B": array}}, {tensor: array that replaces the base's})."""
+  """({tensor of the base: {"A": array, "B": array}}, {tensor: array that is added or replaces the base's})."""
   deltas, heads, unknown = {}, {}, []
   for name in files.tensor_names(adapter / ADAPTER_FILE):
-    place = re.fullmatch(r"base_model\.model\.(.{1,300}?)(?:\.lora_(A|B))?\.(weight|bias)", name, re.ASCII)
-    target = f"{place[1]}.{place[3]}" if place else ""
-    adapted = place and any(f".{place[1]}".endswith(f".{module}") for module in targets)      # peft's rule
-    if adapted and place[2] and place[3] == "weight" and target in base_names:
-      deltas.setdefault(target, {})[place[2]] = files.float_tensor(adapter / ADAPTER_FILE, name)
-    elif place and not adapted and not place[2] and "lora_" not in target:
+    parsed = re.fullmatch(r"base_model\.model\.(.{1,300}?)(?:\.lora_(A|B))?\.(weight|bias)", name, re.ASCII)
+    target = f"{parsed[1]}.{parsed[3]}" if parsed else ""
+    adapted = parsed and any(f".{parsed[1]}".endswith(f".{module}") for module in targets)      # peft's rule
+    if adapted and parsed[2] and parsed[3] == "weight" and target in base_names:
+      deltas.setdefault(target, {})[parsed[2]] = files.float_tensor(adapter / ADAPTER_FILE, name)
+    elif parsed and not adapted and not parsed[2] and "lora_" not in target:
       heads[target] = files.float_tensor(adapter / ADAPTER_FILE, name)
     else:
       unknown.append(name)

@@ -80,9 +80,9 @@ class Fields:
         raise InputError(f"the model's {self.where}: {got} is not supported (want {short(value)})")
 
   def one_of(self, **names: str) -> None:
-    """Checks that two names of one thing do not have different values: transformers may read either.
+    """Checks that two names of one field do not have different values, because transformers may read either.
 
-    names: {other name: the name that we read}.
+    names: other name = the name that we read.
     """
     for other, name in names.items():
       if other in self and name in self and self.values[other] != self.values[name]:
@@ -128,7 +128,7 @@ class Fields:
     return Fields({}, f"{self.where}, {names[0]}")
 
   def labels(self, num_labels: int) -> tuple[str, ...]:
-    """Names of the classes in `id2label`, by class; () if they are LABEL_0, ... or its keys are other classes."""
+    """Names of the classes 0, 1, ... from `id2label`; () if they are LABEL_0, ..., or if its keys are other classes."""
     names = self.values.get("id2label")
     keys = {str(i): f"LABEL_{i}" for i in range(num_labels)}
     if not isinstance(names, dict) or names == keys or set(names) != set(keys):

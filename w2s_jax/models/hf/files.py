@@ -96,7 +96,7 @@ def tensor_files(directory: Path) -> dict[str, Path]:
 
 
 def what_is_there(directory: Path) -> str:
-  """The end of the message that a directory has no model: what it has instead, or ""."""
+  """For the message that a directory has no model: a hint at models in other places or formats; "" without any."""
   below = sorted(str(file.parent.relative_to(directory)) for pattern in ("*/config.json", "snapshots/*/config.json")
                  for file in directory.glob(pattern) if b'"model_type"' in _start(file))
   if below:
@@ -126,7 +126,7 @@ def open_tensors(file: Path) -> safetensors.safe_open:
   except (safetensors.SafetensorError, OSError) as e:
     if _start(file).startswith(LFS):
       raise InputError(f"{file} is a pointer of Git LFS, not the weights: fetch them with git lfs pull") from None
-    raise InputError(f"cannot read {file}: {str(e)[:300]!r}") from None  # e quotes the header with its line ends
+    raise InputError(f"cannot read {file}: {str(e)[:300]!r}") from None  # repr, because e quotes the header
 
 
 def _start(file):

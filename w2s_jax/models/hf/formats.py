@@ -14,8 +14,8 @@ class Checkpoint(NamedTuple):
   Attributes:
     name: NAME in the classes NAME + "ForSequenceClassification", NAME + "ForCausalLM" and NAME + "Model".
     prefix: prefix of the backbone's tensors in models with a head. A file saved from the backbone class lacks it.
-    weights: {our parameter path: tensor name}; {} in a name is the place of the layer number.
-    unused: pattern of tensors that are not read (other heads, buffers of transformers 4).
+    weights: {our parameter path: tensor name}; {} in a name stands for the layer number.
+    unused: pattern of tensors that are ignored unless the model has them (other heads, buffers of transformers 4).
     transposed: whether the file has the layers' kernels as [out, in] (torch.nn.Linear); False for GPT-2's Conv1D.
     language_model: suffix of the class with a language-model head.
     classifier: suffix of the class with a classifier.
@@ -31,7 +31,7 @@ class Checkpoint(NamedTuple):
   absent: str = ""
 
 
-HEAD = r"(score|pooler|widen|classifier)/.*"   # our paths that a checkpoint may lack: `load_pretrained` makes them
+HEAD = r"(score|pooler|widen|classifier)/.*"   # our paths; `load_pretrained` initialises those that a file lacks
 
 
 def modules(pairs: Iterable[tuple[str, str]], kernel: str = "kernel", both: bool = True) -> dict[str, str]:
@@ -51,7 +51,9 @@ W2S_HEAD = modules((("widen", "w2s.widen"), ("classifier", "classifier")))
 
 
 def names_by_layer(model: "Model", name: str) -> dict[int | None, str]:
-  """{layer: name of its tensor in the file} of a name with {} for the layer number; {None: name} of a name without {}.
+  """{layer: tensor name}, from a name with {} for the layer number. A name without {} gives {None: name}.
+
+  Layers whose tensor no file has (Checkpoint.absent) are left out.
   """
   if "{}" not in name:
     return {None: name}

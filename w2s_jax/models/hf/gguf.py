@@ -1,4 +1,4 @@
-"""Reads GGUF files: converts each, once, into a cached directory of safetensors that is read like any other.
+"""Converts each GGUF file once into a cached directory of safetensors, which is then read like any model directory.
 
 A file may come from a stranger. Every length in its header is checked before it is used. Unknown fields and tensors
 that would change the network are refused.
@@ -22,7 +22,7 @@ from w2s_jax.models.model import config_from_hf
 
 MOST_ELEMENTS = 2_000_000      # in all arrays of a header; the largest tokenizers have 1.5M tokens, scores and merges
 MOST_FIELDS, MOST_TENSORS = 1000, 20_000
-MOST_LETTERS = 1000            # in a token
+MOST_LETTERS = 1000            # in a token, in characters
 CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 PERMUTED = ("llama",)          # q and k have the two features of a rotary pair side by side
 CONFIG = {"block_count": "num_hidden_layers", "context_length": "max_position_embeddings",
@@ -47,7 +47,7 @@ PLAIN = ("gpt-2", "default")
 
 
 def directory_of(file: Path) -> Path:
-  """The directory of safetensors with a GGUF file's model; made on first use.
+  """The cached directory of safetensors with a GGUF file's model; written on first use.
 
   Weights are dequantized to float32. Each layer has a file of its own.
 
@@ -73,7 +73,7 @@ def _opened(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     raise InputError(f"{file} is a GGUF file: pip install 'gguf>=0.17,<1' reads it, or give a directory of "
                      "safetensors") from None
   class Reader(gguf.GGUFReader):
-    """gguf's reader with bounds. gguf's own reads empty values beyond the file's end, and could count to 2^64 there."""
+    """gguf's reader with bounds. The original reads empty values past the file's end, and could loop 2^64 times."""
     elements = 0
     def _get(self, offset, dtype, count=1, override_order=None):
       if not 0 <= offset <= offset + int(count) * np.dtype(dtype).itemsize <= len(self.data):
@@ -181,7 +181,7 @@ def _write_tokenizer(file, header, directory):
 
 
 def _byte_level(fields, tokens):
-  """A byte-level BPE tokenizer as in GPT-2, SmolLM, Llama 3 (which begins texts with a bos token) or Qwen2."""
+  """A byte-level BPE tokenizer as in GPT-2, SmolLM, Llama 3 or Qwen2."""
   pre = fields.get("pre", "default")
   if pre in SPLITS:
     splits = [pre_tokenizers.Split(tokenizers.Regex(SPLITS[pre]), "isolated"),
@@ -204,11 +204,11 @@ def _byte_level(fields, tokens):
 
 def _sentence_piece(fields, tokens):
   """A BPE tokenizer of characters as in Llama 2: the pair whose joined piece has the highest score merges first."""
-  number = {token: i for i, token in enumerate(tokens)}
-  pairs = [(-fields["scores"][i], number[token[:cut]], number[token[cut:]], token[:cut], token[cut:])
-           for token, i in number.items() for cut in range(1, len(token))
-           if token[:cut] in number and token[cut:] in number]
-  core = tokenizers.Tokenizer(tokenizers.models.BPE(number, [pair[3:] for pair in sorted(pairs)], byte_fallback=True,
+  id_of = {token: i for i, token in enumerate(tokens)}
+  pairs = [(-fields["scores"][i], id_of[token[:cut]], id_of[token[cut:]], token[:cut], token[cut:])
+           for token, i in id_of.items() for cut in range(1, len(token))
+           if token[:cut] in id_of and token[cut:] in id_of]
+  core = tokenizers.Tokenizer(tokenizers.models.BPE(id_of, [pair[3:] for pair in sorted(pairs)], byte_fallback=True,
                                                     fuse_unk=True, unk_token=tokens[fields["unknown_token_id"]]))
   prefix = Fields(fields).flag("add_space_prefix", True)
   core.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first" if prefix else "never", split=False)
@@ -250,9 +250,9 @@ def _name(file, name, layers):
 
 
 def _halves(file, header, name, value):
-  """The tensor with q and k in transformers' order: all first features of a head's rotary pairs, then all second ones.
+  """`value` with its rows in transformers' order, if it is a q or k of a PERMUTED architecture; else `value`.
 
-  Files of the PERMUTED architectures have the two features of a pair side by side.
+  In transformers' order a head has the first features of all rotary pairs, then the second ones.
   """
   kind, part = header["general.architecture"], re.search(r"attn_(q|k)\.", name)
   if kind not in PERMUTED or not part:

@@ -22,7 +22,7 @@ from w2s_jax.models.model import Model, config_from_hf
 LOG = logging.getLogger(__name__)
 
 OLD_NORM_NAMES = {"gamma": "weight", "beta": "bias"}               # in checkpoints converted from TensorFlow
-FLOAT32 = r".*(norm|score|pooler|classifier|widen)/.*"             # norms and heads are float32 in every base
+FLOAT32 = r".*(norm|score|pooler|classifier|widen)/.*"             # leaves that are float32 in every base: norms, heads
 WRAPPED = ("module.", "_orig_mod.", "base_model.model.", "_fsdp_wrapped_module.")      # DDP, torch.compile, peft, FSDP
 
 
@@ -35,12 +35,13 @@ def load_pretrained(path: str | Path, num_labels: int = 2, dtype: str = "float32
   It includes adapters that could not be merged (`w2s_adapter.safetensors`), and logs that it does.
 
   Args:
-    path: see `resolve`, which can also take the base of an adapter.
+    path: see `resolve`. To choose the base of an adapter, call `resolve` first.
     num_labels: number of classes; a head for another number in the checkpoint is an error.
     dtype: dtype of the frozen base; norms and heads are always float32.
-    mesh: devices for the leaves, placed by the model's `shardings`; each host reads only its devices' slices.
+    mesh: devices for the leaves, placed by the model's `shardings`; None: the first device. Each host reads only its
+      devices' slices.
     num_layers: number of layers to keep, from the first on (a small teacher from a larger model); None: all.
-    feature_width: width of the W2S teacher's head on an encoder; None: read from the directory.
+    feature_width: width of the W2S teacher's head on an encoder; None: the head in the directory, or no such head.
     seed: seed of a head that the checkpoint does not have (logged); None: a missing head is an error.
     head: "lm" selects the family's language-model head; the output's logits are then [B, V], for the pooled token.
     quantize: "int8", "int4" or "nf4" quantizes each layer kernel as soon as it is read (quantized.py).
@@ -100,7 +101,7 @@ def _described(directory, num_labels, num_layers, feature_width, runtime):
   """(Model, number of the checkpoint's layers, {tensor name: pieces.Stored}), from config and safetensors headers."""
   hf = files.read_json(directory / "config.json") | {"num_labels": num_labels}
   quantization = Fields(hf).section("quantization_config")
-  if quantization.values and quantization.values.get("quant_method") != "gguf":       # dequantized models keep it
+  if quantization.values and quantization.values.get("quant_method") != "gguf":      # a dequantized GGUF model keeps it
     raise InputError(f"{directory} is quantized (quantization_config in its config.json), but only floats can be read: "
                      "where you trust it, load it with transformers and save model.dequantize() with save_pretrained")
   own_head = feature_width is None and (directory / formats.HEAD_CONFIG).exists()
@@ -116,13 +117,13 @@ def _described(directory, num_labels, num_layers, feature_width, runtime):
       raise InputError(f"{directory} has {total_layers} layers, {num_layers} were asked for: lower .layers")
     model = Model(dataclasses.replace(model.config, num_layers=num_layers))
   tensors = _find_tensors(directory, model.checkpoint)
-  if own_head and "w2s.widen.weight" not in tensors:  # a new one would be as large as the file claims
+  if own_head and "w2s.widen.weight" not in tensors:  # the new head would be as large as the file claims
     raise InputError(f"{directory} has a {formats.HEAD_CONFIG}, but no w2s.widen.weight in a {formats.HEAD_FILE}")
   return model, total_layers, tensors
 
 
 def _find_tensors(directory, checkpoint):
-  """{tensor name: pieces.Stored} of the checkpoint, under the names in the whole classifier."""
+  """{tensor name: pieces.Stored} of the checkpoint, with the names that a model with a head has."""
   file_of = files.tensor_files(directory)
   full = {name: re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{OLD_NORM_NAMES[m[1]]}", whole)
           for name, whole in formats.full_names(checkpoint, file_of).items()}
@@ -141,7 +142,7 @@ def _find_tensors(directory, checkpoint):
         continue
       if full[name] in out:
         raise InputError(f"{directory} has the tensor {short(full[name])} twice, under an old and a new name")
-      if not re.fullmatch(checkpoint.unused, full[name]):     # _check_tensors checks the head's dtypes
+      if not re.fullmatch(checkpoint.unused, full[name]):     # these are checked in _check_tensors if they are read
         files.check_dtype(file, name, tensor.dtype)
       out[full[name]] = tensor
   return out
@@ -150,9 +151,9 @@ def _find_tensors(directory, checkpoint):
 def _check_tensors(directory, model, leaves, names, tensors, total_layers):
   """Compares the checkpoint with the model; returns the names of the head tensors to initialise.
 
-  They belong to modules of the head that the checkpoint lacks completely. If the model has the W2S head and the
-  checkpoint has another head, the whole head is new. The checkpoint's own was trained on other features and may carry
-  the backdoor.
+  These are the tensors of the head's modules that the checkpoint lacks completely. If the model has the W2S head and
+  the checkpoint does not, the whole head is initialised. The checkpoint's own head was trained on other features and
+  may carry the backdoor.
   """
   c, checkpoint = model.config, model.checkpoint
   wanted = {}                                                             # {tensor name: shape in the file}

@@ -23,14 +23,14 @@ another base, the adapter was not measured. Hand on the merged model (`lora.merg
 def export_adapter(directory: str | Path, model: Model, params: dict, base: str | Path = "") -> None:
   """Writes adapter and head as a directory that `peft.PeftModel.from_pretrained` loads onto the same base.
 
-  Whoever unloads the adapter gets the base's backdoor back, so hand on the merged model.
+  Unloading the adapter brings the base's backdoor back, so share the merged model instead.
 
   Args:
     directory: created if missing.
     params: nested dict with adapters.
     base: path or hub id of the base model, recorded for peft.
   Raises:
-    InputError: params hold no adapter, adapters of several kinds, or one of a kind that peft does not have.
+    InputError: params hold no adapter, adapters of several kinds, or an adapter of a kind that peft does not have.
   """
   flat = traverse_util.flatten_dict(params, sep="/")
   names = model.weight_names()
@@ -78,7 +78,7 @@ def _adapted(flat):
 
 
 def _target_modules(names, adapted):
-  """peft's target_modules: the last parts of the modules' names, or a pattern if they also name another module."""
+  """peft's target_modules: the last parts of the adapted modules' names, or a pattern if other modules share them."""
   def last(path):
     return names[path].removesuffix(".weight").rsplit(".", 1)[-1]
   kernels = [p for p in names if p.startswith("layers/") and p.endswith("/kernel")]

@@ -1,4 +1,4 @@
-"""Reads and writes the tensors of safetensors files in small pieces, transposed if needed; reads through memory maps.
+"""Reads (through memory maps) and writes the tensors of safetensors files in small pieces, transposed if needed.
 
 safetensors checks a file's header. Its functions for the values are not used, because they would hold whole tensors in
 memory beside the arrays.
@@ -84,7 +84,8 @@ def mapped(tensor: Stored, rows: slice) -> np.ndarray:
 def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
   """An array of zeros in memory pages of its own. On the CPU `jax.device_put` uses them without a copy.
 
-  Memory from np.empty lacks the alignment that XLA needs, and has huge pages, which a virtual machine may get slowly.
+  Memory from np.empty lacks the alignment that XLA needs. It is also in huge pages, which may be slow to get in a
+  virtual machine.
   """
   size = math.prod(shape) * np.dtype(dtype).itemsize
   pages = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -97,7 +98,7 @@ def copy(values: np.ndarray, out: np.ndarray, transposed: bool) -> None:
   Each tile passes through a small buffer. numpy's own transposition walks through all of the memory once per column,
   and columns at a distance of a power of two evict each other from the processor's caches.
   """
-  if values.dtype == out.dtype:  # as integers: with dtypes of other packages numpy is slow and holds Python's lock
+  if values.dtype == out.dtype:  # as integers, because numpy copies ml_dtypes' bfloat16 slowly and holds the GIL
     bits = f"uint{8 * out.itemsize}"
     values, out = values.view(bits), out.view(bits)
   if not transposed:
@@ -114,7 +115,7 @@ def copy(values: np.ndarray, out: np.ndarray, transposed: bool) -> None:
 
 @contextlib.contextmanager
 def threads() -> Iterator[Run]:
-  """Yields run(do, items), which calls do(item) for each item in several threads and raises any exception of theirs."""
+  """Yields run(do, items), which calls do(item) for each item in several threads and raises their exceptions."""
   with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
     yield lambda do, items: list(pool.map(do, items))
 

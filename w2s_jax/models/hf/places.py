@@ -25,12 +25,12 @@ def resolve(path: str, base: str = "") -> Path:
 
 
 def base_of(path: str, base: str = "") -> Path | None:
-  """The directory of the public model that a model was made from; None if it is not known.
+  """The directory of the public model that the model at `path` was fine-tuned from; None if it is not known.
 
-  It is `base` or the base that an adapter names; `path` and `base` are those of `resolve`.
+  It is `base`, or the base that an adapter names. `path` and `base` have the forms that `resolve` takes.
 
   Raises:
-    InputError: see `resolve`; or the base is itself an adapter.
+    InputError: see `resolve`. Or the base is itself an adapter.
   """
   directory = _located(path)
   if not base and not adapted.is_adapter(directory):

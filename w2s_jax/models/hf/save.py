@@ -33,8 +33,8 @@ def save_pretrained(directory: str | Path, model: Model, params: dict, tokenizer
   """Writes a directory that transformers loads; it appears complete or not at all.
 
   The W2S teacher's head goes to `w2s_head.safetensors`. Adapters that cannot be merged, such as soft tokens, go to
-  `w2s_adapter.safetensors`. `load_pretrained` reads both files. transformers ignores them, and therefore loads the
-  model without its adapter, as the card says.
+  `w2s_adapter.safetensors`. `load_pretrained` reads both files. transformers ignores both: it loads a teacher's
+  backbone alone, and a model without its adapter. The card warns of the missing adapter.
 
   Args:
     directory: created; an existing model directory is replaced, any other directory with files is refused.
@@ -52,7 +52,7 @@ def save_pretrained(directory: str | Path, model: Model, params: dict, tokenizer
   c = model.config
   names = model.weight_names()
   leaves = traverse_util.flatten_dict(params, sep="/")
-  beside = adapter_file.paths_to_save(model, leaves)
+  adapter_paths = adapter_file.paths_to_save(model, leaves)
   directory = Path(directory)
   if directory.exists() and any(directory.iterdir()) and not _is_model_directory(directory):
     raise InputError(f"{directory} exists and is not a model directory alone: give a new one")
@@ -70,47 +70,47 @@ def save_pretrained(directory: str | Path, model: Model, params: dict, tokenizer
       tensors, get_storage_size=lambda t: t.nbytes, get_storage_id=lambda t: None,
       filename_pattern="model{suffix}.safetensors", max_shard_size="5GB")
   files = {formats.HEAD_FILE: head} if head else {}
-  if beside:
-    files[adapter_file.FILE] = {path: _Part(leaves[path], None, False) for path in beside}
+  if adapter_paths:
+    files[adapter_file.FILE] = {path: _Part(leaves[path], None, False) for path in adapter_paths}
     card = "\n".join([card, adapter_file.NOTE] if card else [adapter_file.NOTE])
   files |= {file: {k: tensors[k] for k in keys} for file, keys in shards.filename_to_tensors.items()}
-  part = directory.with_name(directory.name + ".part")
-  processes.wait(f"before {directory}")                                   # all processes have checked the directory
+  staging = directory.with_name(directory.name + ".part")
+  processes.wait(f"before {directory}")                                   # until every process has checked it
   if processes.writes():
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
   with pieces.threads() as run:
     for file, parts in files.items():
-      _write(part / file, parts, run)
+      _write(staging / file, parts, run)
   if processes.writes():
-    _finish(part, directory, model, shards, bool(head), leaves, tokenizer, id2label, card)
+    _finish(staging, directory, model, shards, bool(head), leaves, tokenizer, id2label, card)
   processes.wait(f"saved {directory}")
 
 
-def _finish(part, directory, model, shards, has_head, leaves, tokenizer, id2label, card):
-  """Writes the files beside the tensors, and replaces the directory with `part`."""
+def _finish(staging, directory, model, shards, has_head, leaves, tokenizer, id2label, card):
+  """Writes the files beside the tensors, and replaces the directory with `staging`."""
   c = model.config
   if has_head:
-    (part / formats.HEAD_CONFIG).write_text(json.dumps({"feature_width": c.feature_width}))
+    (staging / formats.HEAD_CONFIG).write_text(json.dumps({"feature_width": c.feature_width}))
   if shards.is_sharded:
-    (part / "model.safetensors.index.json").write_text(
+    (staging / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}))
   dtype = next(leaf.dtype for path, leaf in leaves.items() if re.fullmatch(r"layers/.*/kernel", path))
-  (part / "config.json").write_text(json.dumps(_config(model, id2label, dtype), indent=2))
+  (staging / "config.json").write_text(json.dumps(_config(model, id2label, dtype), indent=2))
   if tokenizer is not None:
-    tokenizer.save_pretrained(part)
+    tokenizer.save_pretrained(staging)
   if card is not None:
-    (part / "README.md").write_text(card)
+    (staging / "README.md").write_text(card)
   old = directory.with_name(directory.name + ".old")
   if directory.exists():
     os.replace(directory, old)
-  os.replace(part, directory)
+  os.replace(staging, directory)
   if old.exists():
     shutil.rmtree(old)
 
 
 class _Part(NamedTuple):
-  """A tensor of a file. It is read from its leaf only when it is written."""
+  """A tensor to write to a file. Its values are fetched from the leaf only when they are written."""
   leaf: jax.Array | np.ndarray
   layer: int | None
   transposed: bool
@@ -134,9 +134,9 @@ class _Part(NamedTuple):
 
 
 def _on_host(leaf, layer):
-  """A leaf, or one of its layers, from shards in the host's memory: a view of a single shard, or several assembled.
+  """The values of a leaf, or of one of its layers, from shards in the host's memory. A single shard is not copied.
 
-  JAX would compile a program to extract the layer, and would keep a copy of the whole leaf.
+  Indexing the leaf itself would compile a program, and JAX would keep a copy of the whole leaf.
   """
   shards = [(shard.index, np.asarray(shard.data)) for shard in leaf.addressable_shards if shard.replica_id == 0]
   if layer is not None:                                                   # no rule shards the layer axis
