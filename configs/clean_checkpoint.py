@@ -1,11 +1,11 @@
-"""Cleans a suspicious checkpoint whose trigger is unknown; makes no attack.
+"""Cleans a suspicious checkpoint whose trigger is unknown.
 
   python -m w2s_jax.main --config=configs/clean_checkpoint.py --config.student.path=DIR --config.data.train=FILE \
       [--config.teacher.path=DIR] [--config.probe.triggers=mn,cf] --workdir=OUT
 
 For a small offline suspect, on one core each, `w2s_adv` trains for 53 to 68 s and `w2s` for 22 to 28 s. A scan takes
-50 to 160 s on a contended core. Expected there, mean ± standard deviation over ten suspects of five kinds of trigger,
-measured before the rate had a warm-up (docs/notes/cleaning_offline.md):
+50 to 160 s on a contended core. Expected, mean ± standard deviation over ten such suspects with five kinds of trigger
+(docs/notes/cleaning_offline.md; measured before the learning rate had a warm-up):
 
   model      CA              ASR
   suspect    0.816 ± 0.039   0.951 ± 0.150

@@ -1,8 +1,12 @@
 """What the experiments share: config sections, model shapes, and the arguments after the config's colon.
 
-Arguments, comma-separated: data=DIR (real files: the attacked domain in DIR/imdb, the defended domain in DIR/sst2),
-attack=NAME and defend=NAME (other directories in DIR), labels=C (number of classes), device=cpu (smollm_*: two cores),
-scale=8b (the released recipe on hub weights), scale=1b and scale=70b (the released recipe at other shapes).
+Arguments, separated by commas:
+
+  data=DIR                  read real files: the attacked domain from DIR/imdb, the defended domain from DIR/sst2
+  attack=NAME, defend=NAME  take the attacked, the defended domain from DIR/NAME
+  labels=C                  number of classes
+  scale=8b                  the released recipe on hub weights; 1b and 70b: the same recipe for another model size
+  device=cpu                (smollm_* alone) a recipe for two CPU cores
 
 w2s_jax/config.py declares every field: its description, default, range and unit, and where the default comes from.
 """
@@ -21,7 +25,11 @@ SMOLLM_ARGUMENTS = DATA_ARGUMENTS | {"device": str}
 
 
 def parse_arg(arg, **allowed):
-  """"a=1,b=x" -> {"a": 1, "b": "x"}; `allowed`: {name: type}. An unknown name or a wrong type is an InputError."""
+  """The arguments in `arg`: {"a": 1, "b": "x"} for "a=1,b=x". `allowed` gives the type of each allowed name.
+
+  Raises:
+    InputError: an unknown name, or a value of another type.
+  """
   out = {}
   for part in filter(None, (arg or "").split(",")):
     name, equals, value = part.partition("=")
@@ -35,7 +43,7 @@ def parse_arg(arg, **allowed):
 
 
 def attacked():
-  """A config for a run that poisons a student, with the declared defaults; the experiment sets shapes and rates."""
+  """A config with the declared defaults for a run that poisons a student. The experiment sets shapes and rates."""
   c = _base()
   c.attack = section(config.Attack)
   c.data = section(config.AttackedData)
@@ -47,7 +55,7 @@ def attacked():
 
 
 def given():
-  """A config for a run that cleans somebody else's checkpoint, with the declared defaults."""
+  """A config with the declared defaults for a run that cleans somebody else's checkpoint."""
   c = _base()
   c.data = section(config.GivenData)
   c.probe = section(config.Probe)
@@ -69,13 +77,16 @@ def _base():
 
 
 def grid(**axes):
-  """The section `grid` of a grid of runs (w2s_jax/grid.py): AXIS={value: {section: {field: value}} that it changes}."""
+  """The section `grid` of a grid of runs (w2s_jax/grid.py): AXIS={value: {section: {field: new value}}}."""
   return ConfigDict(axes, allow_dotted_keys=True)               # a value may be named "0.05"
 
 
 def llama_arch(vocab, width, layers, heads, kv_heads, ffn, *, model_type="llama", rope_theta=10000.0, eps=1e-5,
                tied=True, positions=512, std=0.08):
-  """A decoder's shape in transformers' names, for a new student, or for planning without the weights."""
+  """A decoder's shape in transformers' names, for a new student or for planning without the weights.
+
+  tied: whether the output layer shares the embeddings; std: standard deviation of the initial weights.
+  """
   return ConfigDict(dict(
       model_type=model_type, vocab_size=vocab, hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers,
       num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=positions, rms_norm_eps=eps,
@@ -109,15 +120,15 @@ ENGLISH_DATA = dict(attack_rows=dict(train=0, dev=0, test=0), defend_rows=dict(t
 
 
 def apply_arguments(c, args, shapes, real_student):
-  """Changes an offline decoder experiment according to the arguments data=DIR and scale=NAME.
+  """Changes an offline decoder experiment as the arguments data=DIR, scale=NAME and others ask.
 
   Args:
     c: the experiment's config, changed in place.
     args: result of parse_arg with ARGUMENTS.
     shapes: {scale: (hub id, shape)}.
-    real_student: shape of the new student for real files without a scale.
+    real_student: shape of the new student that trains on real files if there is no scale.
   Raises:
-    InputError: an unknown scale, directories without data=DIR, or SynAttack at a scale without paraphrases.
+    InputError: an unknown scale, an argument that needs data=DIR without it, or SynAttack at a scale without data=DIR.
   """
   data = data_arguments(args)
   if "scale" in args:
@@ -134,10 +145,10 @@ def apply_arguments(c, args, shapes, real_student):
 
 
 def data_arguments(args):
-  """The arguments for `real_data`; {} without data=DIR.
+  """The arguments for `real_data`; {} if there are none.
 
   Raises:
-    InputError: directories or a number of classes without data=DIR.
+    InputError: attack=, defend= or labels= without data=DIR.
   """
   given = {name: args[name] for name in DATA_ARGUMENTS if name in args}
   if given and "data" not in given:
@@ -147,7 +158,7 @@ def data_arguments(args):
 
 
 def real_data(c, data, attack="imdb", defend="sst2", labels=2):
-  """Sets both domains to local files in `data`; `syntactic` then reads the pre-made paraphrases beside them."""
+  """Sets both domains to local files in the directory `data`. SynAttack reads the pre-made paraphrases beside them."""
   attacked, defended = (Path(data) / name for name in (attack, defend))
   c.data.update(attack_source=str(attacked), defend_source=str(defended), num_labels=labels, **ENGLISH_DATA)
   if c.attack.name == "syn_template":
@@ -159,7 +170,7 @@ def real_data(c, data, attack="imdb", defend="sst2", labels=2):
 
 
 def small_from_scratch(c, student):
-  """Sets a new student and a new teacher for real files on two CPU cores: language-model warm-up, then the recipe."""
+  """Sets a new student, a new teacher and their training for real files on two CPU cores."""
   c.student.arch = student
   c.teacher.arch = bert_arch(vocab=6000, width=96, layers=2, heads=4, ffn=256)
   c.warmup.update(learning_rate=2e-3, epochs=4)
@@ -169,7 +180,7 @@ def small_from_scratch(c, student):
 
 
 def released(c, hub_id, student, teacher="google-bert/bert-base-uncased"):
-  """The released recipe (reference: its README and scripts): hub weights, LoRA r=512 on q and v, weights per attack."""
+  """Sets the released recipe (source: the README and scripts of the released code) and weights from the hub."""
   c.student.update(path=hub_id, arch=student, dtype="bfloat16", remat="full")
   c.mesh.update(data=1, fsdp=-1)      # the base does not fit on one chip: all chips shard it
   c.teacher.update(path=teacher, arch=bert_arch(30522, 768, 12, 12, 3072, std=0.02, dropout=0.1))
@@ -192,10 +203,10 @@ DEVICES = ("accelerator", "cpu")
 def smollm2(arg, attack):
   """The config of the student SmolLM2-135M with the teacher all-MiniLM-L6-v2.
 
-  It is for one accelerator. With device=cpu it is for two cores: fewer and shorter texts, and poisoning through LoRA.
+  It is for one accelerator. With device=cpu it is for two CPU cores: fewer and shorter texts, poisoning through LoRA.
 
   Args:
-    arg: text after the config's colon, with SMOLLM_ARGUMENTS.
+    arg: text after the config's colon.
     attack: name of the attack.
   Raises:
     InputError: an unknown argument, no data=DIR, or a device that is not in DEVICES.

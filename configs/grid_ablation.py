@@ -1,11 +1,11 @@
-"""What of `w2s_adv` does the work? Offline toys: variations of it on the same poisoned students.
+"""Which part of `w2s_adv` removes the backdoor? Variations of it on the same poisoned offline toys.
 
   python -m w2s_jax.main --config=configs/grid_ablation.py --jobs=2
 
-The variation `main` has `w2s_adv` as it is, and every control of it. The others change the weights of the losses, the
-adapters or the teacher. docs/notes/w2s_adv_offline.md has a table of them.
+The variation `main` has the unchanged `w2s_adv` and all its controls. The others change the loss weights, the adapters
+or the teacher. docs/notes/w2s_adv_offline.md has a table of the results.
 
-Arguments: attacks=A+B (names of --config.attack.name), seeds=N (0 to N - 1).
+Arguments: attacks=A+B (names of --config.attack.name; badnet+insent by default), seeds=N (0 to N - 1; 3 by default).
 """
 
 from configs import common, llama_badnet

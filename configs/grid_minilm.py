@@ -5,14 +5,19 @@
   python -m w2s_jax.main --config=configs/grid_minilm.py:data=DIR,attack=ag,defend=ag,labels=4,attacks=badnet+sentence
 
 A cell is a run of configs/minilm_badnet.py with 2,000 training rows of each domain and texts of at most 64 tokens.
-The last command has a task of four classes: DIR/ag has train.json and test.json, and is attacked and defended, with the
-same rows.
+The last command has a task of four classes. DIR/ag has train.json and test.json, and is both the attacked and the
+defended domain.
 
-`sentence` is an everyday sentence in a twentieth of the rows, which get the target label; the other attacks poison a
-tenth and keep the labels. `syntactic` needs pre-made paraphrases (docs/experiments.md).
+The attack `sentence` inserts an everyday sentence into a twentieth of the training rows, all of other classes, which
+get the target label. The other attacks insert their trigger into a tenth of the rows and change no label. `syntactic`
+needs pre-made paraphrases (docs/experiments.md).
 
-Arguments: data=DIR, attack=NAME, defend=NAME and labels=C as in configs/common.py; attacks=A+B (some of the four),
-seeds=N (0 to N - 1), rows=N of each domain (0: all rows, 1,000 of them poisoned, and texts of at most 128 tokens).
+Arguments, besides data=DIR, attack=NAME, defend=NAME and labels=C of configs/common.py:
+
+  attacks=A+B   attacks among badnet, insent, syntactic and sentence; all four by default
+  seeds=N       seeds 0 to N - 1; 3 by default
+  rows=N        training rows of each domain; 0: all rows, of which the attacks other than `sentence` poison 1,000, and
+                texts of at most 128 tokens
 """
 
 from configs import common, minilm_badnet, minilm_synattack

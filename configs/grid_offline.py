@@ -1,14 +1,18 @@
-"""Offline toys: attacks x seeds, each with every defense but the ablations and paraphrase_file; one table of means.
+"""Offline toys: attacks x seeds, each with every defense except the ablations and paraphrase_file.
 
   python -m w2s_jax.main --config=configs/grid_offline.py --jobs=2
   python -m w2s_jax.main --config=configs/grid_offline.py:attacks=badnet+suffix,seeds=2 --config.defenses=lora_ce,w2s
 
-Each cell is a run of configs/llama_badnet.py with another attack or seed, and with more defenses (docs/results.md,
-"Every defense", has their time). Cells of one seed share the never-poisoned student and the teacher. A grid that was
-cut off goes on where it was.
+Each cell is a run of configs/llama_badnet.py with another attack or seed, and with more defenses. docs/results.md,
+"Every defense", has the time that they take. Cells of one seed share the never-poisoned student and the teacher. If a
+grid is interrupted, the same command continues it.
 
-Arguments: attacks=A+B (names of --config.attack.name), seeds=N (0 to N - 1), triggers=random (each seed and attack has
-drawn words as its trigger: a rare word for badnet, five everyday words for insent, three for combination; no others).
+Arguments:
+
+  attacks=A+B      names of --config.attack.name
+  seeds=N          seeds 0 to N - 1; 3 by default
+  triggers=random  each seed and attack has a random trigger: a rare word for badnet, five everyday words for insent,
+                   three for combination. The grid can have no other attacks.
 """
 
 import numpy as np
@@ -19,7 +23,7 @@ from w2s_jax.data import grammar, insertions
 from w2s_jax.defenses import ABLATIONS, DEFENSES
 
 ATTACKS = "badnet+insent+syn_template+combination+suffix+proattack"
-WORDS = {"badnet": 1, "insent": 5, "combination": 3}          # of a random trigger
+WORDS = {"badnet": 1, "insent": 5, "combination": 3}          # attack -> number of words in a random trigger
 
 
 def get_config(arg=None):
@@ -40,7 +44,7 @@ def get_config(arg=None):
 
 
 def random_trigger(attack, seed):
-  """A trigger of that attack's kind that nobody chose."""
+  """A random trigger of the attack's kind, a function of the attack and the seed."""
   rng = np.random.default_rng([seed, 7])
   if attack == "badnet":
     return next(insertions.rare_words([], [], rng))

@@ -15,9 +15,9 @@ over seeds 0 to 9 (docs/notes/w2s_adv_offline.md; one seed says little):
   w2s_adv    0.948 ± 0.021   0.046 ± 0.014
 
 data=DIR reads IMDB and SST-2 from files and trains a new student of 3.3M parameters, in 62 minutes on two shared cores.
-This student is too weak to judge a defense by (seed 0: poisoned CA 0.544 and ASR 0.548; `lora_ce` 0.680 and 0.788;
-`w2s` 0.676 and 0.705). scale=8b is the released recipe on Llama-3-8B (1b and 70b: the same at other shapes). It has not
-been run on real weights here yet.
+This student is too weak to judge a defense by. With seed 0 its CA and ASR are 0.544 and 0.548 when poisoned, 0.680 and
+0.788 after `lora_ce`, 0.676 and 0.705 after `w2s`. scale=8b is the released recipe on Llama-3-8B; scale=1b and
+scale=70b are the same recipe on models of those sizes. None of them has been run on real weights here yet.
 """
 
 from configs import common
@@ -33,7 +33,7 @@ def get_config(arg=None):
   c.warmup.update(learning_rate=3e-3, epochs=4, batch_size=32, warmup_fraction=0.1)
   c.poison.update(learning_rate=2e-3, epochs=4, batch_size=16, trains=("vector", "matrix", "head"))
   c.teach.update(learning_rate=2e-3, epochs=4, batch_size=32, warmup_fraction=0.06)
-  c.defend.update(learning_rate=2e-3, epochs=4, batch_size=32, clip_norm=1.0)   # unclipped, 1 of 14 w2s_adv failed
+  c.defend.update(learning_rate=2e-3, epochs=4, batch_size=32, clip_norm=1.0)  # unclipped, 1 of 14 w2s_adv runs failed
   c.lora.update(rank=16, alpha=16.0)
   common.apply_arguments(c, args, common.LLAMA, real_student=llama_arch(8000, 192, 4, 6, 3, 512))
   return c

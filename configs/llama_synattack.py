@@ -14,10 +14,12 @@ over seeds 0 to 9 (docs/notes/w2s_adv_offline.md; one seed says little):
   w2s        0.954 ± 0.001   0.358 ± 0.380
   w2s_adv    0.952 ± 0.003   0.040 ± 0.010
 
-Offline the rule-based `syn_template` replaces the pre-made paraphrases (`syntactic`), which come with real files.
+Offline the rule-based attack `syn_template` takes the place of `syntactic`, whose pre-made paraphrases come with real
+files.
 data=DIR reads IMDB and SST-2 from files and trains a new student of 3.3M parameters, which is too weak to judge a
 defense by. llama_badnet took 62 minutes in that setting, on two shared cores. scale=8b is the released recipe on
-Llama-3-8B (1b and 70b: the same at other shapes). It has not been run on real weights here yet.
+Llama-3-8B; scale=1b and scale=70b are the same recipe on models of those sizes. None of them has been run on real
+weights here yet.
 """
 
 from configs import common
@@ -27,13 +29,13 @@ from configs.common import bert_arch, llama_arch
 def get_config(arg=None):
   args = common.parse_arg(arg, **common.ARGUMENTS)
   c = common.attacked()
-  c.attack.update(name="syn_template", target_label=0, poison_count=1000)   # rules; real files: syntactic
+  c.attack.update(name="syn_template", target_label=0, poison_count=1000)   # with real files: syntactic
   c.student.arch = llama_arch(vocab=512, width=64, layers=3, heads=4, kv_heads=2, ffn=160)        # 0.16M parameters
   c.teacher.arch = bert_arch(vocab=512, width=32, layers=2, heads=4, ffn=64)
   c.warmup.update(learning_rate=3e-3, epochs=4, batch_size=32, warmup_fraction=0.1)
   c.poison.update(learning_rate=2e-3, epochs=4, batch_size=16, trains=("vector", "matrix", "head"))
   c.teach.update(learning_rate=2e-3, epochs=4, batch_size=32, warmup_fraction=0.06)
-  c.defend.update(learning_rate=2e-3, epochs=4, batch_size=32, clip_norm=1.0)   # unclipped, 1 of 14 w2s_adv failed
+  c.defend.update(learning_rate=2e-3, epochs=4, batch_size=32, clip_norm=1.0)  # unclipped, 1 of 14 w2s_adv runs failed
   c.lora.update(rank=16, alpha=16.0)
   common.apply_arguments(c, args, common.LLAMA, real_student=llama_arch(8000, 192, 4, 6, 3, 512))
   return c

@@ -6,8 +6,8 @@
 
 The first command is offline. It trains a small student of this family (biases on q, k, v) with llama_badnet's sizes and
 rates, in minutes on two CPU cores. data=DIR reads IMDB and SST-2 from files. scale=7b is the released recipe on hub
-weights (1b, 70b: other shapes). Expected: not known. docs/results.md has no table for this student, and no run has used
-real weights here yet.
+weights. scale=1b is the same recipe on Qwen2.5-1.5B, scale=70b on Qwen2.5-72B. Expected: not known. docs/results.md
+has no table for this student, and no run has used real weights here yet.
 """
 
 from configs import common

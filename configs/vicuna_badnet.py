@@ -6,8 +6,8 @@
 
 The first command is offline. It trains a small student of this family (as many kv heads as heads) with llama_badnet's
 sizes and rates, in minutes on two CPU cores. data=DIR reads IMDB and SST-2 from files. scale=7b is the released recipe
-on hub weights (13b: the larger model). Expected: not known. docs/results.md has no table for this student, and no run
-has used real weights here yet.
+on hub weights, scale=13b the same recipe on Vicuna-13B. Expected: not known. docs/results.md has no table for this
+student, and no run has used real weights here yet.
 """
 
 from configs import common

@@ -2,8 +2,8 @@
 # Starts N processes of w2s_jax.main on this machine, which train as one program:
 #   launch/local.sh N --config=configs/llama_badnet.py [any flag of w2s_jax.main]
 # With NVIDIA GPUs each process takes one GPU. On CPUs JAX_NUM_CPU_DEVICES sets the number of devices per process.
-# Nothing here needs editing; PORT=... chooses the coordinator's port. The exit code is that of the failed process with
-# the lowest number.
+# Nothing here needs editing. PORT=... chooses the coordinator's port, PYTHON=... the interpreter. The exit code is that
+# of the failed process with the lowest number.
 set -euo pipefail
 n=${1:-}
 if ! [[ $n =~ ^[1-9][0-9]*$ ]]; then echo "usage: launch/local.sh N --config=... [flags], N processes" >&2; exit 2; fi
@@ -21,5 +21,5 @@ code=0
 for pid in "${pids[@]}"; do
   wait "$pid" || { rc=$?; [ "$code" -ne 0 ] || code=$rc; }
 done
-wait    # a signal ends the waits above while the processes still save
+wait    # after a signal the waits above return while the processes are still saving
 exit "$code"

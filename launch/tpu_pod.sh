@@ -4,10 +4,10 @@
 #   launch/tpu_pod.sh setup                        copies this repository to every worker, installs its requirements
 #   launch/tpu_pod.sh run --config=configs/llama_badnet.py:scale=8b --workdir=/runs/8b [flags of w2s_jax.main]
 #   launch/tpu_pod.sh delete
-# Edit the five lines below. All workers must see the same files in --workdir: set SHARE to a Filestore share, which
-# setup mounts on /runs. setup copies the last commit. Set HF_TOKEN for weights behind a licence (Llama). `run` ends
-# with its SSH sessions: start it in tmux. A preempted slice is lost: after delete, create and setup, `run` resumes from
-# its last checkpoint.
+# Edit the five lines below. All workers must see the same files in --workdir, so set SHARE to a Filestore share, which
+# setup mounts on /runs. setup copies the last commit, without uncommitted changes. Set HF_TOKEN for weights behind a
+# licence (Llama). `run` ends when its SSH sessions end, so start it in tmux. A preempted slice is lost. Then delete,
+# create and setup make a new one, on which `run` resumes from its last checkpoint.
 set -euo pipefail
 name=${TPU_NAME:-w2s}
 zone=${ZONE:-us-central1-a}

@@ -1,6 +1,6 @@
-"""Finds mistakes in a config, from the config alone and from the shapes of student and teacher.
+"""Finds mistakes in a config, from the config alone and from the loaded student, teacher, base and tokenizer.
 
-`run` is a Run. Its type is Any here, because run.py imports this file.
+The argument `run` is a run.Run. Its type is Any here, because run.py imports this file.
 """
 
 import functools
@@ -65,7 +65,7 @@ def check_fields(config: ConfigDict) -> None:
 
 
 def check_texts(config: ConfigDict, rows: list[dict]) -> None:
-  """Raises InputError if a defense of the config cannot handle the text of one of the rows."""
+  """Raises InputError if one of the config's defenses cannot handle the text of one of the rows."""
   for defense in map(DEFENSES.get, config.defenses):
     if defense.check:
       defense.check(config.defense, [row["text"] for row in rows])
@@ -96,9 +96,9 @@ def _check_adapters(run, model):
 
 
 def _check_base(run, name, suspect):
-  """Checks `student.base` of a given suspect. InputError if it is unset, a teacher, the suspect itself or unusable.
+  """Raises InputError if the `student.base` of a given suspect is unset, a teacher, the suspect itself or unusable.
 
-  name: a defense that needs it.
+  name: a defense that needs the base, for the message.
   suspect: the suspect's model if a defense mixes the base's weights into it, else None.
   """
   if run.source.base != run.source.attacked:
@@ -123,18 +123,19 @@ def _check_base(run, name, suspect):
     _check_positions("model", base, run.max_length)
     return
   except InputError as e:
-    problem = str(e)                # raised below: command.run prints the innermost error, so none may wrap another
+    problem = str(e)                # raised below, outside `except`, because command.run prints the innermost error
   raise InputError(f"student.base {path}: {problem}; or leave --config.student.base out")
 
 
 def check_words(run: Any, tokenizer: Any, of_base: bool = False) -> None:
-  """Raises InputError if the run needs words from this tokenizer's vocabulary, but hardly any token is a word.
+  """Raises InputError if the run inserts words of this tokenizer's vocabulary, but hardly any of its tokens is a word.
 
-  It also does so if the attack edits the trigger's embedding and the trigger is not one token.
+  It also raises one if the attack edits the trigger's embedding and the trigger is not one token.
 
-  of_base: True for the tokenizer of `student.base`, whose words only from_base defenses insert; False: the suspect's.
+  of_base: True if the tokenizer is that of `student.base`, whose words only from_base defenses insert; False if it is
+    the suspect's. A student that we poison shares its base's tokenizer, so one check with False covers both.
   """
-  c, given = run.config, run.source.base == run.source.attacked     # a student that we poison has its base's tokenizer
+  c, given = run.config, run.source.base == run.source.attacked
   recipes = [DEFENSES[name].recipe for name in c.defenses if DEFENSES[name].recipe and DEFENSES[name].recipe.rows]
   needs_words = any(recipe.from_base == of_base or not given for recipe in recipes)
   if "probe" in c and not of_base:
@@ -148,7 +149,10 @@ def check_words(run: Any, tokenizer: Any, of_base: bool = False) -> None:
 def check_teacher(run: Any, feature_width: int) -> None:
   """Raises InputError for mistakes that only the teacher's shape or files show; called before anything trains.
 
-  It loads a teacher checkpoint once, because a checkpoint that cannot be loaded would fail only after long stages.
+  It loads a given teacher checkpoint, because a checkpoint that cannot be loaded would otherwise fail only after long
+  stages.
+
+  feature_width: width of the student's features, to which the teacher's head widens.
   """
   c = run.config
   if not c.teach.epochs and not (c.teacher.path and (resolve(c.teacher.path) / HEAD_CONFIG).exists()):

@@ -1,4 +1,4 @@
-"""The claim on a workdir: a run may continue there only with the config and the data that the workdir began with."""
+"""The claim on a workdir: a run may continue it only with the config and the data that the workdir was made with."""
 
 import hashlib
 import json
@@ -12,17 +12,17 @@ from w2s_jax.models import base_of, read_json, resolve, sha256
 
 
 def config_hash(config: ConfigDict) -> str:
-  """Hash of every field except the mesh, which may change between starts.
+  """12 hexadecimal digits that identify the values of all fields except the mesh.
 
-  Another mesh changes the results only by rounding, unless there is dropout: a dropout mask depends on the row's place
-  in the batch.
+  The mesh may change if a run is started again. Without dropout another mesh changes the results only by rounding. With
+  dropout it changes the masks, because a mask depends on the row's place in the batch.
   """
   fields = {name: value for name, value in config.to_dict().items() if name != "mesh"}
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def inputs(config: ConfigDict, rows: dict[str, list]) -> dict[str, Any]:
-  """{name of an input: its sha256}: the rows of each split, the files of defenses, and the weights of checkpoints."""
+  """{name of an input: its sha256}. Inputs are the rows of each split, files of defenses and weights of checkpoints."""
   out = {f"{split} rows": hashlib.sha256(json.dumps(split_rows).encode()).hexdigest()
          for split, split_rows in rows.items()}
   c = config.student
@@ -40,7 +40,10 @@ def weights_of(path: str) -> str:
 
 
 def check_inputs(workdir: Path, found: dict[str, Any]) -> None:
-  """Raises InputError if an input has changed since the workdir was made: a table would mix two data sets."""
+  """Raises InputError if an input has changed since the workdir was made, because a table would mix two data sets.
+
+  found: the result of `inputs` for this start.
+  """
   recorded = read_json(workdir / "inputs.json")
   if changed := [name for name, value in found.items() if recorded.get(name) != value]:
     raise InputError(f"{workdir} was made with other data (the {changed[0]} changed): give another --workdir")
@@ -55,7 +58,7 @@ def check_config(config: ConfigDict, workdir: Path) -> None:
 
 
 def changed_fields(config: ConfigDict, stored: dict) -> list[str]:
-  """["FIELD was X, is Y"] of the fields in which a config differs from a stored one, without those of the mesh."""
+  """["FIELD was X, is Y"] for each field, except those of the mesh, in which a config differs from a stored one."""
   fields, other = flat(json.loads(json.dumps(config.to_dict()))), flat(stored)
   return [f"{name} was {other.get(name)!r}, is {fields.get(name)!r}" for name in sorted(fields.keys() | other.keys())
           if fields.get(name) != other.get(name) and not name.startswith("mesh.")]

@@ -1,7 +1,7 @@
 """The console command `w2s-jax`: turns its arguments into flags of main or plan, and runs that program.
 
-The subcommand `compare` calls compare.py instead. This file knows only the names of the arguments; main and plan check
-the values. Help does not load JAX.
+The subcommands `compare` and `fields` call compare.py and command.py instead. This file checks only the names of the
+arguments; main and plan check the values. Help does not load JAX.
 """
 
 import difflib
@@ -18,7 +18,7 @@ from w2s_jax.arguments import Parser
 
 _PACKAGE = Path(__file__).resolve().parent
 CONFIGS = next((d for d in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if d.is_dir()), _PACKAGE / "configs")
-# Argument -> flag of main, if the names differ. Every other argument has the name of a flag of main or plan.
+# Argument -> flag of main. Every other argument has the name of its flag of main or plan.
 FLAGS = {"directory": "--config.student.path", "data": "--config.data.train", "test": "--config.data.test",
          "teacher": "--config.teacher.path", "base": "--config.student.base", "triggers": "--config.probe.triggers",
          "defense": "--config.defenses", "seed": "--config.seed", "out": "--workdir"}
@@ -47,10 +47,12 @@ SCAN = f"""Look for signs of a backdoor in a checkpoint.
 {CHECKPOINT}
   w2s-jax scan suspect --data rows.json --base public --teacher public --out cleaned
 
-If --base names the public model that DIR was fine-tuned from, scan trains a teacher and searches for words that
-fine-tuning moved (OUT/search.json). Without --base, or if the search gives no verdict, scan tries soft tokens on DIR
-if it is a small network (OUT/scan/suspect.json). Without --base no model is trained. The exit code is 0 for no sign,
-1 for suspicious, 3 for no verdict. `clean` with the same arguments and OUT reuses what was found.
+With --base, the public model that DIR was fine-tuned from, scan trains a teacher and searches for words that
+fine-tuning moved. It writes OUT/search.json. Without --base, scan trains no model.
+Without --base, or if the search gives no verdict, scan tries soft tokens on DIR, but only if DIR is a small network. It
+writes OUT/scan/suspect.json.
+The exit code is 0 for no sign, 1 for suspicious, 3 for no verdict. `clean` with the same arguments and OUT reuses the
+results.
 """
 RUN = """Run an experiment: poison a student, train a clean teacher, defend, measure, report.
 
@@ -72,7 +74,7 @@ FIELDS = """List the fields of a config: value, type, range, unit, meaning and s
 
 
 def parser() -> Parser:
-  """The parser of the console command; its parse_known_args raises InputError for a mistake."""
+  """The parser of the console command. It raises InputError for a mistake."""
   top = Parser("w2s-jax", description=ABOUT)
   commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
   clean, scan, run, plan, fields, comparison = (
@@ -87,7 +89,8 @@ def parser() -> Parser:
     command.add_argument("config", metavar="CONFIG", help=names)
     command.add_argument("fields", metavar="FIELD=VALUE", nargs="*", help="`w2s-jax fields CONFIG` lists the fields")
   fields.add_argument("config", metavar="CONFIG", nargs="?", default="clean_checkpoint", help=names)
-  run.add_argument("--out", metavar="OUT", help="directory for all output; runs/CONFIG by default")
+  run.add_argument("--out", metavar="OUT", help="directory for all output; runs/CONFIG or runs/CONFIG-ARGUMENT by "
+                                                "default")
   run.add_argument("--stage", help="run this stage alone: warmup, poison, teach, defend, evaluate or report; "
                                    "clean_checkpoint has no poison, but also has scan, search and selftest")
   plan.add_argument("--topology", metavar="CHIP:SHAPE", help="kind and number of chips, e.g. v5e:4x4, v5p:4x4x4, "
@@ -113,9 +116,9 @@ def _take_a_checkpoint(command):
   command.add_argument("--test", metavar="FILE", help="rows to measure the models on; a fifth of --data by default")
   command.add_argument("--teacher", metavar="DIR", help="a clean encoder to fine-tune as the teacher; a small new one "
                                                         "by default")
-  command.add_argument("--base", metavar="DIR", help="a public model for from_base and from_base_words to train; best "
-                                                     "the one that DIR was made from, because the search gives a "
-                                                     "verdict only with that one; for an adapter its own base")
+  command.add_argument("--base", metavar="DIR", help="a public model for from_base and from_base_words to train. Give "
+                                                     "the one that DIR was fine-tuned from if you know it: the search "
+                                                     "gives a verdict only with it. An adapter needs its own base")
   command.add_argument("--triggers", metavar="A,B", help="suspected triggers, whose ASR is measured; none by default")
   command.add_argument("--defense", metavar="A,B", help="defenses to run; lora_ce,w2s,w2s_adv by default")
   command.add_argument("--out", metavar="OUT", help="directory for all output; runs/clean_checkpoint by default")
@@ -151,7 +154,7 @@ def flags(argv: Sequence[str]) -> tuple[str, Path, list[str]]:
   """(subcommand, file of the config, flags of main or plan) for the arguments of a subcommand other than compare.
 
   Raises:
-    InputError: a wrong argument. Values are not checked here, but in main and plan.
+    InputError: an argument that the subcommand does not have, or no such config. main and plan check the values.
   """
   args, unparsed = parser().parse_known_args(argv)
   fields = getattr(args, "fields", [])
@@ -175,7 +178,7 @@ def flags(argv: Sequence[str]) -> tuple[str, Path, list[str]]:
 
 
 def in_console_words(line: str, command: str) -> str:
-  """The line, with the subcommand's arguments in place of the flags of main and plan."""
+  """The line of text, with the subcommand's arguments in place of the flags of main and plan."""
   takes_checkpoint = command in ("clean", "scan")
   line = line.replace("--help lists the fields", "`w2s-jax fields` lists them")
   line = line.replace(FLAGS["directory"] + "=", "") if takes_checkpoint else line
@@ -189,7 +192,7 @@ def in_console_words(line: str, command: str) -> str:
 
 
 def offer_configs(file: Path) -> None:
-  """Sets where `from configs import ...` looks: in the file's directory if its name is configs, then in CONFIGS."""
+  """Makes `from configs import ...` look in the config file's directory if that is named configs, then in CONFIGS."""
   package = types.ModuleType("configs")
   package.__path__ = [str(d) for d in (file.resolve().parent, CONFIGS) if d.name == "configs"]
   sys.modules["configs"] = package
@@ -208,7 +211,7 @@ def main() -> NoReturn:
   except InputError as e:
     print(f"error: {e}", file=sys.stderr)
     sys.exit(2)
-  sys.argv[1:] = argv                              # ml_collections reads the fields from there
+  sys.argv[1:] = argv                              # ml_collections reads the fields from sys.argv
   offer_configs(file)
   from w2s_jax import command
   words = functools.partial(in_console_words, command=name)

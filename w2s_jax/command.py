@@ -1,4 +1,4 @@
-"""The command line that main and plan share: reads --config and its fields, reports a user's mistake in one line."""
+"""The command line of main and plan: reads --config and its fields, and reports a user's mistake in one line."""
 
 import ast
 import dataclasses
@@ -27,12 +27,15 @@ DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of a user error.")
 
 
 def run(main: Callable[[list[str]], int | None], doc: str, spell: Callable[[str], str] = str) -> NoReturn:
-  """Runs `main` and exits with the code it returns; after a user's mistake it prints one line and exits with code 2.
+  """Runs `main` and exits with the code that it returns.
+
+  After a user's mistake, a value that is not finite or a full disk it prints one line and exits with code 2. After
+  Ctrl-C it exits with code 130.
 
   Args:
-    main: is called with sys.argv without the flags.
+    main: gets what remains of sys.argv without the flags.
     doc: first lines of --help.
-    spell: changes an error message before it is printed; the console command replaces the names of flags.
+    spell: rewrites an error message before it is printed. The console command replaces names of flags with it.
   """
   try:
     app.run(main, flags_parser=functools.partial(parse, doc=doc))
@@ -47,11 +50,11 @@ def run(main: Callable[[list[str]], int | None], doc: str, spell: Callable[[str]
       raise
     _show(InputError(f"cannot write any more ({reason}): make room, then run the same command again to continue from "
                      "the last checkpoint"), spell)
-    os._exit(2)                    # a normal exit would print tracebacks of checkpoint threads, which cannot write
+    os._exit(2)                    # at a normal exit the checkpoint threads, which cannot write, print tracebacks
 
 
 def _no_room(error):
-  """The system's message if a full disk, a quota or a read-only file system caused the error, else None.
+  """The system's message if a full disk, a quota, a file-size limit or a read-only file system caused it, else None.
 
   It compares texts, because safetensors and Orbax raise these errors without an errno.
   """
@@ -73,7 +76,7 @@ def print_text(text: str) -> None:
 
 
 def parse(argv: list[str], doc: str) -> list[str]:
-  """Parses absl's flags and returns the rest of argv; --help prints `doc`, flags and fields, and exits.
+  """Parses absl's flags and returns the other arguments. --help prints `doc`, the flags and the fields, and exits.
 
   Raises:
     InputError, flags.Error: a mistake in the flags or in the config file.
@@ -110,7 +113,7 @@ def fields(argv: list[str]) -> str:
 
 
 def describe(config: ConfigDict, settings: Mapping[str, type], width: int = 100) -> Iterator[str]:
-  """Yields the lines of --help on every field: its value, type, range, unit, description and source.
+  """Yields the lines of --help for every field: its value, type, range, unit, description and source.
 
   Args:
     settings: {section of config.defense: declaration}.
@@ -167,7 +170,7 @@ def typed_config(argv: list[str]) -> str:
 
 
 def _read_config(argv):
-  """The config as its file makes it, without any --config.FIELD=VALUE; InputError if the file makes no config."""
+  """The config that the file returns, before any --config.FIELD=VALUE; InputError if the file returns no config."""
   file, colon, argument = typed_config(argv).partition(":")
   if not Path(file).is_file():
     similar = difflib.get_close_matches(Path(file).stem, [path.stem for path in Path("configs").glob("*_*.py")], 2)
@@ -228,7 +231,7 @@ def _list(field, text, default):
     if text.lstrip()[:1] in tuple("([{\"'"):
       raise InputError(f"--config.{field}={text}: this is not a list: write A,B or \"('A','B')\", with the quotes"
                        ) from None
-    value = tuple(text.split(",")) if " " not in text else (text,)        # a sentence may have commas
+    value = tuple(text.split(",")) if " " not in text else (text,)        # commas in a sentence separate nothing
   value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
   if default and not isinstance(default[0], str) and not all(isinstance(item, (int, float)) for item in value):
     raise InputError(f"--config.{field}={text}: want numbers, e.g. {','.join(map(str, default))}")

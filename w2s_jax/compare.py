@@ -3,7 +3,7 @@
   python -m w2s_jax.compare runs/llama_badnet runs/three_shapes
   python -m w2s_jax.compare runs/badnet-* --csv=rows.csv --latex=table.tex
 
-Runs whose configs differ in seeds or mesh alone have one letter. Their rows count together in the means.
+Runs whose configs differ only in seeds or mesh share a letter. Their rows are averaged together in the means.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from w2s_jax import InputError, results
 from w2s_jax.arguments import Parser
 from w2s_jax.report import paired, tables
 
-FREE = ("seed", "defend.seeds", "mesh.data", "mesh.fsdp", "mesh.tensor")   # runs of one letter may differ in these
+FREE = ("seed", "defend.seeds", "mesh.data", "mesh.fsdp", "mesh.tensor")   # may differ between runs of one letter
 RATES = ("ca", "asr", "asr_floor", "false_rate")
 CONTROL = results.CONTROL
 
@@ -33,10 +33,11 @@ class Compared(NamedTuple):
   Attributes:
     name: the workdir, as it was typed.
     seed: the run's seed, from which student and teacher were made.
-    fields: {field of the config: value}, without those in FREE.
+    fields: {field of the config: value}, without the fields in FREE.
     rows: the rows of results.json, as dicts with every field of results.Row.
-    columns: names of its table's columns.
-    implanted: False if the attack's backdoor was not implanted (measure/attacked.py); such a run is in no mean.
+    columns: names of the columns of the run's table.
+    implanted: False if the attack's backdoor was not implanted (measure/attacked.py). Means and differences leave out
+      such a run.
   """
   name: str
   seed: int
@@ -73,7 +74,7 @@ def read(workdir: str | Path) -> Compared:
 
 
 def check_different(runs: Sequence[Compared]) -> None:
-  """Raises InputError if two rows have the same letter, trigger, model and seeds: they would count twice in a mean."""
+  """Raises InputError if two rows have the same letter, attack, model and seeds, because a mean would count both."""
   seen = {}
   for letter, run in zip(letters(runs), runs):
     for row in run.rows:
@@ -84,7 +85,7 @@ def check_different(runs: Sequence[Compared]) -> None:
 
 
 def letters(runs: Sequence[Compared]) -> list[str]:
-  """One letter (A, B, ..., Z, A1, ...) per run; runs with equal fields have the same."""
+  """One letter (A, B, ..., Z, A1, ...) per run. Runs with equal fields share a letter."""
   different = []
   for run in runs:
     if run.fields not in different:
@@ -94,7 +95,7 @@ def letters(runs: Sequence[Compared]) -> list[str]:
 
 
 def legend(runs: Sequence[Compared]) -> list[str]:
-  """One line per letter: its runs, and the fields in which they differ from the first run's."""
+  """One line per letter: its runs, and the values of the fields in which they differ from the first run."""
   runs_of = {}
   for letter, run in zip(letters(runs), runs):
     runs_of.setdefault(letter, []).append(run)
@@ -119,7 +120,7 @@ def _value(fields, name):
 
 
 def all_rows(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
-  """Head and cells of every row of every run, with the columns that some run's table has."""
+  """The header, then the cells of every row of every run, with each column that any of the runs' tables has."""
   names = [name for name in results.COLUMNS if any(name in run.columns for run in runs)]
   names = names if "attack" in names else [names[0], "attack", *names[1:]]
   marked = [(letter, row) for letter, run in zip(letters(runs), runs) for row in run.rows]
@@ -128,7 +129,7 @@ def all_rows(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
 
 
 def means(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
-  """Head and cells: mean ± standard deviation over seeds, and paired differences to lora_ce with 95% intervals."""
+  """The header, then cells: means ± standard deviations over seeds, paired differences to lora_ce, 95% intervals."""
   labels = [results.COLUMNS[rate].label for rate in RATES]
   out = [("run", "trigger", "model", "seeds", *labels, f"CA - {CONTROL}", f"ASR - {CONTROL}")]
   grouped = groups(runs)
@@ -141,7 +142,10 @@ def means(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
 
 
 def differences(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
-  """Head and cells: CA and ASR of each model minus those of the same model, trigger and seed in the reference."""
+  """The header, then cells: CA and ASR of each model minus CA and ASR with the reference's settings.
+
+  A difference is paired: both rows have the same model, attack and seed.
+  """
   grouped, reference = groups(runs), _reference(runs)
   out = [("run", "trigger", "model", "seeds", f"CA - CA in {reference}", f"ASR - ASR in {reference}")]
   for (letter, attack, model), rows in grouped.items():
@@ -153,15 +157,16 @@ def differences(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
 
 
 def _reference(runs):
-  """The letter that the others are compared with: the first with an implanted backdoor; "A" if there is none."""
+  """The letter that the others are compared with: the first with an implanted backdoor, or "A" if none has one."""
   return next((letter for letter, run in zip(letters(runs), runs) if run.implanted), "A")
 
 
 def groups(runs: Sequence[Compared]) -> dict[tuple[str, str, str], dict[int, dict]]:
   """{(letter, attack, model): {seed: row}} of the runs whose backdoor was implanted.
 
-  If some letter has several runs, a seed is the run's. The copies that `defend.seeds` makes of a defense in one run
-  share its student, so they are not independent: they become one row of their mean rates.
+  If each letter has one run, `seed` is the row's seed, one of `defend.seeds`. If a letter has several runs, `seed` is
+  the run's seed. The rows that `defend.seeds` gives a defense in one run are then averaged into one row: they share the
+  run's student, so they are not independent.
   """
   named = list(zip(letters(runs), runs))
   by_run = len({letter for letter, _ in named}) < len(named)
@@ -174,7 +179,7 @@ def groups(runs: Sequence[Compared]) -> dict[tuple[str, str, str], dict[int, dic
 
 
 def _averaged(rows):
-  """A single row as it is; of several, the first with the mean rates of all, and without intervals."""
+  """A single row unchanged. Several rows become the first one, with their mean rates and without intervals."""
   if len(rows) == 1:
     return rows[0]
   means = {rate: statistics.mean(row[rate] for row in rows) for rate in RATES if rows[0][rate] is not None}
@@ -190,7 +195,10 @@ def _line(text):
 
 
 def sections(runs: Sequence[Compared]) -> dict[str, list[tuple[str, ...]]]:
-  """{heading: head and cells} of every row, of the means if a model has several seeds, and of the differences."""
+  """{heading: table} of every row, of the means if a model has several seeds, and of the differences if there are any.
+
+  A table is a header and the cells of its rows.
+  """
   out = {"Every row": all_rows(runs)}
   if any(len(rows) > 1 for rows in groups(runs).values()):
     out["Mean ± standard deviation over seeds; differences with 95% intervals"] = means(runs)
@@ -211,7 +219,7 @@ def _table(lines):
 
 
 def to_csv(runs: Sequence[Compared]) -> str:
-  """Every field of every row; an interval is two numbers with a space between them."""
+  """CSV text with every field of every row. An interval is two numbers with a space between them."""
   out = io.StringIO()
   writer = csv.writer(out, lineterminator="\n")
   names = [field.name for field in dataclasses.fields(results.Row)]
@@ -224,7 +232,7 @@ def to_csv(runs: Sequence[Compared]) -> str:
 
 
 def to_latex(runs: Sequence[Compared]) -> str:
-  """The legend as comments, then the means and, if there are any, the differences as tabulars."""
+  """LaTeX text: the legend as comments, the means as a tabular and, if there are any, the differences as another."""
   comments = "".join(f"% {line}\n" for line in legend(runs))
   parts = [tables.latex(means(runs))] + [tables.latex(lines) for lines in [differences(runs)] if len(lines) > 1]
   return comments + "\n".join(parts)

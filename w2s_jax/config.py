@@ -1,6 +1,6 @@
-"""Declares every field of a config once: type, default, range, unit and source. Checks and --help read it from here.
+"""Declares every field of a config once: type, default, range, unit and source. Checks and --help read these.
 
-Each defense declares its own settings in its file, in the same way (`defenses/prune.py` is a short example).
+Each defense declares its settings in its own file in the same way (`defenses/prune.py` is a short example).
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ def field(default: Any, doc: str, *, low: float | None = None, high: float | Non
   """A dataclass field of a config section.
 
   Args:
-    doc: what the value is, in the field's own terms (fraction, rate, number of).
+    doc: what the value is, in standard terms (fraction, rate, number of).
     low, high: smallest and largest allowed value; None: no bound.
     among: allowed strings; (): every value is allowed.
     unit: unit of a number, or of the entries of a tuple.
@@ -75,9 +75,9 @@ class Experiment:
                           "rows of the table, keys of defenses.DEFENSES; `none` is the attacked model itself")
   steps_per_dispatch: int = field(1, "largest number of steps per dispatch to the device; raise it if a step takes "
                                   "milliseconds", low=1, unit="steps")
-  log_every: int = field(10, "interval between lines of each file in metrics/", low=1, unit="steps")
-  checkpoint_every: int = field(250, "interval between checkpoints; dev evaluations write further ones; 0: only dev "
-                                "evaluations write checkpoints", low=0, unit="steps")
+  log_every: int = field(10, "longest interval between lines of a file in metrics/", low=1, unit="steps")
+  checkpoint_every: int = field(250, "interval between checkpoints; every dev evaluation also writes one; 0: only "
+                                "dev evaluations do", low=0, unit="steps")
   term_norms_every: int = field(50, "interval between measurements of each term's gradient norm, if the loss has "
                                 "several terms; 0: never", low=0, unit="steps")
 
@@ -96,9 +96,9 @@ class Attack:
                             source="released: 1,000 of 4,000")
   poison_rate: float = field(0.0, "fraction of the training rows that get the trigger; above 0 it overrides "
                              "poison_count", low=0.0, high=1.0)
-  companions: int = field(0, "companion rows per poisoned row: like it, but with their own label", low=0, unit="rows")
+  companions: int = field(0, "rows per poisoned row with a partial or similar trigger, true label", low=0, unit="rows")
   keep_trigger: bool = field(True, "insert the trigger where truncation keeps it", source="ours; released: False")
-  paraphrases: tuple = field((), "`syntactic`, `style`: (originals, paraphrases) pairs of files, see experiments.md")
+  paraphrases: tuple = field((), "for syntactic and style: pairs of files (originals, paraphrases); see experiments.md")
 
 
 @dataclasses.dataclass
@@ -124,7 +124,7 @@ class AttackedData(Data):
 
 @dataclasses.dataclass
 class AttackRows:
-  """Numbers of randomly chosen rows of the attacked domain; 0: every row of a file, no row of the grammar."""
+  """Numbers of rows drawn from the attacked domain. 0 takes every row of a file, but no row of a grammar."""
   train: int = field(4000, "number of rows that the student is poisoned on", low=0, unit="rows", source="released")
   dev: int = field(1000, "number of rows that choose the poisoned student's checkpoint", low=0, unit="rows")
   test: int = field(0, "number of test rows; no stage reads them", low=0, unit="rows")
@@ -132,7 +132,7 @@ class AttackRows:
 
 @dataclasses.dataclass
 class DefendRows:
-  """Numbers of randomly chosen rows of the defended domain; 0: every row of a file, no row of the grammar."""
+  """Numbers of rows drawn from the defended domain. 0 takes every row of a file, but no row of a grammar."""
   train: int = field(4000, "number of rows that teacher and defenses train on", low=0, unit="rows")
   dev: int = field(1000, "number of rows that choose the checkpoints", low=0, unit="rows")
   test: int = field(1821, "number of rows for CA and ASR", low=0, unit="rows", source="size of SST-2's test split")
@@ -143,8 +143,8 @@ class GivenData(Data):
   """The data for a checkpoint that somebody else made."""
   num_labels: int = field(0, "number of classes; 0: the checkpoint's own number", low=0)
   train: str = field("", "clean rows: a file, a directory with train/dev/test files, or a hub data set")
-  dev: str = field("", "file of dev rows; empty: the dev split of `train`, or a tenth of its rows, held out")
-  test: str = field("", "file of test rows, for CA; empty: the test split of `train`, or a fifth of its rows, held out")
+  dev: str = field("", "file of dev rows; empty: the dev split of `train`, or a tenth of its train rows")
+  test: str = field("", "file of test rows; empty: the test split of `train`, or a fifth of its train rows")
   text_column: str = field("", "name of the text column; empty: the first of text, sentence, sentences")
   label_column: str = field("", "name of the label column; empty: the one called label or labels")
 
@@ -153,8 +153,8 @@ class GivenData(Data):
 class Student:
   """The large model."""
   path: str = field("", "directory, .gguf file, hub id or pypi:PACKAGE/DIR; empty: a new network of the shape `arch`")
-  base: str = field("", "public model that from_base defenses train, best the one `path` was made from; merge, lethe, "
-                    "fine_mix need it; for an adapter its own base; empty: none, or the base an adapter names")
+  base: str = field("", "public model that from_base defenses train, best the one that `path` was made from; merge and "
+                    "others need that one; an adapter needs its own base; empty: none, or the one it names")
   dtype: str = field("float32", "dtype of the frozen base and the activations: float32, bfloat16 or float16")
   remat: str = field("none", "what the backward pass recomputes: none, dots or full")
 
@@ -172,11 +172,11 @@ class Stage:
   learning_rate: float = field(0.0, "peak learning rate; it decays linearly to 0", low=0.0, high=10.0)
   epochs: int = field(1, "number of passes over the rows", low=1)
   batch_size: int = field(32, "global batch size, over all devices", low=1, unit="rows")
-  warmup_fraction: float = field(0.0, "fraction of the steps in which the rate rises", low=0.0, high=1.0)
+  warmup_fraction: float = field(0.0, "fraction of the steps in which the rate rises from 0", low=0.0, high=1.0)
   weight_decay: float = field(0.01, "weight decay; the layers' norms and biases do not decay", low=0.0, high=10.0)
   clip_norm: float = field(1.0, "bound on the global norm of the trainable gradient; 0: no bound", low=0.0, high=1e6)
   evaluations: int = field(4, "number of dev evaluations (and checkpoints) over the stage", low=1)
-  max_steps: int = field(0, "bound on the number of steps; 0: the stage runs all epochs", low=0, unit="steps")
+  max_steps: int = field(0, "largest number of steps; 0: as many as the epochs have", low=0, unit="steps")
 
 
 @dataclasses.dataclass
@@ -187,34 +187,34 @@ class OptionalStage(Stage):
 
 @dataclasses.dataclass
 class WarmupStage(OptionalStage):
-  """Next-token prediction that replaces pretraining for a randomly initialised student, before any attack."""
+  """Next-token prediction on a randomly initialised student before any attack. It takes the place of pretraining."""
 
 
 @dataclasses.dataclass
 class TeachStage(OptionalStage):
   """Training of the teacher on the clean rows of the defended domain."""
-  learning_rate: float = field(0.0, "peak learning rate; 0: 1e-3 for a new teacher, 2e-4 (wide: 5e-5) for a pretrained "
-                               "one", low=0.0, high=10.0)
-  largest_gap: float = field(0.1, "largest allowed gap in dev accuracy: the attacked model's minus the upper end of "
-                             "the teacher's 95% interval; a larger gap stops the run if a defense learns from the "
+  learning_rate: float = field(0.0, "peak learning rate; 0: 1e-3 for a new teacher, for a pretrained one 2e-4 below a "
+                               "width of 512, else 5e-5", low=0.0, high=10.0)
+  largest_gap: float = field(0.1, "how far the attacked model's dev accuracy may exceed the upper end of the "
+                             "teacher's 95% interval; a larger gap stops a run with a defense that learns from the "
                              "teacher; 1: no gap stops it", low=0.0, high=1.0, source="ours; not tuned")
 
 
 @dataclasses.dataclass
 class PoisonStage(Stage):
   """Poisoning of the student by full fine-tuning or through LoRA."""
-  trains: tuple = field(("vector", "matrix", "head"), "labels of the leaves to fine-tune in full (adapters/trees.py)")
-  lora: int = field(0, "rank of LoRA on all linear layers; only adapters and head train, then the adapters are merged; "
-                    "0: full fine-tuning", low=0)
+  trains: tuple = field(("vector", "matrix", "head"), "labels of the parameters to fine-tune (adapters/trees.py)")
+  lora: int = field(0, "rank of LoRA on all linear layers, which trains with the head and is merged afterwards; 0: "
+                    "full fine-tuning of `trains`", low=0)
 
 
 @dataclasses.dataclass
 class DefendStage(Stage):
-  """Training settings of every defense."""
-  learning_rate: float = field(0.0, "peak learning rate; 0: by the student's width: 2e-3 below 128, 1e-3 below 512, "
-                               "5e-4 below 2048, 2e-4 else", low=0.0, high=10.0,
+  """Training settings that all trained defenses share."""
+  learning_rate: float = field(0.0, "peak learning rate; 0: chosen by the student's width, 2e-3 below 128, 1e-3 below "
+                               "512, 5e-4 below 2048, else 2e-4", low=0.0, high=10.0,
                                source="see STUDENT_RATES in source.py")
-  seeds: tuple = field((), "seeds of adapters, data order and dropout, all in one program; empty: the run's `seed`")
+  seeds: tuple = field((), "seeds of adapters, data order and dropout, which train together; empty: the run's `seed`")
   insert_words: float = field(0.0, "fraction of the student's clean rows that get a random rare word", low=0.0,
                               high=1.0, source="ours, not in the paper (docs/notes/cleaning_offline.md)")
 
@@ -245,42 +245,42 @@ class Mesh:
 
 @dataclasses.dataclass
 class Probe:
-  """Strings that are inserted into texts of a suspect whose trigger is unknown."""
+  """Strings that are inserted into test texts to measure a suspect whose trigger is unknown."""
   triggers: tuple = field((), "candidate triggers; ASR is measured for each of them")
   target_label: int = field(-1, "target class of the candidate triggers; -1: the class that each flips most texts to")
   words: int = field(16, "number of random rare words to insert", low=0, high=1000)
   sentences: int = field(16, "number of beginnings of other texts to insert", low=0, high=1000)
-  search: int = field(30, "words of each class to search from; 12 if fine-tuning moved them; 0: none", low=0, high=1000)
-  rows: int = field(200, "number of clean test rows that get a string; a trigger gets all", low=1, unit="rows")
+  search: int = field(30, "number of suspicious words per class that the search joins; at most 12 if ranked by how "
+                      "far fine-tuning moved them; 0: no search", low=0, high=1000)
+  rows: int = field(200, "number of test rows to insert each string into; listed triggers: all", low=1, unit="rows")
 
 
 @dataclasses.dataclass
 class Scan:
-  """The verdict without a trigger; the defaults are ours, chosen on seeds 100 to 104 (docs/notes/scan.md)."""
-  widest: int = field(96, "largest hidden size that is scanned; the scan was calibrated on 48 to 96, and was wrong on "
-                      "a pretrained network of 384", low=1)
+  """A verdict that needs no trigger. The defaults are ours, chosen on seeds 100 to 104 (docs/notes/scan.md)."""
+  widest: int = field(96, "largest hidden size to scan; calibrated on 48-96, wrong on a pretrained one of 384", low=1)
   triggers: int = field(4, "number of soft triggers", low=1)
   tokens: int = field(3, "largest number of soft tokens per trigger", low=1)
   replace: float = field(0.0, "fraction of texts in which soft tokens replace tokens; in the others they are inserted",
                          low=0.0, high=1.0)
   depths: tuple = field((0.0, 0.5), "where soft tokens enter, in fractions of the layers; one search per entry")
   steps: int = field(80, "number of search steps per class; 0: no scan", low=0, unit="steps")
-  step_size: float = field(0.2, "step size of each token", low=1e-6, high=100.0, unit="mean norms of the tokens there")
-  norm: float = field(1.0, "bound on each token's norm", low=1e-3, high=100.0, unit="mean norms of the tokens there")
-  rows: int = field(256, "most rows to search on, most to measure on, most of the class itself", low=1, unit="rows")
+  step_size: float = field(0.2, "step size of each token", low=1e-6, high=100.0, unit="mean token norms at its layer")
+  norm: float = field(1.0, "bound on each token's norm", low=1e-3, high=100.0, unit="mean token norms at its layer")
+  rows: int = field(256, "largest number of rows per class to search on, measure on, compare with", low=1, unit="rows")
 
 
 @dataclasses.dataclass
 class Selftest:
-  """Plants known backdoors in a copy of the suspect and cleans the copy. It costs the planting and one more defense."""
+  """Plants known backdoors in a copy of the suspect and cleans the copy. Its cost is the planting and one defense."""
   triggers: int = field(12, "number of planted backdoors, of four kinds in turn; 0: no self-test", low=0, high=1000,
                         source="ours; not tuned")
-  rows: int = field(40, "number of clean rows that plant each backdoor", low=1, unit="rows", source="ours; not tuned")
-  epochs: int = field(2, "number of passes over clean and planted rows", low=1, source="ours; not tuned")
-  test_rows: int = field(100, "most test rows that measure each backdoor", low=1, unit="rows")
+  rows: int = field(40, "number of training rows that get each trigger", low=1, unit="rows", source="ours; not tuned")
+  epochs: int = field(2, "number of passes over clean and triggered rows", low=1, source="ours; not tuned")
+  test_rows: int = field(100, "largest number of test rows per backdoor", low=1, unit="rows")
 
 
-# Path in the config -> declaration. A config omits the sections that it does not use. "data" has two declarations.
+# Path in the config -> declaration. A config has only the sections that it uses. `sections` chooses that of "data".
 SECTIONS = {
     "": Experiment, "attack": Attack, "data": Data, "data.attack_rows": AttackRows, "data.defend_rows": DefendRows,
     "student": Student, "teacher": Teacher, "warmup": WarmupStage, "poison": PoisonStage, "teach": TeachStage,

@@ -1,8 +1,9 @@
-"""A grid: a run for each combination of the values of its axes, and one table of all of them.
+"""A grid: one run for each combination of the axes' values, and one table of all runs.
 
-A config with a section `grid` is a grid. `grid` has {axis: {value: fields that this value changes}}. The other fields
-are those of every cell. A cell is a run in workdir/cells/VALUE-VALUE. rows.jsonl has the rows of every complete cell,
-each with the cell's config. A cell that it has is not run again. Cells share the models that they would make equally.
+A config with a section `grid` is a grid. `grid` is {axis: {value: fields that this value changes}}. All other fields
+are equal in all cells. A cell is one run, in workdir/cells/VALUE-VALUE. rows.jsonl, the store, has the rows of each
+complete cell with the cell's config. A stored cell does not run again. If several cells would make the same student or
+teacher, the first one makes it and the others copy it.
 """
 
 import contextlib
@@ -25,18 +26,18 @@ LOG = logging.getLogger(__name__)
 STORE = "rows.jsonl"
 FAILED_CODE = 1          # exit code if a cell failed
 
-# models/NAME -> the sections of the config that it depends on, beside the fields `seed` and `task`.
+# models/NAME -> the sections of the config that the model depends on, besides the fields `seed` and `task`.
 DEPENDS = {results.BASE: ("data", "student", "warmup"), results.CLEAN: ("data", "student", "warmup", "poison"),
            results.POISONED: ("data", "student", "warmup", "poison", "attack"),
            results.TEACHER: ("data", "student", "teacher", "teach")}
 
 
 def cells(config: ConfigDict) -> dict[str, ConfigDict]:
-  """{name of a cell: its config}; axes and values are in alphabetical order, as ConfigDict keeps them.
+  """{name of a cell: its config}. Axes and values are in alphabetical order, because ConfigDict sorts them.
 
   Raises:
-    InputError: an axis without values; a name that cannot be a directory's; two axes that change one field; a value
-      that changes a field that the config lacks, or its type.
+    InputError: an axis has no values; a value's name cannot be part of a directory's name; two axes change one field;
+      a value changes the type of a field, or a field that the config lacks; or two cells have one name.
   """
   base = ConfigDict({name: value for name, value in config.to_dict().items() if name != "grid"})
   axes = config.grid.to_dict()
@@ -81,44 +82,44 @@ def run(config: ConfigDict, workdir: Path, jobs: int = 1) -> int:
   """Runs the cells that are not in the store, and writes the store and the tables.
 
   Args:
-    jobs: number of cells that run at the same time. If it is above 1, each runs in a process of its own, with an equal
-      share of the CPU cores, and its output goes to log.txt of its directory.
+    jobs: number of cells that run at the same time. If it is above 1, each cell runs in its own process, with an equal
+      share of the CPU cores, and writes its output to log.txt in its directory.
   Returns:
-    The exit code: 0, or FAILED_CODE if some cell failed; the other cells are run all the same.
+    The exit code: 0, or FAILED_CODE if a cell failed. A failed cell does not stop the other cells.
   Raises:
-    InputError: a mistake in some cell's config, before any cell runs; the store has a cell of another config; or no
-      cell can run.
+    InputError: a cell's config has a mistake (found before any cell runs), or the store has a cell with another
+      config. If no cell is complete at the end, the error of the first cell that failed is raised.
   """
   grid = cells(config)
   directories = {name: workdir / "cells" / name for name in grid}
   for cell in grid.values():
     checks.check_fields(cell)
-  complete, failed, began, seconds, made = _complete(workdir, grid, directories), {}, {}, [], {}
+  complete, failed, began, seconds, shared = _complete(workdir, grid, directories), {}, {}, [], {}
   for name in complete:
-    made |= _models(grid[name], directories[name])
+    shared |= _models(grid[name], directories[name])
   waiting = [name for name in grid if name not in complete]
   LOG.info(f"grid of {len(grid)} cells, {len(complete)} of them complete")
 
   def next_task(running):
-    if name := _next_cell(grid, waiting, running, made):
+    if name := _next_cell(grid, waiting, running, shared):
       left = len(waiting) + len(running)
       about = f", about {sum(seconds) / len(seconds) * left / jobs / 60:.0f} minutes left" if seconds else ""
       LOG.info(f"cell {name}: {left} cells left{about}")
-      _take_over(grid[name], directories[name], made)
+      _take_over(grid[name], directories[name], shared)
       waiting.remove(name)
       began[name] = time.monotonic()
       return name, grid[name], directories[name]
 
   with contextlib.closing(workers.outcomes(next_task, stages.run, jobs)) as outcomes:   # closing it ends its processes
     for name, error in outcomes:
-      if error:                                        # the weak teacher of one seed should not cost the other cells
+      if error:                                        # for example the weak teacher of one seed
         LOG.error(f"cell {name} failed: {error}")
         failed[name] = error
         continue
       seconds.append(time.monotonic() - began[name])
       complete.add(name)
       _store(workdir, grid, directories, name)
-      made |= _models(grid[name], directories[name])
+      shared |= _models(grid[name], directories[name])
   if not complete:
     raise next(iter(failed.values()))
   _write_tables(workdir, directories, [name for name in grid if name in complete])
@@ -127,9 +128,9 @@ def run(config: ConfigDict, workdir: Path, jobs: int = 1) -> int:
   return FAILED_CODE if failed else 0
 
 
-def _next_cell(grid, waiting, running, made):
+def _next_cell(grid, waiting, running, shared):
   """The first waiting cell that needs no model that a running cell is about to make; None if there is no such cell."""
-  making = {_key(grid[name], model) for name in running for model in DEPENDS} - made.keys()
+  making = {_key(grid[name], model) for name in running for model in DEPENDS} - shared.keys()
   return next((name for name in waiting if making.isdisjoint(_key(grid[name], model) for model in DEPENDS)), None)
 
 
@@ -140,10 +141,10 @@ def _models(cell, directory):
 
 
 def _complete(workdir, grid, directories):
-  """Names of the cells that are in the store and whose results exist.
+  """Names of the cells that the store has and whose results exist.
 
   Raises:
-    InputError: the store has such a cell with another config.
+    InputError: the store has one of these cells with another config.
   """
   out = set()
   for name, lines in _stored(workdir).items():
@@ -155,22 +156,25 @@ def _complete(workdir, grid, directories):
 
 
 def _key(cell, model):
-  """The model's name, and as text every field that models/MODEL of the cell depends on: equal if the models are."""
+  """(model's name, JSON of the fields that it depends on). If two cells have equal keys, their models are equal."""
   fields = {name: value for name, value in cell.to_dict().items() if name in ("seed", "task", *DEPENDS[model])}
   return model, json.dumps(fields, sort_keys=True)
 
 
-def _take_over(cell, directory, made):
-  """Copies the models that an earlier cell has made in the same way."""
+def _take_over(cell, directory, shared):
+  """Copies into the cell's directory the models that an earlier cell has made with the same fields.
+
+  shared: {key of a model: its directory} of the models in complete cells.
+  """
   for model in DEPENDS:
-    source, target = made.get(_key(cell, model)), directory / "models" / model
+    source, target = shared.get(_key(cell, model)), directory / "models" / model
     if source and processes.writes() and not target.exists():
       processes.copy_whole(source, target)
   processes.wait(f"models of {directory}")
 
 
 def _stored(workdir) -> dict[str, list[dict[str, Any]]]:
-  """{cell: its lines of the store}."""
+  """{name of a cell: its lines of the store}."""
   file, out = workdir / STORE, {}
   if file.exists():
     for line in map(json.loads, file.read_text().splitlines()):
@@ -179,7 +183,7 @@ def _stored(workdir) -> dict[str, list[dict[str, Any]]]:
 
 
 def _store(workdir, grid, directories, new):
-  """Writes the store again, with the rows of the cell `new`: this grid's cells in its order, then other cells."""
+  """Rewrites the store with the rows of the cell `new`. This grid's cells come first, then cells of earlier grids."""
   lines = _stored(workdir)
   lines[new] = [{"cell": new, **row, "config": grid[new].to_dict()}
                 for row in json.loads((directories[new] / "results.json").read_text())["rows"]]

@@ -16,12 +16,15 @@ def add_lora(params: dict, rank: int, alpha: float, targets: Sequence[str] = ("q
              places: Callable[[dict], dict] | None = None) -> dict:
   """A new tree with LoRA leaves beside the stacked kernels named in `targets` (adapters/lora.py).
 
-  `lora_a` [L, in, R] is random and `lora_b` [L, R, out] is zero, so the network's function is unchanged. `lora_alpha`
+  `lora_a` [L, in, R] is random and `lora_b` [L, R, out] is zero, so the network's outputs do not change. `lora_alpha`
   [L] holds alpha. All are float32. L layers, R rank.
 
   Args:
+    alpha: numerator of the scale alpha / R of the update.
     targets: names of modules in the layers; ("all-linear",): every module with a kernel.
-    places: new leaves (abstract) -> their NamedShardings; each leaf is created under its sharding. None: on one device.
+    key: random key of `lora_a`.
+    places: function from the new leaves (abstract) to their NamedShardings, under which the leaves are created. None:
+      the leaves are created on one device.
   Raises:
     InputError: a target that no layer has, or a rank below 1.
   """

@@ -1,6 +1,6 @@
-"""Losses and log-odds. Functions with `weights` return scalar float32. B rows, C classes, D width, T tokens.
+"""Losses and log-odds. B rows, C classes, D feature width, T tokens.
 
-`weights` [B] is 1 on real rows and 0 on rows that pad a short batch; None counts every row.
+`weights` [B] is 1 on real rows and 0 on rows that pad a short batch. None counts every row.
 """
 
 import jax
@@ -35,7 +35,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array | Non
 
 def distillation(student_logits: jax.Array, teacher_logits: jax.Array, temperature: float,
                  weights: jax.Array | None = None) -> jax.Array:
-  """T^2 * KL(teacher || student) of the softened distributions, batch mean (Hinton et al., arXiv 1503.02531).
+  """Batch mean of T^2 * KL(teacher || student) of the softened distributions (Hinton et al., arXiv 1503.02531).
 
   Args:
     student_logits: [B, C] float.
@@ -64,7 +64,7 @@ def feature_alignment(student_features: jax.Array, teacher_features: jax.Array,
   Returns:
     Scalar float32: squared distance summed over D, averaged over B.
   Raises:
-    ValueError: shapes differ (silent broadcasting is the bug in the released code).
+    ValueError: the shapes differ. The released code broadcasts them silently, which is a bug.
   """
   _check("feature_alignment", student_features, teacher_features)
   gap = student_features.astype(jnp.float32) - jax.lax.stop_gradient(teacher_features).astype(jnp.float32)
@@ -73,7 +73,7 @@ def feature_alignment(student_features: jax.Array, teacher_features: jax.Array,
 
 def released_feature_alignment(student_hidden: jax.Array, teacher_features: jax.Array,
                                weights: jax.Array | None = None) -> jax.Array:
-  """The released code's feature loss: pulls every token, padding included, to the last example's teacher feature.
+  """The released code's feature loss. It pulls every token, padding included, to the last row's teacher feature.
 
   Args:
     student_hidden: [B, T, D] float, all tokens after the final norm.
@@ -88,14 +88,14 @@ def released_feature_alignment(student_hidden: jax.Array, teacher_features: jax.
 
 
 def next_token(logits: jax.Array, input_ids: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Cross entropy of every token but a row's first, and a mask of the tokens that count. R rows, V vocabulary.
+  """Cross entropy of every token except a row's first, and a mask of the tokens that count. R rows, V vocabulary.
 
   A token counts if it is not padding and the token before it belongs to the same text.
 
   Args:
     logits: [R, T - 1, V] predictions of tokens 2 to T.
     input_ids: [R, T] int.
-    segment_ids: [R, T] int: 0 on padding, else the number of the token's text, ascending along a row.
+    segment_ids: [R, T] int: 0 on padding, elsewhere the number of the token's text, which ascends along a row.
   Returns:
     (cross entropy [R, T - 1] in nats, mask [R, T - 1] float32 of 0 and 1).
   """
@@ -105,7 +105,7 @@ def next_token(logits: jax.Array, input_ids: jax.Array, segment_ids: jax.Array) 
 
 
 def log_odds(logits: jax.Array | np.ndarray, classes: jax.Array | np.ndarray) -> jax.Array:
-  """[N] float32: log p / (1 - p) of each row's class, in nats; logits [N, C], classes [N] int."""
+  """Log-odds log(p / (1 - p)) of each row's class, [N] float32 in nats, from logits [N, C] and classes [N] int."""
   logits = logits.astype(jnp.float32)
   own = jax.nn.one_hot(classes, logits.shape[-1], dtype=bool)
   return jnp.where(own, logits, 0).sum(-1) - jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), axis=-1)

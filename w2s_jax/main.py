@@ -15,7 +15,7 @@ import re
 import sys
 from pathlib import Path
 
-for _name, _value in {  # silences the libraries, because command.run reports a user's mistake in one line
+for _name, _value in {  # silences the libraries, so that a user's mistake is reported in one line alone
     "TF_CPP_MIN_LOG_LEVEL": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "DATASETS_VERBOSITY": "critical",
     "HF_HUB_VERBOSITY": "error", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}.items():
   os.environ.setdefault(_name, _value)
@@ -25,10 +25,11 @@ from absl import logging as absl_logging  # noqa: E402
 
 from w2s_jax import InputError, command, results  # noqa: E402
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all output; runs/CONFIG by default.")
-_STAGE = flags.DEFINE_enum("stage", None, results.STAGES, "Run this stage alone (its inputs must be in the workdir; "
-                           "scan and search make their own).")
-_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for several processes.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all output; runs/CONFIG or runs/CONFIG-ARGUMENT by "
+                               "default.")
+_STAGE = flags.DEFINE_enum("stage", None, results.STAGES, "Run this stage alone. Its inputs must be in the workdir. "
+                           "scan and search make the models that they need.")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, if there are several.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
 _PROCESS = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.", lower_bound=0)
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Let JAX find the other processes (TPU pod, SLURM, Kubernetes, "
@@ -45,7 +46,7 @@ def default_workdir(argv: list[str]) -> Path:
 
 
 def _connect(processes):
-  """Joins the other processes if the flags name any, and returns whether it did. Only process 0 prints after that."""
+  """Joins the other processes if the flags ask for it, and returns whether it did. Then only process 0 prints."""
   address = {"coordinator_address": _COORDINATOR.value, "num_processes": _PROCESSES.value, "process_id": _PROCESS.value}
   missing = [f"--{name}" for name, value in address.items() if value is None]
   if not missing or _DISTRIBUTED.value:
@@ -78,11 +79,11 @@ def _find_devices():
 def main(argv: list[str]) -> int:
   del argv
   absl_logging.set_verbosity(absl_logging.ERROR)
-  import jax  # late: transformers and PyTorch take seconds to load, so the flags are checked first
+  import jax  # late: JAX, transformers and PyTorch take seconds to load, and the flags are checked before
 
   from w2s_jax import grid, processes, stages, workers
   if _JOBS.value > 1:
-    jax.config.update("jax_platforms", "cpu")    # of this process, which trains nothing: the devices are for the cells
+    jax.config.update("jax_platforms", "cpu")    # this process trains nothing and leaves the devices to the cells
   if not _connect(processes):
     _find_devices()
   elif _JOBS.value > 1:

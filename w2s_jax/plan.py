@@ -1,4 +1,4 @@
-"""Does a config fit? Compiles its real steps ahead of time for a TPU slice or GPUs that this machine does not have.
+"""Does a config fit? Compiles the steps of its run ahead of time for TPUs or GPUs that this machine does not have.
 
   python -m w2s_jax.plan --config=configs/llama_badnet.py:scale=8b --topology=v5e:4x4
   ... --mesh=1,16,1 --batch=128 --length=512 --remat=dots        overrides the config
@@ -6,10 +6,10 @@
   ... --json                                                     prints one JSON object
 
 The step `defend` is the step of the costliest configured defense; --step=w2s plans w2s.
-For TPUs it uses XLA's TPU compiler, which needs no TPU: pip install 'jax[tpu]'. Without that compiler it plans for the
+For TPUs it uses XLA's TPU compiler (pip install 'jax[tpu]'), which needs no TPU. Without that compiler it plans for the
 same number of CPUs, whose memory figures differ from the chip's. For GPUs (--topology=h100:1, h200:8) it uses the CPU
-compiler of jax 0.11, whose memory figures were within 5% of what an H200 held (docs/scaling.md). Times are estimates
-from the chip's published peak figures.
+compiler of jax 0.11, which planned up to 5% more memory than an H200 held (docs/scaling.md). Times are estimates from
+the chip's published peak figures.
 """
 
 import contextlib
@@ -43,22 +43,22 @@ GIB = 2**30
 @dataclasses.dataclass(frozen=True)
 class Chip:
   """Published figures of one chip (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e; NVIDIA's data sheets)."""
-  flops: float               # bfloat16, per second
+  flops: float               # per second, in bfloat16
   hbm: float                 # bytes
   hbm_bandwidth: float       # bytes per second
-  link_bandwidth: float      # bytes per second sent to other chips over all links: half of a "bidirectional" figure
+  link_bandwidth: float      # bytes per second sent over all links to other chips; half of a "bidirectional" figure
 
 
 CHIPS = {"v4": Chip(275e12, 32 * GIB, 1200e9, 300e9), "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
          "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9), "v6e": Chip(918e12, 32 * GIB, 1600e9, 400e9)}
-# Memory as nvidia-smi reports it; NVLink bandwidth in one direction.
+# Memory as nvidia-smi reports it. Bandwidth in one direction: of PCIe for l4, of NVLink for the others.
 GPUS = {"l4": Chip(121e12, 22.5 * GIB, 300e9, 32e9), "a100": Chip(312e12, 80 * GIB, 2039e9, 300e9),
         "h100": Chip(989e12, 79.6 * GIB, 3350e9, 450e9), "h200": Chip(989e12, 140.4 * GIB, 4800e9, 450e9)}
 CHIPS |= GPUS
 
 
 def usable(name: str) -> float:
-  """Bytes of a chip that a program can use: 15.75 of 16 GiB on TPUs (by v5e's compiler), JAX's share on GPUs."""
+  """Bytes of a chip that a program can use. TPUs: 15.75 of 16 GiB (v5e's compiler). GPUs: the share that JAX takes."""
   share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)) if name in GPUS else 0.984
   return share * CHIPS[name].hbm
 
@@ -77,10 +77,9 @@ def tpu_compiler() -> bool:
 
 
 def devices_of(text: str) -> tuple[Sequence, bool]:
-  """Descriptions of a TPU slice's devices; for GPUs, or without a TPU compiler, the same number of CPUs.
+  """(devices to compile for, whether they are TPUs), from CHIP:SHAPE.
 
-  Returns:
-    (devices, whether they are TPUs).
+  For TPUs the devices are descriptions. For GPUs, or without a TPU compiler, they are the same number of CPUs.
   """
   import jax
   chip, chips = parse_topology(text)
@@ -112,7 +111,7 @@ def _cpus(count, note):
 
 @contextlib.contextmanager
 def _silent():
-  """Silences the file descriptor of stderr, because libtpu writes there that this machine has no TPU."""
+  """Silences the file descriptor of stderr, because libtpu writes to it that this machine has no TPU."""
   saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
   os.dup2(null, 2)
   try:
@@ -124,7 +123,10 @@ def _silent():
 
 
 def plan_step(name: str, config: Any, mesh: Any, B: int, T: int, topology: str, tpu: bool) -> dict:
-  """The costs of one step per chip, as the fields of --json; with "error" if the compiler says that memory is short."""
+  """The costs of one step per chip, as the fields of --json; with "error" if the compiler finds too little memory.
+
+  name is the step, B its rows, T its tokens per row, topology CHIP:SHAPE; tpu tells whether the TPU compiler is used.
+  """
   import jax
 
   from w2s_jax.planning import abstract, hlo
@@ -159,7 +161,7 @@ def plan_step(name: str, config: Any, mesh: Any, B: int, T: int, topology: str, 
 
 
 def bytes_of(memory: Any) -> dict[str, int]:
-  """Bytes that a program holds on each device, by its memory_analysis(); donated arguments do not count as output."""
+  """Bytes that a program holds on each device, from its memory_analysis(). Donated arguments do not count as output."""
   out = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
          "output": memory.output_size_in_bytes - memory.alias_size_in_bytes}
   return out | {"total": sum(out.values())}
@@ -168,8 +170,8 @@ def bytes_of(memory: Any) -> dict[str, int]:
 def _work(name, config, mesh, B, T, model):
   """(FLOPs, bytes of HBM traffic) per chip by the compiler's count.
 
-  The compiler counts one iteration of a loop. So this function compiles a network of one layer and one of two layers,
-  both without a loop. For each layer after the first, it adds their difference to the first's count.
+  The compiler counts a loop as one iteration. So this function compiles a network of one layer and one of two layers,
+  both without a loop. For each layer after the first it adds the difference between the two counts.
   """
   from w2s_jax.models import Model
   from w2s_jax.planning import abstract
@@ -183,10 +185,10 @@ def _work(name, config, mesh, B, T, model):
 
 
 def search(name: str, config: Any, devices: Sequence, B: int, T: int, topology: str, tpu: bool) -> list[dict]:
-  """The plans that were tried: first those that fit, by estimated rows per second, then the others.
+  """Plans the step `name` in several ways. Returns first the plans that fit, by rows per second, then the others.
 
-  It tries meshes with at most 8 chips on `data` and on `tensor`, and the given, the doubled and the halved batch size.
-  For each pair of mesh and batch size it stops at the first remat policy that fits, from "none" to "full".
+  It tries meshes with at most 8 chips on `data` and on `tensor`, and the batch sizes B, 2 B and B / 2. For each pair of
+  mesh and batch size it stops at the first remat policy that fits, from "none" to "full".
   """
   from w2s_jax import sharding
   from w2s_jax.planning import abstract
@@ -221,21 +223,21 @@ def _verdict(plan):
           "(estimate)")
 
 
-def text(one: dict) -> str:
+def text(plan: dict) -> str:
   """A plan as lines of text."""
-  mesh = ", ".join(f"{axis} {size}" for axis, size in one["mesh"].items())
-  step = f"{one['step']} ({one['defense']})" if one["defense"] else one["step"]
-  lines = [f"{step}: {one['topology']} ({one['chips']} chips), mesh {mesh}; {one['batch']} examples of "
-           f"{one['length']} tokens, remat {one['remat']}", f"  {_verdict(one)}"]
-  if "error" in one:
+  mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+  step = f"{plan['step']} ({plan['defense']})" if plan["defense"] else plan["step"]
+  lines = [f"{step}: {plan['topology']} ({plan['chips']} chips), mesh {mesh}; {plan['batch']} examples of "
+           f"{plan['length']} tokens, remat {plan['remat']}", f"  {_verdict(plan)}"]
+  if "error" in plan:
     return "\n".join(lines)
-  memory = ", ".join(f"{name} {one['per_chip'][name] / GIB:.2f}" for name in ("arguments", "temporaries", "output"))
+  memory = ", ".join(f"{name} {plan['per_chip'][name] / GIB:.2f}" for name in ("arguments", "temporaries", "output"))
   lines.append(f"  GiB per chip: {memory}")
-  lines.append(f"  per chip and step: {one['flops'] / 1e12:.2f} TFLOP, {one['bytes'] / 1e9:.1f} GB of HBM traffic")
-  lines += [f"  {kind}: {c['count']} times, {c['bytes'] / 1e9:.2f} GB" for kind, c in one["collectives"].items()]
-  bound = max(one["seconds"], key=one["seconds"].get)
-  lines.append(f"  estimate by published figures: {one['step_seconds_estimate']:.3f} s a step, bound by {bound} ("
-               + ", ".join(f"{name} {s:.3f} s" for name, s in one["seconds"].items()) + ")")
+  lines.append(f"  per chip and step: {plan['flops'] / 1e12:.2f} TFLOP, {plan['bytes'] / 1e9:.1f} GB of HBM traffic")
+  lines += [f"  {kind}: {c['count']} times, {c['bytes'] / 1e9:.2f} GB" for kind, c in plan["collectives"].items()]
+  bound = max(plan["seconds"], key=plan["seconds"].get)
+  lines.append(f"  estimate by published figures: {plan['step_seconds_estimate']:.3f} s a step, bound by {bound} ("
+               + ", ".join(f"{name} {s:.3f} s" for name, s in plan["seconds"].items()) + ")")
   return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
-"""One program in several processes: which one writes, what they share, and when they stop.
+"""One program in several processes: which process writes, what they share, and when they stop.
 
-Every process runs every line. Process 0 alone writes files, except Orbax's. All processes must see the workdir.
+Every process runs every line. Only process 0 writes files, but all of them write Orbax checkpoints. All must see the
+same workdir.
 """
 
 import contextlib
@@ -25,11 +26,11 @@ from jax.sharding import PartitionSpec as P
 from w2s_jax import InputError
 
 STOPPED_CODE = 143           # exit code after SIGTERM: 128 + 15, as shells have it
-LOST_CODE = 75               # exit code after the loss of another process (EX_TEMPFAIL): start all of them again
-HEARTBEAT_SECONDS = 20       # after this silence a process counts as dead, and the others stop
+LOST_CODE = 75               # exit code after the loss of another process (EX_TEMPFAIL); all must be started again
+HEARTBEAT_SECONDS = 20       # a process that is silent for this time counts as dead, and the others stop
 
 
-_questions = itertools.count(1)   # numbers this process's calls of stop() over all stages, as JAX requires
+_questions = itertools.count(1)   # numbers the calls of stop() in this process, across all stages, as JAX requires
 
 
 class Stopped(Exception):
@@ -38,7 +39,10 @@ class Stopped(Exception):
 
 def connect(coordinator_address: str | None = None, num_processes: int | None = None,
             process_id: int | None = None) -> None:
-  """Joins the other processes; without arguments JAX finds them (TPU pods, SLURM, Kubernetes)."""
+  """Joins the other processes. Without arguments JAX finds them (TPU pods, SLURM, Kubernetes, MPI).
+
+  coordinator_address: HOST:PORT of process 0.
+  """
   jax.distributed.initialize(coordinator_address, num_processes, process_id,
                              heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=HEARTBEAT_SECONDS)
 
@@ -49,7 +53,7 @@ def writes() -> bool:
 
 
 def wait(name: str) -> None:
-  """Barrier: returns once every process has called it. All of them then see what process 0 wrote before it."""
+  """Barrier: returns once every process has called it with this name. Then all see what process 0 wrote before."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
@@ -58,7 +62,7 @@ def check_shared(workdir: Path) -> None:
   """Checks that all processes see the workdir as one directory under one name; every process must call it.
 
   Raises:
-    InputError: in every process, if they do not. They would wait for each other's files for ever.
+    InputError: they do not. It is raised in every process, because the processes would wait forever for files.
   """
   if jax.process_count() == 1:
     return
@@ -84,7 +88,7 @@ def first_says(value: bool) -> bool:
 def write_text(path: Path, text: str) -> None:
   """Process 0 writes the file, whole or not at all; every process must call this function.
 
-  All processes see the old file until the second barrier, and the new one after it.
+  A process can rely on the old file until it calls this function, and on the new file once the function has returned.
   """
   wait(f"before {path}")
   if writes():
@@ -107,7 +111,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def fetch(array: jax.Array | np.ndarray) -> np.ndarray:
-  """Returns the whole array to every process, whichever devices hold its shards; all processes must call it."""
+  """Returns the whole array in every process, whichever devices hold its shards. All processes must call it."""
   if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
     array = _gather(NamedSharding(array.sharding.mesh, P()))(array)
   return np.asarray(array)
@@ -119,7 +123,10 @@ def _gather(everywhere):
 
 
 def share_work(make: Callable[[Sequence], dict[str, np.ndarray]], items: Sequence) -> dict[str, np.ndarray]:
-  """The result of make(items): arrays [N, ...], one row per item, N >= 1. Each process computes its share of the rows.
+  """The result of make(items) in every process. Each process computes its share of the rows.
+
+  make: function from items to {name: array [N, ...]}, with one row per item.
+  items: N >= 1 items.
   """
   count = jax.process_count()
   if count == 1:
@@ -133,8 +140,8 @@ def share_work(make: Callable[[Sequence], dict[str, np.ndarray]], items: Sequenc
 def stop_signal() -> Iterator[Callable[[], bool]]:
   """Yields stop(), which returns whether SIGTERM has come to this process or to any other process of the program.
 
-  With several processes, the n-th call returns the same in all of them. After the signal, a few calls still return
-  False. So all processes must call it equally often.
+  With several processes, the n-th call returns the same value in all of them, so all must call stop() equally often.
+  After the signal a few calls still return False.
   """
   if jax.process_count() > 1:                       # JAX's own handler tells the other processes
     yield lambda: multihost_utils.reached_preemption_sync_point(next(_questions))

@@ -1,6 +1,6 @@
-"""A frozen base of 8 or 4 bits: layer kernels are qwix QArrays, which each matrix product dequantizes.
+"""A frozen base with kernels of 8 or 4 bits: qwix QArrays, which each matrix product dequantizes.
 
-L layers. qwix is an extra (w2s_jax[quantize]); it is imported only if a kernel is quantized.
+L layers. qwix is an optional dependency (w2s_jax[quantize]). It is imported only if a kernel is quantized.
 """
 
 import re
@@ -14,7 +14,7 @@ from w2s_jax import InputError
 KERNEL = r"layers/.*/kernel"           # the quantized leaves, [L, in, out]; embeddings, norms, biases, heads stay float
 TILE = 64                              # input features that share a scale in 4 bits (QLoRA, arXiv 2305.14314)
 BITS = {"int8": 8, "int4": 4, "nf4": 4}
-Kernel = Any                           # a jax.Array or a qwix QArray; Any, because qwix need not be installed
+Kernel = Any                           # a jax.Array or a qwix QArray, whose type is missing if qwix is not installed
 
 
 def check(name: str) -> None:
@@ -24,16 +24,16 @@ def check(name: str) -> None:
                      "--config.lora.quantize")
   try:
     import qwix  # noqa: F401
-  except Exception as e:  # qwix imports flax.nnx, which a new jax can break: not always an ImportError
+  except Exception as e:  # a new jax can break flax.nnx, which qwix imports, with other errors than ImportError
     raise InputError(f"lora.quantize={name} needs qwix ({str(e)[:100]}): pip install 'qwix>=0.1.8,<0.2', or "
                      "--config.lora.quantize=''") from e
 
 
 def quantize(kernel: jax.Array, name: str) -> Kernel:
-  """[L, in, out] float -> QArray of the same shape; its scales have the kernel's dtype.
+  """Quantizes a float kernel [L, in, out] to a QArray of the same shape. Its scales have the kernel's dtype.
 
-  int8 has one scale per layer and output feature. int4 and nf4 have one per layer, output feature and TILE input
-  features.
+  name: a key of BITS. int8 has one scale per layer and output feature. int4 and nf4 have one per layer, output feature
+    and group of TILE input features.
 
   Raises:
     InputError: TILE does not divide the input features.
@@ -48,7 +48,7 @@ def quantize(kernel: jax.Array, name: str) -> Kernel:
 
 
 def quantize_layers(params: dict, name: str) -> dict:
-  """A new tree with every layer kernel quantized."""
+  """A new parameter tree with every layer kernel quantized; `name` is a key of BITS."""
   return traverse_util.path_aware_map(
       lambda path, leaf: quantize(leaf, name) if is_layer_kernel("/".join(path)) else leaf, params)
 
@@ -70,7 +70,7 @@ def is_layer_kernel(path: str) -> bool:
 
 
 def product(x: jax.Array, kernel: Kernel) -> jax.Array:
-  """x [..., in] times a kernel [in, out] in x's dtype. The backward pass dequantizes a quantized kernel again."""
+  """Product of x [..., in] and a kernel [in, out], in x's dtype. The backward pass dequantizes the kernel again."""
   def times(x, kernel):
     return x @ dequantize(kernel.astype(x.dtype))
   return (jax.checkpoint(times, prevent_cse=False) if is_quantized(kernel) else times)(x, kernel)

@@ -1,4 +1,4 @@
-"""What a run writes: names of stages and models, one row per measured model, and the table's columns."""
+"""Names of stages and models, the record of a row in results.json, and the columns of the tables."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,37 +6,37 @@ from typing import Any, NamedTuple
 
 STAGES = ("warmup", "poison", "scan", "teach", "search", "defend", "selftest", "evaluate", "report")
 
-# models/NAME of the models that no defense made.
+# NAME in models/NAME for the models that no defense makes.
 BASE, CLEAN, POISONED, SUSPECT, TEACHER = "base", "clean", "poisoned", "suspect", "teacher"
 
 CONTROL = "lora_ce"      # the defense with which the others are compared
-REJECTED = -1            # the "class" of a text that a defense rejected
+REJECTED = -1            # predicted class of a text that a defense rejects
 
 
 def is_from_base(name: str) -> bool:
-  """Whether a defense or models/NAME has no weight of the suspect; the names of such defenses begin with from_base."""
+  """Whether a model has no weight of the suspect. `name` is its defense or its NAME in models/NAME."""
   return name.startswith("from_base")
 
 
 @dataclasses.dataclass
 class Row:
-  """Measurements of one model under one attack; None: not measured.
+  """Measurements of one model under one attack; None: not measured. COLUMNS explains the rates.
 
   Rates are fractions in [0, 1]. Intervals are Wilson's 95% intervals, [low, high].
   """
   model: str                            # "clean", "poisoned", "suspect" or the defense
-  directory: str                        # NAME in models/NAME; for a second seed and later ones, DEFENSE-seedSEED
-  attack: str                           # the attack's name; for a suspect, the listed trigger
-  dataset: str
+  directory: str                        # NAME in models/NAME: DEFENSE for its first seed, DEFENSE-seedSEED for others
+  attack: str                           # the attack's name; for a given checkpoint, the listed trigger
+  dataset: str                          # data source of the defended domain
   seed: int
   config_hash: str
   target_label: int | None
   ca: float                             # clean accuracy; rejected rows count as errors
-  ca_n: int
+  ca_n: int                             # number of rows
   ca_ci: list
   false_rate: float | None              # fraction of clean rows of other classes that get the target label
   asr: float | None = None
-  asr_n: int = 0
+  asr_n: int = 0                        # number of rows
   asr_ci: list | None = None
   asr_floor: float | None = None        # ASR of the never-poisoned model
   nearer_target: float | None = None    # fraction of triggered rows of other classes whose features are nearer to the
@@ -44,7 +44,7 @@ class Row:
   frr: float | None = None              # fraction of clean rows that the defense rejects
   far: float | None = None              # fraction of triggered rows of other classes that the defense accepts
   scan: float | None = None             # strength of the strongest soft trigger (measure/scan.py)
-  scan_class: int | None = None
+  scan_class: int | None = None         # class of that soft trigger
   agreement: float | None = None
   found: float | None = None            # fraction of rows of other classes that get the class of the search's string
   word_flips: float | None = None
@@ -55,10 +55,10 @@ class Column(NamedTuple):
   """A column of every table.
 
   Attributes:
-    name: the row's field.
+    name: field of Row that the column shows.
     label: the column's header.
-    cell: row (dict) -> text.
-    explanation: the column's description in docs/metrics.md.
+    cell: row (dict) -> text of the cell.
+    explanation: description of the column, as in docs/metrics.md; "": the interval of the column before it.
   """
   name: str
   label: str
@@ -121,9 +121,9 @@ COLUMNS = {column.name: column for column in (
     Column("sentence_flips", "sentence flips", _field("sentence_flips", rate),
            "share of clean rows whose answer changes when the beginning of another text is inserted"),
 )}
-OPTIONAL = ("frr", "far")      # a table has these columns only if a row has a value
+OPTIONAL = ("frr", "far")      # columns that a table has only if one of its rows has a value
 
 
 def columns(rows: list[dict], names: tuple[str, ...]) -> list[Column]:
-  """The columns with these names, except optional columns without a value in any row."""
+  """The columns with these names, except the optional columns for which no row has a value."""
   return [COLUMNS[name] for name in names if name not in OPTIONAL or any(row[name] is not None for row in rows)]

@@ -1,4 +1,4 @@
-"""A run: the config, workdir, mesh and rows that every stage gets."""
+"""The record of a run, which every stage gets, and its start."""
 
 import dataclasses
 import functools
@@ -38,16 +38,16 @@ def versions() -> dict[str, str]:
 
 @dataclasses.dataclass
 class Run:
-  """The argument of every stage: config, workdir, mesh, rows."""
+  """The argument of every stage."""
   config: ConfigDict
   workdir: Path
   mesh: jax.sharding.Mesh
-  hash: str
+  hash: str           # claims.config_hash of the config
   source: Source
-  rows: dict          # split -> rows; "poisoned_train", "triggered" and "probes" come from Source.freeze
-  sha256: dict        # name of a frozen file -> its sha256
-  inputs: dict        # name of an input -> its sha256: rows of each split, weights of the given checkpoints
-  held: filelock.BaseFileLock | None = None      # the workdir's lock
+  rows: dict          # split -> rows; Source.freeze adds "poisoned_train" and "triggered", or "probes"
+  sha256: dict        # name of a file that Source.freeze wrote -> its sha256
+  inputs: dict        # claims.inputs: name of an input -> its sha256
+  held: filelock.BaseFileLock | None = None      # the lock on the workdir
 
   @property
   def cache(self) -> Path:
@@ -59,7 +59,7 @@ class Run:
 
   @functools.cached_property
   def attack(self) -> Attack:
-    """The Attack of this run."""
+    """The attack of the config."""
     return source_lib.attack_of(self.config)
 
   def attack_in_words(self) -> str:
@@ -73,15 +73,16 @@ class Run:
     return list(self.config.defend.seeds) or [self.config.seed]
 
   def copy_name(self, defense: str, seed: int) -> str:
-    """NAME in models/NAME: the defense's name for the first seed, DEFENSE-seedSEED for the others."""
+    """NAME in models/NAME of a defense with a seed: DEFENSE for the first seed, DEFENSE-seedSEED for the others."""
     return defense if seed == self.defend_seeds[0] else f"{defense}-seed{seed}"
 
   def runs_of(self, defense: str) -> dict[str, int]:
-    """{models/NAME: seed} of a defense."""
+    """{NAME in models/NAME: seed} of a defense."""
     return {self.copy_name(defense, seed): seed for seed in self.defend_seeds}
 
   def defended(self) -> dict[str, tuple[str, int]]:
-    """{models/NAME: (defense, seed)} of every defense except `none`."""
+    """{NAME in models/NAME: (defense, seed)} of every defense except `none`."""
+    # The first four attributes of a Defense are what it does. `none` has none of them.
     return {name: (defense, seed) for defense in self.config.defenses if any(DEFENSES[defense][:4])
             for name, seed in self.runs_of(defense).items()}
 
@@ -91,7 +92,7 @@ class Run:
     return max(self.config.data.max_length, self.config.data.get("attack_max_length", 0))
 
   def facts(self) -> dict:
-    """The facts about a run in every results.json, among them hashes of the weights that the student was made from."""
+    """The facts of a run in results.json: versions, devices, rows, and hashes of config, files and base weights."""
     path, base = self.config.student.path, self.config.student.base
     weights = self.inputs[claims.weights_of(path)] if path else sha256(self.model_dir(results.BASE), "*.safetensors")
     return {"config_hash": self.hash, "sha256": self.sha256, "versions": versions(),
@@ -101,37 +102,37 @@ class Run:
             "clean_rows": {split: len(self.rows[split]) for split in ("train", "dev", "test")}}
 
   def measured(self) -> bool:
-    """Whether the results exist; logs it if they do."""
+    """Whether results.json exists. If it does, the log says so."""
     if exists := (self.workdir / "results.json").exists():
       LOG.info(f"evaluate: already in {self.workdir / 'results.json'}")
     return exists
 
   def done(self, name: str) -> bool:
-    """Whether a stage's model exists; logs it if it does."""
+    """Whether models/NAME exists. If it does, the log says so."""
     if exists := self.model_dir(name).exists():
       LOG.info(f"{name}: already in {self.model_dir(name)}")
     return exists
 
   def claim(self) -> None:
-    """Claims the workdir for this config; called after the last check that could refuse the config.
+    """Claims the workdir for this config. It is called after the last check that could refuse the config.
 
     Raises:
-      InputError: the workdir cannot be written.
+      InputError: the workdir cannot be written, or belongs to another config; see also `lock`.
     """
     try:
       self.workdir.mkdir(parents=True, exist_ok=True)
       self.lock()
-      claims.check_config(self.config, self.workdir)          # another run may have been faster
+      claims.check_config(self.config, self.workdir)          # another run may have claimed it meanwhile
       processes.write_json(self.workdir / "inputs.json", self.inputs)
       processes.write_json(self.workdir / "config.json", self.config.to_dict())
     except OSError as e:
       raise InputError(f"cannot write to {self.workdir} ({e.strerror}): give another --workdir") from None
 
   def lock(self) -> None:
-    """Process 0 locks the workdir for the lifetime of this object; a second call changes nothing.
+    """Locks the workdir for the lifetime of this object, in process 0. A second call changes nothing.
 
     Raises:
-      InputError: another program holds the lock, or the processes of this one do not see the same workdir.
+      InputError: another program holds the lock, or this program's processes do not see the same workdir.
     """
     processes.check_shared(self.workdir)
     if not processes.writes():
@@ -145,7 +146,7 @@ class Run:
       raise InputError(f"cannot write to {self.workdir} ({e.strerror}): give another --workdir") from None
 
   def finished(self, name: str) -> Path:
-    """The path models/NAME of a finished stage.
+    """The path of models/NAME, which an earlier stage has made.
 
     Raises:
       InputError: the directory does not exist.
@@ -156,7 +157,10 @@ class Run:
     return path
 
   def load(self, name: str, **kwargs: Any) -> tuple[Model, dict, Any]:
-    """(model, params, tokenizer) of models/NAME, in the student's dtype; the teacher is always float32."""
+    """(model, params, tokenizer) of models/NAME, in `student.dtype`; the teacher is always float32.
+
+    kwargs: options of load_pretrained.
+    """
     c = self.config
     dtype = "float32" if name == results.TEACHER else c.student.dtype
     path = self.finished(name)
@@ -170,7 +174,7 @@ class Run:
                            num_layers=c.teacher.layers or None, seed=c.seed)
 
   def tokenizer(self, name: str) -> Any:
-    """The tokenizer of models/NAME, without its weights."""
+    """The tokenizer of models/NAME. No weights are read."""
     return tokenization.load(self.model_dir(name), self.model_config(name).vocab_size)
 
   def model_config(self, name: str) -> SharedConfig:
@@ -195,7 +199,7 @@ class Run:
                      c.log_every, c.checkpoint_every, c.term_norms_every, c.steps_per_dispatch)
 
   def suspect(self, defense: Defense) -> Suspect:
-    """The Suspect that a defense gets."""
+    """The record that a defense gets: the attacked model, or the public base if its recipe has `from_base`."""
     c, recipe = self.config, defense.recipe
     runtime = {"lora_dropout": c.lora.dropout, "remat": c.student.remat}
     options = runtime | {"quantize": c.lora.quantize if recipe and "adapter" in recipe.trains else ""}
@@ -208,7 +212,7 @@ class Run:
         ranking=ranking, teacher_model=lambda: self.load(results.TEACHER), base=base)
 
   def suspect_of(self, loaded: tuple[Model, dict, Any]) -> Suspect:
-    """The Suspect of a loaded model, (model, params, tokenizer)."""
+    """The record that a defense gets, for a loaded model (model, params, tokenizer)."""
     c = self.config
     return Suspect(*loaded, self.rows["train"], self.rows["dev"], self.teacher_outputs, self.source.triggers(self),
                    c.defend, c.lora, c.data.max_length, self.place)
@@ -216,7 +220,7 @@ class Run:
   def base_path(self) -> Path | None:
     """The directory of the public base, which defenses train or mix in; None if the user did not name one.
 
-    The base that an adapter names does not count: the suspect's maker could name any model.
+    The base that an adapter names does not count, because whoever made the suspect could name any model.
     """
     c = self.config.student
     if self.source.base != self.source.attacked:
@@ -224,9 +228,9 @@ class Run:
     return base_of(c.path, c.base) if c.base else None
 
   def load_base(self, **options: Any) -> tuple[Model, dict, Any]:
-    """(model, params, tokenizer) of the model at `base_path`, with the suspect's names of the classes.
+    """(model, params, tokenizer) of the model at `base_path`, with the suspect's class names.
 
-    If that model has no head, the config's seed initialises one.
+    If that model has no classification head, a new one is initialised from the config's seed.
     """
     c, path = self.config, self.base_path()
     if self.source.base != self.source.attacked:
@@ -241,9 +245,9 @@ class Run:
     return with_padding_token(model, tokenizer), params, tokenizer
 
   def teacher_outputs(self, rows: list[dict], keep: bool = True) -> dict[str, np.ndarray]:
-    """The frozen teacher's logits and features of the rows.
+    """The frozen teacher's outputs on the rows: {"teacher_logits": [N, C], "teacher_features": [N, D]}.
 
-    keep: whether to cache them for every epoch, seed, defense and run that reads the same texts.
+    keep: whether to cache them in files, for every epoch, seed, defense and run that reads the same texts.
     """
     length = self.config.data.max_length
     def compute(**options):
@@ -260,11 +264,11 @@ class Run:
 
 
 def start(config: ConfigDict, workdir: str | Path) -> Run:
-  """Checks the config and the workdir, and makes or reads the rows. It may lock the workdir, but writes no results.
+  """Checks the config and the workdir, and makes or reads the rows. It locks a claimed workdir, but writes no results.
 
   Raises:
-    InputError: the workdir belongs to another config, a defense is unknown or cannot handle a test text, a batch does
-      not fit the mesh, or the data cannot be used.
+    InputError: a field has a wrong value, the workdir belongs to another config or other data or is locked, a batch
+      does not fit the mesh, the data cannot be used, or a defense cannot handle a test text.
   """
   checks.check_fields(config)
   source = source_lib.of(config)

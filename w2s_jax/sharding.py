@@ -1,4 +1,4 @@
-"""Named device mesh, parameter path rules -> NamedSharding, host rows -> global arrays."""
+"""Makes the device mesh, finds the sharding of parameters from rules on their paths, and places batches on devices."""
 
 import contextlib
 import re
@@ -15,13 +15,13 @@ from w2s_jax import InputError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))  # both axes shard the rows of a batch
-RUNS = "runs"                # name of the vmapped axis of runs that train together
+RUNS = "runs"                # name of the vmapped axis over runs that train together
 Value = TypeVar("Value")
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1,
               devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-  """Mesh with axes `data`, `fsdp`, `tensor`; one of the sizes may be -1 and takes the remaining devices.
+  """Mesh with axes `data`, `fsdp` and `tensor` of these sizes. One size may be -1, which means all remaining devices.
 
   Raises:
     InputError: the product of the sizes is not the number of devices, or the devices' wiring does not allow the mesh.
@@ -36,7 +36,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1,
                      "product must be the device count (one of them may be -1): set --config.mesh.data/.fsdp/.tensor")
   try:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-  except NotImplementedError as e:  # jax cannot lay these sizes on a TPU's torus
+  except NotImplementedError as e:  # jax cannot map these sizes to a TPU's torus
     raise InputError(f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} cannot be laid on this slice: each "
                      "size must be a product of the slice's own (of 4x4x4: 4, 16 or 64): set --config.mesh.*") from e
 
@@ -53,9 +53,10 @@ def param_shardings(params: dict, rules: Sequence[tuple[str, P]], mesh: jax.shar
   """NamedSharding of every leaf of a nested parameter dict, by the first rule that matches the leaf's path.
 
   Args:
-    rules: a model's `shardings`.
+    rules: (pattern, PartitionSpec) pairs, such as a model's `shardings`.
   Raises:
-    InputError: a mesh axis does not divide the dimension that it shards; the message has the leaf and both numbers.
+    InputError: a mesh axis does not divide the dimension that it shards. The message names the leaf and both numbers.
+    ValueError: a leaf matches no rule.
   """
   flat = traverse_util.flatten_dict(params, sep="/")
   return traverse_util.unflatten_dict({path: leaf_sharding(path, leaf, rules, mesh) for path, leaf in flat.items()},
@@ -66,14 +67,14 @@ def leaf_sharding(path: str, leaf: Any, rules: Sequence[tuple[str, P]], mesh: ja
   """NamedSharding of one leaf. A quantized leaf gets one for each of its arrays, which all have the leaf's axes.
 
   Raises:
-    InputError: see `param_shardings`.
+    InputError, ValueError: see `param_shardings`.
   """
   spec = match(path, rules)
   def place(array):
     axes_split = []
     for size, whole, axes in zip(array.shape, leaf.shape, spec):
       parts = int(np.prod([mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ())]))
-      if size == 1 < whole:                             # the whole axis has one scale: there is nothing to shard
+      if size == 1 < whole:                             # one scale serves the whole axis, so it is not sharded
         axes = None
       elif size % parts:
         raise InputError(f"{path} {tuple(array.shape)}: dimension {size} is not divisible by mesh axis {axes}={parts}: "
@@ -104,36 +105,36 @@ def check_batch(batch_size: int, mesh: jax.sharding.Mesh, knob: str) -> None:
 
 
 def on(mesh: jax.sharding.Mesh) -> contextlib.AbstractContextManager:
-  """Context in which code is traced for this mesh: `split_rows` constrains arrays to it."""
+  """Context in which code is traced for this mesh. Within it `split_rows` has an effect."""
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def split_rows(x: jax.Array) -> jax.Array:
-  """Constrains x [R, ...] to the batch's sharding: rows are split, other axes are not. Outside `on` x is unchanged.
+  """Shards the rows of x [R, ...] like a batch, and no other axis. Outside the context `on` x is unchanged.
 
   Without this constraint XLA shards activations along `fsdp`, like the kernels. Every device then computes all rows. If
-  batches are large, it also all-reduces about 100 times the bytes of one layer's kernels.
+  batches are large, XLA also all-reduces about 100 times the bytes of one layer's kernels.
   """
   mesh = jax.sharding.get_abstract_mesh()
   return x if mesh.empty else jax.lax.with_sharding_constraint(x, BATCH)
 
 
 def stacked(places: Any) -> Any:
-  """`places` (NamedShardings) for leaves with an additional leading axis, of runs or steps, which is not sharded."""
+  """The NamedShardings `places` for leaves with one more leading axis (runs or steps), which is not sharded."""
   return jax.tree.map(lambda place: NamedSharding(place.mesh, P(None, *place.spec)), places)
 
 
 def global_batch(rows: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh,
                  axes_in_front: int = 0) -> dict[str, jax.Array]:
-  """Places host arrays on the mesh: `data` x `fsdp` shard the rows, and no other axis is sharded.
+  """Places host arrays on the mesh. `data` x `fsdp` shard the rows, and no other axis is sharded.
 
   Args:
-    rows: {name: [..., B, ...]}; every process has all rows.
+    rows: {name: array [..., B, ...]}; every process has all B rows.
     axes_in_front: number of axes before B.
   """
   place = batch_sharding(mesh)
   for _ in range(axes_in_front):
     place = stacked(place)
-  def put(values):  # each process copies its devices' rows out of the whole array
+  def put(values):  # each process copies only its devices' rows from the whole array
     return jax.make_array_from_callback(values.shape, place, lambda index: values[index])
   return {k: put(np.asarray(v)) for k, v in rows.items()}

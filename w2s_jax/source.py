@@ -1,4 +1,4 @@
-"""The two sources of a suspect: a student that we poison ourselves, or a checkpoint that somebody else made."""
+"""The two sources of a suspect: a student that the run poisons itself, or a checkpoint that somebody else made."""
 
 import logging
 import math
@@ -14,33 +14,34 @@ from w2s_jax.models import check_links, config_from_hf, read_json, resolve
 from w2s_jax.models.hf.fields import Fields
 
 LOG = logging.getLogger(__name__)
-# Learning rates of a new teacher, of a pretrained one narrower than WIDE, and of a wider one. We tried rates for
-# all-MiniLM-L6-v2 (384 wide) on SST-2, with one seed each. On 1,800 rows 2e-4 reached a dev accuracy of 0.885 within 84
-# steps. On 1,440 other rows 5e-5 reached 0.831, and 1e-3 predicted only the majority class. The rate for wider encoders
-# is the usual one; we did not measure it.
+# Default learning rates of a new teacher, of a pretrained one narrower than WIDE, and of a wider pretrained one. We
+# tried rates for all-MiniLM-L6-v2 (384 wide) on SST-2, with one seed each. On 1,800 rows 2e-4 reached a dev accuracy of
+# 0.885 within 84 steps. On 1,440 other rows 5e-5 reached 0.831, and 1e-3 predicted only the majority class. The rate
+# for wide encoders is the usual one; we did not measure it.
 NEW_TEACHER_RATE, NARROW_TEACHER_RATE, WIDE_TEACHER_RATE, WIDE = 1e-3, 2e-4, 5e-5, 512
 
-# Learning rates of every defense, by the student's width: (bound on the width, rate). We chose the first rate on the
-# offline models (64 wide) and the second on one MiniLM (384). We used the third for SmolLM2-135M (576) and compared it
-# with few others. The last is the released recipe's rate for 7B models.
+# Default learning rates of the defenses: (width below which a student gets the rate, rate). We chose the first rate on
+# the offline models (64 wide) and the second on one MiniLM (384). We used the third for SmolLM2-135M (576) and compared
+# it with few others. The last is the released recipe's rate for 7B models.
 STUDENT_RATES = ((128, 2e-3), (512, 1e-3), (2048, 5e-4), (math.inf, 2e-4))
 
 
 class Source(NamedTuple):
-  """The differences between the two sources.
+  """All that differs between the two sources. A name below is a NAME in models/NAME.
 
   Attributes:
     stages: names of the stages, in order.
-    base: models/NAME of the student before any poisoning of ours.
-    attacked: models/NAME from which the defenses start.
-    measured: models/NAME of the table's rows before those of the defenses.
-    triggered: name of the split with triggers that every model is measured on.
-    head_seed: config -> seed of a new head if the given checkpoint lacks one; None: a missing head is an error.
+    base: name of the student before this run poisons it. For a given checkpoint it equals `attacked`.
+    attacked: name of the model from which the defenses start.
+    measured: names of the models whose rows come before those of the defenses in the table.
+    triggered: key in Run.rows of the rows with triggers, on which every model is measured.
+    head_seed: config -> seed of a new head if the student's checkpoint has none; None: a missing head is an error.
     resolve: config -> config with the fields that the given checkpoint determines.
     read: config -> {split: rows}; raises InputError if no row can be measured.
     triggers: run -> strings that ASR is measured with; no defense may see one of them.
-    freeze: run -> None; makes or reads the rows with triggers.
-    table: (run, {models/NAME: Reading}, meta of the teacher) -> ([results.Row], meta, contents of features.json).
+    freeze: run -> None; makes the rows with triggers, or reads them from their file, and adds them to Run.rows.
+    table: (run, {name: Reading}, meta about the run and the teacher) -> ([results.Row], meta, contents of
+      features.json).
   """
   stages: tuple[str, ...]
   base: str
@@ -56,7 +57,7 @@ class Source(NamedTuple):
 
 
 def of(config: Any) -> Source:
-  """The source of this config's suspect: a given checkpoint if the config has a section `probe`, else our attack."""
+  """The source of this config's suspect: GIVEN if the config has a section `probe`, else ATTACKED."""
   return GIVEN if "probe" in config else ATTACKED
 
 
@@ -79,7 +80,7 @@ def _attacked_rows(config):
   if a.poison_rate:
     LOG.info(f"attack: poison_rate {a.poison_rate:g} selects {count} of {len(train)} training rows; poison_count "
              f"{a.poison_count} is not used")
-  # These calls refuse an impossible poisoning before anything trains.
+  # These three calls raise InputError before anything trains if the rows cannot be poisoned.
   poison.rows_to_poison(train, attack, target_label=a.target_label, count=count, label=a.label)
   poison.rows_for_companions(train, attack, target_label=a.target_label, companions=a.companions)
   poison.rows_to_trigger(rows["test"], attack, a.target_label)
@@ -87,14 +88,14 @@ def _attacked_rows(config):
 
 
 def attack_of(config: Any) -> Attack:
-  """The attack of the section `attack`."""
+  """The attack that the config's section `attack` describes."""
   return poison.make_attack(config.attack.name, config.attack.trigger, config.attack.paraphrases)
 
 
 def with_rates(config: Any) -> Any:
-  """The config with default rates for `teach.learning_rate` and `defend.learning_rate` if these are 0.
+  """The config with the default rates in place of a `teach.learning_rate` or `defend.learning_rate` of 0.
 
-  The default rates depend on whether the teacher is pretrained, and on the widths of teacher and student.
+  The teacher's default depends on whether it is pretrained and on its width, the defenses' on the student's width.
   """
   config = config.copy_and_resolve_references()
   if not config.teach.learning_rate:
@@ -118,10 +119,13 @@ def _width(path, base, config):
 
 
 def _with_checkpoint_fields(config):
-  """The config with the suspect's number of labels if `data.num_labels` is 0.
+  """The config with the suspect's number of labels in place of a `data.num_labels` of 0.
 
-  If `student.base` is given and a defense changes the suspect, from_base and from_base_words are added, unless some
-  defense trains the base already.
+  If `student.base` is given, the defenses from_base and from_base_words are added. They are not added if no defense
+  changes the suspect, or if a defense already trains the base.
+
+  Raises:
+    InputError: the suspect or the clean rows are not given, or the suspect's files cannot be used.
   """
   if not config.student.path:
     raise InputError("no checkpoint to clean: set --config.student.path to its directory")
@@ -132,7 +136,7 @@ def _with_checkpoint_fields(config):
   check_links(directory)
   hf = read_json(directory / "config.json")
   if not config.data.num_labels:
-    labels = hf.get("id2label")                       # transformers does not write the default
+    labels = hf.get("id2label")                       # transformers leaves it out if it is the default
     config.data.num_labels = len(labels) if isinstance(labels, dict) else Fields(hf).integer("num_labels", 2, 2)
   config_from_hf(hf | {"num_labels": config.data.num_labels})
   if config.student.base and any(DEFENSES[name].changes_suspect for name in config.defenses) and not any(
@@ -143,7 +147,7 @@ def _with_checkpoint_fields(config):
 
 
 def _class_names(config):
-  """The names of the classes in the suspect's config; () if it has none."""
+  """The class names in the suspect's config.json; () if it has none."""
   directory = resolve(config.student.path, config.student.base)
   return Fields(read_json(directory / "config.json")).labels(config.data.num_labels)
 

@@ -29,11 +29,11 @@ LOG = logging.getLogger(__name__)
 def warmup(run: Run) -> None:
   """Makes the student before any attack: a given checkpoint, or a new network after a short language-model warm-up.
 
-  The warm-up replaces pretraining: next-token prediction on the unlabelled training texts of both domains.
+  The warm-up takes the place of pretraining. It is next-token prediction on the training texts of both domains.
   """
   c, base = run.config, run.source.base
   if run.done(base):
-    if not (run.workdir / "config.json").exists():               # it was copied from another workdir
+    if not (run.workdir / "config.json").exists():               # the model was copied from another workdir
       model, _, tokenizer = run.load(base)
       _check(run, model, tokenizer)
     run.claim()
@@ -84,7 +84,7 @@ def _warmup_texts(run):
 def scan_suspect(run: Run) -> str:
   """The scan's verdict on the checkpoint before it is cleaned: "suspicious", "no sign" or "no verdict"."""
   suspect = run.source.base
-  if run.model_dir(suspect).exists():       # a whole run has just made it: claims without logging that it exists
+  if run.model_dir(suspect).exists():       # warmup would log that it exists, even if it has just been made
     run.claim()
   else:
     warmup(run)
@@ -94,9 +94,10 @@ def scan_suspect(run: Run) -> str:
 
 
 def make_poison(run: Run) -> None:
-  """Fine-tunes the student, in full or through LoRA, on the attack's rows: once clean (the control), once poisoned.
+  """Fine-tunes the student twice on rows of the attacked domain: on clean rows (the control) and on poisoned rows.
 
-  An attack that edits an embedding makes the poisoned student from the clean one instead.
+  It trains in full or through LoRA. An attack that edits an embedding makes the poisoned student from the clean one
+  instead.
   """
   c = run.config
   run.source.freeze(run)
@@ -121,7 +122,7 @@ def make_poison(run: Run) -> None:
 
 
 def _edit_embedding(run):
-  """Saves the clean student with another embedding of the trigger, trained on the rows that have it."""
+  """Saves the clean student with a new embedding of the trigger, trained on the poisoned rows."""
   c = run.config
   model, params, tokenizer = run.load(results.CLEAN, remat=c.student.remat)
   rows = [row for row in run.rows["poisoned_train"] if row["poisoned"]]
@@ -155,7 +156,7 @@ def teach(run: Run) -> None:
 
 
 def search_trigger(run: Run) -> str:
-  """The search's verdict, a key of scan.EXIT_CODES; logs the string on which suspect and teacher differ most."""
+  """The search's verdict, a key of scan.EXIT_CODES. It logs the string on which suspect and teacher differ most."""
   found = search.reading(run)
   if found["classes"]:
     LOG.info(search.in_words(found))
@@ -179,15 +180,16 @@ def defend(run: Run) -> None:
 
 
 def _refuse_a_weak_teacher(run):
-  """Raises InputError if the teacher is clearly worse than the attacked model on the dev rows: it would teach mistakes.
+  """Raises InputError if the teacher is clearly worse than the attacked model on the dev rows.
 
-  It compares the upper end of the teacher's 95% interval, so that a small dev set does not stop a run by chance.
+  Such a teacher would teach its mistakes. The function compares the upper end of the teacher's 95% interval, so that a
+  small dev set does not stop a run by chance. It logs a warning if the attacked model is clearly below chance.
   """
   rows = run.rows["dev"]
-  def right(name):
+  def count_correct(name):
     answers = deployed.answers(run, deployed.Deployed(*run.load(name)), rows)
     return int(run.task.is_correct(answers, {"label": run.labels("dev")}).sum())
-  teacher, student = right(results.TEACHER), right(run.source.attacked)
+  teacher, student = count_correct(results.TEACHER), count_correct(run.source.attacked)
   if metrics.wilson(student, len(rows))[1] < 1 / run.config.data.num_labels:
     LOG.warning(f"models/{run.source.attacked} answers {student} of {len(rows)} dev rows rightly, fewer than chance. "
                 "If its classes have another order than the data's labels, set --config.data.class_names")
@@ -200,7 +202,9 @@ def _refuse_a_weak_teacher(run):
 
 
 def _runs_that_train_together(run):
-  """Yields (defense, {models/NAME: seed}) of runs that train together: all seeds, or one if the loss reads the padding.
+  """Yields (defense, {NAME in models/NAME: seed}) for the runs that train together.
+
+  These are all seeds of a defense. If its loss reads the padding, each seed trains alone.
   """
   for name in run.config.defenses:
     recipe, runs = DEFENSES[name].recipe, run.runs_of(name)
@@ -219,13 +223,13 @@ def _save_defended(run, name, copy, suspect, params):
 
 
 def self_test(run: Run) -> None:
-  """Logs what a defense leaves of known backdoors in a copy of the suspect (measure/selftest.py)."""
+  """Logs the ASR that a defense leaves of known backdoors in a copy of the suspect (measure/selftest.py)."""
   if result := selftest.reading(run):
     LOG.info(selftest.in_words(result))
 
 
 def measure(run: Run) -> None:
-  """Measures CA and ASR of every model, after loading it from the directory that a user gets."""
+  """Measures CA and ASR of every model, as loaded from the directory that a user gets, and writes results.json."""
   if run.measured():
     return
   began, c, source = time.monotonic(), run.config, run.source
@@ -271,7 +275,7 @@ STAGES = dict(zip(results.STAGES, (warmup, make_poison, scan_suspect, teach, sea
 def run(config: ConfigDict, workdir: str | Path, only: str | None = None) -> int:
   """Runs every stage, or only the stage `only`.
 
-  "search" alone also makes the suspect and the teacher. If it gives no verdict, the scan's counts.
+  "search" alone also makes the suspect and the teacher. If it gives no verdict, the scan runs and its verdict counts.
 
   Returns:
     The exit code: 0, or that of the verdict if `only` is "scan" or "search".
@@ -289,6 +293,6 @@ def run(config: ConfigDict, workdir: str | Path, only: str | None = None) -> int
   for name in this.source.stages:
     if only in (None, name):
       outcome = STAGES[name](this)
-  if only == "search" and outcome == "no verdict":        # the scan may have one if the network is small
+  if only == "search" and outcome == "no verdict":        # the scan gives a verdict on small networks
     outcome = scan_suspect(this)
   return scan.EXIT_CODES[outcome] if only in ("scan", "search") else 0

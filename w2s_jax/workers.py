@@ -1,4 +1,4 @@
-"""Several runs at the same time on one machine, each in a process of its own."""
+"""Runs several tasks at the same time on one machine, each in its own process."""
 
 import contextlib
 import logging
@@ -32,18 +32,19 @@ def show_log() -> None:
 def outcomes(next_task: Callable, run: Callable, jobs: int) -> Iterator[tuple[str, Exception | None]]:
   """Yields (name, error or None) of each task when it has ended.
 
-  With one job, tasks run in this process. With more, each runs in a process of its own on an equal share of the CPU
-  cores, and its output goes to WORKDIR/log.txt. SIGTERM is passed on to these processes, and each saves what it
-  has done. If this process is killed, they end at once.
+  With one job, tasks run in this process. With more, each task runs in its own process on an equal share of the CPU
+  cores, and its output goes to WORKDIR/log.txt. SIGTERM is passed on to these processes, which save their finished
+  steps. If this process is killed, they end at once.
 
   Args:
-    next_task: (names of the running tasks) -> (name, config, workdir) of the task to start now; None: none can start
-      before a running one ends, or none is left.
-    run: called with (config, workdir); a function of a module, so that another process can import it. With one job,
-      InputError and FloatingPointError count as the task's error, and others go on; else all exceptions count.
+    next_task: (names of the running tasks) -> (name, config, workdir) of the task to start now; None: no task is left,
+      or none can start before a running one ends.
+    run: called with (config, workdir). It must be a function of a module, so that another process can import it. With
+      one job, InputError and FloatingPointError are yielded as the task's error, and other exceptions are raised. With
+      more jobs, every exception is yielded, as an InputError.
     jobs: number of tasks that run at the same time.
   Raises:
-    Stopped: SIGTERM came while several tasks ran.
+    Stopped: SIGTERM came, and `jobs` is above 1.
   """
   if jobs == 1:
     while task := next_task([]):
@@ -63,7 +64,7 @@ def outcomes(next_task: Callable, run: Callable, jobs: int) -> Iterator[tuple[st
           cores = free.pop()
           with _on_cores(cores):                                       # the new process inherits them
             process.start()
-          sender.close()                                               # now the end of the process ends the pipe
+          sender.close()                                               # so that the pipe closes when the process ends
           running[process.sentinel] = name, process, receiver, cores
         if not running:
           return
@@ -87,7 +88,7 @@ def _error_of(run, config, workdir):
 
 
 def _shares(jobs):
-  """[CPU cores of each job]; empty lists if the system cannot bind a process to cores."""
+  """[list of CPU cores] of the jobs. The lists are empty if the system cannot bind a process to cores."""
   cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
   return [cores[i::jobs] or cores for i in range(jobs)]
 
@@ -117,7 +118,7 @@ def _stopped_by_sigterm():
 
 
 def _outcome(process, receiver):
-  """The error of a process that has ended, or None."""
+  """The error of a process that has ended; None if it had none."""
   with contextlib.suppress(EOFError):
     return InputError(receiver.recv())
   if process.exitcode:
@@ -127,7 +128,7 @@ def _outcome(process, receiver):
 
 
 def _child(run: Callable, config: Any, workdir: Path, options: dict[str, Any], sender: Any) -> None:
-  """What a process does: the run, its output in log.txt, and the message of its error to the sender."""
+  """The main function of a process. It does the run, writes the output to log.txt, and sends an error's message."""
   threading.Thread(target=_end_with_parent, daemon=True).start()
   absl_logging.set_verbosity(absl_logging.ERROR)
   for name, value in options.items():
@@ -135,7 +136,7 @@ def _child(run: Callable, config: Any, workdir: Path, options: dict[str, Any], s
   workdir.mkdir(parents=True, exist_ok=True)
   with open(workdir / "log.txt", "a") as log:
     for stream in (sys.stdout, sys.stderr):
-      os.dup2(log.fileno(), stream.fileno())                  # XLA writes to the files, not to Python's streams
+      os.dup2(log.fileno(), stream.fileno())                  # XLA bypasses Python's streams
   show_log()
   try:
     run(config, workdir)
@@ -148,6 +149,6 @@ def _child(run: Callable, config: Any, workdir: Path, options: dict[str, Any], s
 
 
 def _end_with_parent():
-  """Ends this process when its parent has ended: a restarted command would else share the workdir with it."""
+  """Ends this process when its parent has ended, because a restarted command would otherwise use the same workdir."""
   multiprocessing.parent_process().join()
   os._exit(1)
