@@ -31,8 +31,8 @@ def outputs(cache: Path, teacher: Path, texts: list[str], dtype: str, max_length
     texts: [N] strings.
     dtype: dtype of the teacher.
     max_length: length to which texts are truncated, in tokens.
-    compute: called with a function `empty`, (name, shape) -> array, if no files have this key. It writes the outputs to
-      the arrays that `empty` returns.
+    compute: called if no files have this key. It gets a function `empty`, (name, shape) -> array, and writes the
+      outputs to the arrays that `empty` returns.
   Raises:
     InputError: the files of this key were made from other inputs, or have been changed since.
   """
@@ -67,7 +67,7 @@ def _new_folder(cache):
 def _fill(part, directory, key, compute):
   def on_disk(name, shape):
     array = np.lib.format.open_memmap(f"{part}/{name}.npy", "w+", np.float32, shape)
-    with open(f"{part}/{name}.npy", "r+b") as f:     # a full disk raises here; a write to the map would kill us
+    with open(f"{part}/{name}.npy", "r+b") as f:     # a full disk raises here; at a write to the map it kills us
       os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
     return array
   try:
@@ -78,7 +78,7 @@ def _fill(part, directory, key, compute):
 
 
 def _finish(part, directory, key):
-  """Renames the complete directory to its final name. If another run was faster, its equal files stay."""
+  """Renames the complete directory to its final name. If another run was faster, its files stay, which are equal."""
   files = sha256(part, "*.npy")
   with open(f"{part}/key.json", "w") as f:
     json.dump({"key": key, "files": files}, f)
