@@ -1,10 +1,10 @@
-"""Searches for a string of vocabulary words that turns the suspect, and not its clean teacher, to a class.
+"""Searches for a string of words that makes the suspect, but not its clean teacher, give a class to other texts.
 
 The string is a guess at an unknown trigger. A beam search joins the most suspicious words. If the public base is known,
 these are the words that fine-tuning moved (moved_words.py). Else they are the words that move the suspect
 (trigger_words.py). A string is found for every class, in clean models too. What counts is the fraction of texts that
-the string turns. A verdict needs the words that fine-tuning moved (`outcome`). docs/notes/minilm_suspects.md has the
-strings that were found on MiniLM, and how the verdict was calibrated.
+the string turns to the class. A verdict needs the words that fine-tuning moved (`outcome`).
+docs/notes/minilm_suspects.md has the strings that were found on MiniLM, and how the verdict was calibrated.
 """
 
 import logging

@@ -11,8 +11,10 @@ metric `grad_norm` includes the gradient of the soft tokens. A batch is a dict o
   teacher_logits, teacher_features  [B, C] and [B, D], for distillation
   soft                              [B], 1 on texts with soft tokens, with an adversary
 
+R rows of T tokens, B texts, G groups of texts (data/packing.py), C classes, D width.
+
 Several runs may train together over one frozen base. State, batch, key and metrics always have a leading axis of runs,
-of length 1 for a single run. Each run gives the same result as alone.
+of length 1 for a single run. Each run gives the same result as if it trained alone.
 """
 
 from collections.abc import Callable, Sequence

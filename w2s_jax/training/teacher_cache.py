@@ -67,7 +67,7 @@ def _new_folder(cache):
 def _fill(part, directory, key, compute):
   def on_disk(name, shape):
     array = np.lib.format.open_memmap(f"{part}/{name}.npy", "w+", np.float32, shape)
-    with open(f"{part}/{name}.npy", "r+b") as f:     # a full disk raises here; at a write to the map it kills us
+    with open(f"{part}/{name}.npy", "r+b") as f:     # a full disk raises here; a write to the map would kill us
       os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
     return array
   try:
