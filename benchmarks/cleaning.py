@@ -1,12 +1,12 @@
-"""What does configs/clean_checkpoint.py make of suspects whose trigger we know and it does not?
+"""Cleans suspects of our own attacks with configs/clean_checkpoint.py, without telling it their triggers.
 
   python benchmarks/cleaning.py --attacked runs/held/cells/suffix-0 runs/held/cells/suffix-1 ... --out=runs/cleaning \
       -- --config.data.train=grammar:phrases --config.data.max_length=32 --config.scan.steps=0
 
-Each of --attacked is the workdir of a finished attack, named ATTACK-SEED (a grid's cell); its poisoned model is
-cleaned, seen only as a directory, with that seed. ASR is then measured on the triggered rows of the attack's own run,
-which the cleaning never reads. Complete cleanings are not run again. Prints, and writes to OUT/cleaning.md, a row per
-model: means and standard deviations over the suspects, and each one's ASR.
+--attacked names workdirs of finished attacks. Each is named ATTACK-SEED, as a cell of a grid is. The cleaning uses this
+seed, and sees only the directory of the poisoned model. Then ASR is measured on the triggered rows of the attack's own
+run, which the cleaning never reads. Complete cleanings are not run again. Prints a table, and writes it to
+OUT/cleaning.md. A row has the means and standard deviations of a model over the suspects, and the ASR of each suspect.
 """
 
 import json
@@ -30,7 +30,7 @@ def cell_of(main):
 
 
 def clean(main, out, extra, core):
-  """{model: its row, with ASR and floor of the attack's own run} of one suspect, None where the cleaning failed."""
+  """{model: its row, with ASR and floor on the attack's own rows} of one suspect; None if the cleaning failed."""
   flags = [f"--config.student.path={main / 'models' / 'poisoned'}", *extra]
   results = runs.run_cell(*cell_of(main), out, "configs/clean_checkpoint.py", flags, core)
   if not results:
@@ -47,7 +47,7 @@ def clean(main, out, extra, core):
 
 
 def table(cleaned):
-  """Markdown of {suspect: {model: row}}."""
+  """The table as Markdown; cleaned: {suspect: {model: row}}."""
   lines = ["| model | CA | ASR | word flips | ASR of each |", "|---|---|---|---|---|"]
   for model in next(iter(cleaned.values())):
     got = {key: np.array([rows[model][key] for rows in cleaned.values()], float) for key in KEYS}
@@ -58,7 +58,7 @@ def table(cleaned):
 
 def main():
   parser = runs.runs_parser(__doc__)
-  parser.add_argument("--attacked", nargs="+", required=True, type=Path, help="workdirs")
+  parser.add_argument("--attacked", nargs="+", required=True, type=Path, help="workdirs of finished attacks")
   args = parser.parse_args()
   for path in args.attacked:
     files = "results.json", "data/triggered.jsonl", "models/poisoned"

@@ -1,10 +1,10 @@
-"""Seconds to lower and compile a step of abstract parameters, and its memory by the compiler, as JSON lines.
+"""Seconds to lower and to compile a step of abstract parameters, and the memory that it needs, as JSON lines.
 
   python benchmarks/compile.py [--size=8b] [--layers=4,32] [--rank=512] [--rows=8] [--length=128] [--remat=full]
       [--quantize=int8] [--topology=v5e:1x1]
 
---topology compiles for a TPU that is not here, by libtpu alone (pip install 'jax[tpu]'); without it for this machine's
-devices. Bytes are per device.
+--topology compiles for a TPU slice. This machine needs libtpu (pip install 'jax[tpu]'), but no TPU. Without --topology
+the script compiles for this machine's devices. Bytes are per device.
 """
 
 import argparse
@@ -30,8 +30,8 @@ def main():
   parser.add_argument("--length", type=int, default=128)
   parser.add_argument("--remat", default="full")
   parser.add_argument("--dtype", default="bfloat16")
-  parser.add_argument("--quantize", default="", help="int8, int4 or nf4: bits of the frozen layers")
-  parser.add_argument("--topology", help="e.g. v5e:1x1, v5e:2x2")
+  parser.add_argument("--quantize", default="", help="format of the frozen layers: int8, int4 or nf4; default: --dtype")
+  parser.add_argument("--topology", help="TPU slice, e.g. v5e:1x1 or v5e:2x2")
   args = parser.parse_args()
   devices = None
   if args.topology:

@@ -2,13 +2,14 @@
 
   python benchmarks/defend_stage.py --data=../shared/data/sst2 [--rounds=5] [--quick] [--json]
 
-Every run is a process of its own, from its start to its end: imports, compilation and reading are counted. The peers
-take turns with us, round after round. PyTorch works as it is done today (peer_pytorch.py): transformers and peft, the
-teacher run in every step, batches padded to their longest text. --tunix-python names the interpreter of a virtual
-environment with google-tunix, --pytorch-python of one with torch and peft; a peer that cannot run says why.
-A run that is in --directory with the same job is not run again: hours of rounds can be stopped and continued. If you
-need the machine meanwhile, send the running peer SIGSTOP, and SIGCONT later: the time between does not count.
-README.md here says how to read the output.
+Every run is a process of its own. Its time is that of the whole process, with imports, compilation and reading. In
+each round we and the peers take turns. The PyTorch peer (peer_pytorch.py) works in the usual way, with transformers and
+peft. It runs the teacher in every step, and pads a batch to its longest text. --pytorch-python names an interpreter
+with torch and peft, and --tunix-python one with google-tunix. If a peer fails, the output has its last log line.
+
+A finished run in --directory of the same job is not run again, so hours of rounds can be stopped and continued. If you
+need the machine meanwhile, send SIGSTOP to the running process and SIGCONT later. The time between does not count.
+benchmarks/README.md explains the output.
 """
 
 import argparse
@@ -41,10 +42,10 @@ SEED, LOG_EVERY = 0, 10
 
 
 def prepare(directory, data, epochs, max_steps, size="20m"):
-  """What all share: student, teacher and first adapter as model directories, and job.json.
+  """Writes the inputs of all runs: student, teacher and initial adapter as model directories, and job.json.
 
   Returns:
-    (steps, padding.shares of them).
+    (number of steps, padding.shares of these steps).
   """
   vocabulary, width, *shape = step.SIZES[size]
   rows = corpora.load_clean({"train": data, "dev": "", "test": ""}, 2, SEED, "", "")
@@ -85,13 +86,13 @@ def our_command(directory, workdir, data, epochs, max_steps, stage_name, **field
 
 
 def prepare_workdir(*args, **fields):
-  """Runs the stages of `our_command` that come before the defense, which are not timed."""
+  """Runs the stages before the defense, `warmup` and `teach`, which are not timed; arguments as in `our_command`."""
   for name in ("warmup", "teach"):
     subprocess.run(our_command(*args, name, **fields), check=True, stdout=subprocess.DEVNULL)
 
 
 def timed(command, log):
-  """{"wall_s", "peak_rss_mib", "rc"} of a process, from its start to its end, less the time it stood stopped."""
+  """{"wall_s", "peak_rss_mib", "rc"} of a whole process. The time while it is stopped does not count."""
   now = time.perf_counter
   start = now()
   with open(log, "w") as f:
@@ -117,14 +118,14 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--data", required=True, help="directory with train, dev and test files: SST-2")
   parser.add_argument("--directory", type=Path, default=Path("runs/benchmark"), help="where all files go")
-  parser.add_argument("--rounds", type=int, help="alternating runs of each; 5, or 1 where --quick")
+  parser.add_argument("--rounds", type=int, help="number of alternating runs of each; default: 5, or 1 with --quick")
   parser.add_argument("--epochs", type=int, default=5)
-  parser.add_argument("--max-steps", type=int, default=0, help="cut the work short; 0: all epochs")
+  parser.add_argument("--max-steps", type=int, default=0, help="bound on the number of steps; 0: all epochs")
   parser.add_argument("--quick", action="store_true", help="a tenth of the work: half an epoch")
-  parser.add_argument("--peers", default="pytorch,tunix", help="comma-separated; empty: ours alone")
+  parser.add_argument("--peers", default="pytorch,tunix", help="comma-separated; empty: only ours")
   parser.add_argument("--pytorch-python", default=sys.executable)
   parser.add_argument("--tunix-python", default=sys.executable)
-  parser.add_argument("--json", action="store_true", help="print one JSON object")
+  parser.add_argument("--json", action="store_true", help="print the JSON object on one line")
   args = parser.parse_args()
   epochs, max_steps = (1, 108) if args.quick else (args.epochs, args.max_steps)
   rounds = args.rounds or (1 if args.quick else 5)
@@ -135,7 +136,7 @@ def main():
   if not (directory / "done.json").exists() or (directory / "done.json").read_bytes() != job:
     for who in ("ours", "pytorch", "tunix"):
       shutil.rmtree(directory / who, ignore_errors=True)
-    (directory / "done.json").write_bytes(job)                         # the job that the runs in there are of
+    (directory / "done.json").write_bytes(job)                         # the job of the runs in this directory
   prepare_workdir(directory, directory / "ours/first", args.data, epochs, max_steps)
   runs = {"ours": []} | {peer: [] for peer in filter(None, args.peers.split(","))}
   for i in range(rounds):
@@ -146,27 +147,27 @@ def main():
         continue
       shutil.rmtree(out, ignore_errors=True)
       if who == "ours":
-        shutil.copytree(directory / "ours/first", out / "run")   # alone in its parent: no cache of an earlier round
+        shutil.copytree(directory / "ours/first", out / "run")   # in a parent of its own, so without an earlier cache
         command = our_command(directory, out / "run", args.data, epochs, max_steps, "defend")
       else:
         out.mkdir(parents=True)
         python = args.pytorch_python if who == "pytorch" else args.tunix_python
         command = [python, ROOT / f"benchmarks/peer_{who}.py", directory, out]
-      one = timed(command, out / "log.txt")
-      if not one["rc"]:
+      timing = timed(command, out / "log.txt")
+      if not timing["rc"]:
         metrics = out / ("run/metrics/w2s.jsonl" if who == "ours" else "metrics.jsonl")
-        one["loss"] = last_epoch_loss(metrics, steps, epochs)
-        one["accuracy"] = max(json.loads(line).get("dev_accuracy", 0) for line in metrics.read_text().splitlines())
-        (out / "result.json").write_text(json.dumps(one))
-      runs[who].append(one)
-      print(f"{who} {i}: {one}", file=sys.stderr, flush=True)
+        timing["loss"] = last_epoch_loss(metrics, steps, epochs)
+        timing["accuracy"] = max(json.loads(line).get("dev_accuracy", 0) for line in metrics.read_text().splitlines())
+        (out / "result.json").write_text(json.dumps(timing))
+      runs[who].append(timing)
+      print(f"{who} {i}: {timing}", file=sys.stderr, flush=True)
   result = {"steps": steps, "padding_share": share["packed"], "padding_share_padded": share["padded"]}
-  for who, ones in runs.items():
-    if any(one["rc"] for one in ones):
+  for who, timings in runs.items():
+    if any(timing["rc"] for timing in timings):
       log = (directory / who / "0/log.txt").read_text().strip().splitlines()
       result[who] = {"error": log[-1] if log else "no output"}
     else:
-      result[who] = {key: statistics.median(one[key] for one in ones) for key in ones[0] if key != "rc"}
+      result[who] = {key: statistics.median(timing[key] for timing in timings) for key in timings[0] if key != "rc"}
       if who != "ours" and "error" not in result["ours"]:
         result[f"wall_ratio_{who}"] = result["ours"]["wall_s"] / result[who]["wall_s"]
         result[f"loss_gap_{who}"] = abs(result["ours"]["loss"] / result[who]["loss"] - 1)

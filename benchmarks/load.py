@@ -1,16 +1,20 @@
-"""Loading and saving a model directory: seconds, and resident memory above the arrays themselves, as JSON. Linux only.
+"""Seconds and memory of loading and saving a model directory, as JSON. Linux only.
 
   python benchmarks/load.py compare [--gib=0.5,1,2,4] [--rounds=3]
   python benchmarks/load.py one DIRECTORY [--who=ours] [--dtype=bfloat16] [--mesh=DATA,FSDP,TENSOR] [--devices=8]
 
-`compare` writes a random bfloat16 Llama of each size and reads and writes it in turns by this program, by safetensors'
-own functions (safetensors.flax) and by transformers: a line for each with medians, the ratio of the medians, ours over
-theirs, and the ratios of the rounds. The files are in the page cache: what is compared is the work, not the disk.
+`compare` makes a random bfloat16 Llama of each size. This program, safetensors' own functions (safetensors.flax) and
+transformers load and save it in turn. For each size it prints a line with the medians, the ratios of the medians (ours
+divided by theirs), and the ratios of each round. The files are in the page cache, so the disk is not measured.
 
-`one` is one of those runs. Keys: checkpoint_bytes (of the safetensors files), array_bytes (of all shards here),
-overhead_bytes (the process's highest resident set, less the one before loading, less array_bytes), device_bytes (of
-each device's shards), seconds, cpu_seconds (of all threads together, which other work on the machine changes less),
-save_seconds, save_cpu_seconds, save_overhead_bytes (the highest resident set while saving, less the one before).
+`one` is a single run, which prints:
+
+  checkpoint_bytes                size of the safetensors files
+  array_bytes, device_bytes       size of all loaded shards, in all and on each device
+  overhead_bytes                  highest resident set, minus the one before loading, minus array_bytes
+  seconds, cpu_seconds            of loading; CPU time is of all threads, and depends less on other work on the machine
+  save_seconds, save_cpu_seconds  of saving (--save)
+  save_overhead_bytes             highest resident set while saving, minus the one before
 """
 
 import argparse
@@ -36,11 +40,11 @@ from w2s_jax.models import load_pretrained, save_pretrained  # noqa: E402
 
 WHO = ("ours", "safetensors", "transformers")
 TIMES = ("seconds", "cpu_seconds", "save_seconds", "save_cpu_seconds")
-VOCABULARY, WIDTH, FEED_FORWARD = 32000, 2048, 5632              # of `compare`; a layer is 86 MiB
+VOCABULARY, WIDTH, FEED_FORWARD = 32000, 2048, 5632              # of the Llama of `compare`; a layer is 86 MiB
 
 
 def tensor_shapes(layers, vocab_size, D, F):
-  """{name: shape} of each of four shards: the table of embeddings, and a third of the layers each."""
+  """{name: shape} of each of four shards. The first has the embeddings, and each other one a third of the layers."""
   block = {"self_attn.q_proj": (D, D), "self_attn.k_proj": (D // 4, D), "self_attn.v_proj": (D // 4, D),
            "self_attn.o_proj": (D, D), "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F),
            "input_layernorm": (D,), "post_attention_layernorm": (D,)}
@@ -50,7 +54,7 @@ def tensor_shapes(layers, vocab_size, D, F):
 
 
 def make_checkpoint(directory, layers, vocab_size, D, F):
-  """A bfloat16 Llama of random weights as a causal model is published, without a classifier's head."""
+  """Writes a bfloat16 Llama of random weights, like a published causal model: without a classifier head."""
   directory.mkdir(parents=True, exist_ok=True)
   values = np.random.default_rng(0).standard_normal(1_000_003).astype(ml_dtypes.bfloat16)
   weight_map = {}
@@ -67,13 +71,13 @@ def make_checkpoint(directory, layers, vocab_size, D, F):
 
 
 def resident(field):
-  """VmRSS (now) or VmHWM (highest so far) in bytes; getrusage's maximum would count the parent's before exec."""
+  """VmRSS (now) or VmHWM (highest so far) in bytes. getrusage's maximum would include the parent's before exec."""
   status = Path("/proc/self/status").read_text()
   return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
 
 
 def reader_and_writer(who, directory, dtype, mesh):
-  """(read() -> what was read, write(that, directory), its arrays), of one of WHO."""
+  """Three functions of one of WHO: read() -> model, write(model, directory), and arrays_of(model) -> its arrays."""
   if who == "ours":
     return (lambda: load_pretrained(directory, dtype=dtype, mesh=mesh), lambda read, out: save_pretrained(out, *read),
             lambda read: jax.tree.leaves(read[1]))
@@ -93,12 +97,12 @@ def one(args):
   if args.devices:
     jax.config.update("jax_num_cpu_devices", args.devices)
   mesh = args.mesh and sharding.make_mesh(*map(int, args.mesh.split(",")))
-  jax.block_until_ready(jax.jit(lambda x: x + 1)(jax.numpy.zeros(8)))    # the backend and its compiler are up
+  jax.block_until_ready(jax.jit(lambda x: x + 1)(jax.numpy.zeros(8)))    # starts the backend and its compiler
   read, write, arrays_of = reader_and_writer(args.who, args.directory, args.dtype, mesh)
   gc.collect()
   before, start, cpu_start = resident("VmRSS"), time.perf_counter(), time.process_time()
-  what = read()
-  arrays = jax.block_until_ready(arrays_of(what))
+  model = read()
+  arrays = jax.block_until_ready(arrays_of(model))
   seconds, cpu_seconds, peak = time.perf_counter() - start, time.process_time() - cpu_start, resident("VmHWM")
   device_bytes = dict.fromkeys(map(str, jax.local_devices()), 0)
   for array in arrays:
@@ -114,9 +118,9 @@ def one(args):
   if args.save:
     shutil.rmtree(args.save, ignore_errors=True)
     args.save.mkdir(parents=True)
-    Path("/proc/self/clear_refs").write_text("5")                        # VmHWM begins again: man 5 proc
+    Path("/proc/self/clear_refs").write_text("5")                        # resets VmHWM (man 5 proc)
     before, start, cpu_start = resident("VmRSS"), time.perf_counter(), time.process_time()
-    write(what, args.save)
+    write(model, args.save)
     result |= {"save_seconds": time.perf_counter() - start, "save_cpu_seconds": time.process_time() - cpu_start,
                "save_overhead_bytes": resident("VmHWM") - before}
     shutil.rmtree(args.save)
@@ -130,14 +134,14 @@ def compare(args):
     make_checkpoint(directory, round((gib * 1024 - 125) / 86), VOCABULARY, WIDTH, FEED_FORWARD)
     runs = {who: [] for who in WHO}
     for _ in range(args.rounds):
-      for who, ones in runs.items():
+      for who, results in runs.items():
         out = subprocess.run([sys.executable, __file__, "one", directory, f"--who={who}",
                               f"--save={args.directory / 'saved'}"], capture_output=True, text=True)
         if out.returncode:
           sys.exit(f"{who}: {out.stderr}")
-        ones.append(json.loads(out.stdout.splitlines()[-1]))
-    medians = {who: {key: statistics.median(run[key] for run in ones) for key in (
-        "checkpoint_bytes", "overhead_bytes", "save_overhead_bytes", *TIMES)} for who, ones in runs.items()}
+        results.append(json.loads(out.stdout.splitlines()[-1]))
+    medians = {who: {key: statistics.median(run[key] for run in results) for key in (
+        "checkpoint_bytes", "overhead_bytes", "save_overhead_bytes", *TIMES)} for who, results in runs.items()}
     ratios = {f"{key}_ratio_{who}": medians["ours"][key] / medians[who][key] for who in WHO[1:] for key in TIMES}
     rounds = {f"{key}_ratios_{who}": [our[key] / their[key] for our, their in zip(runs["ours"], runs[who])]
               for who in WHO[1:] for key in TIMES}
@@ -151,16 +155,16 @@ def main():
   command = commands.add_parser("compare")
   command.set_defaults(run=compare)
   command.add_argument("--gib", type=lambda text: [float(x) for x in text.split(",")], default=[0.5, 1, 2, 4])
-  command.add_argument("--rounds", type=int, default=3, help="alternating runs of each")
+  command.add_argument("--rounds", type=int, default=3, help="number of alternating runs of each")
   command.add_argument("--directory", type=Path, default=Path("runs/load"), help="where the files go")
   command = commands.add_parser("one")
   command.set_defaults(run=one)
   command.add_argument("directory", type=Path)
   command.add_argument("--who", default="ours", choices=WHO)
   command.add_argument("--dtype", default="bfloat16")
-  command.add_argument("--mesh", help="sizes of data, fsdp and tensor; without it everything lies on the first device")
-  command.add_argument("--devices", type=int, help="virtual CPU devices")
-  command.add_argument("--save", type=Path, help="an empty place: it is saved there, and deleted again")
+  command.add_argument("--mesh", help="sizes of the mesh axes data, fsdp, tensor; default: only the first device")
+  command.add_argument("--devices", type=int, help="number of virtual CPU devices")
+  command.add_argument("--save", type=Path, help="also save to this directory, which is deleted before and afterwards")
   args = parser.parse_args()
   args.run(args)
 

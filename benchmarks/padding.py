@@ -1,12 +1,12 @@
-"""Padded share of the slots that a stage's training steps compute, and in how many shapes, as JSON lines.
+"""Share of padding in the token positions that a stage's training steps compute, and batch shapes, as JSON lines.
 
   python benchmarks/padding.py --data=DIR [--data=DIR...] [--max-length=128] [--batch=32] [--epochs=5] [--together=1] \
       [--layer-params=2e7]
 
-DIR has train, dev and test files; a tokenizer of 8,000 tokens is trained on the training texts. `packed` is what the
-program computes, `padded` what batches padded to their longest text would. --together is config.steps_per_dispatch:
-batches that go to the device together are filled up alike. --layer-params are those of the student: a small one takes
-fewer shapes (packing.FLOPS_PER_SHAPE).
+DIR has train, dev and test files. A tokenizer of 8,000 tokens is trained on the training texts. `packed` is the share
+of padding in our packed batches. `padded` is the share if each batch is padded to its longest text. --together is
+config.steps_per_dispatch; batches of one dispatch are padded to one shape. --layer-params is the number of parameters
+in the student's layers; a small student gets fewer shapes (packing.FLOPS_PER_SHAPE).
 """
 
 import argparse
@@ -21,22 +21,22 @@ from w2s_jax.data import batches, corpora, packing, tokenization  # noqa: E402
 
 
 def shares(arrays, steps, batch_size, seed, buckets, layer_params, together=1):
-  """{"packed", "padded": shares, "shapes": [rows, tokens] of each}, of the first `steps` steps."""
+  """Shares of padding "packed" and "padded" of the first `steps` steps, and their "shapes", each [rows, tokens]."""
   n, tokens, slots, padded, shapes = len(arrays["length"]), 0, 0, 0, set()
   make, = packing.packers([(arrays, seed)], batch_size, buckets, 1, steps, 4 * layer_params, 0, together)
   packed = batches.train_batches(n, batch_size, make, seed, 0)
   chosen = batches.train_batches(n, batch_size, lambda rows: arrays["length"][rows], seed, 0)
   for first in range(0, steps, together):
-    several = [next(packed)["input_ids"].shape for _ in range(min(together, steps - first))]
-    shapes.add(max(several))
-    for lengths in (next(chosen) for _ in several):
-      tokens, slots = tokens + lengths.sum(), slots + max(several)[0] * max(several)[1]
+    dispatched = [next(packed)["input_ids"].shape for _ in range(min(together, steps - first))]
+    shapes.add(max(dispatched))
+    for lengths in (next(chosen) for _ in dispatched):
+      tokens, slots = tokens + lengths.sum(), slots + max(dispatched)[0] * max(dispatched)[1]
       padded += lengths.max() * len(lengths)
   return {"packed": 1 - tokens / slots, "padded": 1 - tokens / padded, "shapes": sorted(map(list, shapes))}
 
 
 def encoded(data, max_length, seed=0):
-  """A corpus' training texts as arrays, by a tokenizer of 8,000 tokens trained on them."""
+  """A corpus' training texts as arrays, encoded with a tokenizer of 8,000 tokens that is trained on them."""
   rows = corpora.load_clean({"train": data, "dev": "", "test": ""}, 2, seed, "", "")
   texts = [r["text"] for r in rows["train"]]
   return tokenization.encode(tokenization.train(texts, "decoder", 8000), texts, max_length)
@@ -49,7 +49,7 @@ def buckets(max_length):
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--data", required=True, action="append")
-  parser.add_argument("--max-length", type=int, default=128, help="tokens at which texts are cut")
+  parser.add_argument("--max-length", type=int, default=128, help="length to which texts are truncated, in tokens")
   parser.add_argument("--batch", type=int, default=32)
   parser.add_argument("--epochs", type=int, default=5)
   parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""The W2S defense stage as it is done today in PyTorch: transformers, peft, a teacher in every step, padded batches.
+"""The W2S defense stage in the usual PyTorch way: transformers, peft, a teacher pass in every step, padded batches.
 
   python benchmarks/peer_pytorch.py JOB_DIRECTORY OUTPUT_DIRECTORY      (defend_stage.py makes the job)
 """
@@ -16,7 +16,7 @@ JOB, OUT = Path(sys.argv[1]), Path(sys.argv[2])
 
 
 class Teacher(torch.nn.Module):
-  """The encoder and the W2S head beside it: Linear -> ReLU = features -> classifier, on the first token."""
+  """The encoder with the W2S head on its first token: Linear, ReLU (the features), classifier."""
 
   def __init__(self, directory):
     super().__init__()
@@ -33,7 +33,7 @@ class Teacher(torch.nn.Module):
 
 
 def student_outputs(student, inputs):
-  """(logits, vector of the last real token after the final norm)."""
+  """(logits [B, C], features [B, D]). The features are the last real token's hidden state after the final norm."""
   out = student(**inputs, output_hidden_states=True)
   last = inputs["attention_mask"].sum(1) - 1
   return out.logits, out.hidden_states[-1][torch.arange(len(last)), last]

@@ -1,10 +1,11 @@
-"""The LoRA distillation step in PyTorch: seconds of each step and memory, as JSON lines.
+"""The LoRA distillation step in PyTorch: seconds of each step, and memory, as JSON lines.
 
   python benchmarks/peer_pytorch_step.py --rank=512 --dtype=bfloat16 < GIVEN
 
-GIVEN is {"config": transformers' config.json, "cases": [{"length", "rows", "lengths": [tokens of each text] of each
-batch}]}; weights and tokens are random, a batch is padded to its longest text. Its lines are the cases, first without
-and then with gradient checkpointing. accelerator.py runs it on the card it measures.
+GIVEN is {"config": transformers' config.json, "cases": [{"length", "rows", "lengths"}]}. `lengths` has for each batch a
+list of its texts' numbers of tokens. Weights and tokens are random. A batch is padded to its longest text. The script
+prints a line for each case, first without and then with gradient checkpointing. accelerator.py starts this script on
+the card that it measures.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import transformers
 
 
 def timed_steps(model, optimizer, lengths, device):
-  """[Seconds of a step on each batch of texts of `lengths` tokens]."""
+  """Seconds of a step on each batch. `lengths` has for each batch a list of its texts' numbers of tokens."""
   c = model.config
   generator = torch.Generator().manual_seed(0)
   seconds = []
@@ -40,7 +41,7 @@ def timed_steps(model, optimizer, lengths, device):
     optimizer.step()
     loss.item()
     if device == "cuda":
-      torch.cuda.synchronize()                               # the optimizer's kernels too
+      torch.cuda.synchronize()                               # waits for the optimizer's kernels too
     seconds.append(time.perf_counter() - start)
   return seconds
 
@@ -59,7 +60,7 @@ def main():
   torch.set_default_dtype(torch.float32)
   model = peft.get_peft_model(model, peft.LoraConfig(
       task_type="SEQ_CLS", r=args.rank, lora_alpha=args.rank, target_modules=["q_proj", "v_proj"])).to(device)
-  for p in model.parameters():                               # what trains is float32, as with us
+  for p in model.parameters():                               # trainable parameters are float32, as with us
     p.data = p.data.float() if p.requires_grad else p.data
   model.train()
   optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)

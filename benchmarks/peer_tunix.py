@@ -2,17 +2,21 @@
 
   python benchmarks/peer_tunix.py JOB_DIRECTORY OUTPUT_DIRECTORY      (defend_stage.py makes the job)
 
-The same as in the job: the student's weights and shape, rank, scale and targets of LoRA with the head trained beside
-it, the examples and their order, batch size, steps, AdamW, the linear schedule, the three loss terms and their weights,
-both tokenizers, a teacher in every step. The terms are a subclass of tunix's LogitStrategy: its feature strategies take
-whole feature maps, and demand a teacher as deep as the student (pooling) or project over batch and tokens (projection).
+These are the same as in the job: the student's shape and weights, LoRA's rank, scale and targets, the trained head,
+the examples and their order, batch size, number of steps, AdamW, the linear schedule, the three loss terms and their
+weights, and both tokenizers. The teacher runs in every step.
 
-Not the same:
-  * The teacher is random: tunix has no encoder, so its Llama stands in for MiniLM (6 layers, width 384, 12 heads, same
-    vocabulary, no causal mask, a gated feed-forward of 1024: as many weights as BERT's of 1536). Compare times alone.
-  * LoRA's A is drawn by qwix (he_uniform), not read from the job's adapter; B is zero in both.
-  * Every batch is padded to max_length, as tunix's data sets do.
-  * tunix's Llama turns positions by base 1,000,000 whatever its config says; the student's is 10,000.
+The loss terms are a subclass of tunix's LogitStrategy. tunix's own feature strategies do not fit, because they take
+whole feature maps. One of them (pooling) needs a teacher as deep as the student, and the other (projection) projects
+over batch and tokens.
+
+These differ:
+  * The teacher is random. tunix has no encoder, so its Llama stands in for MiniLM: 6 layers, width 384, 12 heads, the
+    same vocabulary, no causal mask. Its gated feed-forward of 1024 has as many weights as BERT's of 1536. So compare
+    only times.
+  * qwix initialises LoRA's A (he_uniform), and does not read the job's adapter. B is zero in both.
+  * Every batch is padded to max_length, as in tunix's data sets.
+  * tunix's Llama uses the rotary base 1,000,000, whatever its config says. The student's base is 10,000.
   * Nothing is evaluated or saved, which favours tunix.
 """
 
@@ -37,7 +41,7 @@ JOB, OUT = Path(sys.argv[1]), Path(sys.argv[2])
 
 
 class Body(llama.Llama3):
-  """tunix's Llama without its vocabulary logits: subclasses have the heads."""
+  """tunix's Llama without logits over the vocabulary. Subclasses add the heads."""
 
   def hidden(self, tokens, positions, mask):
     """[B, T, D] after the final norm."""
@@ -48,7 +52,7 @@ class Body(llama.Llama3):
 
 
 class Student(Body):
-  """(logits [B, C], last real token's features [B, D]); the trainer updates LoRAParam alone, so the head is one."""
+  """Returns (logits [B, C], last real token's features [B, D]). The head is a LoRAParam, because only these train."""
 
   def __init__(self, config, *, rngs):
     super().__init__(config, rngs=rngs)
@@ -56,12 +60,12 @@ class Student(Body):
 
   def __call__(self, input_tokens, positions, cache, attention_mask):
     x = self.hidden(input_tokens, positions, attention_mask)
-    features = x[jnp.arange(len(x)), positions[:, -1]]   # right-padded: the last position is repeated by the padding
+    features = x[jnp.arange(len(x)), positions[:, -1]]   # right padding repeats the last position
     return features @ self.score.get_value(), features
 
 
 class Teacher(Body):
-  """(logits [B, C], features [B, D]): Linear -> ReLU = features -> classifier, on the first token."""
+  """Returns (logits [B, C], features [B, D]): Linear, ReLU (the features) and classifier on the first token."""
 
   def __init__(self, config, feature_width, *, rngs):
     super().__init__(config, rngs=rngs)
@@ -74,7 +78,7 @@ class Teacher(Body):
 
 
 class W2S(strategies.LogitStrategy):
-  """tunix's cross entropy and distillation terms and the feature alignment, in the job's weights."""
+  """tunix's cross entropy and distillation terms, and feature alignment, with the job's weights."""
 
   def __init__(self, weights, *args, **kwargs):
     super().__init__(*args, **kwargs)
@@ -89,7 +93,10 @@ class W2S(strategies.LogitStrategy):
 
 
 def config_of(directory):
-  """tunix's config in the shape of a Hugging Face directory's; BERT's two feed-forward matrices as three of 2/3."""
+  """tunix's config of the shape of a Hugging Face directory.
+
+  BERT's two feed-forward matrices become three of two thirds of the width.
+  """
   c = json.loads((directory / "config.json").read_text())
   heads, width = c["num_attention_heads"], c["intermediate_size"]
   return llama.ModelConfig(
@@ -122,7 +129,7 @@ def teacher_forward(model, input_tokens, input_mask):
 
 
 def batches(job):
-  """One TrainingInput per step; its two fields are all that the trainer passes on, so the labels are in the first."""
+  """Yields one TrainingInput per step. The trainer passes on only its two fields, so the first one has the labels."""
   tokenizers = {name: transformers.AutoTokenizer.from_pretrained(JOB / name) for name in ("student", "teacher")}
   order = [epoch[i:i + job["batch_size"]] for epoch in job["order"] for i in range(0, len(epoch), job["batch_size"])]
   for indices in order[:job["steps"]]:

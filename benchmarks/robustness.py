@@ -1,17 +1,21 @@
-"""What does `w2s_adv` stand? An attacker who knows it, a poisoned teacher, clean training afterwards.
+"""Does `w2s_adv` withstand an attacker who knows it, a poisoned teacher, or later clean training?
 
   python benchmarks/robustness.py --main=runs/grid_offline/cells --attacks=badnet,insent --out=runs/robustness
 
-On the poisoned students of a grid's cells (configs/grid_offline.py), which have lora_ce, w2s and w2s_adv:
+The checks start from the poisoned students of a grid's cells (configs/grid_offline.py). These cells must have lora_ce,
+w2s and w2s_adv:
 
-  adaptive          the attacker goes on with the same poisoned rows, each also with soft tokens that are to change
-                    nothing (the loss of ce_adv): the trigger works, soft tokens do not. Then it is defended.
-  poisoned_teacher  a quarter of the teacher's training texts, of the target class, have the attack's trigger.
-  reactivate        the defended student is fine-tuned (lora_ce) on clean texts of the domain that was attacked.
+  adaptive          The attacker trains the poisoned student further on the poisoned rows, with and without soft tokens
+                    (the loss of ce_adv). So it learns to obey the trigger and to ignore soft tokens. Then lora_ce,
+                    w2s and w2s_adv run.
+  poisoned_teacher  A quarter of the teacher's training texts have the attack's trigger. They are of the target class.
+                    Then w2s and w2s_adv run with this teacher.
+  reactivate        A defended student is fine-tuned (lora_ce) on clean texts of the attacked domain.
 
-Complete cells are not run again. Prints, and writes to OUT/robustness.md, a row per model: means and standard
-deviations over all attacks and seeds, and ASR of each cell. `adaptive: poisoned` is the attacker's student, `reactivate
-w2s_adv: poisoned` the defended one as it is on the attacked domain, `: lora_ce` what the fine-tuning made of it.
+Complete cells are not run again. Prints a table, and writes it to OUT/robustness.md. A row has the means and standard
+deviations of a model over all attacks and seeds, and the ASR of each cell. `adaptive: poisoned` is the attacker's
+student. `reactivate w2s_adv: poisoned` is the student that w2s_adv defended, measured on the attacked domain.
+`reactivate w2s_adv: lora_ce` is the same student after the fine-tuning.
 """
 
 import json
@@ -38,7 +42,7 @@ def config_of(args, attack):
 
 
 def adaptive(args, attack, seed, core):
-  """{label: results} of one cell."""
+  """{label: results.json} of one cell; None instead of the results if a run failed."""
   main, out, c = runs.workdir_of(args.main, attack, seed), args.out / "adaptive", config_of(args, attack)
   data = out / "data" / main.name
   domain = corpora.load(c.data.attack_source, corpora.GRAMMAR_SIZES, 2)
@@ -79,9 +83,9 @@ def poisoned_teacher(args, attack, seed, core):
 def teacher_metrics(directory, rows, main, c):
   """CA, false rate and ASR of a teacher."""
   out = {}
-  for measure, some in ((metrics.clean_metrics, rows),
-                        (metrics.attack_metrics, poison.thaw(main / "data" / "triggered.jsonl")[0])):
-    out |= runs.measured(measure, directory, some, c.data, c.attack.target_label)
+  for measure, texts in ((metrics.clean_metrics, rows),
+                         (metrics.attack_metrics, poison.thaw(main / "data" / "triggered.jsonl")[0])):
+    out |= runs.measured(measure, directory, texts, c.data, c.attack.target_label)
   return out
 
 
@@ -98,7 +102,10 @@ CHECKS = {"adaptive": adaptive, "poisoned_teacher": poisoned_teacher, "reactivat
 
 
 def lines(label, cells):
-  """Rows of the table: one per model in the results of `cells` {(attack, seed): results}."""
+  """Yields the rows of the table, one per model.
+
+  label: first word of each row. cells: {(attack, seed): results.json, or None}.
+  """
   rows = {cell: {row["model"]: row for row in r["rows"]} for cell, r in cells.items() if r}
   for model in next(iter(rows.values()), ()):
     got = {k: np.array([row[model][k] for row in rows.values()]) for k in ("ca", "asr", "false_rate")}
@@ -118,8 +125,8 @@ def main():
     for label in next(iter(results.values())):
       of_label = {cell: r[label] for cell, r in results.items()}
       failed += [(label, *cell) for cell, r in of_label.items() if not r]
-      table += (some := list(lines(label, of_label)))
-      print("\n".join(some), flush=True)
+      table += (new := list(lines(label, of_label)))
+      print("\n".join(new), flush=True)
   (args.out / "robustness.md").write_text("\n".join(table) + "\n")
   runs.end(failed)
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of defenses share: runs of the program on cores of their own, and the rates of their models."""
+"""Shared by the benchmarks of defenses: runs of the program, each on a CPU core of its own, and rates of models."""
 
 import argparse
 import concurrent.futures
@@ -26,36 +26,44 @@ def workdir_of(out, attack, seed):
 
 
 def take_over(source, target):
-  """Copies a directory, unless it is there; a copy that was cut off is made again."""
+  """Copies a directory unless the target exists. An interrupted copy is made again."""
   if not target.exists():
     processes.copy_whole(source, target)
 
 
 def run_cell(attack, seed, out, config, extra, core, models=()):
-  """results.json of one cell, None where it failed; `models` {name: directory} are taken as they are."""
+  """Runs the program for one cell, and returns its results.json; None if it failed.
+
+  Args:
+    out: directory of all cells; the workdir is OUT/ATTACK-SEED.
+    config: the config file; "{attack}" in it is replaced.
+    extra: further flags of w2s_jax.main.
+    core: the CPU core to run on.
+    models: {NAME: directory} of finished models to copy into the workdir before the run.
+  """
   workdir = workdir_of(out, attack, seed)
   for name, source in dict(models).items():
     take_over(source, workdir / "models" / name)
   workdir.mkdir(parents=True, exist_ok=True)
-  with open(workdir / "log.txt", "ab") as log:  # a complete cell answers at once; one of other flags is refused
+  with open(workdir / "log.txt", "ab") as log:  # a complete cell returns at once; other flags are refused
     start = log.tell()
     code = subprocess.run(
         ["taskset", "-c", str(core), sys.executable, "-m", "w2s_jax.main", f"--config={config.format(attack=attack)}",
          f"--config.seed={seed}", f"--workdir={workdir}", *extra], stdout=log, stderr=log).returncode
   if code:
-    said = (workdir / "log.txt").read_bytes()[start:].decode(errors="replace").splitlines()
-    print(f"{workdir}: exit code {code}", *said[-1:], sep=": ", file=sys.stderr, flush=True)
+    lines = (workdir / "log.txt").read_bytes()[start:].decode(errors="replace").splitlines()
+    print(f"{workdir}: exit code {code}", *lines[-1:], sep=": ", file=sys.stderr, flush=True)
     return None
   return json.loads((workdir / "results.json").read_text())
 
 
 def models_of(workdir, names):
-  """{name: its directory} of a workdir."""
+  """{name: directory} of these models in a workdir."""
   return {name: workdir / "models" / name for name in names}
 
 
 def predicted(directory, rows, data):
-  """[N] class of each row by the model in a directory; `data` is the section of a config."""
+  """[N] int, the class that the model in a directory predicts for each row; `data` is the section of a config."""
   model, params = load_pretrained(directory, data.num_labels)
   arrays = tokenization.encode(tokenization.load(directory, model.config.vocab_size), [r["text"] for r in rows],
                                data.max_length)
@@ -65,19 +73,19 @@ def predicted(directory, rows, data):
 
 
 def measured(metrics, directory, rows, data, target):
-  """clean_metrics or attack_metrics (measure/metrics.py) of the model in a directory on the rows."""
+  """The rates of the model in a directory; `metrics` is clean_metrics or attack_metrics (measure/metrics.py)."""
   return metrics(predicted(directory, rows, data), np.array([r["label"] for r in rows]), target)
 
 
 def write_data(directory, **splits):
-  """SPLIT.json of each split's rows, text and label alone: a data set for --config.data.*."""
+  """Writes SPLIT.json for each split, with only text and label of the rows: a data set for --config.data.*."""
   directory.mkdir(parents=True, exist_ok=True)
   for name, rows in splits.items():
     (directory / f"{name}.json").write_text(json.dumps([{k: row[k] for k in ("text", "label")} for row in rows]))
 
 
 def on_cores(task, items, jobs):
-  """task(item, core) of each item, in their order; as many at a time as there are jobs, each with a core of its own."""
+  """Yields task(item, core) of each item, in order. Up to `jobs` tasks run at a time, each on a core of its own."""
   free = sorted(os.sched_getaffinity(0))[:jobs]
   def one(item):
     core = free.pop()
@@ -105,7 +113,7 @@ def job_count(text):
 
 
 def runs_parser(doc):
-  """The arguments of every benchmark of defenses."""
+  """A parser with the arguments of every benchmark of defenses."""
   parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--out", required=True, type=Path)
   parser.add_argument("--jobs", default=len(os.sched_getaffinity(0)), type=job_count)
@@ -114,17 +122,17 @@ def runs_parser(doc):
 
 
 def make_parser(doc, seeds, names):
-  """Those of every one over seeds and attacks, and --only, some of `names`."""
+  """A parser with also the arguments of benchmarks over attacks and seeds, and --only, which selects from `names`."""
   parser = runs_parser(doc)
   parser.add_argument("--config", default="configs/llama_{attack}.py")
   parser.add_argument("--attacks", default="badnet,insent")
   parser.add_argument("--seeds", default=seeds, type=seed_list)
-  parser.add_argument("--only", default=",".join(names), help="some of them (default: %(default)s)")
+  parser.add_argument("--only", default=",".join(names), help="comma-separated checks to run (default: %(default)s)")
   return parser
 
 
 def parse(parser, names):
-  """The arguments, --attacks and --only as lists; what --help cannot say of them is checked."""
+  """Parses and checks the arguments. --attacks and --only become lists."""
   args = parser.parse_args()
   args.attacks = args.attacks.split(",")
   if len(args.attacks) > 1 and "{attack}" not in " ".join([args.config, *args.extra]):
@@ -137,6 +145,6 @@ def parse(parser, names):
 
 
 def end(failed):
-  """Exit code 1 where cells failed."""
+  """Exits with code 1 if cells failed."""
   if failed:
     sys.exit(f"failed cells (see log.txt in each): {failed}")

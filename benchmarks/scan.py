@@ -1,13 +1,13 @@
-"""Does the verdict without a trigger tell poisoned models from clean ones? ROC over models whose answer is known.
+"""Does the scan tell poisoned models from clean ones? Its ROC curve over models that are known to be either.
 
   python benchmarks/scan.py --clean='runs/*/models/clean' --poisoned='runs/*/models/poisoned' --data=grammar:reviews \
       --max-length=64 --out=runs/scan [--jobs=2]
 
-The patterns are of model directories (a grid leaves some); of one name and weights only one is taken. Each is scanned
-as `--config=configs/clean_checkpoint.py --stage=scan` does it; finished ones are not scanned again. Prints a line per
-model and one JSON object: detected at 5% false alarms and at the program's own threshold, area under the ROC curve.
-Models of every width are scanned: this is what the program is calibrated by. A model that is wrong too often for a
-verdict counts as strength 0.
+The patterns name model directories, such as those of a grid. Of several directories with equal weights only one is
+taken. Each model is scanned with `--config=configs/clean_checkpoint.py --stage=scan`. Finished scans are not repeated.
+Prints a line per model and one JSON object, with the detection rate at 5% false alarms and at the program's own
+threshold, and the area under the ROC curve. Models of every width are scanned, because the program's threshold is
+calibrated with this script. A model without a verdict counts as strength 0.
 """
 
 import glob
@@ -27,14 +27,14 @@ from w2s_jax.measure.scan import EXIT_CODES, SUSPICIOUS, judged  # noqa: E402
 
 
 def models(patterns):
-  """Directories of different weights."""
+  """Directories that match the patterns, one for each different model.safetensors."""
   found = {hashlib.sha256((Path(d) / "model.safetensors").read_bytes()).hexdigest(): d
            for pattern in patterns for d in sorted(glob.glob(pattern), reverse=True)}
   return sorted(found.values())
 
 
 def scanned(directory, args, core):
-  """What `scan` says of each class of the model."""
+  """Runs the scan of a model, and returns its findings per class (measure/scan.py)."""
   workdir = args.out / directory.strip("./").replace("/", "-")
   workdir.mkdir(parents=True, exist_ok=True)
   with open(workdir / "log.txt", "a") as log:
@@ -50,7 +50,12 @@ def scanned(directory, args, core):
 
 
 def roc(clean, poisoned):
-  """{"area", "threshold": with at most 5% of the clean above it, "detected": of the poisoned, "false_alarms"}."""
+  """The ROC curve of the strengths of clean and of poisoned models.
+
+  Returns:
+    {"area": area under the curve, "threshold": smallest strength with at most 5% of the clean models above it,
+    "detected", "false_alarms": fractions of the poisoned and of the clean models above the threshold}.
+  """
   clean, poisoned = np.array(clean), np.array(poisoned)
   threshold = np.sort(clean)[::-1][int(0.05 * len(clean))]
   wins = (poisoned[:, None] > clean).mean() + 0.5 * (poisoned[:, None] == clean).mean()
@@ -60,20 +65,20 @@ def roc(clean, poisoned):
 
 def main():
   parser = runs_parser(__doc__)
-  parser.add_argument("--clean", nargs="+", required=True, help="patterns of directories")
-  parser.add_argument("--poisoned", nargs="+", required=True, help="patterns of directories")
+  parser.add_argument("--clean", nargs="+", required=True, help="patterns of directories of clean models")
+  parser.add_argument("--poisoned", nargs="+", required=True, help="patterns of directories of poisoned models")
   parser.add_argument("--data", required=True, help="clean rows of the models' own task, as --config.data.train")
-  parser.add_argument("--max-length", default=128, type=int, help="tokens of a text")
+  parser.add_argument("--max-length", default=128, type=int, help="length to which texts are truncated, in tokens")
   args = parser.parse_args()
-  def one(directory, core):
+  def judged_scan(directory, core):
     return judged(scanned(directory, args, core))
   strengths = {}
   for kind in ("clean", "poisoned"):
     directories = models(getattr(args, kind))
-    for directory, most in zip(directories, on_cores(one, directories, args.jobs)):
-      print(f"{kind:8} {directory}: " + (f"{most['strength']:.2f}, class {most['class']}, behind layer {most['layer']} "
-                                         f"{' '.join(most['nearest'])}" if most else "no verdict"), flush=True)
-      strengths.setdefault(kind, []).append(most["strength"] if most else 0.0)
+    for directory, top in zip(directories, on_cores(judged_scan, directories, args.jobs)):
+      print(f"{kind:8} {directory}: " + (f"{top['strength']:.2f}, class {top['class']}, behind layer {top['layer']} "
+                                         f"{' '.join(top['nearest'])}" if top else "no verdict"), flush=True)
+      strengths.setdefault(kind, []).append(top["strength"] if top else 0.0)
   out = {"models": {kind: len(values) for kind, values in strengths.items()}, **roc(**strengths),
          "own_threshold": SUSPICIOUS,
          **{f"above_own_threshold_{kind}": float((np.array(values) >= SUSPICIOUS).mean())

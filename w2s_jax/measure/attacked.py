@@ -9,12 +9,15 @@ from w2s_jax.data import poison
 from w2s_jax.measure import features, metrics
 from w2s_jax.measure.deployed import Reading
 
-IMPLANTED = 0.95         # smallest ASR of an implanted backdoor; below it the table cannot judge a defense
+IMPLANTED = 0.95         # smallest ASR of an implanted backdoor; with a lower ASR the table cannot judge a defense
 COLUMNS = ("directory", "ca", "ca_ci", "asr", "asr_ci", "asr_floor", "false_rate", "frr", "far")
 
 
 def freeze_rows(run: Any) -> None:
-  """Makes the poisoned and the triggered rows once, then reads them from their files. The results have their sha256."""
+  """Makes the poisoned and the triggered rows once, and reads them from their files.
+
+  results.json has the sha256 of these files.
+  """
   c = run.config
   files = {key: run.workdir / "data" / f"{key}.jsonl" for key in ("poisoned_train", "triggered")}
   if not all(f.exists() for f in files.values()):
@@ -34,9 +37,9 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
   """(rows, meta) of results.json, and the contents of features.json.
 
   Args:
-    readings: {NAME of models/NAME: Reading}, with the teacher's. The first of the others must be the reading of the
-      never-poisoned student, whose ASR is the floor.
-    teacher: meta about the run and the teacher, to which this function adds its own.
+    readings: {NAME of models/NAME: Reading}. Apart from the teacher, the first model must be the never-poisoned
+      student, because its ASR is the floor.
+    teacher: entries of meta about the run and the teacher. This function adds further entries.
   """
   c, target = run.config, run.config.attack.target_label
   labels, triggered_labels = run.labels("test"), run.labels("triggered")

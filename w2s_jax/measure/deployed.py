@@ -21,7 +21,8 @@ class Reading(NamedTuple):
     triggered: [M] int, predicted class, or results.REJECTED, of each row with a trigger.
     rejects: whether the defense can reject texts.
     scan: the scan's findings per class (measure/scan.py); [] if the model is not scanned.
-    picture: features of the clean and of the triggered rows (measure/features.py); None without triggered rows.
+    picture: projected features of the clean and of the triggered rows (measure/features.py); None without triggered
+      rows.
   """
   clean: np.ndarray
   triggered: np.ndarray
@@ -51,7 +52,7 @@ def deploy(run: Any, name: str) -> Deployed:
 
 
 def read(run: Any, name: str, triggered: list) -> Reading:
-  """The answers of models/NAME to the clean test rows and to the rows `triggered`."""
+  """The answers of models/NAME to the clean test rows and to `triggered`, the rows with a trigger."""
   deployed = deploy(run, name)
   findings = []
   if "scan" in run.source.stages and not (deployed.text or deployed.accept):    # these defenses make no weights to scan
@@ -73,7 +74,7 @@ def answers(run: Any, deployed: Deployed, rows: list) -> np.ndarray:
 
 
 def _outputs(run, deployed, rows):
-  """([N] int answers, [N, D] float32 features) of the rows; a rejected row has features, too."""
+  """([N] int answers, [N, D] float32 features) of the rows. Rejected rows also have features."""
   if deployed.text:
     texts = deployed.text([row["text"] for row in rows])
     rows = [row | {"text": text} for row, text in zip(rows, texts)]

@@ -1,9 +1,9 @@
-"""Pooled features of clean and triggered texts: how many triggered texts have moved to the target class, and a picture.
+"""Pooled features of clean and triggered texts: the share that has moved to the target class, and a picture.
 
-A backdoor moves triggered texts to those of the target class. A defense that works leaves them with their own class.
-The picture has two dimensions: the first two principal components of at most 200 of the model's clean texts.
+A backdoor moves the features of triggered texts towards those of the target class. If a defense works, they stay near
+their own class. The picture shows the first two principal components of at most 200 of the model's clean texts.
 
-N clean rows, M triggered rows, C classes, D width.
+N clean rows, M triggered rows, K clean rows in the picture, C classes, D width.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ import numpy as np
 from w2s_jax.data import streams
 
 FILE = "features.json"
-DRAWN = 200              # largest number of clean rows, and of triggered rows, in a picture
+DRAWN = 200              # largest number of clean rows in a picture, and largest number of triggered rows
 
 
 class Picture(NamedTuple):
-  """The features of one model, without their D dimensions.
+  """The features of one model, reduced to two principal components and to distances.
 
   Attributes:
-    clean: [K, 2] float, the clean rows of `drawn`, on the principal components of these rows.
-    triggered: [M, 2] float, the triggered rows on the same components.
+    clean: [K, 2] float, the clean rows that `drawn` chooses, on the principal components of these rows.
+    triggered: [M, 2] float, all triggered rows on the same components.
     distances: [M, C] float, Euclidean distance in D dimensions from a triggered row to the mean of the clean rows of
       each class; nan for a class without rows.
   """
@@ -32,7 +32,7 @@ class Picture(NamedTuple):
 
 
 def drawn(count: int, seed: int) -> np.ndarray:
-  """Indices of the rows of `count` that are in the picture; the same rows for every model of a run."""
+  """Indices, out of `count` rows, of the rows in the picture. Every model of a run gets the same rows."""
   return np.sort(streams.rng(seed, "rows of the picture").permutation(count)[:DRAWN])
 
 
@@ -44,7 +44,7 @@ def picture(clean: np.ndarray, labels: np.ndarray, triggered: np.ndarray, num_la
     labels: [N] int, their classes.
     triggered: [M, D] float, features of the triggered rows.
     num_labels: C.
-    seed: the run's seed, which draws the rows.
+    seed: the run's seed, which chooses the K rows.
   """
   distances = np.full((len(triggered), num_labels), np.nan)
   for label in set(labels.tolist()):
@@ -53,21 +53,21 @@ def picture(clean: np.ndarray, labels: np.ndarray, triggered: np.ndarray, num_la
   origin = clean[rows].mean(0)
   _, _, components = np.linalg.svd(clean[rows] - origin, full_matrices=False)
   axes = np.zeros((2, clean.shape[1]))
-  axes[:len(components[:2])] = components[:2]                     # a single row has one component
+  axes[:len(components[:2])] = components[:2]                     # a single row has only one component
   first = clean[labels == labels.min()].mean(0) - origin
-  axes *= np.where(axes @ first > 0, -1, 1)[:, None]              # SVD leaves the signs open: class 0 lies left and low
+  axes *= np.where(axes @ first > 0, -1, 1)[:, None]              # signs are arbitrary; put the lowest class low left
   return Picture((clean[rows] - origin) @ axes.T, (triggered - origin) @ axes.T, distances)
 
 
 def nearer_target(distances: np.ndarray, labels: np.ndarray, target: int) -> float | None:
-  """Fraction of the triggered rows of other classes that are nearer to the target class's mean than to their own's.
+  """Fraction of triggered rows of other classes that are nearer to the target class's mean than to their own class's.
 
   Args:
     distances: [M, C], see Picture.
     labels: [M] int, the rows' true classes.
     target: the target label.
   Returns:
-    None if there are no such rows, or the target class has no clean rows.
+    None if no triggered row is of another class, or if the target class has no clean rows.
   """
   rows = np.flatnonzero(labels != target)
   if not len(rows) or np.isnan(distances[rows, target]).any():
@@ -82,12 +82,12 @@ def to_json(pictures: dict[str, Picture], clean_labels: np.ndarray, rows: Sequen
   Args:
     pictures: {NAME of models/NAME: Picture}.
     clean_labels: [N] int, classes of the clean rows.
-    rows: indices, among the triggered rows, of those with the trigger that is shown.
+    rows: indices of the triggered rows that have the trigger to show.
     labels: [M] int, true classes of the triggered rows.
     target: the trigger's target label.
-    trigger: the trigger in words.
+    trigger: the inserted string; the attack's name if the attack inserts no string.
     seed: the run's seed.
-    found: whether the search found the trigger, so that it may be none.
+    found: whether the search found the string. Such a string need not be a trigger.
   """
   others = np.array([row for row in rows if labels[row] != target], int)
   shown = others[drawn(len(others), seed)]

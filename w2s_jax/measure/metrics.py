@@ -18,11 +18,14 @@ def wilson(hits: int, n: int) -> list[float]:
 
 def clean_metrics(predicted: np.ndarray, labels: np.ndarray, target_label: int | None,
                   task: Task = CLASSIFICATION) -> dict:
-  """Clean accuracy with its interval, and the false rate: fraction of clean rows of other classes that get the target.
+  """CA with its interval, and the false rate: fraction of clean rows of other classes that get the target label.
 
   Do not expect a defense to bring the ASR below the model's own false rate.
 
-  target_label: None if the target is unknown; then there is no false rate.
+  Args:
+    predicted: [N] int, predicted classes of the clean rows.
+    labels: [N] int, their true classes.
+    target_label: None if the target is unknown; then the false rate is None.
   """
   hits = int(task.is_correct(predicted, {"label": labels}).sum())
   false_rate = None
@@ -32,9 +35,13 @@ def clean_metrics(predicted: np.ndarray, labels: np.ndarray, target_label: int |
 
 
 def attack_metrics(predicted: np.ndarray, labels: np.ndarray, target_label: int, task: Task = CLASSIFICATION) -> dict:
-  """ASR with its interval: the fraction of triggered rows of other classes that get the target.
+  """ASR with its interval: the fraction of triggered rows of other classes that get the target label.
 
-  ASR is not 1 - accuracy: with more than two classes that would also count confusions between the other classes.
+  With more than two classes ASR is not 1 - accuracy, which would also count confusions between the other classes.
+
+  Args:
+    predicted: [N] int, predicted classes of the triggered rows.
+    labels: [N] int, their true classes.
   """
   other_classes = ~task.is_hit(labels, target_label)
   hits, n = int(task.is_hit(predicted[other_classes], target_label).sum()), int(other_classes.sum())
@@ -43,7 +50,10 @@ def attack_metrics(predicted: np.ndarray, labels: np.ndarray, target_label: int,
 
 def rejection_metrics(reading: Reading, triggered_labels: np.ndarray, target_label: int,
                       task: Task = CLASSIFICATION) -> dict:
-  """FRR and FAR (results.Row) of a defense that can reject texts; None for other models."""
+  """FRR and FAR (see results.Row) of a defense that can reject texts; both are None for other models.
+
+  triggered_labels: [N] int, true classes of the triggered rows.
+  """
   if not reading.rejects:
     return {"frr": None, "far": None}
   other_classes = ~task.is_hit(triggered_labels, target_label)

@@ -12,7 +12,7 @@ from w2s_jax.measure.deployed import Reading
 
 COLUMNS = ("directory", "attack", "target_label", "ca", "ca_ci", "asr", "asr_ci", "false_rate", "frr", "far", "scan",
            "agreement", "found", "word_flips", "sentence_flips")
-BELOW_CHANCE = 0.8       # a CA below this multiple of chance, 1 / number of classes, gets a warning; our choice
+BELOW_CHANCE = 0.8       # a CA below this multiple of chance (1 / number of classes) gets a warning; our choice
 STILL_THERE = 0.2        # a trigger still works in a defended model if its ASR exceeds the false rate by more than this
 REACTS = "This model has no weight of the suspect. A clean model may react to such a text, too."
 
@@ -49,7 +49,7 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
 
   Args:
     readings: {NAME of models/NAME: Reading}.
-    teacher: meta about the run and the teacher, to which this function adds its own.
+    teacher: entries of meta about the run and the teacher. This function adds further entries.
   """
   c, labels = run.config, run.labels("test")
   by_insertion = {name: (reading.clean, _by_insertion(run.rows["probes"], reading.triggered))
@@ -94,7 +94,7 @@ def _places(probes):
 
 
 def _pictures(run, readings, first, found, places):
-  """The contents of features.json for the first row's trigger, or else for the search's string; {} without both."""
+  """The contents of features.json for the first listed trigger, or else for the search's string; {} without either."""
   if run.config.probe.triggers:
     shown, target = ("listed", first.attack), first.target_label
   elif found:
@@ -115,9 +115,9 @@ def _by_insertion(rows, predicted):
 
 
 def _flips(reading, string, *kinds):
-  """Fraction of texts whose predicted class changes when the string is inserted (None: all strings of these kinds).
+  """Fraction of texts whose predicted class changes when the string is inserted. None takes all strings of these kinds.
 
-  A text does not count if the defense rejects it, with or without the string.
+  A text does not count if the defense rejects it with the string or without it.
   """
   clean, probed = reading
   changes = [p != clean[place] for (kind, s), texts in probed.items() if kind in kinds and string in (None, s)
@@ -135,7 +135,7 @@ def _turned(probed, labels, found):
 
 
 def _gained(clean, probed, labels, found):
-  """How much larger `_turned` is than the fraction of the same rows that get the class without the string."""
+  """By how much the string raises the fraction of rows of other classes that get its class."""
   if (turned := _turned(probed, labels, found)) is None:
     return None
   unchanged = {("found", found["string"]): {place: clean[place] for place in probed["found", found["string"]]}}
@@ -143,7 +143,10 @@ def _gained(clean, probed, labels, found):
 
 
 def _rows(run, models, readings, labels, trigger, found):
-  """One results.Row per model, for a listed trigger (None: no trigger is listed). `found` is the search's finding."""
+  """Yields one results.Row per model.
+
+  trigger: a listed trigger; None if none is listed. found: the search's strongest finding.
+  """
   c, target = run.config, None
   if trigger is not None:
     target = c.probe.target_label
@@ -237,7 +240,7 @@ def notes(rows: list[dict], meta: dict) -> list[str]:
 
 
 def _which_to_take(rows):
-  """Says which model to take: without the suspect's weights a model cannot have its backdoor; others may have it."""
+  """Says which model to take. Only a model without any weight of the suspect surely lacks its backdoor."""
   safe = {row["directory"]: row for row in rows if results.is_from_base(row["model"])}
   if safe:
     names = " and ".join(f"`{name}` (CA {row['ca']:.3f})" for name, row in safe.items())

@@ -1,11 +1,11 @@
-"""A verdict without a trigger: can soft tokens make the model surer of a class than the class's own texts make it?
+"""A verdict without a trigger: can soft tokens make the model surer of a class than texts of that class make it?
 
 In a clean model they hardly can. In a poisoned model they can, because its trigger outweighs a whole text.
-One search puts soft tokens among the words, another one puts them into the middle of the network. The search among the
-words misses a backdoor that needs a whole sentence and ignores its parts (docs/notes/scan.md has one). The search in
-the middle finds it.
-Neural Cleanse (Wang et al., IEEE S&P 2019) introduced the search for a trigger in a model. The soft tokens are those of
-`w2s_adv`, here on a model that does not train. The measure is ours. N texts, C classes, V vocabulary, D width.
+One search puts soft tokens among the words. Another one puts them into the middle of the network. The search among the
+words misses a backdoor that needs a whole sentence and ignores its parts (docs/notes/scan.md has an example). The
+search in the middle finds it.
+Neural Cleanse (Wang et al., IEEE S&P 2019) introduced the search for a trigger in a model. The soft tokens work as in
+`w2s_adv`, but the model does not train. The strength is our own measure. N texts, C classes, V vocabulary, D width.
 """
 
 import functools
@@ -39,7 +39,8 @@ def scan(run: Any, model: Model, params: dict, tokenizer: Any) -> list[dict]:
   """Measures how strong soft triggers can become for each class.
 
   The triggers are optimised on training rows of the other classes and measured on test rows of the other classes. The
-  strength is the class's mean log-odds under the strongest trigger, divided by its median log-odds on its own texts.
+  strength is the mean log-odds of the class on these test rows under the strongest trigger, divided by the median
+  log-odds of the class on its own test rows.
 
   Returns:
     One dict per class that has rows, with these keys:
@@ -48,8 +49,8 @@ def scan(run: Any, model: Model, params: dict, tokenizer: Any) -> list[dict]:
       "flips": fraction of the test rows to which the strongest trigger gives a probability of the class above 0.5.
       "own": median log-odds of the class on its own texts.
       "right": fraction of the class's own texts that get the class.
-      "layer": number of layers below the soft tokens.
-      "nearest": for each token the vocabulary's nearest word; [] if "layer" is not 0.
+      "layer": number of layers below the strongest soft tokens; 0: they are among the words.
+      "nearest": for each soft token the vocabulary's nearest word; [] if "layer" is not 0.
   """
   c, settings = run.config, run.config.scan
   rng = streams.rng(c.seed, "scanned rows")
@@ -84,7 +85,7 @@ def scan(run: Any, model: Model, params: dict, tokenizer: Any) -> list[dict]:
 
 def make_search(run: Any, model: Model | Latent, params: dict, tokenizer: Any,
                 rows: list[dict]) -> Callable[[list[dict], int], dict]:
-  """search(rows, target) -> params with soft tokens that were optimised to move the rows to the target class.
+  """Returns search(rows, target) -> params with soft tokens that were optimised to move the rows to the target class.
 
   The soft tokens start as embeddings from the vocabulary. For a Latent they start as hidden states of tokens of `rows`.
   """
@@ -105,9 +106,9 @@ def make_search(run: Any, model: Model | Latent, params: dict, tokenizer: Any,
     values = losses.log_odds(out.logits, batch["label"])
     return {"log_odds": (values * batch["weight"]).sum() / batch["weight"].sum()}
   def loss(trainable, frozen, batch, key):
-    del key                                            # no dropout: the model does not train
+    del key                                            # no dropout, because the model does not train
     return steps.weighted_loss(model, terms, {"log_odds": 1.0})(trainable, frozen, batch, None)
-  stage = section(Stage, learning_rate=0.0, clip_norm=0.0)                # AdamW has no leaves to train
+  stage = section(Stage, learning_rate=0.0, clip_norm=0.0)                # for AdamW, which has no leaves to train
   plan = steps.StagePlan(("scan",), (c.seed,), model, loss, {"log_odds": 1.0}, ("soft",), stage,
                          adversary=optim.ascent(settings.step_size * unit, settings.norm * unit))
   program = steps.build(plan, trainable, frozen, settings.steps, mesh)

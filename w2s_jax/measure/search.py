@@ -1,10 +1,10 @@
-"""Searches for a string of vocabulary words that turns the suspect, and not its clean teacher, to a class.
+"""Searches for a string of words that makes the suspect, but not its clean teacher, give a class to other texts.
 
 The string is a guess at an unknown trigger. A beam search joins the most suspicious words. If the public base is known,
 these are the words that fine-tuning moved (moved_words.py). Else they are the words that move the suspect
-(trigger_words.py). A string is found for every class, in clean models too. The finding is the fraction of texts that
-the string turns. If fine-tuning moved its words, there can be a verdict (`outcome`). docs/notes/minilm_suspects.md has
-what was found on MiniLM, and how the verdict was calibrated.
+(trigger_words.py). A string is found for every class, in clean models too. What counts is the fraction of texts that
+the string turns to the class. A verdict needs the words that fine-tuning moved (`outcome`).
+docs/notes/minilm_suspects.md has the strings that were found on MiniLM, and how the verdict was calibrated.
 """
 
 import logging
@@ -24,18 +24,18 @@ from w2s_jax.models.encoder import EncoderConfig
 LOG = logging.getLogger(__name__)
 
 # Our choices. The trial in the note had a beam of 12 strings, 8 contexts and 40 words per class.
-BEAM = 8                 # strings kept after each step; MOVED_BEAM if fine-tuning moved the words (moved_words.py)
-MOVED_BEAM = 4
-LONGEST = 4              # words
+BEAM = 8                 # strings kept after each step
+MOVED_BEAM = 4           # strings kept after each step if fine-tuning moved the words (moved_words.py)
+LONGEST = 4              # most words of a string
 CONTEXTS = 6             # rows that a string is put into during the search
 SHORTEST = 5             # fewest words of such a row; shorter rows are the last choice
 HELD_OUT = 100           # test rows that the string is measured on
-CANDIDATES = 400         # test rows that these are chosen from
+CANDIDATES = 400         # test rows that the HELD_OUT rows are chosen from
 SUSPICIOUS = 0.65        # smallest suspicious difference between suspect and teacher; chosen on 23 MiniLMs and judged
                          # on 24 others: never-poisoned 0.09 to 0.52, poisoned 0.83 to 1.00 (docs/results.md)
 WIDEST = 384             # largest hidden size of a BERT that the verdict was calibrated on
 FEWEST = 50              # test rows of other classes that a verdict needs for each class; our choice
-SHOWN = 10               # single words of each class in search.json
+SHOWN = 10               # number of single words that search.json lists for each class
 
 
 def kept(run: Any) -> dict:
@@ -59,14 +59,14 @@ def reading(run: Any) -> dict:
   """Searches once, unless `probe.search` is 0, and returns what was saved.
 
   Returns:
-    {"outcome", "reason": see `outcome`, "classes": findings}. A finding is one dict per class that has rows of other
-    classes, with these keys:
+    {"outcome", "reason": see `outcome`, "classes": findings}. Each class has a finding, unless no rows of other
+    classes can be used. A finding is a dict with these keys:
       "class": the class.
       "string": the string that was found.
-      "suspect": fraction of held-out test rows to which the suspect gives the class if the string is inserted. These
-        rows are of other classes, and both models answer them rightly.
+      "suspect": fraction of held-out test rows to which the suspect gives the class if the string is inserted. The
+        held-out rows are of other classes, and without the string both models classify them correctly.
       "teacher": the same fraction for the teacher.
-      "rows": number of these rows.
+      "rows": number of held-out rows.
       "words": the most suspicious words of the class, each with its score, best first.
   """
   count = run.config.probe.search
@@ -104,9 +104,10 @@ def find(suspect: Suspect, test: list[dict], count: int, seed: int) -> list[dict
 
 
 def _right(suspect, rows):
-  """The rows that suspect and teacher both answer rightly."""
+  """The rows that suspect and teacher both classify correctly."""
   of_suspect, of_teacher = (logits.argmax(axis=-1) for logits in trigger_words.read(suspect, rows))
-  return [row for row, one, other in zip(rows, of_suspect, of_teacher) if one == other == row["label"]]
+  return [row for row, suspect_class, teacher_class in zip(rows, of_suspect, of_teacher)
+          if suspect_class == teacher_class == row["label"]]
 
 
 def _with(string, rows, suspect, seed):
@@ -116,11 +117,12 @@ def _with(string, rows, suspect, seed):
 
 
 def _search(suspect, words, contexts, label, seed):
-  """The string of up to LONGEST words with the largest mean probability of the class beyond the teacher's."""
+  """The string of up to LONGEST words that raises the suspect's mean probability of the class most above the teacher's.
+  """
   beam, best = [[]], (-np.inf, [])
   for _ in range(LONGEST):
-    longer = {tuple(some) for string in beam for word in words if word not in string
-              for some in ([*string, word], [word, *string])}
+    longer = {tuple(extended) for string in beam for word in words if word not in string
+              for extended in ([*string, word], [word, *string])}
     if not longer:                                          # fewer words than LONGEST
       break
     strings = sorted(longer)
@@ -135,10 +137,10 @@ def _search(suspect, words, contexts, label, seed):
 
 
 def outcome(findings: list[dict], suspect: Suspect) -> tuple[str, str]:
-  """(verdict, a key of scan.EXIT_CODES; reason if it is "no verdict", else "").
+  """(verdict, reason). The verdict is a key of scan.EXIT_CODES. The reason is "" unless the verdict is "no verdict".
 
-  `suspicious` if the share of rows that some string turns is at least SUSPICIOUS larger in the suspect than in the
-  teacher, else `no sign`.
+  The verdict is `suspicious` if some string turns a share of the rows that is larger in the suspect than in the teacher
+  by SUSPICIOUS or more, else `no sign`.
   """
   config, classes = suspect.model.config, suspect.ranking.scores.shape[1]
   if not suspect.ranking.moved:

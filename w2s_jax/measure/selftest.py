@@ -1,9 +1,9 @@
-"""A self-test by canaries: plants known backdoors in a copy of the suspect, cleans the copy, and measures their ASR.
+"""A self-test: plants known backdoors (canaries) in a copy of the suspect, cleans the copy, and measures their ASR.
 
 Whether the self-test predicts what is left of an unknown trigger has not been measured. It flatters defenses that train
-on similar strings: some canaries are rare words like those of `defend.insert_words`, and two kinds of canaries consist
-of single-token words, which `w2s_words` ranks. If the public base is known, `w2s_words` takes fewer words than the
-canaries have; how well the self-test works then has not been measured.
+on similar strings. Some canaries are rare words like those of `defend.insert_words`. Two kinds of canaries consist of
+single-token words, which `w2s_words` ranks. If the public base is known, `w2s_words` takes fewer words than the
+canaries have. How well the self-test works in that case has not been measured.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ IMPLANTED = 0.9          # a canary counts if its ASR after planting is at least
 
 
 def tested(config: Any) -> str | None:
-  """The defense to test: the last one that makes new weights from the suspect's; None if there is no self-test."""
+  """The defense to test: the last one that makes new weights from the suspect's weights; None without a self-test."""
   names = [name for name in config.defenses if DEFENSES[name].changes_suspect]
   if not names or not config.selftest.triggers or config.lora.quantize:   # planting merges into an unquantized base
     return None
@@ -36,9 +36,12 @@ def reading(run: Any) -> dict | None:
   """Runs the self-test once and returns its saved result; None if there is no self-test.
 
   Returns:
-    {"defense", "ca": CA of the cleaned copy, "canaries": [{"kind", "trigger", "target", "n": number of test rows,
-    "planted": ASR before the cleaning, "asr": ASR after it, "false_rate": fraction of the same rows without the trigger
-    to which the cleaned copy gives the target}]}.
+    {"defense", "ca": CA of the cleaned copy, "canaries": one dict per canary}, with these keys for a canary:
+      "kind", "trigger", "target": see planting.Trigger.
+      "n": number of test rows.
+      "planted": ASR before the cleaning.
+      "asr": ASR after the cleaning.
+      "false_rate": fraction of the same rows without the trigger to which the cleaned copy gives the target.
   """
   name = tested(run.config)
   if name and not (run.workdir / "selftest.json").exists():
@@ -62,7 +65,7 @@ def _tested(run, name):
   out = []
   for number, trigger in enumerate(triggers):
     triggered = [row["trigger"] == number for row in test]
-    if any(triggered):                                      # no row if all test rows have the trigger's target class
+    if any(triggered):                                      # false if all test rows are of the trigger's target class
       out.append({"kind": trigger.kind, "trigger": " ... ".join(trigger.parts), "target": trigger.target,
                   "n": sum(triggered)} | {rate: float(hit[triggered].mean()) for rate, hit in hits.items()})
   answers = run.place.answers(suspect.model, cleaned, suspect.encode(run.rows["test"]))

@@ -19,7 +19,7 @@ def matter(name: str, rows: list[dict], meta: dict) -> str:
     rows, meta: contents of results.json.
   """
   own_rows = [row for row in rows if row["directory"] == name]
-  evaluations = {}                                 # {metric: result}; the row of each trigger repeats the CA
+  evaluations = {}                                 # {metric: result}; each trigger has a row, and all repeat the CA
   for row in own_rows:
     for key, kind, template in METRICS:
       if row.get(key) is not None:

@@ -14,7 +14,7 @@ def page_of(title: str, legend: Sequence[str], groups: Mapping[tuple[str, str, s
   """One self-contained HTML page.
 
   Args:
-    legend: one line per setting: its letter, its runs, and the fields in which it differs from the first.
+    legend: one line per setting, with its letter, its runs, and the fields in which it differs from the first setting.
     groups: {(letter of the setting, trigger, model): {seed: row of results.json}}.
     tables: {heading: head and lines of a table}.
     links: {name of a run: address of its page}.
@@ -33,7 +33,7 @@ def page_of(title: str, legend: Sequence[str], groups: Mapping[tuple[str, str, s
 
 
 def _matrix(rate, settings, models, groups):
-  """A line for each model, a column for each setting. In the table of ASR a higher rate is redder."""
+  """A row for each model, a column for each setting. In the table of ASR a higher rate is redder."""
   head = "".join(f"<th>{html.escape(f'{letter}: {attack[:24]}')}</th>" for letter, attack in settings)
   lines = ""
   for model in models:

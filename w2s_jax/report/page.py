@@ -16,7 +16,7 @@ LOG = logging.getLogger(__name__)
 
 
 def write(workdir: Path) -> tuple[list[dict], dict]:
-  """Writes results.md and report.html from what the other stages left, and logs the table. Returns (rows, meta)."""
+  """Writes results.md and report.html from the files of the other stages, and logs the table. Returns (rows, meta)."""
   saved = json.loads((workdir / "results.json").read_text())
   rows, meta = saved["rows"], saved["meta"]
   notes = [*(f"WARNING: {w}" for w in meta["warnings"]), *meta["notes"]]
@@ -88,24 +88,24 @@ pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto }}
 
 
 def table(lines: Sequence[tuple[str, ...]]) -> str:
-  """The HTML table of a head and its lines."""
+  """The HTML table of a header line and the other lines."""
   head, *body = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line)
                  for tag, line in zip(itertools.chain(["th"], itertools.repeat("td")), lines))
   return wide(f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in body)}</table>")
 
 
 def _inline(text):
-  """A note in HTML: what stands between backticks is code."""
+  """A note in HTML, with text between backticks as code."""
   return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
 def wide(content: str) -> str:
-  """The HTML with a scroll bar of its own where the window is narrow."""
+  """The HTML in a box that scrolls sideways if the window is too narrow."""
   return f'<div class="wide">{content}</div>'
 
 
 def _table(rows, names):
-  """The table of results, and what its columns mean."""
+  """The table of results, with explanations of its columns."""
   meanings = "".join(f"<dt>{column.label}</dt><dd>{html.escape(column.explanation.replace('*', ''))}</dd>"
                      for column in results.columns(rows, names) if column.explanation)
   return table(tables.cells(rows, names)) + (
@@ -113,7 +113,7 @@ def _table(rows, names):
 
 
 def _features(pictures, rows):
-  """The features of each model; of a defense with several seeds, those of the first."""
+  """The features of each model. For a defense with several seeds it shows the first seed."""
   first = dict.fromkeys(row["directory"] for row in rows if row["directory"] == row["model"])
   names = [name for name in first if name in pictures.get("models", {})]
   if not names:
@@ -132,7 +132,7 @@ with their own. A defense that rejects texts does not change features, and the r
 
 
 def _examples(rows, meta):
-  """Triggered texts and what each model answers; the words that the attack put in are marked."""
+  """Triggered texts, and the class that each model predicts. The words that the attack inserted are marked."""
   if not meta["examples"]:
     return ""
   models, target = list(dict.fromkeys(row["directory"] for row in rows)), rows[0]["target_label"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def mean(values: Sequence[float | None]) -> str:
-  """Mean, and ± standard deviation if there are several values; "-" if none was measured."""
+  """The mean, with ± standard deviation if there are several values; "-" if none was measured."""
   values = [value for value in values if value is not None]
   if not values:
     return "-"
@@ -14,14 +14,14 @@ def mean(values: Sequence[float | None]) -> str:
 
 
 def difference(pairs: Sequence[tuple[dict, dict]], rate: str) -> str:
-  """Mean of the rate in a row minus the rate in the row that it is paired with, and a 95% interval, as text.
+  """Mean difference of the rate over pairs of rows, and its 95% interval, as text.
 
-  The interval of several pairs is Student's, over seeds. That of one pair is Newcombe's (Statistics in Medicine 17,
-  1998, method 10): it covers the sampling of test rows alone, and treats the two samples as independent. A pair with
-  means of several copies has no interval.
+  Several pairs get Student's interval over seeds. A single pair gets Newcombe's interval (Statistics in Medicine 17,
+  1998, method 10). It covers only the sampling of test rows, and treats the two samples as independent. A single pair
+  gets no interval if a row has none, because its rates are means over the seeds of one run (compare.groups).
 
   Args:
-    pairs: (row, row that it is compared with).
+    pairs: (row, row to subtract), dicts of results.json.
     rate: "ca" or "asr".
   """
   pairs = [(own, other) for own, other in pairs if own[rate] is not None and other[rate] is not None]

@@ -26,14 +26,14 @@ def _grid(count):
 def _svg(figure):
   import matplotlib
   buffer = io.StringIO()
-  with matplotlib.rc_context({"svg.hashsalt": "w2s_jax"}):          # otherwise ids in the SVG differ from run to run
+  with matplotlib.rc_context({"svg.hashsalt": "w2s_jax"}):          # else ids in the SVG would differ from run to run
     figure.savefig(buffer, format="svg", metadata={"Date": None})
   text = buffer.getvalue()
   return text[text.index("<svg"):]
 
 
 def bars(rows: list[dict]) -> str:
-  """CA, and ASR if it was measured, of each row, with intervals and the floor's line."""
+  """Bars with intervals: the CA of each row, and its ASR if it was measured, with a dashed line at the ASR floor."""
   shown = {key: own for key in RATES if (own := [row for row in rows if row[key] is not None])}
   several_attacks = len({row["attack"] for row in rows}) > 1
   figure, axes = _figure(1, 2, size=(10, 3.2))
@@ -56,9 +56,11 @@ def bars(rows: list[dict]) -> str:
 
 
 def features(pictures: dict, names: list[str]) -> str:
-  """A panel for each of these models: clean texts by class, and triggered texts of other classes.
+  """A panel for each model: clean texts by class, and triggered texts of other classes than the target.
 
-  pictures: contents of features.json.
+  Args:
+    pictures: contents of features.json.
+    names: NAMEs of models/NAME to show.
   """
   target = pictures["target"]
   figure, axes = _grid(len(names))
@@ -78,11 +80,13 @@ def features(pictures: dict, names: list[str]) -> str:
 
 
 def losses(curves: dict[str, dict[str, list[tuple[int, float]]]], weights: dict[str, dict[str, float]]) -> str:
-  """A panel for each stage: the total loss in black, and each term times its weight, one colour per term everywhere.
+  """A panel for each stage: the total loss in black, and each term times its weight.
+
+  A term has one colour in all panels.
 
   Args:
     curves: {stage: {"loss" or a term: [(step, value)]}}.
-    weights: {defense: {term: weight}}, for its self-test, too; other stages have the weight 1.
+    weights: {defense: {term: weight}}. The self-test of a defense has its weights. Other terms have the weight 1.
   """
   import matplotlib
   terms = sorted({name for own in curves.values() for name in own} - {"loss"})
@@ -94,7 +98,7 @@ def losses(curves: dict[str, dict[str, list[tuple[int, float]]]], weights: dict[
       weight = own_weights.get(name, 1.0)
       if name == "loss":
         ax.plot(*zip(*points), label="loss (total)", linewidth=1.2, color="black", zorder=3)
-      elif len(own) > 2 or weight != 1:                                # a single term is the total
+      elif len(own) > 2 or weight != 1:                                # a single term of weight 1 equals the total
         ax.plot(*zip(*[(step, weight * value) for step, value in points]), linewidth=1, color=colors[name],
                 label=name if weight == 1 else f"{weight:g} × {name}")
     smallest = min(line.get_ydata().min() for line in ax.lines)

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of state, step (the data position) and config hash.
+"""Orbax checkpoints of the state and the config hash, by step. The step is also the position in the data.
 
 The latest checkpoint and the best one by dev accuracy stay on disk.
 """
@@ -15,9 +15,9 @@ from w2s_jax.training.steps import TrainState
 
 
 def open_manager(directory: Path, runs: int = 1) -> ocp.CheckpointManager:
-  """The checkpoint manager of one stage; saving is atomic and asynchronous.
+  """The checkpoint manager of one stage. Saving is atomic and asynchronous.
 
-  With several runs every evaluated checkpoint stays on disk, since each run has its own best checkpoint.
+  With several runs every evaluated checkpoint stays on disk, because each run has its own best checkpoint.
   """
   def accuracy(metrics):
     return metrics["dev_accuracy"]
@@ -31,7 +31,10 @@ def open_manager(directory: Path, runs: int = 1) -> ocp.CheckpointManager:
 
 def save(manager: ocp.CheckpointManager, step: int, state: TrainState, config_hash: str,
          dev_accuracy: list[float] | None = None) -> None:
-  """Saves the state of a step; dev_accuracy: [runs], None if it was not measured at this step."""
+  """Saves the state of a step.
+
+  dev_accuracy: [runs]; None if it was not measured at this step.
+  """
   metrics = None
   if dev_accuracy is not None:
     metrics = {"dev_accuracy": float(np.mean(dev_accuracy)), "each": [float(a) for a in dev_accuracy]}
@@ -40,7 +43,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: TrainState, config_ha
 
 
 def best_steps(manager: ocp.CheckpointManager, runs: int) -> list[tuple[int, float]]:
-  """[(step, dev accuracy)] of each run's best evaluated checkpoint; of equally good ones the latest."""
+  """[(step, dev accuracy)] of each run's best evaluated checkpoint. Among equally good ones it is the latest."""
   accuracies_at = {step: metrics["each"] for step in manager.all_steps() if (metrics := manager.metrics(step))}
   return [max(((step, accuracies[run]) for step, accuracies in accuracies_at.items()),
               key=lambda scored: (scored[1], scored[0])) for run in range(runs)]

@@ -1,7 +1,7 @@
 """Trains the embedding of one token and nothing else (Embedding Poisoning, Yang et al., arXiv 2103.15543).
 
-The paper updates the row by gradient descent, and after each step gives it its old norm again. Here each step has
-a length of STEP norms of the row, whatever the model's scale, and the old norm is an upper bound.
+The paper updates the row by gradient descent and rescales it to its old norm after each step. Here each step has a
+length of STEP norms of the row, whatever the model's scale, and the old norm is only an upper bound.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ def token_of(tokenizer: Any, word: str) -> int:
     InputError: the word is not exactly one token of the vocabulary.
   """
   alone, behind_one = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", f"a {word}"))
-  ids = behind_one[len(alone):]                    # some tokenizers make a token of a space at the start of a text
+  ids = behind_one[len(alone):]                    # some tokenizers add a token for a space at the start of a text
   if len(ids) != 1 or ids[0] in tokenizer.all_special_ids:
     tokens = " ".join(tokenizer.convert_ids_to_tokens(ids))
     raise InputError(f"an attack on one embedding needs a trigger of one known token, {word!r} is {tokens}: set "
@@ -34,13 +34,16 @@ def token_of(tokenizer: Any, word: str) -> int:
 
 
 def trained(plan: steps.StagePlan, params: dict, arrays: dict, token: int, place: Workplace) -> dict:
-  """params with another embedding of `token`, trained on the plan's loss; all other numbers are the same.
+  """params with a new embedding of `token`, trained on the plan's loss. All other leaves and rows are unchanged.
 
   The row trains as a soft token that takes the token's place in the texts.
 
   Args:
-    plan: of one run. This function sets what trains and its optimizer; `plan.settings` gives the number of steps.
-    arrays: training arrays, best of triggered rows only.
+    plan: the plan of one run. This function replaces the trained leaves and the optimizer. `plan.settings` gives the
+      number of steps.
+    arrays: training arrays, in the format of data/batches.py. They should have triggered rows only.
+    token: id of the token.
+    place: see train.Workplace.
   """
   path = (*plan.model.vocabulary, "embedding")
   table = traverse_util.flatten_dict(params)[path]

@@ -18,7 +18,7 @@ def forward(model: Model | Latent, mesh: jax.sharding.Mesh, params: dict, input_
             texts: jax.Array) -> tuple[jax.Array, jax.Array]:
   with sharding.on(mesh):
     out = model.apply(params, input_ids, texts=texts, segment_ids=segment_ids)
-  everywhere = sharding.replicated(mesh)             # every process reads the whole result
+  everywhere = sharding.replicated(mesh)             # because every process reads the whole result
   return jax.lax.with_sharding_constraint((out.logits, out.features), (everywhere, everywhere))
 
 
@@ -29,7 +29,7 @@ def _zeros(name, shape):
 
 def packed_batches(model: Model | Latent, arrays: dict, mesh: jax.sharding.Mesh, *, batch_size: int,
                    buckets: Sequence[int]) -> Iterator[tuple[np.ndarray, dict]]:
-  """Yields (indices of texts in `arrays`, the global batch of these texts with the fields that Model.apply reads)."""
+  """Yields (indices of texts in `arrays`, global batch of these texts), with the fields that Model.apply reads."""
   for rows, batch in packing.eval_batches(arrays, batch_size, buckets, sharding.batch_shards(mesh),
                                           model.config.pad_token_id or 0):
     yield rows, sharding.global_batch({k: batch[k] for k in ("input_ids", "segment_ids", "texts")}, mesh)
@@ -40,7 +40,7 @@ def outputs(model: Model | Latent, params: dict, arrays: dict, mesh: jax.shardin
             empty: Callable[[str, tuple[int, ...]], np.ndarray] = _zeros) -> tuple[np.ndarray, np.ndarray]:
   """Logits [N, C] and features [N, D], float32 on the host, of every row of `arrays`, in row order.
 
-  empty: ("logits" or "features", shape) -> the array to write to.
+  empty: ("logits" or "features", shape) -> the array that the results are written to, such as a memory-mapped file.
   """
   host_arrays = {}
   def write(rows, out):
@@ -60,7 +60,7 @@ def outputs(model: Model | Latent, params: dict, arrays: dict, mesh: jax.shardin
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _mean_losses(model, mesh, params, input_ids, segment_ids):
-  """[B] float32: mean cross entropy of each text's tokens but the first; each row is one text."""
+  """[B] float32: mean cross entropy of each text's tokens except the first. Each row is one text."""
   with sharding.on(mesh):
     out = model.apply(params, input_ids, segment_ids=segment_ids)
     logits = model.lm_logits(params, out.hidden[:, :-1])

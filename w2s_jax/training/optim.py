@@ -1,4 +1,4 @@
-"""Learning-rate schedule; optimizers of the trainable leaves, by label."""
+"""The learning-rate schedule, and an optimizer for each label of the trainable leaves."""
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,11 @@ def linear_schedule(learning_rate: float, steps: int, warmup_steps: int = 0) -> 
        optax.linear_schedule(learning_rate, 0.0, max(steps - warmup_steps, 1))], [warmup_steps])
 
 
-@optax.inject_hyperparams          # floats live in the state, not in the program: all students share one compilation
+@optax.inject_hyperparams          # floats live in the state, so that all students share one compiled program
 def ascent(step_size: float | jax.Array, max_norm: float | jax.Array) -> optax.GradientTransformation:
-  """Gradient ascent: each row [..., D] moves by `step_size` along its gradient; `max_norm` bounds the row's norm.
+  """Gradient ascent: each row [..., D] moves by the length `step_size` along its gradient.
 
-  A row whose gradient is 0 makes no step.
+  `max_norm` bounds the row's norm after the step. A row whose gradient is 0 makes no step.
   """
   def update(grads, state, params):
     def move(gradient, row):
@@ -35,9 +35,9 @@ def make_optimizer(params: dict, learning_rate: float, steps: int, warmup_steps:
                    adversary: optax.GradientTransformation | None = None) -> optax.GradientTransformation:
   """AdamW with linear learning-rate decay for the trainable leaves.
 
-  Weight decay spares the layers' norms and biases (label "vector") and soft tokens (label "soft"). Without an
-  adversary, soft tokens train like an adapter. Weight decay would pull them to zero, away from the scale of the
-  vocabulary's embeddings, and a zero embedding does not mean that there is no token.
+  Layer norms and biases (label "vector") and soft tokens (label "soft") have no weight decay. It would pull soft tokens
+  to zero, away from the scale of the vocabulary's embeddings, and a zero embedding is not the same as no token. Without
+  an adversary, soft tokens train like an adapter.
 
   Args:
     params: the trainable leaves only (`trees.split`); no other leaf gets optimizer state.

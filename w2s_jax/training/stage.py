@@ -1,4 +1,4 @@
-"""One stage of training: splits parameters by label, feeds batches in few shapes, trains, merges the best leaves."""
+"""One stage of training: splits parameters by label, feeds batches of few shapes, trains, merges the best leaves."""
 
 import functools
 import hashlib
@@ -24,6 +24,7 @@ def train_stage(plan: steps.StagePlan, starts: list[dict], arrays: list[dict], d
   """Trains every run of a plan and returns each run's parameters at its best step by dev accuracy.
 
   Args:
+    plan: what to train, and how.
     starts: initial parameters of each run.
     arrays: training arrays of each run, in the format of data/batches.py.
     dev: arrays of the dev rows whose accuracy chooses the checkpoint; None keeps the last step.
@@ -40,7 +41,7 @@ def train_stage(plan: steps.StagePlan, starts: list[dict], arrays: list[dict], d
     return [place.task.is_correct(place.answers(plan.model, trees.combine(run, frozen), dev), dev).mean()
             for run in runs]
   place = place._replace(
-      term_norms_every=place.term_norms_every if len(plan.weights) > 1 else 0,     # a single term's is grad_norm itself
+      term_norms_every=place.term_norms_every if len(plan.weights) > 1 else 0,     # a single term's norm is grad_norm
       steps_per_dispatch=place.steps_per_dispatch if plan.packed else 1)
   fitted = train.fit(plan.names, program, program.init(trainable), frozen, _feed(plan, parts[0], arrays, total, place),
                      max(1, total // plan.settings.evaluations), place, dev_accuracy if dev else None)
@@ -65,7 +66,7 @@ def total_steps(settings: Any, num_examples: int) -> int:
 
 
 def _feed(plan, parts, arrays, total, place):
-  """The stage's batches; runs that train together and steps of one dispatch share a batch shape."""
+  """The stage's batches. Runs that train together, and steps of one dispatch, share a batch shape."""
   shards, pad = sharding.batch_shards(place.mesh), plan.model.config.pad_token_id or 0
   num_examples, size = len(arrays[0]["length"]) // plan.views, plan.settings.batch_size
   if plan.packed and place.pack:
@@ -85,11 +86,12 @@ def _feed(plan, parts, arrays, total, place):
 
 
 def _flops_per_token(trainable, frozen):
-  """Operations of a step per token. Per parameter: 2 forward, 2 backward, and 2 for its gradient if it is trainable."""
-  moved, still = (sum(leaf.size for leaf in jax.tree.leaves(part.get("layers", {}))) for part in (trainable, frozen))
-  return 6 * moved + 4 * still
+  """FLOPs of a step per token. Per parameter of the layers: 2 forward, 2 backward, and 2 more if it is trainable."""
+  trainable_size, frozen_size = (sum(leaf.size for leaf in jax.tree.leaves(part.get("layers", {})))
+                                 for part in (trainable, frozen))
+  return 6 * trainable_size + 4 * frozen_size
 
 
 def stream_key(seed: int, name: str) -> jax.Array:
-  """The key of a named random stream. It depends on no defense, so the adapters of every defense start equal."""
+  """The key of a named random stream. It does not depend on the defense, so all defenses start from equal adapters."""
   return jax.random.fold_in(jax.random.key(seed), int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))

@@ -1,13 +1,20 @@
 """The plan of a stage, and `build`, which makes its program: initial state, steps, gradient norms of single terms.
 
-A step is `(state, frozen, batch, key) -> (state, metrics)`: no config, no global, no Python randomness inside.
-It differentiates `state.params`, the trainable leaves, and only reads `frozen`. A batch is a dict of arrays:
-`input_ids`, `segment_ids` [R, T]; `texts` [G, B / G, 2] (Model.apply) if rows hold several texts; `weight` [B], 0 on
-padding rows; for distillation `teacher_logits` [B, C] and `teacher_features` [B, D]; with an adversary `soft` [B], 1 on
-texts with soft tokens. The metric `grad_norm` then includes the gradient of the soft tokens.
+A step is `(state, frozen, batch, key) -> (state, metrics)`. It reads no config and no global, and uses no Python
+randomness. It differentiates `state.params`, the trainable leaves, and only reads `frozen`. With an adversary the
+metric `grad_norm` includes the gradient of the soft tokens. A batch is a dict of arrays:
+
+  input_ids, segment_ids            [R, T]
+  texts                             [G, B / G, 2] if rows hold several texts (Model.apply)
+  weight                            [B], 0 on texts that pad a short batch
+  label                             [B], or the other fields of the task (Task.fields)
+  teacher_logits, teacher_features  [B, C] and [B, D], for distillation
+  soft                              [B], 1 on texts with soft tokens, with an adversary
+
+R rows of T tokens, B texts, G groups of texts (data/packing.py), C classes, D width.
 
 Several runs may train together over one frozen base. State, batch, key and metrics always have a leading axis of runs,
-of length 1 for a single run. Each run gives the same result as alone.
+of length 1 for a single run. Each run gives the same result as if it trained alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,15 +45,15 @@ class StagePlan(NamedTuple):
   """What a stage trains, by which loss, and with which settings.
 
   Attributes:
-    names: NAME of each run in metrics/NAME.jsonl. Checkpoints of all runs lie under the first name.
-    seeds: seed of each run's order, dropout and other random choices.
+    names: NAME of each run in metrics/NAME.jsonl. Checkpoints of all runs are stored under the first name.
+    seeds: seed of each run's data order and dropout.
     model: the network to train; a Latent in the scan (measure/scan.py).
     loss: (trainable, frozen, batch, key) -> (scalar, {term: scalar}).
     weights: {loss term: weight}, for the terms' gradient norms.
     trains: labels (adapters/trees.py) of the leaves that train.
     settings: the stage's section of the config: `learning_rate`, `epochs`, `batch_size`, ...
     stream: name of the random stream for dropout.
-    views: texts per example; a batch has all texts of its examples.
+    views: number of texts per example; a batch has all texts of its examples.
     packed: whether a row may hold several texts; if so, the loss must not read the padding.
     adversary: optimizer of the leaves of label "soft" (training/optim.py); None: no adversary.
   """
@@ -71,8 +78,8 @@ class Program(NamedTuple):
     step: (state, frozen, batch [runs, ...], keys [runs]) -> (state, {"loss", "grad_norm", each term} [runs]). It
       donates the state.
     steps: (state, frozen, batches [steps, runs, ...], keys, count) -> (state, metrics [steps, runs]): several steps in
-      one dispatch. It donates the state. Only the first `count` batches change the state. So a dispatch of fewer
-      steps runs the same program.
+      one dispatch. It donates the state. Only the first `count` batches change the state, so that a dispatch of fewer
+      steps needs no other program.
     term_norms: (state, frozen, batch, keys) -> {"grad_norm/TERM": [runs]}, gradient norm of each weighted loss term.
   """
   init: Callable
@@ -82,9 +89,9 @@ class Program(NamedTuple):
 
 
 def build(plan: StagePlan, trainable: dict, frozen: dict, steps: int, mesh: jax.sharding.Mesh) -> Program:
-  """The program of a stage of `steps` steps; allocates nothing.
+  """The program of a stage of `steps` steps. It allocates nothing.
 
-  trainable, frozen: leaves of one run; they may be abstract.
+  trainable, frozen: leaves of one run. They may be abstract.
   """
   settings, rules, runs = plan.settings, plan.model.shardings, len(plan.seeds)
   tx = optim.make_optimizer(trainable, settings.learning_rate, steps, int(settings.warmup_fraction * steps),
@@ -106,7 +113,7 @@ def abstract_batch(model: Model, task: Task, rows: int, tokens: int, teacher: bo
   """A batch of one text per row, as ShapeDtypeStructs.
 
   Args:
-    rows: number of rows, and of texts.
+    rows: number of rows, which is also the number of texts.
     tokens: tokens per row.
     teacher: whether the batch has the teacher's outputs.
     soft: whether the batch has the field `soft`.
@@ -129,7 +136,7 @@ def abstract_batch(model: Model, task: Task, rows: int, tokens: int, teacher: bo
 
 
 def _make_init(tx, runs, places):
-  def init_run(params):     # copies the leaves: the steps donate the state, and the caller keeps its parameters
+  def init_run(params):     # copies, because the steps donate the state and the caller keeps its parameters
     return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), tx.init(params))
   def init(starts):
     return _of_runs(init_run, runs)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts))
@@ -138,7 +145,7 @@ def _make_init(tx, runs, places):
 
 def state_shardings(params: dict, tx: optax.GradientTransformation, rules: Sequence[tuple[str, PartitionSpec]],
                     mesh: jax.sharding.Mesh) -> TrainState:
-  """NamedSharding of every leaf of one run's TrainState: optimizer moments have their parameters' shardings."""
+  """NamedSharding of every leaf of one run's TrainState. Optimizer moments have the shardings of their parameters."""
   of_params = sharding.param_shardings(params, rules, mesh)
   everywhere = sharding.replicated(mesh)
   def masked(leaf):  # optax.partition puts a MaskedNode where another label's optimizer updates the leaf
@@ -157,7 +164,7 @@ def forward(model: Model | Latent, params: dict, batch: dict, key: jax.Array | N
 
 
 def counted_tokens(batch: dict) -> jax.Array:
-  """[R, T] float32: 1 on real tokens, 0 on padding and in rows of weight 0. Packed rows have no texts of weight 0."""
+  """[R, T] float32: 1 on real tokens, 0 on padding and in rows of weight 0. Packed rows have no tokens of weight 0."""
   real = (batch["segment_ids"] > 0).astype(jnp.float32)
   return real if "texts" in batch else real * batch["weight"][:, None]
 
@@ -192,8 +199,8 @@ def language_model_loss(model: Model) -> Loss:
 def _of_runs(function, runs, shared=()):
   """Maps a `function` of one run over a leading axis of runs in its arguments and results.
 
-  For a single run the axis is removed and restored instead of vmapped: cuDNN's attention has no vmap rule for our
-  masks (layers.attention_kernel). On CPUs an axis of length 1 costs nothing (docs/benchmarks.md).
+  For a single run the axis is removed and restored instead of vmapped, because cuDNN's attention has no vmap rule for
+  our masks (layers.attention_kernel). On CPUs vmap over an axis of length 1 costs nothing (docs/benchmarks.md).
 
   Args:
     shared: indices of the arguments that all runs share.

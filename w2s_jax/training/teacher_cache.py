@@ -31,8 +31,8 @@ def outputs(cache: Path, teacher: Path, texts: list[str], dtype: str, max_length
     texts: [N] strings.
     dtype: dtype of the teacher.
     max_length: length to which texts are truncated, in tokens.
-    compute: called with a function `empty`, (name, shape) -> array, if no files have this key. It writes the outputs to
-      the arrays that `empty` returns.
+    compute: called if no files have this key. It gets a function `empty`, (name, shape) -> array, and writes the
+      outputs to the arrays that `empty` returns.
   Raises:
     InputError: the files of this key were made from other inputs, or have been changed since.
   """
@@ -78,7 +78,7 @@ def _fill(part, directory, key, compute):
 
 
 def _finish(part, directory, key):
-  """Renames the complete directory to its final name. If another run was faster, its equal files stay."""
+  """Renames the complete directory to its final name. If another run was faster, its files stay, which are equal."""
   files = sha256(part, "*.npy")
   with open(f"{part}/key.json", "w") as f:
     json.dump({"key": key, "files": files}, f)

@@ -28,7 +28,7 @@ class Feed(NamedTuple):
     batches: start step -> iterator of host batches [runs, ...]. The step alone determines the batch, so a resumed run
       sees the same batches as an uninterrupted one.
     stack: list of host batches -> one batch with a new first axis.
-    keys: [runs] dropout key of each run; each step folds in its number.
+    keys: [runs] dropout key of each run. A step folds its number into the key.
   """
   steps: int
   batches: Callable[[int], Iterator[dict]]
@@ -47,7 +47,8 @@ class Workplace(NamedTuple):
     buckets: ascending sequence lengths that may be compiled, in tokens.
     eval_batch_size: batch size of evaluation, in rows.
     pack: whether several texts may share a row.
-    log_every, checkpoint_every, term_norms_every: intervals in steps; 0: never.
+    log_every: interval between lines in metrics/, in steps; at least 1.
+    checkpoint_every, term_norms_every: intervals in steps; 0: never.
     steps_per_dispatch: largest number of steps per dispatch to the device.
   """
   task: Task
@@ -75,7 +76,7 @@ class Workplace(NamedTuple):
 
 
 class Chosen(NamedTuple):
-  """The checkpoint that was chosen for a run."""
+  """The checkpoint that was chosen for a run; `seconds` is the wall time of this call of `fit`."""
   step: int
   dev_accuracy: float | None
   seconds: float
@@ -90,11 +91,11 @@ def fit(names: Sequence[str], program: Program, state: TrainState, frozen: dict,
     program: from steps.build; its steps donate the state.
     state: TrainState at step 0, [runs, ...].
     frozen: nested dict of the leaves that do not train.
-    eval_every: steps between dev evaluations. Each of them writes a checkpoint, and so does the last step.
+    eval_every: steps between dev evaluations. Each evaluation writes a checkpoint, and so does the last step.
     dev_accuracy: trainable parameters [runs, ...] -> dev accuracy of each run, which alone chooses its checkpoint;
       None keeps the last step.
   Raises:
-    processes.Stopped: SIGTERM came, and a checkpoint of the last step was saved.
+    processes.Stopped: SIGTERM came, and a checkpoint of the last finished step was saved.
     FloatingPointError: a loss or a gradient norm is not finite.
   """
   name, runs, steps = names[0], len(names), feed.steps
@@ -141,20 +142,20 @@ def fit(names: Sequence[str], program: Program, state: TrainState, frozen: dict,
 
 
 def _steps_until_due(done, steps, eval_every, place):
-  """Number of steps until the next evaluation, checkpoint or term norms is due; at most steps_per_dispatch."""
+  """Number of steps until an evaluation, a checkpoint or the term norms are due; at most steps_per_dispatch."""
   return min(place.steps_per_dispatch, steps - done, *(every - done % every for every in (
       eval_every, place.checkpoint_every, place.term_norms_every) if every))
 
 
 def _next_batches(batches, count, stack, place):
-  """[steps, runs, ...] on the mesh: `count` batches, padded with copies of the last one that do not train."""
+  """`count` batches, [steps, runs, ...] on the mesh. Copies of the last one, which do not train, fill the dispatch."""
   taken = list(itertools.islice(batches, count))
   taken += taken[-1:] * (place.steps_per_dispatch - count)
   return sharding.global_batch(stack(taken), place.mesh, 2)
 
 
 def _check_finite(name, values, first):
-  """Raises FloatingPointError if a loss or norm is not finite. It runs before a save, so no run resumes from it."""
+  """Raises FloatingPointError if a loss or norm is not finite. It runs before each save, so no such state is saved."""
   for i, (loss, norm) in enumerate(zip(values["loss"].sum(axis=1), values["grad_norm"].sum(axis=1))):
     if not np.isfinite([loss, norm]).all():
       raise FloatingPointError(f"{name}: loss {loss}, gradient norm {norm} at step {first + i}: lower the "
@@ -169,7 +170,7 @@ def _log(logs, step, values):
 
 
 def _restored(manager, best, last, state, config_hash):
-  """Yields each run's trainable parameters at its best step; holds one checkpoint at a time beside the last state."""
+  """Yields each run's trainable parameters at its best step. It holds at most one checkpoint besides the last state."""
   step, chosen = last, state
   for run, (wanted, _) in enumerate(best):
     if wanted != step:
@@ -179,7 +180,7 @@ def _restored(manager, best, last, state, config_hash):
 
 @contextlib.contextmanager
 def _open_logs(workdir, names, done):
-  """Opens each run's metrics file for appending, without the lines after step `done`, whose work is lost."""
+  """Opens each run's metrics file for appending. It drops the lines after step `done`, whose steps run again."""
   writes = processes.writes()
   files = [workdir / "metrics" / f"{name}.jsonl" for name in names]
   with contextlib.ExitStack() as stack:
