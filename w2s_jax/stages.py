@@ -138,7 +138,7 @@ def teach(run: Run) -> None:
   c, name = run.config, results.TEACHER
   if run.done(name):
     return
-  width = run.load(run.source.base)[0].config.feature_size
+  width = run.model_config(run.source.base).feature_size
   if c.teacher.path:
     model, params = run.pretrained_teacher(width)
     tokenizer = tokenization.load(resolve(c.teacher.path), model.config.vocab_size)

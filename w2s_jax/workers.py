@@ -122,8 +122,8 @@ def _outcome(process, receiver):
   with contextlib.suppress(EOFError):
     return InputError(receiver.recv())
   if process.exitcode:
-    return InputError(f"its process ended with exit code {process.exitcode} (-9: killed, perhaps for want of memory; "
-                      "fewer --jobs need less)")
+    hint = ": killed, perhaps for want of memory (fewer --jobs need less)" if process.exitcode == -signal.SIGKILL else ""
+    return InputError(f"its process ended with exit code {process.exitcode}{hint}")
   return None
 
 
