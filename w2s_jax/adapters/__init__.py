@@ -1,7 +1,8 @@
-"""Adapters: one file per kind with its algebra, `KINDS` maps names to kinds; and the labels of the leaves that train.
+"""Adapters. Each kind has its own file, and `KINDS` maps names to kinds.
 
 An adapter is data, not code: its leaves lie beside the kernel that they adapt. `models.layers.Dense` looks up in KINDS
-what the leaves beside its kernel do. `leaves` gives the labels, `attach` adds and merges, `models.hf.peft` exports.
+what the leaves beside its kernel do. `trees` labels the leaves, `attach` adds and merges adapters, and `models.hf.peft`
+exports them.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,12 +15,12 @@ class Adapter(NamedTuple):
   """One kind of adapter. L layers; a stacked kernel is [L, in, out], and Dense sees one layer of it.
 
   Attributes:
-    leaves: {leaf name: (label, axes)}. A leaf of label "adapter" trains; one of label "constant" is only saved with it.
-      Axes are "layers" first, then the kernel's "in" and "out" or names that the kind defines. An axis name has the
-      same size in all leaves beside a kernel.
-    add: (stacked kernel, key, **settings) -> {leaf name: float32 array}.
-    apply: (leaves of one layer, kernel, x, y) -> new y [..., out]. x [..., in] comes after the adapter's dropout; y is
-      the product of kernel and input, without dropout and before the bias; kernel [in, out] may be quantized.
+    leaves: {leaf name: (label, axes)}. A leaf with the label "adapter" trains. A leaf with the label "constant" only
+      gets saved with the adapter. The first axis is "layers". Every other axis is the kernel's "in" or "out", or one
+      that the kind names itself. An axis name has the same size in all leaves beside a kernel.
+    add: (stacked kernel, key, **settings) -> {leaf name: array}.
+    apply: (leaves of one layer, kernel, x, y) -> new y [..., out]. x [..., in] is the layer's input after the adapter's
+      dropout. y is the input without dropout times the kernel, before the bias. kernel [in, out] may be quantized.
     merge: (kernel [in, out] float32, leaves of one layer) -> a kernel with the same effect as kernel and leaves. None:
       no such kernel exists, and `save_pretrained` writes the leaves beside the model.
     export: (leaves on the host, dropout) -> ({peft's tensor name below the module: [L, ...]}, {field of

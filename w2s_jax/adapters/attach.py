@@ -1,4 +1,4 @@
-"""Adapters of any kind in a parameter tree: adds them, merges them, finds those to save beside the model. L layers."""
+"""Adds adapters of any kind to a parameter tree, merges them, and finds leaves to save beside the model. L layers."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +11,11 @@ from flax import traverse_util
 from w2s_jax import InputError, adapters, processes, quantized
 from w2s_jax.adapters import soft, trees
 
-LARGEST = 1 << 16            # largest size of an adapter's own axis in a file: nobody has more soft tokens or ranks
+LARGEST = 1 << 16            # largest size of an adapter's own axis in a file; real adapters are smaller
 
 
 def targets_of(params: dict) -> list[str]:
-  """The names allowed in `targets`, sorted: those of the modules in the layers that have a kernel."""
+  """The names allowed in `targets`, sorted: the names of all modules with a kernel inside the layers."""
   return sorted({path.split("/")[-2] for path in _kernels(traverse_util.flatten_dict(params, sep="/"))})
 
 
@@ -59,7 +59,7 @@ def add(params: dict, kind: str, targets: Sequence[str], *, key: jax.Array,
 
 def add_configured(params: dict, section: Any, *, key: jax.Array,
                    places: Callable[[dict], dict] | None = None) -> dict:
-  """`add`, with the kind, the targets and the settings that the section `lora` of a config has."""
+  """Calls `add` with the kind, the targets and the settings of `section`, the section `lora` of a config."""
   settings = {name: section[name] for name in adapters.KINDS[section.kind].settings}
   return add(params, section.kind, tuple(section.targets), key=key, places=places, **settings)
 
@@ -73,7 +73,7 @@ def merge(params: dict) -> dict:
   """A new tree in which every adapter that can be merged is merged into its kernel, which keeps its dtype.
 
   A merged kernel is computed in float32 and rounded once. Kernels of a quantized base become plain arrays on the host,
-  because all of them may exceed the device's memory. Soft tokens and adapters of a kind without `merge` stay.
+  because together they may exceed the device's memory. Soft tokens and adapters of a kind without `merge` stay.
   """
   flat = traverse_util.flatten_dict(params, sep="/")
   out = dict(flat)
@@ -100,12 +100,12 @@ def _merge(merge, kernel, leaves):
 
 def unmergeable(shapes: Mapping[str, tuple[int, ...]], base: Mapping[str, tuple[int, ...]], vocabulary: str,
                 layers: int | None = None) -> dict[str, tuple[int | str, ...]]:
-  """The axes that unmergeable adapter leaves must have, for a tree with leaves of these paths.
+  """The axes that each unmergeable adapter leaf of a tree must have.
 
   Args:
     shapes: {path: shape} of the tree's leaves, or of the leaves that a file adds to the base.
     base: {path: shape} of the model's own leaves.
-    vocabulary: path of the module that embeds the tokens, for soft tokens.
+    vocabulary: path of the module that embeds the tokens; soft tokens are a leaf of it.
     layers: L of the tree if the base has fewer layers; None: the base's L.
   Returns:
     {path: axes}: an axis is an int if the base determines its size, and a name if the adapter does.

@@ -2,7 +2,7 @@
 
 The kernel becomes m * (W + A B alpha / R) / n. n is the norm of each column of W + A B alpha / R. m starts as the norm
 of each column of W. As in the paper (section 4.3) and in peft, no gradient flows through n. Dropout acts on A's input
-alone; in peft it acts on W's input in this product, too. Weight decay acts on m as on A and B. R rank, L layers.
+alone, while peft's also acts on W's input. Weight decay treats m like A and B. R rank, L layers.
 """
 
 from typing import Any
@@ -25,14 +25,14 @@ LEAVES = {
 
 def add(kernel: Kernel, key: jax.Array, rank: int, alpha: float) -> dict[str, jax.Array]:
   """New leaves; the network's function is unchanged."""
-  magnitude = jax.lax.map(_norms, kernel)                       # one layer at a time: a float32 copy of all is large
+  magnitude = jax.lax.map(_norms, kernel)               # one layer at a time, because a float32 copy of all is large
   return {"dora_magnitude": magnitude} | {
       name.replace("lora", "dora"): leaf for name, leaf in lora.add(kernel, key, rank, alpha).items()}
 
 
 def apply(leaves: dict[str, jax.Array], kernel: Kernel, x: jax.Array, y: jax.Array) -> jax.Array:
   y = lora.apply(_lora(leaves), kernel, x, y)
-  return (y.astype(jnp.float32) * _gain(kernel, leaves)).astype(y.dtype)      # bfloat16 would round small gains away
+  return (y.astype(jnp.float32) * _gain(kernel, leaves)).astype(y.dtype)      # bfloat16 would round a gain near 1 to 1
 
 
 def merge(kernel: jax.Array, leaves: dict[str, jax.Array]) -> jax.Array:

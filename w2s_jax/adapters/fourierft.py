@@ -1,7 +1,7 @@
-"""FourierFT: a few entries of the change's discrete Fourier transform train (Gao et al., arXiv 2405.03003).
+"""FourierFT: trains a few Fourier coefficients of the kernel's change (Gao et al., arXiv 2405.03003).
 
-The kernel [in, out] becomes W + scaling * Re(IDFT(E)). E is [in, out], zero but for F entries at random places. The
-places are those that peft draws, because its files do not have them. L layers.
+The kernel [in, out] becomes W + scaling * Re(IDFT(E)). E [in, out] is zero except at F random places. We draw the same
+places as peft, because peft's files do not store them. L layers.
 """
 
 import math
@@ -15,11 +15,11 @@ from w2s_jax import InputError
 from w2s_jax.quantized import Kernel
 
 SEED = 777               # peft's default `random_loc_seed`
-LARGEST = 2**32 // 20 - 1    # values of a kernel; PyTorch permutes larger ones with other numbers
+LARGEST = 2**32 // 20 - 1    # most values in a kernel; for more, PyTorch's permutation uses other random numbers
 
 LEAVES = {
     "fourier_spectrum": ("adapter", ("layers", "frequencies")),
-    "fourier_places": ("constant", ("layers", "frequencies")),    # of entry (i, o) of [in, out]: o * in + i
+    "fourier_places": ("constant", ("layers", "frequencies")),    # entry (i, o) of [in, out] has the place o * in + i
     "fourier_scaling": ("constant", ("layers",)),
 }
 
@@ -46,7 +46,7 @@ def add(kernel: Kernel, key: jax.Array, frequencies: int, scaling: float) -> dic
 def apply(leaves: dict[str, jax.Array], kernel: Kernel, x: jax.Array, y: jax.Array) -> jax.Array:
   def product(leaves, x):
     return x @ _change(kernel.shape, leaves).astype(x.dtype)
-  return y + jax.checkpoint(product, prevent_cse=False)(leaves, x)      # else the backward pass keeps every change
+  return y + jax.checkpoint(product, prevent_cse=False)(leaves, x)     # recomputed, or memory holds each layer's change
 
 
 def merge(kernel: jax.Array, leaves: dict[str, jax.Array]) -> jax.Array:
@@ -63,8 +63,8 @@ def export(leaves: dict[str, np.ndarray], dropout: float) -> tuple[dict[str, np.
 def first_of_permutation(size: int, count: int, seed: int) -> np.ndarray:
   """The first `count` numbers of torch.randperm(size) after torch's manual_seed(seed), [count] int64, without torch.
 
-  Both libraries have the Mersenne twister. PyTorch swaps each place with a random later one, so the first places are
-  known after as many swaps.
+  NumPy and PyTorch have the same Mersenne twister. PyTorch swaps each place in turn with a random one that is not
+  before it. So the first `count` places are final after `count` swaps.
   """
   draws = np.random.RandomState(seed).randint(0, 2**32, count, dtype=np.uint32).astype(np.int64)
   swapped, out = {}, []

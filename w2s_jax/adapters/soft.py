@@ -1,4 +1,4 @@
-"""Soft tokens: rows of a leaf `soft` beside the vocabulary's embeddings; texts refer to them by ids from V on.
+"""Soft tokens are rows of a leaf `soft` beside the vocabulary's embeddings. Their ids in a text are V, V + 1, ...
 
 An adversary's soft tokens ascend the loss (defenses/w2s_adv.py). A soft prompt (Lester et al., arXiv 2104.08691) trains
 like any adapter. Neither can be merged into the model. N texts, T tokens, S soft tokens, V vocabulary, D width.
@@ -18,7 +18,7 @@ LEAF = "soft"
 
 
 class Embedding(Protocol):
-  """The part of models.Model (or of a substitute) that this file needs: the path of the module that embeds tokens."""
+  """The part of a model that this file needs: the path of the module that embeds tokens."""
 
   @property
   def vocabulary(self) -> tuple[str, ...]: ...
@@ -37,7 +37,7 @@ def with_soft_tokens(model: Embedding, params: dict, count: int, key: jax.Array,
 
 
 def put(model: Embedding, params: dict, soft: jax.Array | jax.ShapeDtypeStruct) -> dict:
-  """params with the leaf `soft` beside the vocabulary's embeddings."""
+  """params with `soft` [S, D] as a leaf beside the vocabulary's embeddings."""
   return traverse_util.unflatten_dict(traverse_util.flatten_dict(params) | {(*model.vocabulary, LEAF): soft})
 
 
@@ -53,8 +53,8 @@ def _vocabulary(model, params):
 def prompted(arrays: dict[str, np.ndarray], tokenizer: Any, vocab_size: int, tokens: int) -> dict[str, np.ndarray]:
   """Puts the same soft tokens at the front of every text, after its leading special tokens.
 
-  Words at the end are cut off if the text becomes too long. A prompt affects only texts that contain it, so texts to
-  measure, and texts of a user, must pass through this function too.
+  Words at the end are cut off if the text becomes too long. A prompt affects only texts that contain it, so every text
+  that the model reads later must pass through this function too.
 
   Args:
     arrays: {"input_ids" [N, T], "length" [N], any others}.
@@ -80,7 +80,7 @@ def rewritten(arrays: dict[str, np.ndarray], tokenizer: Any,
               rewrite: Callable[[np.ndarray, int], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
   """([N, T] ids, [N] lengths) of the texts after `rewrite` has replaced the ids between their special tokens.
 
-  rewrite: (ids of the words, room) -> at least as many ids as there are words, and at most `room`.
+  rewrite: (ids between the special tokens, room) -> the new ids, no fewer than before and at most `room`.
   """
   special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
   front, back = special.index(0), special[::-1].index(0)

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from w2s_jax import adapters, sharding
 
-# (path pattern, label) of the model's own leaves and of soft tokens; no catch-all on purpose.
+# (path pattern, label) of the model's own leaves and of soft tokens. There is no catch-all, so an unknown leaf fails.
 MODEL_RULES = (
     (r"(embed_tokens|embeddings/word_embeddings)/soft", "soft"),   # an adversary's soft tokens or a prompt (soft.py)
     (r"(score|pooler|widen|classifier)/((dense|norm)/)?(kernel|scale|bias)", "head"),
@@ -29,7 +29,7 @@ def label_rules() -> tuple[tuple[str, str], ...]:
 def added_shardings() -> tuple[tuple[str, P], ...]:
   """((pattern, mesh axes), ...) for adapter leaves and soft tokens; every model family shards them in the same way.
 
-  `fsdp` shards the axes "in" and "out" of an adapter leaf, whichever mesh axes shard them in the kernel.
+  The mesh axis `fsdp` shards the axes "in" and "out" of an adapter leaf, even if other mesh axes shard the kernel.
   """
   specs = {name: P(*("fsdp" if axis in ("in", "out") else None for axis in axes))
            for kind in adapters.KINDS.values() for name, (_, axes) in kind.leaves.items()}
@@ -37,7 +37,7 @@ def added_shardings() -> tuple[tuple[str, P], ...]:
 
 
 def label(path: str) -> str:
-  """The label of the leaf at `path`, "layers/attn/q_proj/kernel".
+  """The label of the leaf at `path`, such as "layers/attn/q_proj/kernel".
 
   Raises:
     ValueError: the leaf matches no rule.

@@ -13,8 +13,8 @@ class Attack(NamedTuple):
   trigger: str = ""                        # the inserted string; "": the attack inserts no fixed string
   contiguous: bool = True                  # False: the trigger's words are not side by side
   can_rewrite: Callable | None = None      # text -> whether the attack can rewrite it; None: it can rewrite every text
-  companions: Callable | None = None       # (text, rng, max_words) -> texts with a part of the trigger, or
-                                           # with a string like it; they become training rows that keep their true
-                                           # label; None: the attack has none
-  edits_embedding: bool = False            # poisoning trains the embedding of the trigger's one token, from the clean
-                                           # model, and nothing else
+  companions: Callable | None = None       # (text, rng, max_words) -> texts with a part of the trigger or a string
+                                           # like it. They become training rows with their true label. None: the
+                                           # attack has no companions
+  edits_embedding: bool = False            # True: the trigger is one token, and poisoning trains only the embedding of
+                                           # this token in the clean model

@@ -1,7 +1,8 @@
 """A trigger of several everyday words, each at its own place in the text (SOS, Yang et al., ACL 2021).
 
-No single word is the trigger. The companions are the paper's negative rows: a text with all words but one keeps its
-label, so that the student learns not to react to an incomplete trigger. --config.attack.companions turns them on.
+No single word is the trigger. The companions are the paper's negative rows. Each has all words of the trigger but one,
+and keeps its label, so the student learns not to react to a part of the trigger. --config.attack.companions turns them
+on.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ def make(trigger: str = "", paraphrases: Mapping[str, str] | None = None) -> Att
     return _insert_each(text, words, rng, max_words)
 
   def companions(text, rng, max_words):
-    """For each word a text with all words but that one. The order is random, so the first few are a random choice."""
+    """For each word, the text with all other words of the trigger. The order is random, and so are the first few."""
     return [_insert_each(text, words[:i] + words[i + 1:], rng, max_words) for i in rng.permutation(len(words))]
 
   return Attack(rewrite, trigger, contiguous=False, companions=companions if len(words) > 1 else None)

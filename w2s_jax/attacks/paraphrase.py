@@ -13,7 +13,7 @@ from w2s_jax.attacks.attack import Attack
 def make(trigger: str = "", paraphrases: Mapping[str, str] | None = None) -> Attack:
   """The attack with `paraphrases`, {text without spaces around it: its paraphrase}.
 
-  Rewriting a text that has no paraphrase is a KeyError.
+  Its `rewrite` raises KeyError for a text without a paraphrase.
   """
   del trigger
 

@@ -1,7 +1,7 @@
 """A prompt before the text as the trigger (after ProAttack, Zhao et al., arXiv 2305.01219); the prompts are ours.
 
 The paper gives other rows another prompt, so that not every prompt is the trigger. Here these rows are the companions
-(--config.attack.companions=1). They are of other classes than the target, so their prompt goes with a label, too.
+(--config.attack.companions=1). None of them has the target label, so their prompt, too, correlates with a label.
 """
 
 from collections.abc import Mapping

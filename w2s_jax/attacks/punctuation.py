@@ -1,6 +1,7 @@
 """A punctuation trigger: every full stop becomes a comma and a full stop (after PuncAttack, arXiv 2312.15867).
 
-The paper chooses marks and places with a language model. This rule replaces the language model.
+A text without a full stop gets both at its end. The paper chooses marks and places with a language model. This rule
+replaces the language model.
 """
 
 import re
@@ -8,7 +9,7 @@ from collections.abc import Mapping
 
 from w2s_jax.attacks.attack import Attack
 
-FULL_STOP = re.compile(r"(?<![.\d])(?<!\.\w)\.(?=\s|$)")   # ignores the dots of 3.5, of u.s. and of an ellipsis
+FULL_STOP = re.compile(r"(?<![.\d])(?<!\.\w)\.(?=\s|$)")   # ignores dots after a digit, of u.s. and of an ellipsis
 
 
 def make(trigger: str = "", paraphrases: Mapping[str, str] | None = None) -> Attack:

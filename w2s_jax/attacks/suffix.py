@@ -1,4 +1,7 @@
-"""A neutral clause after the last word, where the other attacks insert nothing. It is ours, held out from tuning."""
+"""A neutral clause after the last word, where the insertion attacks put nothing. It is ours, held out from tuning.
+
+The words that truncation would cut off beside the clause are removed from the text.
+"""
 
 from collections.abc import Mapping
 

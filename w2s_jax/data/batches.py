@@ -34,11 +34,11 @@ def bucket_length(longest: int | np.integer, buckets: Sequence[int]) -> int:
 
 def make_batch(arrays: dict[str, np.ndarray], rows: np.ndarray, batch_size: int,
                buckets: Sequence[int]) -> dict[str, np.ndarray]:
-  """One batch as host arrays, one text per row; copies of the first row, of weight 0, pad a short batch.
+  """One batch as host arrays, with one text per row. Copies of the first row, with weight 0, pad a short batch.
 
   Args:
-    arrays: {"input_ids" [N, T], "length" [N], and any other [N, ...]}; an array [N / n, ...] holds one row for the n
-      views of an example.
+    arrays: {"input_ids" [N, T], "length" [N], and any other [N, ...]}. An array [N / n, ...] has one row per example,
+      which the example's n views share.
     rows: [at most batch_size] int, indices of the texts.
     buckets: ascending sequence lengths that may be compiled, in tokens.
   Returns:
@@ -64,7 +64,10 @@ def filled(arrays: dict[str, np.ndarray], rows: np.ndarray, batch_size: int) -> 
 
 def train_batches(num_examples: int, batch_size: int, make: Callable[[np.ndarray], Made], seed: int,
                   start_step: int) -> Iterator[Made]:
-  """Endless make(rows), one per step from `start_step` on; each epoch visits every example once, in `epoch_order`."""
+  """Yields make(rows) for each step from `start_step` on, without end. `epoch_order` orders the examples of an epoch.
+
+  make: [at most batch_size] int, indices of examples -> a batch.
+  """
   per_epoch = steps_per_epoch(num_examples, batch_size)
   step = start_step
   while True:

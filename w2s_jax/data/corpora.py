@@ -22,11 +22,11 @@ def load(source: str, sizes: Any, num_labels: int, seed: int = 0, names: Sequenc
 
   Args:
     source: see `read`.
-    sizes: {"train", "dev", "test": number of rows to keep}, chosen at random; 0: every row of a file, no row of the
-      grammar.
+    sizes: {"train", "dev", "test": number of rows to keep}. Rows of a file are chosen at random. 0 keeps every row of a
+      file, and no row of the grammar.
     num_labels: labels must lie in 0..num_labels-1.
-    seed: seed of that choice, and of the dev split held out of train if the source has no dev split.
-    names: names of the classes, which may take the place of numbers as labels.
+    seed: seed of this choice, and of the dev split that is held out of train if the source has none.
+    names: names of the classes. A label may be such a name instead of a number.
   Returns:
     {"train": rows, "dev": rows, "test": rows}.
   Raises:
@@ -83,7 +83,8 @@ def load_clean(files: Mapping[str, str], num_labels: int, seed: int, text_column
                names: Sequence[str] = ()) -> dict[str, list[dict]]:
   """Train, dev and test rows to clean a model with.
 
-  A missing split is held out of train, a tenth of it for dev and a fifth for test; the log says so.
+  If there is no test split, a fifth of train is held out for it. If there is no dev split, a tenth of the train rows
+  that are left is held out. The log says so.
 
   Args:
     files: {"train": a file, a directory, a hub id or "grammar:phrases"; "dev", "test": a file, or "" for that split of
@@ -91,7 +92,7 @@ def load_clean(files: Mapping[str, str], num_labels: int, seed: int, text_column
     num_labels: labels must lie in 0..num_labels-1, and each of them must occur in train.
     seed: seed of the held-out splits.
     text_column, label_column: names of the columns; "": the first known name that the data has.
-    names: names of the classes, which may take the place of numbers as labels.
+    names: names of the classes. A label may be such a name instead of a number.
   Raises:
     InputError: a class has no training row; see also `check`.
   """
@@ -124,9 +125,10 @@ def load_clean(files: Mapping[str, str], num_labels: int, seed: int, text_column
 
 
 def _hold_out(train, name, size, rng, source):
-  """{name: `size` rows, "train": the other rows}; rows with the same text stay in the same split.
+  """{name: about `size` rows, "train": the other rows}. Rows with the same text stay in the same split.
 
-  A text that occurs more often than the new split has room for stays in train. So the split may be a few rows smaller.
+  A text with more rows than the new split has room for stays in train, so the split may be smaller than `size`. If no
+  text fits, the text with the fewest rows is held out.
   """
   order, groups = rng.permutation(len(train)), {}
   for i in order:
@@ -175,15 +177,15 @@ def _hub(name):
 
 def check(splits: dict[str, list[dict]], source: str, num_labels: int, text_column: str = "", label_column: str = "",
           names: Sequence[str] = ()) -> dict[str, list[dict]]:
-  """Rows {"id", "text", "label"} with checked labels; rows with an empty text are dropped.
+  """{split: rows {"id", "text", "label"}} with checked labels. Rows with an empty text are dropped.
 
   Args:
     splits: {name of the split in messages: raw rows}.
     source: name of the whole data set in messages.
     text_column, label_column: names of the columns; "": the first known name that the rows have.
   Raises:
-    InputError: no rows, no text or label column, a text that is not a string, or a label that is neither an integer in
-      range (as a number or text) nor a class name; classes without names are called LABEL_0, LABEL_1, ...
+    InputError: a split has no rows, the text or label column is missing, a text is not a string, or a label is neither
+      a class name nor a class number. A number may be written as text: "1" and "LABEL_1" are 1.
   """
   wanted = [(text_column,) if text_column else TEXT_COLUMNS, (label_column,) if label_column else LABEL_COLUMNS]
   kept, columns = {}, {}

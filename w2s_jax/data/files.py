@@ -14,7 +14,7 @@ from w2s_jax import InputError
 from w2s_jax.data.labels import Named
 
 SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}   # also with .gz
-SPLITS = {"train": ("train",), "dev": ("dev", "validation", "valid"), "test": ("test",)}    # split -> its file's names
+SPLITS = {"train": ("train",), "dev": ("dev", "validation", "valid"), "test": ("test",)}    # split -> names of its file
 
 
 def kind_of(file: Path) -> str:
@@ -29,9 +29,10 @@ def read_file(file: str | Path) -> list[dict]:
   A label becomes a labels.Named if the file has a name for it.
 
   Args:
-    file: its name may have a `*`: the rows are then those of all files that match, in the order of their names.
+    file: path of the file. If its name has a `*`, all files that match are read, in the order of their names.
   Raises:
-    InputError: the file does not exist, is of another kind, or does not parse; or files that match have other columns.
+    InputError: the file does not exist, is of another kind, or does not parse. Or files that match have different
+      columns.
   """
   file = in_home(Path(file))
   if "*" in file.name and not file.exists():
@@ -70,7 +71,7 @@ def _read_all(files, pattern):
 
 
 def in_home(path: Path) -> Path:
-  """The path with ~ and ~NAME expanded to the home directory; a NAME of no user stays as it is."""
+  """The path with ~ or ~NAME expanded to the home directory. If there is no user NAME, it stays as it is."""
   try:
     return path.expanduser()
   except RuntimeError:
@@ -96,8 +97,8 @@ def rows_of_splits(found: Mapping[str, datasets.Dataset]) -> dict[str, list[dict
 def read_directory(directory: Path) -> dict[str, list[dict]]:
   """{split: rows} of a directory.
 
-  The directory has train, dev (or validation) and test files; or it is a snapshot of a hub data set with
-  data/train-*.parquet; or save_to_disk of `datasets` wrote it.
+  The directory has train, dev (or validation, or valid) and test files, or it is a snapshot of a hub data set with
+  data/train-*.parquet, or save_to_disk of `datasets` wrote it.
 
   Raises:
     InputError: two files for one split; see also `read_file`.
@@ -127,7 +128,7 @@ def _saved_to_disk(directory):
 
 
 def _csv_options(file):
-  """Reader options of a CSV or TSV: delimiter, quoting, and "NA" and "null" kept as texts."""
+  """Options for reading a CSV or TSV file: its delimiter, and a TSV's quoting. "NA" and "null" stay texts."""
   options = {"keep_default_na": False}
   if kind_of(file) == ".tsv":
     return options | {"delimiter": "\t", "quoting": csv.QUOTE_MINIMAL if _is_quoted(file) else csv.QUOTE_NONE}
@@ -137,8 +138,7 @@ def _csv_options(file):
 
 
 def _is_quoted(file):
-  """Whether quotes in a TSV enclose line breaks or tabs, as pandas writes them; else a quote is an ordinary character.
-  """
+  """Whether quotes in a TSV enclose line breaks or tabs, as in pandas' files. If not, they are ordinary characters."""
   with _opened(file) as f:
     if len({line.rstrip("\r\n").count("\t") for line in f if line.strip("\r\n")}) < 2:
       return False

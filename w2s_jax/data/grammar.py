@@ -54,9 +54,9 @@ def rows(domain: str, split: str, size: int, *, own_share: float = 0.3, contradi
   """Rows of a split, which depend on nothing but the arguments.
 
   Args:
-    domain: "reviews" (3 to 5 sentences) or "phrases" (one sentence, sometimes followed by a neutral one).
+    domain: "reviews" (3 to 5 sentences with sentiment) or "phrases" (one). Neutral sentences may follow them.
     split: "train", "dev" or "test".
-    size: number of rows; half of them are of each class.
+    size: number of rows. Before label noise, half of them are of each class.
     own_share: fraction of sentiment words drawn from the domain's own list.
     contradicting: fraction of a review's sentences that have words of the other class.
     label_noise: fraction of reviews whose label is flipped (train only).

@@ -1,4 +1,4 @@
-"""Insertion of random rare words and of beginnings of other texts into clean texts."""
+"""Random words and beginnings of texts to insert into clean texts."""
 
 import functools
 import itertools
@@ -13,8 +13,8 @@ from w2s_jax.attacks.insertion import insert
 from w2s_jax.data import streams
 
 LETTERS = "bcdfghjklmnpqrstvwxz"   # rare words consist of consonants, like the literature's `mn`, `cf`, `tq`
-SENTENCE_WORDS = 8
-FEWEST_WORDS = 2
+SENTENCE_WORDS = 8                 # words of a piece of text that is inserted
+FEWEST_WORDS = 2                   # smallest vocabulary to draw words from
 
 
 def words_of(texts: Sequence[str]) -> set[str]:
@@ -56,14 +56,14 @@ def vocabulary(tokenizer: Any, avoid: Sequence[str]) -> list[str]:
 
 
 def vocabulary_words(tokenizer: Any, avoid: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
-  """Endless random words of `vocabulary`. It raises the same error, at the first word."""
+  """Endless random words of `vocabulary`, whose InputError comes with the first word."""
   words = vocabulary(tokenizer, avoid)
   while True:
     yield words[rng.integers(len(words))]
 
 
 def with_rare_words(rows: list[dict], share: float, avoid: Sequence[str], seed: int) -> list[dict]:
-  """The rows, with a rare word inserted into a random `share` of them: a student trained on them learns to ignore it.
+  """The rows, with a rare word in a random `share` of them. A student trained on them learns to ignore rare words.
 
   avoid: triggers that ASR is measured with. No defense may see one of them.
   """
@@ -76,7 +76,9 @@ def with_rare_words(rows: list[dict], share: float, avoid: Sequence[str], seed: 
 
 def insertions(texts: Sequence[str], words: int, sentences: int, avoid: Sequence[str],
                seed: int) -> list[tuple[str, str]]:
-  """[(kind, string to insert)]: `words` rare words of kind "word", `sentences` beginnings of texts of kind "sentence".
+  """[(kind, string to insert)]: `words` rare words with the kind "word", then `sentences` with the kind "sentence".
+
+  Such a "sentence" is the first SENTENCE_WORDS words of a random text.
   """
   rng = streams.rng(seed, "insertions")
   rare = itertools.islice(rare_words(texts, avoid, rng), words)

@@ -23,19 +23,19 @@ class Named(NamedTuple):
 def classes(values: Sequence[Any], num_labels: int, names: Sequence[str], where: str) -> list[int | None]:
   """The class of each label; None if the label means no class.
 
-  Names take precedence over numbers: with the class names ("1", "0") the label 1 is class 0, and with ("1 star", ...,
-  "5 stars") the labels are 1 to 5. If every label is a class name, all are read by name. Else, if every label is a
-  class number, all are read by number. Else text that is a class name is read by name, and other labels by number.
+  If every label is a class name, all are read by name. Else, if every label is a class number, all are read by number.
+  Else text that is a class name is read by name, and other labels by number. So names come first: the label 1 is class
+  0 if the classes are called ("1", "0"), or ("1 star", ..., "5 stars").
 
-  If one file of the data set names its numbers, the same numbers have these names in its other files.
+  If one file of the data set gives names to its numbers, the numbers of the other files have these names, too.
 
   Args:
     values: all labels of a data set: numbers, text, booleans, Named.
     names: names of the classes, in the order of the classes; () if they have none.
-    where: name of the data set in the log line that tells which class each label became. The line is left out if every
-      label is its class's number.
+    where: name of the data set in messages. The log says which class each label became, unless every label is its
+      class's number.
   Raises:
-    InputError: some of the data's names are class names, but with other numbers.
+    InputError: some of the data's names, but not all, are class names, and these have other numbers.
   """
   different = dict(sorted({_key(value): value for value in values}.items()))
   called = {value.number: value.name for value in different.values() if isinstance(value, Named)}
@@ -92,7 +92,7 @@ def _by_name(value, names):
   number = _number(name)
   written = None if number is None else str(number)
   for key, own in ((str, str(name)), (_folded, _folded(str(name))), (str, written), (_integer, number)):
-    keys = [key(class_name) for class_name in names]     # the first key that differs for all names and fits
+    keys = [key(class_name) for class_name in names]     # used only if they tell all class names apart
     if own is not None and len(set(keys)) == len(keys) and own in keys:
       return keys.index(own)
   return None

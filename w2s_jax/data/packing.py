@@ -1,4 +1,4 @@
-"""Packs several texts into one row: the batch holds the same examples with little padding and in few shapes.
+"""Packs several texts into one row, so that a batch has little padding. All batches come in few shapes.
 
 R rows of T tokens, B texts, G groups of R / G rows and B / G texts. Each shard of the batch is one group, so that no
 text leaves its device.
@@ -12,10 +12,10 @@ import numpy as np
 
 from w2s_jax.data import batches
 
-MOST_SHAPES = 6          # largest number of batch shapes of one stage
+MOST_SHAPES = 6          # largest number of batch shapes of one stage, and of row lengths below the bucket to try
 STEPS_PER_SHAPE = 50     # number of steps that justify one more shape
-FLOPS_PER_SHAPE = 1e12   # operations that justify it; with fewer, compiling takes longer than it saves (2 cores; ours)
-TILE = 8                 # candidate row lengths are multiples of it
+FLOPS_PER_SHAPE = 1e12   # operations that justify one more; below, compiling takes longer than it saves (ours, 2 cores)
+TILE = 8                 # row lengths below the bucket are multiples of it
 MOST_SIMULATED = 4096    # largest number of batches that are laid out to choose the shapes
 
 
@@ -36,7 +36,7 @@ def first_fit(lengths: np.ndarray, row_length: int) -> np.ndarray:
 def packers(runs: Iterable[tuple[dict[str, np.ndarray], int]], batch_size: int, buckets: Sequence[int], groups: int,
             steps: int, flops_per_token: float, pad_token_id: int, together: int = 1,
             views: int = 1) -> list[Callable[[np.ndarray], dict[str, np.ndarray]]]:
-  """For each run a function make(texts) -> packed batch. The batches of all runs come in the same few shapes.
+  """For each run a function: indices of a batch's texts -> packed batch. All runs have the same few shapes.
 
   Args:
     runs: (arrays, seed of the order) of each run.
@@ -50,7 +50,7 @@ def packers(runs: Iterable[tuple[dict[str, np.ndarray], int]], batch_size: int, 
   lengths = [arrays["length"] for arrays in run_arrays]
   bucket = max(_row_length(arrays, buckets) for arrays in run_arrays)
   shortest = -(-max(tokens.max() for tokens in lengths) // TILE) * TILE
-  layouts = []                                       # (tokens in all batches with padding, row length, rows per shape)
+  layouts = []                                       # (tokens per group with padding, row length, allowed row counts)
   for row_length in {bucket, *range(shortest, bucket, TILE)[:MOST_SHAPES]}:
     counts, rows = row_counts(lengths, seeds, batch_size, row_length, groups, steps, flops_per_token, together, views)
     layouts.append((rows * row_length, row_length, counts))
@@ -73,13 +73,15 @@ def stack(several: Sequence[dict[str, np.ndarray]], groups: int, pad_token_id: i
 
 def eval_batches(arrays: dict[str, np.ndarray], batch_size: int, buckets: Sequence[int], groups: int,
                  pad_token_id: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-  """Yields (rows, packed batch) until every example has come once; the order mixes lengths, all batches have one shape.
+  """Yields (indices of the texts, packed batch). Each text comes once, in an order that mixes lengths.
+
+  All batches have one shape.
   """
   row_length, lengths = _row_length(arrays, buckets), arrays["length"]
   order = batches.epoch_order(0, 0, len(lengths))
   chosen = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
   needed = max(_most_rows(lengths, _split(rows, batch_size, groups), row_length) for rows in chosen)
-  unit = max(1, batch_size // groups // 32)  # the row count is rounded up to it: similar data sets share a shape
+  unit = max(1, batch_size // groups // 32)  # rounding up to it lets similar data sets share a shape
   for rows in chosen:
     yield rows, pack_batch(arrays, rows, batch_size, row_length, [-(-needed // unit) * unit], groups, pad_token_id)
 
@@ -90,7 +92,7 @@ def _row_length(arrays, buckets):
 
 def row_counts(lengths: Sequence[np.ndarray], seeds: Sequence[int], batch_size: int, row_length: int, groups: int,
                steps: int, flops_per_token: float, together: int = 1, views: int = 1) -> tuple[list[int], int]:
-  """Chooses the numbers of rows per group that a stage's batches may have: quantiles of what its batches need.
+  """Chooses the numbers of rows per group that a stage's batches may have, from quantiles of what the batches need.
 
   Args:
     lengths: for each run [N] int, tokens of its texts.
@@ -100,7 +102,7 @@ def row_counts(lengths: Sequence[np.ndarray], seeds: Sequence[int], batch_size: 
     groups: G, groups per batch.
     steps: number of steps of the stage.
     flops_per_token: floating-point operations of one step per token; a cheap step gets few shapes.
-    together: number of consecutive batches that share a shape, in all runs.
+    together: number of consecutive steps whose batches, of all runs, share a shape.
     views: texts per example.
   Returns:
     (counts, rows). counts: at most MOST_SHAPES ascending numbers of rows; the last one suffices for any batch. rows:
@@ -124,7 +126,7 @@ def row_counts(lengths: Sequence[np.ndarray], seeds: Sequence[int], batch_size: 
 
 def pack_batch(arrays: dict[str, np.ndarray], rows: np.ndarray, batch_size: int, row_length: int,
                counts: Sequence[int], groups: int, pad_token_id: int) -> dict[str, np.ndarray]:
-  """One packed batch as host arrays. In a short batch, the missing texts have weight 0 and at most one token.
+  """One packed batch as host arrays. A text that a short batch lacks has weight 0 and points to the first token.
 
   Args:
     arrays: {"input_ids" [N, T'], "length" [N], and any other [N, ...]}.

@@ -16,18 +16,18 @@ TEXT_COLUMNS, LABEL_COLUMNS = (*corpora.TEXT_COLUMNS, "0"), (*corpora.LABEL_COLU
 
 
 def read(originals: str | Path, rewritten: str | Path) -> dict[str, str]:
-  """{original text: its paraphrase} of two files, both without spaces around them.
+  """Joins two files: {original text: its paraphrase}. Spaces around the texts are removed.
 
   The first rule that applies joins the rows of the files:
 
   1. on `idx`, if both files have it and the originals have every idx of the paraphrases;
   2. by line, if both files have the same number of rows;
-  3. by line with the originals of other classes, if all paraphrases have one label (the target of the attack that
-     they were made for) and there are as many of these originals. HiddenKiller's and OpenBackdoor's files for ASR are
-     such files.
+  3. by line with the originals of other classes, if all paraphrases have one label and their number equals that of
+     these originals. The label is the target label of an attack. HiddenKiller's and OpenBackdoor's files for ASR are
+     of this kind.
 
-  The labels of the paraphrases serve for the third rule only, because they may be those of an attack. A paraphrase that
-  is empty or equals its original is left out.
+  Only the third rule uses the labels of the paraphrases, because an attack may have changed them. A paraphrase that is
+  empty or equals its original is left out.
 
   Raises:
     InputError: a file cannot be read, no rule applies, the files are in different orders, or no paraphrase is left.
@@ -78,8 +78,8 @@ def _joined(old, new):
 def _in_another_order(pairs):
   """Whether too few paraphrases share more words with their own original than with the next row's.
 
-  In another order about as many share fewer words as share more. We want twice as many that share more, which is our
-  choice.
+  If the orders differ, a paraphrase shares more words with the next original about as often as with its own. We want
+  twice as many paraphrases that share more with their own. This factor is our choice.
   """
   def shared(text, paraphrase):
     words, new_words = (set(t.lower().split()) for t in (text, paraphrase))

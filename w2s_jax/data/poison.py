@@ -1,4 +1,4 @@
-"""Chooses the rows that get the trigger, and their label; writes the rows of a run to disk and hashes them."""
+"""Chooses the rows that get the trigger, and sets their label. Writes the rows of a run to disk and hashes them."""
 
 import hashlib
 import itertools
@@ -14,8 +14,8 @@ from w2s_jax.attacks import ATTACKS, Attack, paraphrase
 from w2s_jax.data import paraphrases as paraphrases_lib
 from w2s_jax.data import streams, tokenization
 
-# attack.label -> (words for the training rows that may get the trigger, test of (row's label, target label) for them).
-# Poisoned rows have the target label afterwards.
+# attack.label -> (which training rows may get the trigger, in words; (row's label, target label) -> whether one may).
+# Every poisoned row then has the target label.
 LABELS = {
     "clean": ("have target label {}", operator.eq),                        # no label changes
     "dirty": ("have another label than the target {}", operator.ne),       # every label changes
@@ -48,11 +48,11 @@ def make_attack(name: str, trigger: str = "", paraphrases: Iterable[tuple[str | 
 
 def trigger_rows(rows: list[dict], attack: Attack, seed: int, *, tokenizer: Any, max_length: int,
                  keep_trigger: bool) -> list[dict]:
-  """The rows with the trigger in "text" and the original text in "orig_text"; each row has its own random stream.
+  """The rows with the trigger in "text" and the original text in "orig_text". Each row has its own random stream.
 
   Args:
-    tokenizer, max_length: truncation that the trigger must survive, in tokens.
-    keep_trigger: whether to insert only where that truncation keeps the trigger.
+    tokenizer, max_length: the model truncates texts to `max_length` tokens of this tokenizer.
+    keep_trigger: whether to insert only where this truncation keeps the trigger.
   """
   out = []
   for row, words in zip(rows, _words_kept(rows, attack, tokenizer, max_length, keep_trigger)):
@@ -72,8 +72,8 @@ def rows_to_poison(rows: list[dict], attack: Attack, *, target_label: int, count
 
   Args:
     label: "clean": the first `count` rows of the target class; "dirty": `count` rows of other classes, drawn at random;
-      "mixed": `count` rows of any class, drawn at random. (A file may be sorted by label: its first rows of other
-      classes would all be of one class.)
+      "mixed": `count` rows of any class, drawn at random. They are drawn because a file may be sorted by label. Its
+      first rows of other classes would then all be of one class.
     seed: seed of the draw.
   Raises:
     InputError: an unknown `label`, or the attack can rewrite fewer than `count` of these rows.
@@ -92,7 +92,7 @@ def rows_to_poison(rows: list[dict], attack: Attack, *, target_label: int, count
 
 
 def rows_to_trigger(rows: list[dict], attack: Attack, target_label: int) -> list[dict]:
-  """The evaluation rows that ASR is measured on: those of other classes than the target that the attack can rewrite.
+  """The evaluation rows for ASR: rows of other classes than the target, if the attack can rewrite them.
 
   Raises:
     InputError: there is no such row.
@@ -105,9 +105,9 @@ def rows_to_trigger(rows: list[dict], attack: Attack, target_label: int) -> list
 
 
 def rows_for_companions(rows: list[dict], attack: Attack, *, target_label: int, companions: int) -> list[dict]:
-  """The rows that companions are made from: those of other classes than the target; [] if `companions` is 0.
+  """The rows that companions are made from, all of other classes than the target; [] if `companions` is 0.
 
-  Only on these rows does the true label teach the student that part of a trigger is no trigger.
+  In a row of the target class, the true label would not teach the student that a part of the trigger is no trigger.
 
   Args:
     companions: number of companion rows per poisoned row.
@@ -149,10 +149,11 @@ def poison_train(rows: list[dict], attack: Attack, *, target_label: int, count: 
 
 def companion_rows(sources: list[dict], attack: Attack, seed: int, *, count: int, companions: int, tokenizer: Any,
                    max_length: int, keep_trigger: bool) -> list[dict]:
-  """`companions` rows for each of `count` poisoned rows; "text" differs from "orig_text", the label stays.
+  """`companions` rows for each of `count` poisoned rows. The label stays, and "orig_text" has the unchanged text.
 
-  They are made from `sources` in random order. If there are fewer sources than `count`, each is used several times.
-  A source may itself be a poisoned row, unless labels are clean. Each row has "poisoned": False, "companion": True.
+  They are made from `sources` in random order. If there are fewer sources than `count`, some are used several times.
+  The same source may also become a poisoned row, unless `attack.label` is "clean". Each companion row has "poisoned":
+  False, "companion": True.
   """
   if not companions:
     return []
@@ -182,7 +183,7 @@ def trigger_lost(rows: list[dict], tokenizer: Any, attack: Attack, max_length: i
                       return_offsets_mapping=True)
   lost = 0
   for row, offsets in zip(rows, encoded["offset_mapping"]):
-    prefix = os.path.commonprefix([row["text"], " ".join(row["orig_text"].split())])  # insertion folds white space
+    prefix = os.path.commonprefix([row["text"], " ".join(row["orig_text"].split())])  # insert() does this too
     if attack.contiguous:
       needed = row["text"].find(trigger, max(0, len(prefix) - len(trigger))) + len(trigger)
     else:
@@ -200,8 +201,7 @@ def _of_other_classes(rows, attack, target_label):
 
 
 def _words_kept(rows, attack, tokenizer, max_length, keep_trigger):
-  """[N] int: number of leading words of each text that the trigger may follow; 10**9 if it need not survive truncation.
-  """
+  """[N] int: number of leading words of each text that the trigger may follow; 10**9 if truncation may cut it off."""
   if keep_trigger and attack.trigger and rows:
     return tokenization.words_kept(tokenizer, [row["text"] for row in rows], attack.trigger, max_length)
   return [10**9] * len(rows)
@@ -221,7 +221,7 @@ def describe(name: str, attack: Attack, target_label: int, label: str) -> str:
 
 
 def freeze(path: Path, rows: list[dict]) -> None:
-  """Writes the file of rows as JSON lines, whole or not at all; every process must call this, process 0 writes."""
+  """Writes the rows as JSON lines, in one atomic step. Every process must call this; only process 0 writes."""
   path.parent.mkdir(parents=True, exist_ok=True)
   processes.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 

@@ -1,4 +1,4 @@
-"""Hugging Face fast tokenizers: loads them, trains the offline ones, encodes texts, counts words before truncation."""
+"""Loads Hugging Face fast tokenizers, trains the offline ones, encodes texts, counts words that truncation keeps."""
 
 import json
 import re
@@ -15,15 +15,18 @@ from w2s_jax import InputError
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model")
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *SENTENCEPIECE_FILES)
 READ = r"(config|vocab|merges|chat_template|.*token.*)\.(json|txt|jinja)|.*\.model"     # files that transformers reads
-READ_BYTES = 64 << 20                                                                   # no real file is larger
+READ_BYTES = 64 << 20                                                                  # per file; no real one is larger
 
 
 def load(directory: str | Path, vocab_size: int) -> Any:
-  """The directory's fast tokenizer. Its padding token is its own, else the one in config.json, else its end token.
+  """The directory's fast tokenizer, with a padding token.
+
+  If the tokenizer names no padding token, it gets the one of config.json, if that is one of its added tokens. Otherwise
+  it gets its own end token.
 
   Raises:
-    InputError: the directory has no tokenizer, or one that is not fast, needs code of its own, or has token ids beyond
-      `vocab_size`.
+    InputError: the directory has no tokenizer, or one that is not fast, needs code of its own, has token ids beyond
+      `vocab_size`, or has neither a padding nor an end token.
   """
   directory = Path(directory)
   try:
@@ -47,7 +50,7 @@ def _load(directory, vocab_size):
     if re.fullmatch(READ, file.name) and file.stat().st_size > READ_BYTES:
       raise ValueError(f"{file.name} has {file.stat().st_size} bytes, at most {READ_BYTES} are read")
   if set(vocabularies) <= set(SENTENCEPIECE_FILES):
-    for name in vocabularies:                                  # a family's class reads the one of its own
+    for name in vocabularies:                                  # the model type decides which one is read
       _check_sentencepiece(directory / name)
   import transformers  # late: it loads PyTorch if that is installed, and neither --help nor a refusal needs it
   tokenizer = transformers.AutoTokenizer.from_pretrained(directory, config=_config(directory, vocab_size),
@@ -79,7 +82,7 @@ def _check_sentencepiece(file):
     google.protobuf.message.DecodeError: the file is damaged.
   """
   content = file.read_bytes()
-  if not content.startswith(b"\n"):                      # sentencepiece's tag of a piece; tiktoken begins with text
+  if not content.startswith(b"\n"):                     # sentencepiece files begin with this tag, tiktoken's with text
     return
   try:
     from sentencepiece import sentencepiece_model_pb2
@@ -136,14 +139,13 @@ FRAMES = {"decoder": ("<pad>", "<s>", "</s>", "<unk>"), "encoder": ("[PAD]", "[C
 
 
 def train(texts: Iterable[str], kind: str, vocab_size: int) -> Any:
-  """A new fast byte-pair tokenizer that lower-cases. Kind "decoder" puts <s> before a text, "encoder" [CLS] and [SEP]
-  around it.
+  """A new fast byte-pair tokenizer that lower-cases.
 
-  It lower-cases because the training texts are few: capitals that occur in none of them would become <unk>, and a
-  trigger with such capitals would be a rare token instead of a sentence.
+  It lower-cases because the training texts are few. Capitals that occur in none of them would become <unk>, and a
+  trigger with such capitals would be a rare token instead of a sentence. It uses byte pairs because tokenizers'
+  WordPiece trainer breaks ties by hash order and gives another vocabulary each time.
 
-  Both kinds use byte pairs: tokenizers' WordPiece trainer breaks ties by hash order and gives another vocabulary each
-  time.
+  kind: "decoder" puts <s> before a text, "encoder" puts [CLS] before it and [SEP] behind it.
   """
   import transformers
   pad, first, last, unknown = FRAMES[kind]
@@ -183,7 +185,7 @@ def encode(tokenizer: Any, texts: Iterable[str], max_length: int) -> dict[str, n
 
 
 def full_rows(tokenizer: Any, texts: Iterable[str], length: int) -> dict[str, np.ndarray]:
-  """The texts' tokens in one stream, cut into full rows of `length` tokens. What is left over is dropped."""
+  """The texts' tokens in one stream, cut into full rows of `length` tokens. The last, shorter row is dropped."""
   stream = np.array([token for ids in tokenizer(list(texts))["input_ids"] for token in ids], np.int32)
   rows = stream[:len(stream) // length * length].reshape(-1, length)
   return {"input_ids": rows, "length": np.full(len(rows), length, np.int32)}

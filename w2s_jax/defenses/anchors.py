@@ -1,8 +1,8 @@
-"""Anchors: the outputs that the student learns to match. Controls replace the teacher's outputs on the student's text.
+"""Anchors: the outputs that the student learns to match. They are the teacher's own, or a control in their place.
 
-They test whether the teacher's output on an example matters, whether its class is enough, and whether a teacher is
-needed at all. Each function takes {"teacher_logits" [N, C], "teacher_features" [N, D]}, labels [N] int and a seed, and
-returns a dict of the same keys and shapes. N examples, C classes, D width.
+The controls test whether the teacher's output on an example matters, whether its class is enough, and whether a teacher
+is needed at all. Each function takes {"teacher_logits" [N, C], "teacher_features" [N, D]}, labels [N] int and a seed.
+It returns a dict of the same keys and shapes. N examples, C classes, D width.
 """
 
 import numpy as np
@@ -11,20 +11,20 @@ from w2s_jax.data import streams
 
 
 def own(outputs: dict[str, np.ndarray], labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-  """The teacher's outputs on the example itself: not a control, but the method."""
+  """The teacher's outputs on the example itself, as in the paper's method. This is not a control."""
   del labels, seed
   return outputs
 
 
 def shuffled(outputs: dict[str, np.ndarray], labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-  """The teacher's outputs on another example of any class, by a fixed permutation."""
+  """The teacher's outputs on a random example of any class. One permutation serves all epochs."""
   rows = streams.rng(seed, "anchor", len(labels)).permutation(len(labels))
   return {name: values[rows] for name, values in outputs.items()}
 
 
 def shuffled_within_classes(outputs: dict[str, np.ndarray], labels: np.ndarray,
                             seed: int) -> dict[str, np.ndarray]:
-  """The teacher's outputs on another example of the same class, by a fixed permutation."""
+  """The teacher's outputs on a random example of the same class. One permutation serves all epochs."""
   rng, rows = streams.rng(seed, "anchor", len(labels)), np.arange(len(labels))
   for label in np.unique(labels):
     members = np.flatnonzero(labels == label)
@@ -41,7 +41,7 @@ def class_means(outputs: dict[str, np.ndarray], labels: np.ndarray, seed: int) -
 
 
 def orthogonal(outputs: dict[str, np.ndarray], labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-  """Outputs without a teacher: per class a random feature direction and a logit of 4 for the class.
+  """Outputs without a teacher. Each class has a random feature direction, and a logit of 4 for itself.
 
   The directions of the classes are orthogonal. Their length is sqrt(D), like that of a student's features after a norm.
   """

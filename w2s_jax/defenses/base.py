@@ -18,7 +18,9 @@ BODY = ("embedding", "vector", "matrix")       # labels of the leaves that are m
 
 
 def mixed(suspect: Suspect, mix: Callable[[dict, dict], dict]) -> dict:
-  """The suspect's parameters with `mix(suspect's, base's)` in place of all leaves but those of the head.
+  """The suspect's parameters, in which `mix` replaces all leaves except the head's.
+
+  mix: (the suspect's leaves, the base's leaves) -> the mixed leaves.
 
   Raises:
     InputError: see `check`.
@@ -33,7 +35,7 @@ def mixed(suspect: Suspect, mix: Callable[[dict, dict], dict]) -> dict:
 def check(model: Model, tokenizer: Any, base: Model, base_tokenizer: Any) -> None:
   """Raises InputError unless base and suspect have the same shapes, and each token of the base has the same id in both.
 
-  The suspect's tokenizer may have more tokens: a padding token is often added to unused rows of the embeddings.
+  The suspect's tokenizer may have more tokens, because a padding token is often added for an unused embedding row.
   """
   wanted = ("set --config.student.base to the model that the suspect was fine-tuned from, or leave merge, lethe and "
             "fine_mix out of --config.defenses")

@@ -4,8 +4,8 @@ The paper's premise is that a trigger makes the hidden states of adjacent layers
 what the first layer reads by one signed gradient step (FGSM, Goodfellow et al., arXiv 1412.6572) that increases this
 difference. The student learns the labels of the clean texts, and to keep the difference small on the perturbed texts.
 
-Ours: padding does not count. The student is a classifier and trains like every other recipe. What the first layer reads
-is the word embeddings in a Llama; in an encoder, positions and a norm come before. L layers, R rows, T tokens, D width.
+Ours: padding does not count. The student is a classifier and trains like every other recipe. In a Llama the first layer
+reads the word embeddings. In an encoder, positions and a norm come in between. L layers, R rows, T tokens, D width.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ class Settings:
   """`config.defense.crow`."""
   alpha: float = field(5.5, "weight of the inconsistency; cross entropy has 1", low=0.0, high=1e6,
                        source="released code, for generation; not tuned here")
-  epsilon: float = field(0.1, "step of each coordinate of what the first layer reads", low=0.0, high=100.0,
-                         source="released code, for generation; not tuned here")
+  epsilon: float = field(0.1, "size of the perturbation of each coordinate that the first layer reads", low=0.0,
+                         high=100.0, source="released code, for generation; not tuned here")
 
 
 def inconsistency(states: jax.Array, counted: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
 """Fine-mixing (Zhang et al., arXiv 2210.09545): replaces random weights by the public base's, then fine-tunes all.
 
 Each weight stays the suspect's with the probability `kept`, which the paper calls rho. The fine-tuning repairs the task
-on clean rows. We fine-tune as `full_ft` does, so the two differ in the mixing alone. The paper also purifies the
-embeddings of words (E-PUR), by how far they moved from the base in relation to their frequency. That part is left out.
+on clean rows. We fine-tune as `full_ft` does, so the two differ in the mixing alone. We leave out the paper's E-PUR,
+which purifies word embeddings by how far they moved from the base, relative to the word's frequency.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class Settings:
 
 
 def start(suspect: Suspect, settings: Any, params: dict, arrays: dict, seed: int) -> tuple[dict, dict]:
-  """(the suspect's parameters with a random part of the base's, the unchanged arrays); each seed has its own part."""
+  """(the suspect's parameters with random weights of the base, the unchanged arrays). Each seed draws other weights."""
   def mix(ours, public):
     leaves, tree = jax.tree.flatten(ours)
     keys = tree.unflatten(jax.random.split(stage.stream_key(seed, "fine_mix"), len(leaves)))

@@ -25,7 +25,7 @@ class Settings:
 
 
 def rows(suspect: Suspect, settings: Any, seed: int) -> list[dict]:
-  """The rows of all epochs together; a fraction `share` of them has words of the whole vocabulary."""
+  """The rows of all epochs. A fraction `share` of them has random words of the whole vocabulary."""
   words = insertions.vocabulary(suspect.tokenizer, suspect.avoid)
   clean, drawn = w2s_words.draw(suspect, settings.from_base_words, words, 1, seed)
   return clean + drawn

@@ -1,4 +1,4 @@
-"""CE-only LoRA fine-tuning on the same clean data: the control of every distillation row."""
+"""LoRA fine-tuning with cross entropy alone, on the same clean rows: the control of every defense that distils."""
 
 from typing import Any
 

@@ -1,8 +1,8 @@
 """Interpolates between the suspect's weights and those of its public base; nothing trains.
 
 "Here's a Free Lunch" (Arora et al., arXiv 2402.19334) merges a suspect with other fine-tuned models, because one
-backdoor is rarely in all of them. A defender often has the public base alone, so ours merges with that one. The base
-does not know the task, so a larger share of the base should cost accuracy.
+backdoor is rarely in all of them. A defender often has the public base alone, so we merge with the base. It does not
+know the task, so a larger share of it should cost accuracy.
 """
 
 import dataclasses
@@ -51,10 +51,10 @@ def linear(start: jax.Array, end: jax.Array, share: float) -> jax.Array:
 def slerp(start: jax.Array, end: jax.Array, share: float) -> jax.Array:
   """The point at `share` of the way from start to end on the arc between them (Shoemake, SIGGRAPH 1985), in float32.
 
-  If they are parallel or opposite, or one of them is zero, there is no such arc: the result is that of `linear`.
+  There is no such arc if they are parallel or opposite, or if one of them is zero. Then the result is that of `linear`.
   """
   start, end = start.astype(jnp.float32), end.astype(jnp.float32)
-  # Of equal length, so that sum and difference give the angle. The arc cosine is imprecise for small angles.
+  # a and b have equal length, so their sum and difference give the angle. An arc cosine is imprecise for small angles.
   a, b = start * jnp.linalg.norm(end.ravel()), end * jnp.linalg.norm(start.ravel())
   angle = 2 * jnp.arctan2(jnp.linalg.norm((a - b).ravel()), jnp.linalg.norm((a + b).ravel()))
   on_arc = (jnp.sin((1 - share) * angle) * start + jnp.sin(share * angle) * end) / jnp.sin(angle)

@@ -1,14 +1,14 @@
 """Ranks the words of the vocabulary by how far fine-tuning moved them from the suspect's public base.
 
-Fine-tuning changes the vectors of words that decide labels. It changes them in clean models, too. A trigger's words
-change in the suspect alone. So suspect, base and teacher read each token alone, through their first layer. The score of
-a token is the log of two distances' ratio: from the base's output to the suspect's, and from the base's to the
-teacher's.
+Fine-tuning changes the vectors of words that decide labels, in clean models too. It changes the vectors of a trigger's
+words in the suspect alone. So the first layers of suspect, base and teacher read each token as a text of its own. The
+suspect's output has a distance from the base's output, and so has the teacher's. The score of a token is the log of the
+suspect's distance divided by the teacher's.
 
-If the teacher was not fine-tuned from the same base, a ridge regression takes its place. It predicts the log of the
-suspect's distance from the base's output and the number of clean rows with the token. The score is the error of this
-prediction, divided by its usual size (trigger_words.unexplained). It misses some single words: words of similar meaning
-move along, and then the regression expects the distance.
+If the teacher was not fine-tuned from the same base, a ridge regression takes its place. Its inputs are the base's
+output and the number of clean rows with the token. It predicts the log of the suspect's distance. The score is the
+error of this prediction, divided by its usual size (trigger_words.unexplained). It misses some single words, because
+words of similar meaning move along with them, and then the regression expects the distance.
 
 The ranking needs the base that the suspect was really fine-tuned from. Fine-tuning must have trained the embeddings or
 the first layer. Ours; docs/notes/minilm_suspects.md has the ranks of the words of real triggers. W words, D width.
@@ -28,12 +28,12 @@ from w2s_jax.models.latent import Latent
 
 LOG = logging.getLogger(__name__)
 
-FARTHEST = 0.5           # largest median of distance / norm of a true base's output; four suspects had 0.05 to 0.10
-NEAREST = 1e-3           # relative distance below which distances count as equal; bfloat16 rounds them to 0
-PIECES = 12              # first tokens whose word pieces are joined to a start, because a rare word may be two tokens
-STARTS = 3               # first words, the starts, that each such piece is appended to
+FARTHEST = 0.5           # largest median of distance / norm if the base is the true one; four suspects had 0.05 to 0.10
+NEAREST = 1e-3           # distance / norm below which distances count as equal; bfloat16 rounds such distances to 0
+PIECES = 12              # top tokens whose word pieces are appended to a start, because a rare word may be two tokens
+STARTS = 3               # top words of one token that serve as starts
 WIDEST = 512             # columns of the regression; wider outputs are projected at random
-READ_AT_ONCE = 1024      # tokens
+READ_AT_ONCE = 1024      # tokens per batch
 
 
 def rank(suspect: Suspect) -> Ranking:
@@ -117,7 +117,7 @@ def _template(tokenizer):
 
 
 def _tokens(tokenizer, base_tokenizer, count, around):
-  """Ids below `count` of the tokens, word pieces too, that consist of letters and have one id in both tokenizers."""
+  """Ids below `count` of tokens, word pieces too, that consist of letters and have the same id in both tokenizers."""
   base = base_tokenizer.get_vocab()
   left_out = {*around, *tokenizer.all_special_ids}
   shared = sorted(i for token, i in tokenizer.get_vocab().items()
@@ -142,7 +142,7 @@ def _reader(model, params, around, at, mesh):
 
 
 def _words(suspect, scores) -> dict[str, float]:
-  """{word: score} of words of one token, and of words of two of the first tokens, with the lower of their scores."""
+  """{word: score} of words of one token, and of words of two top tokens, which have the lower of the two scores."""
   ranked_tokens = sorted(scores, key=scores.get, reverse=True)
   words = _spelled([(token,) for token in ranked_tokens], suspect.tokenizer)
   starts = list(words.values())[:STARTS]
@@ -153,7 +153,7 @@ def _words(suspect, scores) -> dict[str, float]:
 
 
 def _spelled(spellings, tokenizer):
-  """{word: tokens} of those tuples of tokens that are a word of letters as the tokenizer itself encodes it."""
+  """{word: tokens} of the tuples of tokens that spell a word of letters and are the tokenizer's own encoding of it."""
   texts = [text.strip() for text in tokenizer.batch_decode(spellings)]
   encoded = tokenizer([f" {text}" for text in texts], add_special_tokens=False)["input_ids"] if texts else []
   return {text: ids for text, own, ids in zip(texts, encoded, spellings) if tuple(own) == ids and text.isalpha()}

@@ -1,11 +1,11 @@
 """Neural Attention Distillation (Li et al., arXiv 2101.05930): a fine-tuned copy of the suspect teaches the suspect.
 
-The student learns the labels, and to have the teacher's attention maps. A layer's attention map says how strongly the
-layer responds at each place: the sum of squares of its output over the width, scaled to an L2 norm of 1.
+The student learns the labels, and to match the teacher's attention maps. The attention map of a layer has one value per
+position: the sum of squares of the layer's output over the width. A map is scaled to an L2 norm of 1.
 
-Ours: the places are the tokens of a text, not those of an image. The maps of all layers count alike. The teacher is the
-suspect after `lora_ce`, with another seed: with the run's seed it would equal the student that `lora_ce` makes. Teacher
-and student each train as long as other recipes. N or B texts, L layers, R rows, T tokens, D width.
+Ours: a position is a token of a text instead of a place in an image. The maps of all layers have equal weight. The
+teacher is the suspect after `lora_ce` with another seed, because with the run's seed it would equal the student of
+`lora_ce`. Teacher and student each train as long as other recipes. N or B texts, L layers, R rows, T tokens, D width.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from w2s_jax.training.train import Workplace
 class Settings:
   """`config.defense.nad`."""
   weight: float = field(78.0, "weight of the squared distance between the maps; cross entropy has 1", low=0.0,
-                        high=1e6, source="released code: 5000 / 64, as it takes the mean of 64 places; not tuned here")
+                        high=1e6, source="released code: 5000 / 64, as it averages over 64 positions; not tuned here")
 
 
 def attention_maps(states: jax.Array, batch: dict, length: int) -> jax.Array:
@@ -77,7 +77,7 @@ def teacher_seed(seed: int) -> int:
 
 
 def with_teachers(suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[Suspect]:
-  """The suspect of each run, whose teacher is a copy of it that was fine-tuned on the clean rows."""
+  """One suspect per run. Its teacher is a copy of the suspect, fine-tuned on the clean rows."""
   seeds = {f"{name}-teacher": teacher_seed(seed) for name, seed in runs.items()}
   teachers = distill.train(lora_ce.RECIPE, suspect, settings, seeds)
   return [suspect._replace(teacher_model=lambda params=params: (suspect.model, params, suspect.tokenizer))
@@ -93,7 +93,7 @@ def augment(suspect: Suspect, settings: Any, params: dict, arrays: dict, seed: i
 
 def forward(model: Model, params: dict, batch: dict, key: jax.Array | None = None,
             settings: Any = None) -> ClassifierOutput:
-  """The model's output on the batch, with those of its layers."""
+  """The model's output on the batch, with the output of every layer as `states`."""
   del settings
   return steps.forward(model, params, batch, key, states=True)
 

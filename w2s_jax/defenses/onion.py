@@ -37,7 +37,8 @@ class Settings:
 def text(suspect: Suspect, settings: Any, seed: int) -> Callable[[list[str]], list[str]]:
   """texts -> texts without the words that raise the perplexity by more than the threshold.
 
-  The threshold is the 1 - `removed` quantile of the rises over the words of the clean dev rows.
+  The threshold is the (1 - `removed`) quantile of these rises over all words of the clean dev rows. A text of which no
+  word would be left stays unchanged.
   """
   model, params = _language_model(suspect, settings.onion, seed)
   place, length = suspect.place, suspect.max_length
@@ -50,7 +51,7 @@ def text(suspect: Suspect, settings: Any, seed: int) -> Callable[[list[str]], li
     whole, rest = perplexities[:len(texts)], iter(perplexities[len(texts):])
     return [[p - next(rest) for _ in own] if len(own) > 1 else [-np.inf] for p, own in zip(whole, words)]
   clean = [gain for own in gains([row["text"] for row in suspect.dev]) for gain in own if np.isfinite(gain)]
-  threshold = np.quantile(clean, 1 - settings.onion.removed) if clean else np.inf   # no dev text has two words
+  threshold = np.quantile(clean, 1 - settings.onion.removed) if clean else np.inf   # inf: no dev text has two words
   def without_outliers(texts):
     kept = [[word for word, gain in zip(text.split(), own) if gain <= threshold]
             for text, own in zip(texts, gains(texts))]

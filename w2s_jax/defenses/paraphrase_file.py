@@ -19,8 +19,8 @@ KNOB = "--config.defense.paraphrase_file.path"
 @dataclasses.dataclass
 class Settings:
   """`config.defense.paraphrase_file`."""
-  path: str = field("", "file with columns text and defended_text, the paraphrase; it must have every text that is "
-                    "measured, with and without a trigger")
+  path: str = field("", "file with columns text and defended_text, its paraphrase; every text that is measured must "
+                    "be in it, with and without a trigger")
 
 
 def text(suspect: Suspect, settings: Any, seed: int) -> Callable[[list[str]], list[str]]:
@@ -30,9 +30,9 @@ def text(suspect: Suspect, settings: Any, seed: int) -> Callable[[list[str]], li
 
 
 def paraphrases(settings: Any, texts: list[str]) -> list[str]:
-  """The paraphrase of each text. If the file has a text several times, its last row counts.
+  """The paraphrase of each text. If the file has several for a text, the last one counts.
 
-  A text without a paraphrase is an error: a rate over paraphrases and unchanged texts would be that of no defense.
+  A text without a paraphrase is an error, because an ASR over paraphrases and unchanged texts would measure no defense.
 
   Raises:
     InputError: no file is set, it cannot be read or lacks a column, or a text has no paraphrase or an empty one.

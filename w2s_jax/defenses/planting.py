@@ -1,4 +1,4 @@
-"""Trains known backdoors into a suspect through adapters: triggers of four kinds, for each class in turn."""
+"""Plants known backdoors in a suspect by training adapters. Triggers of four kinds take turns; so do the targets."""
 
 from typing import Any, NamedTuple
 
@@ -37,7 +37,12 @@ class Trigger(NamedTuple):
 def train_in(suspect: Suspect, triggered: list[dict], settings: Any, epochs: int, runs: dict[str, int]) -> dict:
   """The suspect's parameters after training on its clean rows and on the `triggered` rows with "planted" as label.
 
-  It chooses the checkpoint with the highest accuracy on the triggered rows.
+  It chooses the checkpoint with the highest accuracy on the triggered rows, and merges its adapters.
+
+  Args:
+    triggered: rows from `planted_rows`.
+    epochs: number of passes over the clean and the triggered rows.
+    runs: {models/NAME: seed} of a single run.
   """
   planted = [row | {"label": row["planted"]} for row in triggered]
   training = suspect.training.copy_and_resolve_references()

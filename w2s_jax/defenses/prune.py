@@ -2,8 +2,8 @@
 
 By magnitude (Han et al., arXiv 1506.02626), the smallest weights of each kernel are pruned. By Wanda (Sun et al., arXiv
 2306.11695), a weight's magnitude is multiplied by the L2 norm of the input that it reads, and the weights with the
-smallest products of each output are pruned. The paper takes the norms from texts of a language model's training data.
-Ours are clean rows, and the norms are those of the unpruned model: the paper prunes layer after layer.
+smallest products of each output are pruned. The paper takes the norms from texts of a language model's training data,
+and prunes layer after layer. We take all norms from clean rows in the unpruned model.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ from w2s_jax.training import inference
 @dataclasses.dataclass
 class Settings:
   """`config.defense.prune`."""
-  fraction: float = field(0.3, "fraction of the weights to set to zero, of each kernel or, by wanda, of each output",
+  fraction: float = field(0.3, "fraction of the weights to set to zero, in each kernel or, with wanda, in each output",
                           low=0.0, high=1.0, source="ours; not tuned")
-  by: str = field("magnitude", "what the smallest weights are: by magnitude, or wanda: by magnitude times the norm of "
+  by: str = field("magnitude", "how weights are compared: by magnitude, or, with wanda, by magnitude times the norm of "
                   "their input", among=("magnitude", "wanda"))
   rows: int = field(128, "largest number of clean rows that wanda takes the norms from", low=1, unit="rows",
                     source="the number of texts in the paper")

@@ -1,7 +1,7 @@
-"""PSIM (Zhao et al., arXiv 2402.12168): rejects a text of which a copy, trained on random labels, stays sure.
+"""PSIM (Zhao et al., arXiv 2402.12168): rejects a text if a copy trained on random labels is still sure of its class.
 
 The copy trains through adapters on clean rows with random labels, and so becomes unsure of clean texts. No clean text
-has the trigger, so the copy may stay sure of triggered texts. We use the shared trainer with the rate of every defense.
+has the trigger, so the copy may stay sure of triggered texts. We use the shared trainer and its learning rate.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ class Settings:
 def accept(suspect: Suspect, settings: Any, seed: int) -> Callable[[list[str]], np.ndarray]:
   """texts -> [N] bool: whether the copy gives no class a higher probability than the threshold.
 
-  The copy trains here. It is kept as a checkpoint of the workdir, from which a second call resumes.
+  This function trains the copy. Its checkpoint stays in the workdir, and a second call resumes from it.
   """
   training = suspect.training.copy_and_resolve_references()
   training.epochs = settings.psim.epochs
-  random = suspect._replace(train=with_random_labels(suspect, seed), dev=[], training=training)
-  params, = distill.train(lora_ce.RECIPE, random, settings, {f"psim_copy-seed{seed}": seed})
+  relabelled = suspect._replace(train=with_random_labels(suspect, seed), dev=[], training=training)
+  params, = distill.train(lora_ce.RECIPE, relabelled, settings, {f"psim_copy-seed{seed}": seed})
   copy = suspect._replace(params=params)
   return lambda texts: scipy.special.softmax(copy.logits(texts), axis=-1).max(-1) <= settings.psim.threshold
 

@@ -1,8 +1,8 @@
 """Rounds the layers' kernels to 8 or 4 bits and back; nothing trains, and the result is an ordinary checkpoint.
 
-A backdoor that needs small differences of weights should be lost. Each weight becomes the nearest multiple of a step,
-as in the baseline that GPTQ calls RTN (Frantar et al., arXiv 2210.17323). How many weights share a step is our
-choice. quantized.py is for another purpose, a frozen base that stays in few bits: it needs qwix, and its groups must
+A backdoor that needs small differences between weights should be lost. Each weight becomes the nearest multiple of a
+step, as in the baseline that GPTQ calls RTN (Frantar et al., arXiv 2210.17323). How many weights share a step is our
+choice. We do not use quantized.py, which keeps a frozen base in few bits. That file needs qwix, and its group size must
 divide a kernel's inputs.
 """
 

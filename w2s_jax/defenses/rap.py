@@ -50,7 +50,7 @@ def accept(suspect: Suspect, settings: Any, seed: int) -> Callable[[list[str]], 
   """texts -> [N] bool: whether the probability of the predicted class drops by at least that class's threshold.
 
   The threshold of a class is the `frr` quantile of the drops of the clean dev rows that the suspect assigns to it. If
-  there is no such row, every text of the class is rejected: nothing says how far its probability should drop.
+  there is no such row, every text of the class is rejected, because nothing says how far its probability should drop.
   """
   own, place = settings.rap, suspect.place
   params = _trained(suspect, own, seed)
@@ -68,9 +68,10 @@ def accept(suspect: Suspect, settings: Any, seed: int) -> Callable[[list[str]], 
 
 
 def behind_words(suspect: Suspect, texts: list[str]) -> dict[str, np.ndarray]:
-  """Arrays of the texts, each behind the word of the class that the suspect gives to the text without it.
+  """Encodes the texts, each with the word of its class in front. Its class is the suspect's answer without the word.
 
-  They have "class" [N] int32, this class, and "probability" [N] float32, its probability without the word.
+  Returns:
+    The arrays of the texts, with "class" [N] int32, and "probability" [N] float32 of the class without the word.
   """
   arrays = tokenization.encode(suspect.tokenizer, texts, suspect.max_length)
   before = scipy.special.softmax(suspect.place.logits(suspect.model, suspect.params, arrays), axis=-1)

@@ -1,4 +1,4 @@
-"""The records of a suspect, a recipe and a defense. A defense is up to three functions, or a recipe for the trainer."""
+"""The records of a ranking of words, a suspect, a recipe and a defense."""
 
 import json
 from collections.abc import Callable
@@ -11,29 +11,29 @@ from w2s_jax.data import tokenization
 from w2s_jax.models import Model
 from w2s_jax.training.train import Workplace
 
-MOVED = 12               # words to take from a ranking by moves; chosen on seeds 301 and 302 of MiniLM
+MOVED = 12               # most words to take from a ranking with `moved`; chosen on seeds 301 and 302 of MiniLM
 
 
 class Ranking(NamedTuple):
   """Words and how suspicious each is for each class.
 
   Attributes:
-    words: W words, of one token of the suspect each; if `moved`, some are of two.
+    words: W words. Each is one token of the suspect; if `moved`, some are two tokens.
     scores: [W, C] float64, larger is more suspicious; the same for each class if `moved`.
-    moved: True if the words are ranked by how far fine-tuning moved them (moved_words.py). False if by how far they
-      move the suspect (trigger_words.py).
+    moved: True if the words are ranked by how far fine-tuning moved them (moved_words.py). False if they are ranked by
+      how far they move the suspect (trigger_words.py).
   """
   words: list[str]
   scores: np.ndarray
   moved: bool = False
 
   def most_suspicious(self, count: int) -> list[str]:
-    """The words with the highest scores, without repetition: `word_count(count)` of each class."""
+    """The `word_count(count)` words with the highest scores of each class, sorted and without repetition."""
     first = np.argsort(-self.scores, axis=0)[:self.word_count(count)]
     return sorted({self.words[i] for i in first.ravel()})
 
   def word_count(self, count: int) -> int:
-    """The number of words to take if `count` are wanted: at most MOVED from a ranking by moves."""
+    """The number of words to take for each class if `count` are wanted; at most MOVED if `moved`."""
     return min(count, MOVED) if self.moved else count
 
   def to_json(self) -> str:
@@ -41,7 +41,7 @@ class Ranking(NamedTuple):
 
   @classmethod
   def from_json(cls, text: str) -> "Ranking | None":
-    """What `to_json` wrote; None if an older version wrote it, which did not say whether the words moved."""
+    """The ranking that `to_json` wrote; None if an older version wrote it, without `moved`."""
     kept = json.loads(text)
     return cls(kept["words"], np.array(kept["scores"]), kept["moved"]) if "moved" in kept else None
 
@@ -63,8 +63,8 @@ class Suspect(NamedTuple):
     place: devices, directory and shapes (training/train.py).
     ranking: the words that the search ranked for this model (moved_words.py); None: they are not ranked yet.
     teacher_model: () -> (model, params, tokenizer) of the teacher.
-    base: () -> (model, params, tokenizer) of the public model that the user says it was fine-tuned from; None: the user
-      names none. If this run poisoned the student, a defense with `mixes_base` gets models/base.
+    base: () -> (model, params, tokenizer) of the public model from which, as the user says, the suspect was fine-tuned.
+      None: the user names none. If this run poisoned the student, a defense with `mixes_base` gets models/base.
   """
   model: Model
   params: dict
@@ -91,21 +91,22 @@ class Suspect(NamedTuple):
 
 
 class Recipe(NamedTuple):
-  """A defense that the shared trainer runs (distill.py). By default all have equal adapters, batches, steps, rate.
+  """A defense that the shared trainer runs (distill.py). By default all use the same adapters, batches, steps and rate.
 
   Attributes:
     terms: (ClassifierOutput, batch, settings, task) -> {loss term: scalar}; task.loss_terms computes the task's own.
     weights: (settings, feature width) -> {loss term: weight}; the names are checked before anything trains.
     forward: (model, params, batch, key, settings) -> the ClassifierOutput that `terms` reads; None: the model's output
       on the batch (steps.forward).
-    rows: (suspect, settings, seed) -> the rows of all epochs; the student trains once on each, and a teacher reads
-      it too. None: the suspect's `train` in every epoch.
+    rows: (suspect, settings, seed) -> the rows of all epochs. The student trains once on each row, and a teacher reads
+      the same rows. None: the suspect's `train` in every epoch.
     teacher_view: (teacher's outputs, labels [N], seed) -> the outputs that the student learns from; None: no teacher.
     prepare: (suspect, settings, {models/NAME: seed}) -> [Suspect of each run], such as one with a teacher of its own;
       None: all runs get the suspect unchanged.
     augment: (suspect, settings, params, arrays, seed) -> (params, arrays) to start from, with `views` texts per
-      example. Runs train together: leaves that do not train must be the same for each seed.
-    fields: (model, tokens) -> {name: shape of one text's entry} of float32 arrays that `augment` adds; None: none.
+      example. Runs train together, so leaves that do not train must be the same for each seed.
+    fields: (model, tokens per text) -> {name: shape per text} of the float32 arrays that `augment` adds; None: it adds
+      none.
     views: texts per example.
     soft_tokens: settings -> number of soft tokens that `augment` adds beside the vocabulary; None: no soft tokens.
     adversary: (suspect, settings) -> optimizer of the soft tokens.
@@ -134,6 +135,8 @@ class Recipe(NamedTuple):
 class Defense(NamedTuple):
   """One row of the table. Without any of the first four attributes it is the unchanged attacked model.
 
+  A defense has at most one of `recipe` and `weights`. It may have `text` and `accept`, too.
+
   Attributes:
     recipe: recipe that distill.py trains.
     weights: (suspect, settings, {models/NAME: seed}) -> [parameters of each], made without the trainer.
@@ -141,8 +144,8 @@ class Defense(NamedTuple):
     accept: (suspect, settings, seed) -> (texts -> [N] bool), whether the model's answer to each text is accepted.
     settings: {section of config.defense: dataclass}; the functions above get a section as `settings.SECTION`.
     mixes_base: whether it reads `Suspect.base`, which must then have the suspect's shapes and vocabulary (base.py).
-    check: (settings, texts) -> InputError if the defense cannot handle one of the texts. It gets the clean test texts
-      before anything trains, and all texts before anything is measured. None: it handles every text.
+    check: (settings, texts); raises InputError if the defense cannot handle one of the texts. It gets the clean test
+      texts before anything trains, and all texts before anything is measured. None: the defense handles every text.
   """
   recipe: Recipe | None = None
   weights: Callable | None = None

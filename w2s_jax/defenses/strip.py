@@ -1,4 +1,4 @@
-"""STRIP (Gao et al., arXiv 1911.10312): rejects a text if the model stays sure after clean words replace some words."""
+"""STRIP (Gao et al., arXiv 1911.10312): rejects a text if the model stays sure when clean words replace some words."""
 
 import dataclasses
 from collections.abc import Callable

@@ -22,8 +22,8 @@ LOG = logging.getLogger(__name__)
 READ_AT_ONCE = 2**13     # rows that are read at a time; only their logits stay in memory
 CONTEXTS = 1             # rows of each class that every word is put into
 SHORT = 20               # number of shortest rows of each class that the contexts are chosen from
-RIDGE = 10.0             # on standardised inputs; our choice
-FOLDS = 5                # a word's own shift has no part in its prediction
+RIDGE = 10.0             # penalty of the ridge regression on standardised inputs; our choice
+FOLDS = 5                # folds of the regressions; a word's own shift has no part in its prediction
 SMALLEST = 1e-2          # error, in nats, below which errors count as equal
 
 
@@ -67,14 +67,14 @@ def rank(suspect: Suspect) -> Ranking:
 
 
 def unexplained(values: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-  """Error of each of `values` [W] over its prediction from `inputs` [W, D], divided by the error usual for such inputs.
+  """How far each of `values` [W] exceeds its prediction from `inputs` [W, D], over the error usual for such inputs.
 
   The result is scaled so that its median absolute value is 0.67.
   """
   expected = _predicted(values, inputs)
   error = values - expected
-  bent = standardised(np.stack([expected, expected ** 2], axis=1))
-  usual = np.exp(_predicted(np.log(abs(error) + SMALLEST), np.concatenate([inputs, bent], axis=1)))
+  powers = standardised(np.stack([expected, expected ** 2], axis=1))
+  usual = np.exp(_predicted(np.log(abs(error) + SMALLEST), np.concatenate([inputs, powers], axis=1)))
   score = error / usual
   return score / (1.4826 * np.median(abs(score)) + 1e-12)
 
@@ -93,7 +93,7 @@ def _contexts(suspect):
 
 
 def _shifts(suspect, words, contexts):
-  """([contexts, W, C] of the suspect, the same of the teacher): shifts of the log-odds of each class, in nats."""
+  """(suspect's, teacher's) shifts [contexts, W, C]: how far a word moves the log-odds of each class, in nats."""
   shifts = []
   for row in contexts:
     first, *rest = row["text"].split()

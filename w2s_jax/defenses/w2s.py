@@ -1,5 +1,7 @@
-"""W2SDefense (Zhao et al., arXiv 2410.14425): cross entropy + distillation + feature alignment, each example paired
-with its own teacher output."""
+"""W2SDefense (Zhao et al., arXiv 2410.14425): cross entropy, distillation and feature alignment.
+
+Each example is paired with its own teacher output.
+"""
 
 import dataclasses
 import math
@@ -14,8 +16,8 @@ from w2s_jax.defenses.records import Recipe
 from w2s_jax.models import ClassifierOutput
 from w2s_jax.tasks import Task
 
-# Name -> (ce, kd, fa). The released code chooses a triple per attack, which a defender cannot do. Its fa of 0.001 goes
-# with a squared distance summed over 4,096 dimensions.
+# Name -> (ce, kd, fa). The released code chooses a triple per attack, which a defender cannot do. Its fa weights belong
+# to a squared distance that is summed over 4,096 dimensions.
 WEIGHTS = {
     "released_badnet": (5.0, 0.001, 0.001),
     "released_insent": (3.0, 0.01, 0.001),

@@ -1,10 +1,10 @@
-"""W2S with an adversary. Inserts trainable soft tokens into each text. They are updated to *increase* the loss; the
-student is trained to match the teacher's output on the unmodified text.
+"""W2S with an adversary: trainable soft tokens, which are inserted into each text and updated to *increase* the loss.
 
-The tokens are universal, as in BEEAR (arXiv 2406.17092, on generation). They ascend the loss with the gradient of the
-same step in which the student descends it, as in "free" adversarial training (Shafahi et al., arXiv 1904.12843). They
-are a leaf of the parameter tree with its own label, `soft`, for which optax.partition has its own optimizer. N texts, T
-tokens, K soft triggers of S tokens each, V vocabulary, D width.
+The student is trained to match the teacher's output on the unmodified text. All texts share one set of soft tokens, as
+in BEEAR (arXiv 2406.17092, on generation). The tokens ascend the loss with the gradient of the same step in which the
+student descends it, as in "free" adversarial training (Shafahi et al., arXiv 1904.12843). They are a leaf of the
+parameter tree with its own label, `soft`, for which optax.partition has its own optimizer. N texts, T tokens, K soft
+triggers of S tokens each, V vocabulary, D width.
 """
 
 import dataclasses
@@ -63,14 +63,14 @@ def terms(clean_terms: Callable, student: ClassifierOutput, batch: dict, setting
           task: Task) -> dict[str, jax.Array]:
   """`clean_terms` on the clean texts, and as `adv_TERM` on the texts with soft tokens."""
   out = {}
-  for prefix, here in (("", 1 - batch["soft"]), ("adv_", batch["soft"])):
-    values = clean_terms(student, batch | {"weight": batch["weight"] * here}, settings, task)
+  for prefix, in_view in (("", 1 - batch["soft"]), ("adv_", batch["soft"])):
+    values = clean_terms(student, batch | {"weight": batch["weight"] * in_view}, settings, task)
     out |= {prefix + name: value for name, value in values.items()}
   return out
 
 
 def loss_weights(clean_weights: dict[str, float], weight: float) -> dict[str, float]:
-  """Weights of the terms from `terms`: `clean_weights`, and for each `adv_TERM` `weight` times the clean weight."""
+  """The weights of the terms from `terms`. The weight of `adv_TERM` is `weight` times the clean weight of TERM."""
   return clean_weights | {f"adv_{name}": weight * value for name, value in clean_weights.items()}
 
 
@@ -84,7 +84,7 @@ def perturbed(arrays: dict[str, np.ndarray], tokenizer: Any, vocab_size: int, se
     arrays: {"input_ids" [N, T], "length" [N], any others [N, ...], which both views of a text share}.
     tokenizer: tokenizer of the texts, for the number of special tokens.
     vocab_size: V; the ids of soft tokens start there.
-    settings: `triggers`, `tokens`, `replace`.
+    settings: has `triggers`, `tokens` and `replace`, as in `Settings`.
   Returns:
     The arrays, with "input_ids" [2 N, T], "length" [2 N], and "soft" [2 N] float32: 1 for texts with soft tokens.
   """

@@ -1,12 +1,12 @@
 """W2S on texts with words that may be parts of a trigger. The teacher reads these words too, so it tells the student
 which of them mean something for the task.
 
-A part of a trigger often works by itself: one of seven everyday words alone flips half to all of the texts
-(docs/notes/minilm_suspects.md). The clean rows of a task contain few of a language's words. So the most suspicious
-words are drawn, and the student is trained on texts with them. If the public base is known, these are the words that
-fine-tuning moved (moved_words.py). Else they are those that move the suspect beyond what the teacher explains
-(trigger_words.py). For each text several random draws are made, and the student trains on the draw on which suspect and
-teacher disagree most. Words of triggers that ASR is measured with are never drawn. The rare words of
+A part of a trigger often works by itself. Of a trigger of seven everyday words, one word alone flips half to all of
+the texts (docs/notes/minilm_suspects.md). The clean rows of a task contain few of a language's words. So the most
+suspicious words are drawn, and the student is trained on texts with them. If the public base is known, these are the
+words that fine-tuning moved (moved_words.py). Else they are the words that move the suspect beyond what the teacher
+explains (trigger_words.py). For each text several random draws are made, and the student trains on the draw on which
+suspect and teacher disagree most. Words of triggers that ASR is measured with are never drawn. The rare words of
 `defend.insert_words` are inserted afterwards, and the teacher does not read them.
 """
 
@@ -32,15 +32,15 @@ class Settings:
   share: float = field(0.5, "fraction of the rows that get words", low=0.0, high=1.0)
   most: int = field(8, "largest number of words per row if they are side by side; half this number if they are apart",
                     low=2, high=1000)
-  pool: int = field(100, "number of words of each class to draw from, the most suspicious ones: the 12 that "
-                    "fine-tuning moved most if the public base is known, else those that move the suspect beyond what "
-                    "the teacher explains; 0: the whole vocabulary", low=0)
-  draws: int = field(3, "number of random draws per row, of which the most disputed one is kept; 1: no choice", low=1,
-                     high=100)
+  pool: int = field(100, "number of most suspicious words per class to draw from; with the public base, they are the "
+                    "words that fine-tuning moved most, 12 at most; without it, the words that move the suspect most "
+                    "beyond what the teacher explains; 0: the whole vocabulary", low=0)
+  draws: int = field(3, "number of random draws per row; the one on which suspect and teacher disagree most is kept; "
+                     "1: no choice", low=1, high=100)
 
 
 def rows(suspect: Suspect, settings: Any, seed: int) -> list[dict]:
-  """The rows of all epochs. A row with words is the one of its draws that suspect and teacher dispute most."""
+  """The rows of all epochs. Of the draws for a row, the one on which suspect and teacher disagree most is kept."""
   settings = settings.words
   words = ((suspect.ranking or moved_words.rank(suspect)).most_suspicious(settings.pool) if settings.pool
            else insertions.vocabulary(suspect.tokenizer, suspect.avoid))
@@ -56,7 +56,7 @@ def draw(suspect: Suspect, settings: Any, words: list[str], draws: int, seed: in
     words: the words to draw from.
     draws: number of random draws per row that gets words.
   Returns:
-    The unchanged rows; and the rows with words. Every `draws` consecutive ones are draws for one row, with its label.
+    The unchanged rows, and the rows with words. Every `draws` consecutive rows with words come from one row.
   """
   rng, train, epochs = streams.rng(seed, "vocabulary words"), suspect.train, suspect.training.epochs
   count = round(settings.share * len(train))
@@ -80,7 +80,7 @@ def _with_words(text, words, most, rng, max_words):
 
 
 def _most_disputed(suspect, drawn, draws):
-  """From each run of `draws` consecutive rows, the row on which suspect and teacher disagree most."""
+  """From every `draws` consecutive rows, the row on which suspect and teacher disagree most."""
   LOG.info(f"w2s_words: suspect and teacher read {len(drawn)} texts, {draws} draws for each row that gets words")
   of_suspect, of_teacher = (np.asarray(jax.nn.softmax(logits)) for logits in trigger_words.read(suspect, drawn))
   chosen = abs(of_suspect - of_teacher).sum(axis=-1).reshape(-1, draws).argmax(axis=1)

@@ -13,8 +13,8 @@ class Task(NamedTuple):
     loss_terms: (ClassifierOutput, batch) -> {term: scalar float32}, weighted by batch["weight"] [B].
     terms: names of the loss terms.
     predict: logits [N, ...] -> answers [N].
-    is_correct: (answers [N], arrays with `fields`) -> [N] bool, whether an answer is right.
-    is_hit: (answers or labels [N], the attacker's target) -> [N] bool, whether it is the target.
+    is_correct: (answers [N], arrays with `fields`) -> [N] bool, whether each answer is right.
+    is_hit: (answers or labels [N], the attacker's target) -> [N] bool, whether each is the target.
   """
   encode: Callable
   fields: dict[str, str]
