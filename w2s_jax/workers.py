@@ -122,7 +122,8 @@ def _outcome(process, receiver):
   with contextlib.suppress(EOFError):
     return InputError(receiver.recv())
   if process.exitcode:
-    hint = ": killed, perhaps for want of memory (fewer --jobs need less)" if process.exitcode == -signal.SIGKILL else ""
+    killed = process.exitcode == -signal.SIGKILL
+    hint = ": killed, perhaps for want of memory (fewer --jobs need less)" if killed else ""
     return InputError(f"its process ended with exit code {process.exitcode}{hint}")
   return None
 
