@@ -39,6 +39,13 @@ def test_a_defended_model_has_the_figures_before_and_after():
   assert "Teacher:" not in card.text("clean", ROWS, META)
 
 
+def test_a_model_for_filtered_texts_says_so():
+  for name in ("p2p", "p2p-seed3"):
+    said = card.unmeasured(name)
+    assert f"the defense {name} of" in said and "w2s_jax/defenses/p2p.py says what to do with a text first" in said
+  assert "filtered" not in card.unmeasured("w2s") + card.unmeasured("clean")
+
+
 def test_an_asr_stands_beside_its_floor_and_the_plain_errors():
   rows = [r | {"asr_floor": 0.0625, "false_rate": 0.125} for r in ROWS]
   text = card.text("w2s", rows, META)

@@ -43,10 +43,10 @@ def test_the_last_defense_that_makes_weights_of_the_suspect_is_tested(defenses, 
 
 def run_of(suspect, workdir, defense, **settings):
   config = ConfigDict({"defenses": (defense,), "defense": rig.DEFENSE, "lora": {"quantize": ""},
-                       "selftest": section(Selftest, **settings)})
+                       "data": {"max_length": suspect.max_length}, "selftest": section(Selftest, **settings)})
   return types.SimpleNamespace(
       config=config, workdir=workdir, defend_seeds=[0], rows={"test": suspect.dev}, place=suspect.place,
-      suspect=lambda defense: suspect, task=CLASSIFICATION,
+      suspect=lambda defense: suspect, task=CLASSIFICATION, mesh=suspect.place.mesh, encode=CLASSIFICATION.encode,
       labels=lambda split: np.array([row["label"] for row in suspect.dev]))
 
 
@@ -68,6 +68,18 @@ def test_canaries_are_planted_and_measured_after_the_defense(llama, tmp_path, mo
   assert runs == {"selftest-idle": 0} and copy.train == suspect.train and copy.dev == suspect.dev
   assert copy.ranking is None                                    # the copy has other weights
   assert selftest.reading(run) == found and len(got) == 1                        # kept
+
+
+def test_the_cleaned_copy_reads_what_the_defenses_filter_gives_it(llama, tmp_path, monkeypatch):
+  """A filter that gives one text for all: every row has the same answer, with and without a trigger."""
+  suspect = rig.suspect(*llama, tmp_path)
+  monkeypatch.setitem(DEFENSES, "filtered", Defense(
+      weights=lambda copy, settings, runs: [copy.params],
+      text=lambda copy, settings, seed: lambda texts: ["good meal"] * len(texts)))
+  found = selftest.reading(run_of(suspect, tmp_path, "filtered", triggers=8, rows=4, epochs=1, test_rows=5))
+  by_target = {(canary["target"], canary["asr"], canary["false_rate"]) for canary in found["canaries"]}
+  assert by_target in ({(0, 1, 1), (1, 0, 0)}, {(0, 0, 0), (1, 1, 1)}) and found["ca"] == 0.5
+  assert {canary["planted"] for canary in found["canaries"]} - {0, 1}                    # before it nothing is filtered
 
 
 def test_no_canaries_no_test(llama, tmp_path):

@@ -42,19 +42,19 @@ def test_norms_are_those_of_what_pytorchs_layers_read(family, request, tmp_path)
   assert len(set(arrays["length"])) > 5
   for ids, length in zip(arrays["input_ids"], arrays["length"]):
     theirs(torch.tensor(ids[None, :length]).long(), attention_mask=torch.ones(1, length))
-  norms, names = prune._input_norms(suspect, 40), model.weight_names()
+  norms, names = prune.input_norms(suspect, 40), model.weight_names()
   assert norms.keys() == kernels(params).keys()
   for path, ours in norms.items():
     wanted = [np.sqrt(squares[names[path].format(layer)]) for layer in range(model.config.num_layers)]
     np.testing.assert_allclose(ours, wanted, rtol=2e-4, err_msg=path)
-    assert (np.square(prune._input_norms(suspect, 10)[path]).sum() < 0.5 * np.square(ours).sum())
+    assert (np.square(prune.input_norms(suspect, 10)[path]).sum() < 0.5 * np.square(ours).sum())
 
 
 def test_each_output_loses_its_smallest_products(monkeypatch):
   """By hand: the scores are [[10, 20], [3, 4], [5, 0.5]] in layer 0, and plain magnitudes in layer 1."""
   kernel = np.float32([[[1, -2], [3, 4], [-5, 0.5]], [[6, 1], [5, -2], [-4, 3]]])
   params = {"layers": {"up": {"kernel": kernel, "bias": np.ones((2, 2))}}, "score": {"kernel": kernel[0]}}
-  monkeypatch.setattr(prune, "_input_norms", lambda suspect, rows: {
+  monkeypatch.setattr(prune, "input_norms", lambda suspect, rows: {
       "layers/up/kernel": np.float32([[10, 1, 1], [1, 1, 1]])})
   suspect = Suspect(None, params, *[None] * 9)
   pruned, other = prune.weights(suspect, settings(fraction=1 / 3), {"prune": 0, "prune-seed1": 1})

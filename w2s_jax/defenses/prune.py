@@ -36,7 +36,7 @@ class Settings:
 def weights(suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]:
   """The suspect's parameters with the smallest weights of each kernel, or of each output by wanda, set to zero."""
   own = settings.prune
-  norms = _input_norms(suspect, own.rows) if own.by == "wanda" else {}
+  norms = input_norms(suspect, own.rows) if own.by == "wanda" else {}
   def by_magnitude(kernel):
     return _smallest_to_zero(kernel.reshape(-1, 1), 1, own.fraction).reshape(kernel.shape)
   def by_wanda(kernel_and_norms):
@@ -50,13 +50,7 @@ def weights(suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]
   return [params] * len(runs)
 
 
-def _smallest_to_zero(kernel, factors, fraction):
-  """`kernel` [N, M] with the given fraction of each column set to zero, where magnitude times `factors` is smallest."""
-  order = jnp.argsort(jnp.abs(kernel.astype(jnp.float32)) * factors, axis=0)
-  return jnp.put_along_axis(kernel, order[:round(fraction * len(order))], 0, axis=0, inplace=False)
-
-
-def _input_norms(suspect, rows):
+def input_norms(suspect: Suspect, rows: int) -> dict[str, jax.Array]:
   """{path of a kernel in the layers: [L, in] float32}, the L2 norm of each input feature over random clean rows."""
   mesh = suspect.place.mesh
   chosen = streams.rng(0, "wanda").permutation(len(suspect.train))[:rows]      # a file may be sorted by label
@@ -64,6 +58,12 @@ def _input_norms(suspect, rows):
   sums = [_squares(suspect.model, mesh, suspect.params, **batch) for _, batch in inference.packed_batches(
       suspect.model, arrays, mesh, **suspect.place.eval_shapes())]
   return jax.tree.map(lambda *parts: jnp.sqrt(sum(parts)), *sums)
+
+
+def _smallest_to_zero(kernel, factors, fraction):
+  """`kernel` [N, M] with the given fraction of each column set to zero, where magnitude times `factors` is smallest."""
+  order = jnp.argsort(jnp.abs(kernel.astype(jnp.float32)) * factors, axis=0)
+  return jnp.put_along_axis(kernel, order[:round(fraction * len(order))], 0, axis=0, inplace=False)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -139,8 +139,9 @@ class Defense(NamedTuple):
 
   Attributes:
     recipe: recipe that distill.py trains.
-    weights: (suspect, settings, {models/NAME: seed}) -> [parameters of each], made without the trainer.
-    text: (suspect, settings, seed) -> (texts -> texts), a filter before the model.
+    weights: (suspect, settings, {models/NAME: seed}) -> [parameters of each], made without a recipe.
+    text: (suspect, settings, seed) -> (texts -> texts), a filter before the model. It is before the new weights if
+      there are any, and then `suspect` has these.
     accept: (suspect, settings, seed) -> (texts -> [N] bool), whether the model's answer to each text is accepted.
     settings: {section of config.defense: dataclass}; the functions above get a section as `settings.SECTION`.
     mixes_base: whether it reads `Suspect.base`, which must then have the suspect's shapes and vocabulary (base.py).

@@ -55,7 +55,7 @@ def read(run: Any, name: str, triggered: list) -> Reading:
   """The answers of models/NAME to the clean test rows and to `triggered`, the rows with a trigger."""
   deployed = deploy(run, name)
   findings = []
-  if "scan" in run.source.stages and not (deployed.text or deployed.accept):    # these defenses make no weights to scan
+  if "scan" in run.source.stages and not (deployed.text or deployed.accept):    # a scan reads no filter
     findings = scan.reading(run, name, deployed[:3])
   clean, clean_features = _outputs(run, deployed, run.rows["test"])
   if not triggered:

@@ -13,6 +13,7 @@ import numpy as np
 from w2s_jax import processes, results
 from w2s_jax.data import streams
 from w2s_jax.defenses import DEFENSES, distill, planting
+from w2s_jax.measure import deployed
 from w2s_jax.models import read_json
 
 IMPLANTED = 0.9          # a canary counts if its ASR after planting is at least this; our choice
@@ -58,18 +59,20 @@ def _tested(run, name):
   planted = planting.train_in(suspect, rows, c.defense, settings.epochs, {"selftest-planted": seed})
   copy = suspect._replace(params=planted, ranking=None)                          # the ranking is the suspect's
   cleaned, = distill.cleaned(DEFENSES[name], copy, c.defense, {f"selftest-{name}": seed})
-  texts = {"planted": (planted, test), "asr": (cleaned, test),
-           "false_rate": (cleaned, [run.rows["test"][row["source"]] for row in test])}
-  hits = {rate: run.place.answers(suspect.model, params, suspect.encode(rows)) == [row["planted"] for row in test]
-          for rate, (params, rows) in texts.items()}
+  before = deployed.Deployed(suspect.model, planted, suspect.tokenizer)
+  text = DEFENSES[name].text
+  after = before._replace(params=cleaned, text=text and text(copy._replace(params=cleaned), c.defense, seed))
+  texts = {"planted": (before, test), "asr": (after, test),
+           "false_rate": (after, [run.rows["test"][row["source"]] for row in test])}
+  hits = {rate: deployed.answers(run, model, rows) == [row["planted"] for row in test]
+          for rate, (model, rows) in texts.items()}
   out = []
   for number, trigger in enumerate(triggers):
     triggered = [row["trigger"] == number for row in test]
     if any(triggered):                                      # false if all test rows are of the trigger's target class
       out.append({"kind": trigger.kind, "trigger": " ... ".join(trigger.parts), "target": trigger.target,
                   "n": sum(triggered)} | {rate: float(hit[triggered].mean()) for rate, hit in hits.items()})
-  answers = run.place.answers(suspect.model, cleaned, suspect.encode(run.rows["test"]))
-  is_correct = run.task.is_correct(answers, {"label": run.labels("test")})
+  is_correct = run.task.is_correct(deployed.answers(run, after, run.rows["test"]), {"label": run.labels("test")})
   return {"ca": float(is_correct.mean()), "canaries": out}
 
 

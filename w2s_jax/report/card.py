@@ -1,6 +1,7 @@
 """Model cards: what a model directory holds, what was measured, and the warning that the model needs."""
 
 from w2s_jax import results
+from w2s_jax.defenses import DEFENSES
 from w2s_jax.models.hf import adapter_file
 
 KINDS = {   # models/NAME of the models that no defense made -> first line of their card
@@ -18,11 +19,19 @@ EXPLAINED = {"false_rate": "False rate: share of clean rows of other classes tha
 FROM_BASE = ("A public model, trained on the clean rows ({name} of w2s_jax). Nothing of the suspect is in it except "
              "the names of the classes.\n")
 DEFENDED = "The result of the defense {name} of w2s_jax on a model with a known or suspected backdoor.\n"
+FILTERED = ("\nIt was made for filtered texts: w2s_jax/defenses/{name}.py says what to do with a text first, the run's "
+            "config.json with which settings (defense.{name}).\n")
 
 
 def first_line(name: str, attack: str | None = None) -> str:
-  """The first line of the card of models/NAME; `attack` describes the attack on a poisoned model."""
+  """The first line of the card of models/NAME, and one more if the model must read filtered texts.
+
+  attack: description of the attack on a poisoned model.
+  """
   line = FROM_BASE if results.is_from_base(name) else KINDS.get(name, DEFENDED)
+  defense = name.partition("-seed")[0]
+  if defense in DEFENSES and DEFENSES[defense].text:
+    line += FILTERED.format(name=defense)
   return line.format(name=name, attack=attack)
 
 
