@@ -6,7 +6,7 @@ import numpy as np
 
 from w2s_jax import results
 from w2s_jax.data import poison
-from w2s_jax.measure import features, metrics
+from w2s_jax.measure import features, metrics, stealth
 from w2s_jax.measure.deployed import Reading
 
 IMPLANTED = 0.95         # smallest ASR of an implanted backdoor; below it the table cannot judge a defense
@@ -63,7 +63,8 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
   implanted = next(row.asr for row in rows if row.directory == results.POISONED) >= IMPLANTED
   meta = {"title": f"Backdoor {c.attack.name}", "columns": COLUMNS, "attack": run.attack_in_words(),
           "trigger": run.attack.trigger, "poison_label": c.attack.label, **poison.counts(run.rows["poisoned_train"]),
-          "trigger_lost": dict(zip(("train", "eval"), losses)), "implanted": implanted, "examples": examples}
+          "trigger_lost": dict(zip(("train", "eval"), losses)), "implanted": implanted, "examples": examples,
+          "stealth": stealth.reading(run)}
   trigger, rows_shown = run.attack.trigger or c.attack.name, range(len(triggered_labels))
   pictures = features.to_json({name: reading.picture for name, reading in readings.items()}, labels, rows_shown,
                               triggered_labels, target, trigger, c.seed)
