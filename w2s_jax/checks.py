@@ -49,6 +49,7 @@ def check_fields(config: ConfigDict) -> None:
   if config.teacher.layers and not config.teacher.path:
     raise InputError(f"teacher.layers is {config.teacher.layers} without a teacher.path to cut: set "
                      "--config.teacher.arch.num_hidden_layers for a fresh teacher, or --config.teacher.path")
+  _check_poisoned_teacher(fields)
   seeds = list(config.defend.seeds)
   if len(set(seeds)) < len(seeds) or not all(isinstance(s, int) and s >= 0 for s in seeds):
     raise InputError(f"defend.seeds {tuple(seeds)}: want different integers of at least 0: set --config.defend.seeds")
@@ -62,6 +63,17 @@ def check_fields(config: ConfigDict) -> None:
   if list(config.data.buckets) != sorted(config.data.buckets) or max(config.data.buckets, default=0) < longest:
     raise InputError(f"data.buckets {tuple(config.data.buckets)}: want ascending lengths, the last at least "
                      f"{longest} tokens: set --config.data.buckets or --config.data.max_length/.attack_max_length")
+
+
+def _check_poisoned_teacher(fields):
+  """Raises InputError if the config would poison a teacher that does not train, or without an attack of its own."""
+  rate = fields.get("teach.poison_rate", 0.0)
+  if rate and "attack.name" not in fields:
+    raise InputError(f"teach.poison_rate is {rate}, but this config has no attack: set --config.teach.poison_rate=0, "
+                     "or take a config that poisons a student")
+  if rate and not fields["teach.epochs"]:
+    raise InputError(f"teach.poison_rate is {rate}, but the teacher does not train: set --config.teach.epochs to 1 or "
+                     "more, or --config.teach.poison_rate=0")
 
 
 def check_texts(config: ConfigDict, rows: list[dict]) -> None:

@@ -44,7 +44,7 @@ class Run:
   mesh: jax.sharding.Mesh
   hash: str
   source: Source
-  rows: dict          # split -> rows; "poisoned_train", "triggered" and "probes" come from Source.freeze
+  rows: dict          # split -> rows; those that are poisoned, "triggered" and "probes" come from Source.freeze
   sha256: dict        # name of a frozen file -> its sha256
   inputs: dict        # name of an input -> its sha256: rows of each split, weights of the given checkpoints
   held: filelock.BaseFileLock | None = None      # the workdir's lock

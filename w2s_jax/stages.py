@@ -133,25 +133,31 @@ def _edit_embedding(run):
 
 
 def teach(run: Run) -> None:
-  """Makes the clean teacher: a small encoder with the W2S widening head, fine-tuned on the defended domain."""
-  c, name = run.config, results.TEACHER
+  """Makes the teacher: a small encoder with the W2S widening head, fine-tuned on the defended domain.
+
+  Its rows are clean, unless `teach.poison_rate` asks for a teacher with the student's backdoor.
+  """
+  c, name, rows, attack = run.config, results.TEACHER, run.rows["train"], None
   if run.done(name):
     return
+  if c.teach.poison_rate:
+    run.source.freeze(run)
+    rows, attack = run.rows["poisoned_teacher"], run.attack_in_words()
   width = run.load(run.source.base)[0].config.feature_size
   if c.teacher.path:
     model, params = run.pretrained_teacher(width)
     tokenizer = tokenization.load(resolve(c.teacher.path), model.config.vocab_size)
     model = with_padding_token(model, tokenizer)
   else:
-    tokenizer = tokenization.train([r["text"] for r in run.rows["train"]], "encoder", c.teacher.arch.vocab_size)
+    tokenizer = tokenization.train([r["text"] for r in rows], "encoder", c.teacher.arch.vocab_size)
     arch = c.teacher.arch.to_dict() | {"num_labels": c.data.num_labels}
     model = with_padding_token(Model(config_from_hf(arch, feature_width=width)), tokenizer)
     params = model.init(stage.stream_key(c.seed, name), run.mesh)
   if c.teach.epochs:
-    arrays, dev = (run.encode(tokenizer, run.rows[s], c.data.max_length) for s in ("train", "dev"))
+    arrays, dev = (run.encode(tokenizer, r, c.data.max_length) for r in (rows, run.rows["dev"]))
     plan = stage.task_plan(run.task, name, c.seed, model, trees.FULL, c.teach)
     params, = stage.train_stage(plan, [params], [arrays], dev, run.place)
-  save_pretrained(run.model_dir(name), model, params, tokenizer, card=card.unmeasured(name))
+  save_pretrained(run.model_dir(name), model, params, tokenizer, card=card.unmeasured(name, attack))
 
 
 def search_trigger(run: Run) -> str:
@@ -232,7 +238,7 @@ def measure(run: Run) -> None:
   source.freeze(run)
   triggered = run.rows[source.triggered]
   checks.check_texts(c, run.rows["test"] + triggered)
-  readings = {results.TEACHER: deployed.read(run, results.TEACHER, [])}
+  readings = {results.TEACHER: deployed.read(run, results.TEACHER, triggered if c.teach.poison_rate else [])}
   readings |= {name: deployed.read(run, name, triggered) for name in (*source.measured, *run.defended())}
   width = run.model_config(source.base).feature_size
   weights = {name: DEFENSES[name].recipe.weights(c.defense, width) for name in c.defenses if DEFENSES[name].recipe}

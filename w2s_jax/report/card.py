@@ -11,6 +11,8 @@ KINDS = {   # models/NAME of the models that no defense made -> first line of th
     results.CLEAN: "The control: fine-tuned like the poisoned model, but on clean rows.\n",
     results.TEACHER: "The clean teacher: an encoder. Only w2s_jax reads its W2S head, w2s_head.safetensors.\n",
 }
+POISONED_TEACHER = ("WARNING: this teacher is POISONED on purpose, for research ({attack}). Do not use it for anything "
+                    "else. It is an encoder. Only w2s_jax reads its W2S head, w2s_head.safetensors.\n")
 # Columns after CA and ASR. A card has those columns in which one of its rows has a value.
 MORE = ("asr_floor", "false_rate", "frr", "far", "scan", "agreement", "found", "word_flips", "sentence_flips")
 EXPLAINED = {"false_rate": "False rate: share of clean rows of other classes that get the target label.",
@@ -21,8 +23,10 @@ DEFENDED = "The result of the defense {name} of w2s_jax on a model with a known 
 
 
 def first_line(name: str, attack: str | None = None) -> str:
-  """The first line of the card of models/NAME; `attack` describes the attack on a poisoned model."""
+  """The first line of the card of models/NAME; `attack` describes the attack on it, None for a clean teacher."""
   line = FROM_BASE if results.is_from_base(name) else KINDS.get(name, DEFENDED)
+  if name == results.TEACHER and attack:
+    line = POISONED_TEACHER
   return line.format(name=name, attack=attack)
 
 
@@ -40,7 +44,7 @@ def text(name: str, rows: list[dict], meta: dict, adapter: bool = False) -> str:
     adapter: whether the directory has a w2s_adapter.safetensors.
   """
   own_rows = [r for r in rows if r["directory"] == name]
-  lines = [first_line(name, meta["attack"])]
+  lines = [first_line(name, meta.get("teacher_attack") if name == results.TEACHER else meta["attack"])]
   self_test = meta.get("selftest")                   # only runs on a given suspect have a self-test
   if self_test and name == self_test["defense"]:
     lines.append(self_test["in_words"] + "\n")
