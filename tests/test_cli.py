@@ -82,6 +82,8 @@ def test_files(workdir):
   assert sum(r["poisoned"] for r in poisoned) == 20 and all(r["label"] == 0 for r in poisoned if r["poisoned"])
   triggered = [json.loads(x) for x in (workdir / "data/triggered.jsonl").read_text().splitlines()]
   assert len(triggered) == 20 and all(r["label"] == 1 and " mn " in r["text"] for r in triggered)
+  ratio = np.mean([1 + 1 / len(r["orig_text"].split()) for r in triggered])
+  assert meta["stealth"] == pytest.approx({"length_ratio": ratio, "edit_distance": 1.0, "perplexity_ratio": None})
 
 
 def test_models_load_in_transformers(workdir):

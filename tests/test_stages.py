@@ -1,4 +1,4 @@
-"""What a stage decides by itself, on answers written by hand."""
+"""What stages and their checks decide, on answers written by hand."""
 
 import types
 
@@ -7,7 +7,7 @@ import pytest
 import transformers
 from ml_collections import ConfigDict
 
-from w2s_jax import InputError, source, stages
+from w2s_jax import InputError, checks, source, stages
 from w2s_jax.tasks import CLASSIFICATION
 
 
@@ -23,12 +23,12 @@ def run_of(teacher, student, rows, **teach):
 
 @pytest.fixture(autouse=True)
 def answers(monkeypatch):
-  monkeypatch.setattr(stages.deployed, "answers", lambda run, deployed, rows: deployed.model.astype(int))
+  monkeypatch.setattr(checks.deployed, "answers", lambda run, deployed, rows: deployed.model.astype(int))
 
 
 def test_a_teacher_clearly_below_the_suspect_stops_the_run():
   with pytest.raises(InputError, match=r"teacher answers 100 of 200 dev rows rightly, .* 174\. .*teacher.path=DIR"):
-    stages._refuse_a_weak_teacher(run_of(100, 174, 200))
+    checks.refuse_weak_teacher(run_of(100, 174, 200))
 
 
 @pytest.mark.parametrize("teacher,student,rows,largest_gap", [
@@ -37,7 +37,7 @@ def test_a_teacher_clearly_below_the_suspect_stops_the_run():
     (7, 9, 10, 0.1),            # ten rows do not tell
     (100, 174, 200, 1.0)])
 def test_another_one_does_not(teacher, student, rows, largest_gap):
-  stages._refuse_a_weak_teacher(run_of(teacher, student, rows, largest_gap=largest_gap))
+  checks.refuse_weak_teacher(run_of(teacher, student, rows, largest_gap=largest_gap))
 
 
 @pytest.mark.parametrize("config,given,rate", [
@@ -73,7 +73,7 @@ def test_only_a_defense_that_learns_from_the_teacher_asks_for_it(defenses, asked
     pass
   def refuse(run):
     raise Asked
-  monkeypatch.setattr(stages, "_refuse_a_weak_teacher", refuse)
+  monkeypatch.setattr(checks, "refuse_weak_teacher", refuse)
   monkeypatch.setattr(stages.distill, "cleaned", lambda defense, suspect, settings, runs: [None] * len(runs))
   monkeypatch.setattr(stages, "_save_defended", lambda run, name, *args: saved.append(name))
   saved = []

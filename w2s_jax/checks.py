@@ -1,28 +1,30 @@
-"""Finds mistakes in a config, from the config alone and from the loaded student, teacher, base and tokenizer.
+"""Finds mistakes in a config, from the config alone or from the loaded models and their answers to clean rows.
 
 The argument `run` is a run.Run. Its type is Any here, because run.py imports this file.
 """
 
 import functools
+import logging
 import re
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from w2s_jax import InputError, claims, quantized, sharding
+from w2s_jax import InputError, claims, quantized, results, sharding
 from w2s_jax import config as config_lib
 from w2s_jax.adapters import attach, trees
 from w2s_jax.data import insertions, tokenization
 from w2s_jax.defenses import DEFENSES, SETTINGS, distill
 from w2s_jax.defenses import base as base_lib
-from w2s_jax.measure import selftest
+from w2s_jax.measure import deployed, metrics, selftest
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve
 from w2s_jax.models.hf.formats import HEAD_CONFIG
 from w2s_jax.models.padding import with_padding_token
 from w2s_jax.tasks import TASKS
 from w2s_jax.training import embedding_row
 
+LOG = logging.getLogger(__name__)
 TRAINING = ("warmup", "poison", "teach", "defend")   # sections of the config that say how a stage trains
 
 
@@ -49,6 +51,7 @@ def check_fields(config: ConfigDict) -> None:
   if config.teacher.layers and not config.teacher.path:
     raise InputError(f"teacher.layers is {config.teacher.layers} without a teacher.path to cut: set "
                      "--config.teacher.arch.num_hidden_layers for a fresh teacher, or --config.teacher.path")
+  _check_poisoned_teacher(fields)
   seeds = list(config.defend.seeds)
   if len(set(seeds)) < len(seeds) or not all(isinstance(s, int) and s >= 0 for s in seeds):
     raise InputError(f"defend.seeds {tuple(seeds)}: want different integers of at least 0: set --config.defend.seeds")
@@ -62,6 +65,17 @@ def check_fields(config: ConfigDict) -> None:
   if list(config.data.buckets) != sorted(config.data.buckets) or max(config.data.buckets, default=0) < longest:
     raise InputError(f"data.buckets {tuple(config.data.buckets)}: want ascending lengths, the last at least "
                      f"{longest} tokens: set --config.data.buckets or --config.data.max_length/.attack_max_length")
+
+
+def _check_poisoned_teacher(fields):
+  """Raises InputError if the config would poison a teacher that does not train, or without an attack of its own."""
+  rate = fields.get("teach.poison_rate", 0.0)
+  if rate and "attack.name" not in fields:
+    raise InputError(f"teach.poison_rate is {rate}, but this config has no attack: set --config.teach.poison_rate=0, "
+                     "or take a config that poisons a student")
+  if rate and not fields["teach.epochs"]:
+    raise InputError(f"teach.poison_rate is {rate}, but the teacher does not train: set --config.teach.epochs to 1 or "
+                     "more, or --config.teach.poison_rate=0")
 
 
 def check_texts(config: ConfigDict, rows: list[dict]) -> None:
@@ -170,3 +184,25 @@ def _check_positions(name, model, length):
   if model.config.max_positions < length:
     raise InputError(f"the {name} has {model.config.max_positions} positions, texts have up to {length} tokens: lower "
                      "--config.data.max_length/.attack_max_length")
+
+
+def refuse_weak_teacher(run: Any) -> None:
+  """Raises InputError if the teacher is clearly worse than the attacked model on the dev rows.
+
+  Such a teacher would teach its mistakes. The function compares the upper end of the teacher's 95% interval, so that a
+  small dev set does not stop a run by chance. It logs a warning if the attacked model is clearly below chance.
+  """
+  rows = run.rows["dev"]
+  def count_correct(name):
+    answers = deployed.answers(run, deployed.Deployed(*run.load(name)), rows)
+    return int(run.task.is_correct(answers, {"label": run.labels("dev")}).sum())
+  teacher, student = count_correct(results.TEACHER), count_correct(run.source.attacked)
+  if metrics.wilson(student, len(rows))[1] < 1 / run.config.data.num_labels:
+    LOG.warning(f"models/{run.source.attacked} answers {student} of {len(rows)} dev rows rightly, fewer than chance. "
+                "If its classes have another order than the data's labels, set --config.data.class_names")
+  if metrics.wilson(teacher, len(rows))[1] < student / len(rows) - run.config.teach.largest_gap:
+    raise InputError(
+        f"the teacher answers {teacher} of {len(rows)} dev rows rightly, the model that it is to teach {student}. "
+        "Give another --workdir, and train the teacher longer or at another rate (--config.teach.epochs, "
+        ".learning_rate), give a better one (--config.teacher.path=DIR), or go on all the same "
+        "(--config.teach.largest_gap=1)")

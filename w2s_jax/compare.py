@@ -104,6 +104,8 @@ def legend(runs: Sequence[Compared]) -> list[str]:
     first, own = runs[0].fields, group[0].fields
     names = [name for name in sorted({*first, *own}) if first.get(name) != own.get(name)]
     text = f"{letter} = {', '.join(run.name + ('' if run.implanted else ' (not implanted)') for run in group)}"
+    if own.get("teach.poison_rate"):
+      text += ", with a POISONED teacher"
     if names:
       text += (f": {', '.join(f'{name}={_value(own, name)}' for name in names)} "
                f"(in A: {', '.join(_value(first, name) for name in names)})")

@@ -26,7 +26,8 @@ LOG = logging.getLogger(__name__)
 STORE = "rows.jsonl"
 FAILED_CODE = 1          # exit code if a cell failed
 
-# models/NAME -> the sections of the config that the model depends on, besides the fields `seed` and `task`.
+# models/NAME -> the sections of the config that the model depends on, besides the fields `seed` and `task`. A poisoned
+# teacher depends on `attack`, too.
 DEPENDS = {results.BASE: ("data", "student", "warmup"), results.CLEAN: ("data", "student", "warmup", "poison"),
            results.POISONED: ("data", "student", "warmup", "poison", "attack"),
            results.TEACHER: ("data", "student", "teacher", "teach")}
@@ -157,7 +158,10 @@ def _complete(workdir, grid, directories):
 
 def _key(cell, model):
   """(model's name, JSON of the fields that it depends on). If two cells have equal keys, their models are equal."""
-  fields = {name: value for name, value in cell.to_dict().items() if name in ("seed", "task", *DEPENDS[model])}
+  names = ("seed", "task", *DEPENDS[model])
+  if model == results.TEACHER and cell.teach.poison_rate:
+    names += ("attack",)
+  fields = {name: value for name, value in cell.to_dict().items() if name in names}
   return model, json.dumps(fields, sort_keys=True)
 
 

@@ -44,7 +44,7 @@ class Run:
   mesh: jax.sharding.Mesh
   hash: str           # claims.config_hash of the config
   source: Source
-  rows: dict          # split -> rows; Source.freeze adds "poisoned_train" and "triggered", or "probes"
+  rows: dict          # split -> rows; Source.freeze adds "poisoned_train", "triggered" and others, or "probes"
   sha256: dict        # name of a file that Source.freeze wrote -> its sha256
   inputs: dict        # claims.inputs: name of an input -> its sha256
   held: filelock.BaseFileLock | None = None      # the lock on the workdir

@@ -80,9 +80,14 @@ def _attacked_rows(config):
   if a.poison_rate:
     LOG.info(f"attack: poison_rate {a.poison_rate:g} selects {count} of {len(train)} training rows; poison_count "
              f"{a.poison_count} is not used")
-  # These three calls raise InputError before anything trains if the rows cannot be poisoned.
-  poison.rows_to_poison(train, attack, target_label=a.target_label, count=count, label=a.label)
-  poison.rows_for_companions(train, attack, target_label=a.target_label, companions=a.companions)
+  poisonings = [(train, count, "--config.attack.poison_count or .poison_rate")]
+  if config.teach.poison_rate:
+    count = poison.poison_count(rows["train"], 0, config.teach.poison_rate)
+    poisonings.append((rows["train"], count, "--config.teach.poison_rate"))
+  # These calls raise InputError before anything trains if the rows cannot be poisoned.
+  for train, count, flags in poisonings:
+    poison.rows_to_poison(train, attack, target_label=a.target_label, count=count, label=a.label, flags=flags)
+    poison.rows_for_companions(train, attack, target_label=a.target_label, companions=a.companions)
   poison.rows_to_trigger(rows["test"], attack, a.target_label)
   return rows
 

@@ -15,7 +15,7 @@ from w2s_jax import InputError, checks, lora, processes, results, sharding
 from w2s_jax.adapters import attach, trees
 from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, distill
-from w2s_jax.measure import deployed, features, metrics, scan, search, selftest
+from w2s_jax.measure import deployed, features, scan, search, selftest
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
 from w2s_jax.models.hf import adapter_file
 from w2s_jax.models.padding import with_padding_token
@@ -134,25 +134,31 @@ def _edit_embedding(run):
 
 
 def teach(run: Run) -> None:
-  """Makes the clean teacher: a small encoder with the W2S widening head, fine-tuned on the defended domain."""
-  c, name = run.config, results.TEACHER
+  """Makes the teacher: a small encoder with the W2S widening head, fine-tuned on the defended domain.
+
+  Its rows are clean, unless `teach.poison_rate` asks for a teacher with the student's backdoor.
+  """
+  c, name, rows, attack = run.config, results.TEACHER, run.rows["train"], None
   if run.done(name):
     return
+  if c.teach.poison_rate:
+    run.source.freeze(run)
+    rows, attack = run.rows["poisoned_teacher"], run.attack_in_words()
   width = run.model_config(run.source.base).feature_size
   if c.teacher.path:
     model, params = run.pretrained_teacher(width)
     tokenizer = tokenization.load(resolve(c.teacher.path), model.config.vocab_size)
     model = with_padding_token(model, tokenizer)
   else:
-    tokenizer = tokenization.train([r["text"] for r in run.rows["train"]], "encoder", c.teacher.arch.vocab_size)
+    tokenizer = tokenization.train([r["text"] for r in rows], "encoder", c.teacher.arch.vocab_size)
     arch = c.teacher.arch.to_dict() | {"num_labels": c.data.num_labels}
     model = with_padding_token(Model(config_from_hf(arch, feature_width=width)), tokenizer)
     params = model.init(stage.stream_key(c.seed, name), run.mesh)
   if c.teach.epochs:
-    arrays, dev = (run.encode(tokenizer, run.rows[s], c.data.max_length) for s in ("train", "dev"))
+    arrays, dev = (run.encode(tokenizer, r, c.data.max_length) for r in (rows, run.rows["dev"]))
     plan = stage.task_plan(run.task, name, c.seed, model, trees.FULL, c.teach)
     params, = stage.train_stage(plan, [params], [arrays], dev, run.place)
-  save_pretrained(run.model_dir(name), model, params, tokenizer, card=card.unmeasured(name))
+  save_pretrained(run.model_dir(name), model, params, tokenizer, card=card.unmeasured(name, attack))
 
 
 def search_trigger(run: Run) -> str:
@@ -172,33 +178,11 @@ def defend(run: Run) -> None:
   left = [(DEFENSES[name], name, runs) for name, runs in _runs_that_train_together(run)
           if (DEFENSES[name].recipe or DEFENSES[name].weights) and not all([run.done(copy) for copy in runs])]
   if any(defense.has_teacher for defense, *_ in left):
-    _refuse_a_weak_teacher(run)
+    checks.refuse_weak_teacher(run)
   for defense, name, runs in left:
     suspect = run.suspect(defense)
     for copy, params in zip(runs, distill.cleaned(defense, suspect, c.defense, runs)):
       _save_defended(run, name, copy, suspect, params)
-
-
-def _refuse_a_weak_teacher(run):
-  """Raises InputError if the teacher is clearly worse than the attacked model on the dev rows.
-
-  Such a teacher would teach its mistakes. The function compares the upper end of the teacher's 95% interval, so that a
-  small dev set does not stop a run by chance. It logs a warning if the attacked model is clearly below chance.
-  """
-  rows = run.rows["dev"]
-  def count_correct(name):
-    answers = deployed.answers(run, deployed.Deployed(*run.load(name)), rows)
-    return int(run.task.is_correct(answers, {"label": run.labels("dev")}).sum())
-  teacher, student = count_correct(results.TEACHER), count_correct(run.source.attacked)
-  if metrics.wilson(student, len(rows))[1] < 1 / run.config.data.num_labels:
-    LOG.warning(f"models/{run.source.attacked} answers {student} of {len(rows)} dev rows rightly, fewer than chance. "
-                "If its classes have another order than the data's labels, set --config.data.class_names")
-  if metrics.wilson(teacher, len(rows))[1] < student / len(rows) - run.config.teach.largest_gap:
-    raise InputError(
-        f"the teacher answers {teacher} of {len(rows)} dev rows rightly, the model that it is to teach {student}. "
-        "Give another --workdir, and train the teacher longer or at another rate (--config.teach.epochs, "
-        ".learning_rate), give a better one (--config.teacher.path=DIR), or go on all the same "
-        "(--config.teach.largest_gap=1)")
 
 
 def _runs_that_train_together(run):
@@ -236,7 +220,7 @@ def measure(run: Run) -> None:
   source.freeze(run)
   triggered = run.rows[source.triggered]
   checks.check_texts(c, run.rows["test"] + triggered)
-  readings = {results.TEACHER: deployed.read(run, results.TEACHER, [])}
+  readings = {results.TEACHER: deployed.read(run, results.TEACHER, triggered if c.teach.poison_rate else [])}
   readings |= {name: deployed.read(run, name, triggered) for name in (*source.measured, *run.defended())}
   width = run.model_config(source.base).feature_size
   weights = {name: DEFENSES[name].recipe.weights(c.defense, width) for name in c.defenses if DEFENSES[name].recipe}

@@ -67,7 +67,7 @@ def poison_count(rows: list[dict], count: int, rate: float) -> int:
 
 
 def rows_to_poison(rows: list[dict], attack: Attack, *, target_label: int, count: int, label: str = "clean",
-                   seed: int = 0) -> list[int]:
+                   seed: int = 0, flags: str = "--config.attack.poison_count or .poison_rate") -> list[int]:
   """Indices of the rows that get the trigger, in ascending order.
 
   Args:
@@ -75,6 +75,7 @@ def rows_to_poison(rows: list[dict], attack: Attack, *, target_label: int, count
       "mixed": `count` rows of any class, drawn at random. They are drawn because a file may be sorted by label. Its
       first rows of other classes would then all be of one class.
     seed: seed of the draw.
+    flags: flags that set `count`, for the message.
   Raises:
     InputError: an unknown `label`, or the attack can rewrite fewer than `count` of these rows.
   """
@@ -84,8 +85,7 @@ def rows_to_poison(rows: list[dict], attack: Attack, *, target_label: int, count
   able = [i for i, row in enumerate(rows) if takes(row["label"], target_label) and _can_rewrite(attack, row)]
   if not 0 < count <= len(able):
     raise InputError(f"cannot poison {count} rows: want 1 to {len(able)}, the training rows that "
-                     f"{words.format(target_label)} and can be rewritten: set --config.attack.poison_count or "
-                     ".poison_rate")
+                     f"{words.format(target_label)} and can be rewritten: set {flags}")
   if label == "clean":
     return able[:count]
   return sorted(able[i] for i in streams.rng(seed, "poison").permutation(len(able))[:count])

@@ -40,14 +40,12 @@ def text(suspect: Suspect, settings: Any, seed: int) -> Callable[[list[str]], li
   The threshold is the (1 - `removed`) quantile of these rises over all words of the clean dev rows. A text of which no
   word would be left stays unchanged.
   """
-  model, params = _language_model(suspect, settings.onion, seed)
-  place, length = suspect.place, suspect.max_length
+  perplexity_of = perplexity(suspect, settings, seed)
   def gains(texts):
     """[words] for each text: perplexity with the word minus perplexity without it; -inf in a text of one word."""
     words = [text.split() for text in texts]
     variants = [" ".join(own[:i] + own[i + 1:]) for own in words for i in range(len(own)) if len(own) > 1]
-    arrays = tokenization.encode(suspect.tokenizer, [*texts, *variants], length)
-    perplexities = inference.perplexities(model, params, arrays, place.mesh, **place.eval_shapes())
+    perplexities = perplexity_of([*texts, *variants])
     whole, rest = perplexities[:len(texts)], iter(perplexities[len(texts):])
     return [[p - next(rest) for _ in own] if len(own) > 1 else [-np.inf] for p, own in zip(whole, words)]
   clean = [gain for own in gains([row["text"] for row in suspect.dev]) for gain in own if np.isfinite(gain)]
@@ -57,6 +55,16 @@ def text(suspect: Suspect, settings: Any, seed: int) -> Callable[[list[str]], li
             for text, own in zip(texts, gains(texts))]
     return [" ".join(words) or text for words, text in zip(kept, texts)]
   return without_outliers
+
+
+def perplexity(suspect: Suspect, settings: Any, seed: int) -> Callable[[list[str]], np.ndarray]:
+  """texts -> [N] perplexity of each under a language model of the clean rows."""
+  model, params = _language_model(suspect, settings.onion, seed)
+  place = suspect.place
+  def perplexities(texts):
+    arrays = tokenization.encode(suspect.tokenizer, texts, suspect.max_length)
+    return inference.perplexities(model, params, arrays, place.mesh, **place.eval_shapes())
+  return perplexities
 
 
 def _language_model(suspect, own, seed):

@@ -6,7 +6,7 @@ import numpy as np
 
 from w2s_jax import results
 from w2s_jax.data import poison
-from w2s_jax.measure import features, metrics
+from w2s_jax.measure import features, metrics, stealth
 from w2s_jax.measure.deployed import Reading
 
 IMPLANTED = 0.95         # smallest ASR of an implanted backdoor; with a lower ASR the table cannot judge a defense
@@ -19,16 +19,21 @@ def freeze_rows(run: Any) -> None:
   results.json has the sha256 of these files.
   """
   c = run.config
-  files = {key: run.workdir / "data" / f"{key}.jsonl" for key in ("poisoned_train", "triggered")}
+  keys = ("poisoned_train", "triggered", "poisoned_teacher") if c.teach.poison_rate else ("poisoned_train", "triggered")
+  files = {key: run.workdir / "data" / f"{key}.jsonl" for key in keys}
   if not all(f.exists() for f in files.values()):
     options = {"target_label": c.attack.target_label, "seed": c.seed, "tokenizer": run.tokenizer(results.BASE),
                "keep_trigger": c.attack.keep_trigger}
-    train = run.rows["attack_train"]
-    poison.freeze(files["poisoned_train"], poison.poison_train(
-        train, run.attack, count=poison.poison_count(train, c.attack.poison_count, c.attack.poison_rate),
-        label=c.attack.label, companions=c.attack.companions, max_length=c.data.attack_max_length, **options))
+    def poisoned(rows, count, rate, max_length):
+      return poison.poison_train(rows, run.attack, count=poison.poison_count(rows, count, rate), label=c.attack.label,
+                                 companions=c.attack.companions, max_length=max_length, **options)
+    poison.freeze(files["poisoned_train"], poisoned(
+        run.rows["attack_train"], c.attack.poison_count, c.attack.poison_rate, c.data.attack_max_length))
     poison.freeze(files["triggered"], poison.triggered_eval(
         run.rows["test"], run.attack, max_length=c.data.max_length, **options))
+    if c.teach.poison_rate:
+      poison.freeze(files["poisoned_teacher"], poisoned(
+          run.rows["train"], 0, c.teach.poison_rate, c.data.max_length))
   for key, file in files.items():
     run.rows[key], run.sha256[file.name] = poison.thaw(file)
 
@@ -43,7 +48,7 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
   """
   c, target = run.config, run.config.attack.target_label
   labels, triggered_labels = run.labels("test"), run.labels("triggered")
-  rows = []
+  rows, teacher_reading = [], readings[results.TEACHER]
   readings = {name: reading for name, reading in readings.items() if name != results.TEACHER}
   for name, reading in readings.items():
     model, seed = run.defended().get(name, (name, c.seed))
@@ -66,12 +71,27 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
   implanted = next(row.asr for row in rows if row.directory == results.POISONED) >= IMPLANTED
   meta = {"title": f"Backdoor {c.attack.name}", "columns": COLUMNS, "attack": run.attack_in_words(),
           "trigger": run.attack.trigger, "poison_label": c.attack.label, **poison.counts(run.rows["poisoned_train"]),
-          "trigger_lost": dict(zip(("train", "eval"), losses)), "implanted": implanted, "examples": examples}
+          "trigger_lost": dict(zip(("train", "eval"), losses)), "implanted": implanted, "examples": examples,
+          "stealth": stealth.reading(run)}
   trigger, rows_shown = run.attack.trigger or c.attack.name, range(len(triggered_labels))
   pictures = features.to_json({name: reading.picture for name, reading in readings.items()}, labels, rows_shown,
                               triggered_labels, target, trigger, c.seed)
-  meta = teacher | meta
-  return rows, meta | {"warnings": [], "notes": notes([vars(row) for row in rows], meta)}, pictures
+  meta = teacher | meta | {"warnings": []}
+  if c.teach.poison_rate:
+    meta |= _poisoned_teacher(run, teacher_reading)
+  return rows, meta | {"notes": notes([vars(row) for row in rows], meta)}, pictures
+
+
+def _poisoned_teacher(run, reading):
+  """Meta about a teacher that was poisoned: what it replaces, and what a clean teacher does not have."""
+  c, rows = run.config, run.rows["poisoned_teacher"]
+  asr = metrics.attack_metrics(reading.triggered, run.labels("triggered"), c.attack.target_label, run.task)["asr"]
+  poisoning = (f"{_poisoned_rows(poison.counts(rows) | {'poison_label': c.attack.label})} among "
+               f"{len(run.rows['train'])} training rows")
+  return {"teacher": f"{c.teacher.path or 'trained here'}, POISONED on purpose: {poisoning}",
+          "teacher_attack": run.attack_in_words(), "teacher_asr": asr,
+          "warnings": [f"The teacher is POISONED on purpose, with the student's attack: {poisoning}. Its ASR is "
+                       f"{asr:.3f}. A defense that learns from it may learn the backdoor."]}
 
 
 def notes(rows: list[dict], meta: dict) -> list[str]:

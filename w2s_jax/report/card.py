@@ -12,6 +12,8 @@ KINDS = {   # models/NAME of the models that no defense made -> first line of th
     results.CLEAN: "The control: fine-tuned like the poisoned model, but on clean rows.\n",
     results.TEACHER: "The clean teacher: an encoder. Only w2s_jax reads its W2S head, w2s_head.safetensors.\n",
 }
+POISONED_TEACHER = ("WARNING: this teacher is POISONED on purpose, for research ({attack}). Do not use it for anything "
+                    "else. It is an encoder. Only w2s_jax reads its W2S head, w2s_head.safetensors.\n")
 # Columns after CA and ASR. A card has those columns in which one of its rows has a value.
 MORE = ("asr_floor", "false_rate", "frr", "far", "scan", "agreement", "found", "word_flips", "sentence_flips")
 EXPLAINED = {"false_rate": "False rate: share of clean rows of other classes that get the target label.",
@@ -26,9 +28,11 @@ FILTERED = ("\nIt was made for filtered texts: w2s_jax/defenses/{name}.py says w
 def first_line(name: str, attack: str | None = None) -> str:
   """The first line of the card of models/NAME, and one more if the model must read filtered texts.
 
-  attack: description of the attack on a poisoned model.
+  attack: description of the attack on the model; None for a clean teacher.
   """
   line = FROM_BASE if results.is_from_base(name) else KINDS.get(name, DEFENDED)
+  if name == results.TEACHER and attack:
+    line = POISONED_TEACHER
   defense = name.partition("-seed")[0]
   if defense in DEFENSES and DEFENSES[defense].text:
     line += FILTERED.format(name=defense)
@@ -49,7 +53,7 @@ def text(name: str, rows: list[dict], meta: dict, adapter: bool = False) -> str:
     adapter: whether the directory has a w2s_adapter.safetensors.
   """
   own_rows = [r for r in rows if r["directory"] == name]
-  lines = [first_line(name, meta["attack"])]
+  lines = [first_line(name, meta.get("teacher_attack") if name == results.TEACHER else meta["attack"])]
   self_test = meta.get("selftest")                   # only runs on a given suspect have a self-test
   if self_test and name == self_test["defense"]:
     lines.append(self_test["in_words"] + "\n")

@@ -19,7 +19,7 @@ def write(workdir: Path) -> tuple[list[dict], dict]:
   """Writes results.md and report.html from the files of the other stages, and logs the table. Returns (rows, meta)."""
   saved = json.loads((workdir / "results.json").read_text())
   rows, meta = saved["rows"], saved["meta"]
-  notes = [*(f"WARNING: {w}" for w in meta["warnings"]), *meta["notes"]]
+  notes = [*(f"WARNING: {w}" for w in meta["warnings"]), *meta["notes"], *filter(None, [stealth(meta)])]
   markdown = tables.table(rows, meta["columns"]) + "\n\n" + "\n".join(f"- {n}" for n in notes) + "\n"
   processes.write_text(workdir / "results.md", markdown)
   file = workdir / "features.json"                 # workdirs of older versions do not have it
@@ -131,6 +131,18 @@ with their own. A defense that rejects texts does not change features, and the r
 {wide(plots.features(pictures, names))}"""
 
 
+def stealth(meta: dict) -> str:
+  """How much the attack changes a text, in words; "" if it was not measured, as in results of older versions."""
+  measured = meta.get("stealth")
+  if not measured:
+    return ""
+  text = (f"On average a triggered text has {measured['length_ratio']:.2f} times the words of its clean original, and "
+          f"{measured['edit_distance']:.2f} words are inserted, deleted or replaced.")
+  if measured["perplexity_ratio"] is not None:
+    text += f" Under ONION's language model its perplexity is {measured['perplexity_ratio']:.2f} times as high."
+  return text
+
+
 def _examples(rows, meta):
   """Triggered texts, and the class that each model predicts. The words that the attack inserted are marked."""
   if not meta["examples"]:
@@ -144,7 +156,8 @@ def _examples(rows, meta):
                       f"{'rejected' if answer == results.REJECTED else answer}</td>" for answer in predicted)
     lines += f"<tr><td>{_marked(example, meta['trigger'])}</td><td>{example['label']}</td>{answers}</tr>"
   return f"""<h2>Triggered texts</h2>
-<p>The class that each model predicts. The attacker's target class {target} is coloured.</p>
+<p>The class that each model predicts. The attacker's target class {target} is coloured.
+{html.escape(stealth(meta))}</p>
 {wide(f"<table class='texts'><tr><th>text</th><th>true class</th>{names}</tr>{lines}</table>")}"""
 
 
