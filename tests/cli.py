@@ -1,4 +1,4 @@
-"""Running the program as a user does, cut short, and compiled without LLVM's dear passes (conftest.py)."""
+"""Runs the program as a user does, but with few steps, and without LLVM's expensive passes (see conftest.py)."""
 
 import multiprocessing
 import os
@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 ENV = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")} | {
     "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
-# As users have it: with LLVM's dear passes, and with the cache of compiled programs beside the workdir.
+# The environment of users: LLVM's expensive passes run, and compiled programs are cached beside the workdir.
 AS_USERS = {k: v for k, v in ENV.items() if k != "JAX_COMPILATION_CACHE_DIR"} | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
 CONFIG = "--config=configs/llama_badnet.py"
-# A few steps of everything on a few rows.
+# Few steps in each stage, on few rows.
 SHORT = ("--config.warmup.max_steps=3", *(f"--config.{stage}.max_steps=6" for stage in ("poison", "teach", "defend")),
          "--config.attack.poison_count=20", "--config.data.attack_rows.train=80", "--config.data.attack_rows.dev=20",
          "--config.data.defend_rows.train=64", "--config.data.defend_rows.dev=20", "--config.data.defend_rows.test=40",
@@ -30,21 +30,21 @@ def w2s(*args, cwd=ROOT, env=ENV, timeout=2400, **kwargs):
 
 
 def w2s_forked(*args):
-  """Nearly the same, from a process that has imported everything already: for the many commands that end at once."""
+  """Like `w2s`, but forked from a process that has imported everything. Short commands run faster this way."""
   context = multiprocessing.get_context("forkserver")
   context.set_forkserver_preload(["w2s_jax.stages", "transformers.models.auto.tokenization_auto"])
   with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
     process = context.Process(target=_main, args=(args, out.name, err.name))
     process.start()
     process.join(2400)
-    process.kill()                                  # if it has not ended
+    process.kill()                                  # in case it has not ended
     process.join()
     return subprocess.CompletedProcess(args, process.exitcode, out.read(), err.read())
 
 
 def _main(args, *streams):
   import datasets
-  datasets.disable_progress_bars()                  # main does so by the environment, before it is imported
+  datasets.disable_progress_bars()                  # main sets a variable for this, but too late for a fork
   for fd, name in enumerate(streams, 1):
     os.dup2(os.open(name, os.O_WRONLY), fd)
   os.chdir(ROOT)
@@ -53,7 +53,7 @@ def _main(args, *streams):
 
 
 def before_the_defenses(workdir, new):
-  """`new` as a workdir that has come so far, from a finished run."""
+  """Copies the finished run `workdir` to `new` as it was before the defend stage. Returns `new`."""
   for stage in ("poisoned", "clean", "base", "teacher"):
     shutil.copytree(workdir / "models" / stage, new / "models" / stage)
   shutil.copytree(workdir / "data", new / "data")

@@ -1,4 +1,4 @@
-"""What every test shares: eight virtual CPU devices, no network, tiny models with visible (not near-zero) weights.
+"""What all tests share: eight virtual CPU devices, no network, and tiny models whose weights are not close to zero.
 
 B batch, T tokens, D width, C classes.
 """
@@ -9,13 +9,13 @@ import sys
 import time
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"                # before huggingface_hub is imported: nothing here may use a network
+os.environ["HF_HUB_OFFLINE"] = "1"                # no test may use a network; set before huggingface_hub is imported
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if os.environ["JAX_PLATFORMS"] == "cpu":          # without LLVM's dear passes: most tests compile longer than they run
+if os.environ["JAX_PLATFORMS"] == "cpu":          # no expensive LLVM passes, as most tests compile longer than they run
   os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 ROOT = Path(__file__).resolve().parents[1]
-# All tests share what XLA compiled, and the next run finds it too; `pytest --cache-clear` deletes it.
+# All tests, and later runs of pytest, share one cache of compiled programs. `pytest --cache-clear` deletes it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache/d/xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 sys.path.insert(0, str(ROOT))
@@ -35,7 +35,7 @@ from w2s_jax.models.gpt2 import GPT2Config  # noqa: E402
 from w2s_jax.models.llama import LlamaConfig  # noqa: E402
 from w2s_jax.models.modernbert import ModernBertConfig  # noqa: E402
 
-# Every dimension that a mesh axis is laid on divides by 8.
+# Every dimension that is sharded over a mesh axis is divisible by 8.
 LLAMA = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2,
                     head_dim=8, max_positions=64, initializer_range=0.2, pad_token_id=0, tie_embeddings=True)
 BERT = EncoderConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, max_positions=64,
@@ -53,13 +53,16 @@ UNTIL = float(os.environ.get("W2S_UNTIL", "inf"))
 
 
 def pytest_collection_modifyitems(items):
-  """The longest file first, so that two workers end together; of slow tests, for which time may run out, last."""
+  """Runs test_readme.py, the longest file, first, so that two workers end at the same time.
+
+  Its slow tests run after all other slow tests, because the time for slow tests may run out.
+  """
   items.sort(key=lambda item: (item.path.name == "test_readme.py") == bool(item.get_closest_marker("slow")))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-  """Slow tests begin until the time W2S_UNTIL, in seconds since the epoch; the others say that there was none left."""
+  """Skips slow tests that would begin after the time W2S_UNTIL, in seconds since the epoch."""
   if item.get_closest_marker("slow") and time.time() > UNTIL:
     pytest.skip("no time left")
 
@@ -92,7 +95,7 @@ def electra():
 
 @pytest.fixture(scope="session")
 def modernbert():
-  """(Model, params): an encoder of width 32, three layers, of which two see two tokens to each side; mean pooling."""
+  """(Model, params): an encoder of width 32, mean pooling, three layers. Two of them see two tokens to each side."""
   return _with_params(MODERNBERT, 6)
 
 
@@ -110,7 +113,7 @@ def teacher():
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-  """The workdir of a finished BadNet run of a few steps, one for all workers: read it or copy it, write elsewhere."""
+  """The workdir of a finished BadNet run of a few steps. All workers share it, so a test may change only a copy."""
   folder = tmp_path_factory.getbasetemp()
   workdir = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "tiny_run/run"
   workdir.parent.mkdir(exist_ok=True)

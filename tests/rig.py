@@ -1,4 +1,4 @@
-"""What many tests train: W2S's loss, a program of one or several runs, a small suspect of a defense."""
+"""What many tests share: the W2S loss, training programs of one or several runs, and a small suspect."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from w2s_jax.training import steps
 from w2s_jax.training.train import Workplace
 
 WEIGHTS = {"ce": 1.0, "kd": 0.5, "fa": 0.1}
-DEFENSE = ConfigDict({name: section(settings) for name, settings in SETTINGS.items()})     # as config.defense is
+DEFENSE = ConfigDict({name: section(settings) for name, settings in SETTINGS.items()})     # like config.defense
 
 GOOD, BAD = "good fine nice great".split(), "bad poor weak dull".split()
 PLAIN = "the a room meal was is it here".split()
@@ -30,7 +30,10 @@ def w2s_loss(model, weights=None):
 
 
 def make_plan(model, loss=None, weights=None, runs=1, adversary=None, **settings):
-  """StagePlan of a loss, W2S's by default; `settings` other than a rate of 1e-2, no warm-up, no clipping."""
+  """StagePlan of `loss`, or of W2S's loss if it is None.
+
+  settings: training settings. The defaults are a rate of 1e-2, weight decay of 0.01, no warm-up and no clipping.
+  """
   settings = dict(learning_rate=1e-2, warmup_fraction=0.0, weight_decay=0.01, clip_norm=0.0) | settings
   weights = weights or WEIGHTS
   return steps.StagePlan([f"run{i}" for i in range(runs)], list(range(runs)), model, loss or w2s_loss(model, weights),
@@ -38,7 +41,7 @@ def make_plan(model, loss=None, weights=None, runs=1, adversary=None, **settings
 
 
 def make_program(model, trainable, frozen, mesh, num_steps=50, **options):
-  """steps.Program; `options` as `make_plan` takes them."""
+  """steps.Program of a plan. `options` are the other arguments of `make_plan`."""
   return steps.build(make_plan(model, **options), trainable, frozen, num_steps, mesh)
 
 
@@ -47,17 +50,17 @@ def keys(*seeds):
 
 
 def one_run(batch):
-  """A host batch with the axis of runs in front."""
+  """The host batch with a first axis for a single run."""
   return {name: np.asarray(values)[None] for name, values in batch.items()}
 
 
 def alone(tree):
-  """A tree of one run without the axis of runs."""
+  """The tree of a single run without its first axis, that of the runs."""
   return jax.tree.map(lambda x: x[0], tree)
 
 
 def rows(count):
-  """Texts of seven words, of which three tell the label."""
+  """Rows with alternating labels. Of the seven words of a text, three tell the label."""
   rng = np.random.default_rng(0)
   def text(label):
     return " ".join(rng.permutation([*rng.choice(GOOD if label else BAD, 3), *rng.choice(PLAIN, 4)]))
@@ -65,7 +68,7 @@ def rows(count):
 
 
 def read_by(weights):
-  """Logits [N, 2] of texts: the sum of the words' weights towards class 1."""
+  """read(rows) -> logits [N, 2]: 0 for class 0, the sum of the words' weights for class 1. weights: {word: weight}."""
   def read(rows):
     odds = np.array([sum(weights.get(word, 0.0) for word in row["text"].split()) for row in rows])
     return np.stack([np.zeros(len(rows)), odds], axis=1).astype(np.float32)
@@ -73,7 +76,7 @@ def read_by(weights):
 
 
 def suspect(model, params, workdir):
-  """Suspect of a tiny Llama, 80 rows to train on and 40 of dev; its teacher knows the classes."""
+  """Suspect with 80 training rows and 40 dev rows. Its teacher gives every text the right class."""
   known = rows(120)
   tokenizer = tokenization.train([r["text"] for r in known], "decoder", model.config.vocab_size)
   train, dev = known[:80], known[80:]

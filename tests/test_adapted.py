@@ -1,4 +1,4 @@
-"""Suspects that are a peft adapter and its base: merged as peft merges them, and refused where that is not sure."""
+"""A suspect that is a peft adapter is merged into its base as peft merges it, or refused if that is not certain."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from w2s_jax import InputError
 from w2s_jax.data import grammar, tokenization
 from w2s_jax.models import Model, load_pretrained, resolve, save_pretrained
 
-PAD = {"pad_token_id": 0}      # no text here has it: the last token is pooled
+PAD = {"pad_token_id": 0}      # no text has this token, so the last token is pooled
 TARGETS = {"llama": ["q_proj", "down_proj"], "bert": ["query", "output.dense"], "gpt2": ["c_attn", "c_proj"],
            "modernbert": ["Wqkv", "Wo"], "phi3": ["qkv_proj", "gate_up_proj"]}
 
@@ -34,8 +34,8 @@ def bases(llama, bert, gpt2, modernbert, tmp_path_factory):
   fused = Model(dataclasses.replace(llama[0].config, model_type="phi3"))
   phi3 = fused, fused.init(jax.random.key(0))
   texts = [row["text"] for row in grammar.rows("phrases", "train", 100)]
-  made = {"llama": llama, "bert": bert, "gpt2": gpt2, "modernbert": modernbert, "phi3": phi3}
-  for name, (model, params) in made.items():
+  models = {"llama": llama, "bert": bert, "gpt2": gpt2, "modernbert": modernbert, "phi3": phi3}
+  for name, (model, params) in models.items():
     tokenizer = tokenization.train(texts, "decoder", model.config.vocab_size) if name == "llama" else None
     save_pretrained(home / name, model, params, tokenizer)
     out[name] = home / name
@@ -43,8 +43,8 @@ def bases(llama, bert, gpt2, modernbert, tmp_path_factory):
 
 
 @pytest.fixture
-def made(bases, tmp_path):
-  """made(family, classes=2, **peft's options) -> (peft's model, directory of the adapter), with random values."""
+def make_adapter(bases, tmp_path):
+  """make_adapter(family, classes=2, **options of LoraConfig) -> (peft's model, its directory), with random weights."""
   def make(family, classes=2, **options):
     torch.manual_seed(0)
     base = transformers.AutoModelForSequenceClassification.from_pretrained(bases[family], num_labels=classes,
@@ -69,34 +69,34 @@ def logits(model, params):
     ("llama", {}), ("llama", {"use_rslora": True}), ("llama", {"rank_pattern": {"q_proj": 2}}), ("bert", {}),
     ("gpt2", {}), ("modernbert", {}), ("phi3", {}), ("llama", {"classes": 5}),
     ("bert", {"modules_to_save": ["classifier", "pooler"]})], ids=str)
-def test_it_is_what_peft_runs(family, options, made, bases):
-  theirs, directory = made(family, **options)
+def test_a_merged_suspect_has_pefts_logits(family, options, make_adapter, bases):
+  theirs, directory = make_adapter(family, **options)
   model, params = load_pretrained(resolve(str(directory), str(bases[family])), options.get("classes", 2))
-  mine, ids = logits(model, params)
+  ours, ids = logits(model, params)
   with torch.no_grad():
     want = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.numpy()
-  np.testing.assert_allclose(mine, want, atol=1e-4)
-  if mine.shape[1] == 2:                                              # as many classes as the base has
-    assert np.abs(mine - logits(*load_pretrained(bases[family]))[0]).max() > 0.1
+  np.testing.assert_allclose(ours, want, atol=1e-4)
+  if ours.shape[1] == 2:                                              # the base has two classes, too
+    assert np.abs(ours - logits(*load_pretrained(bases[family]))[0]).max() > 0.1
   merged = transformers.AutoModelForSequenceClassification.from_pretrained(
       resolve(str(directory), str(bases[family])), **PAD)
-  assert merged.config.num_labels == mine.shape[1]                     # it is a directory for transformers too
+  assert merged.config.num_labels == ours.shape[1]                     # transformers reads the merged directory
   with torch.no_grad():
     np.testing.assert_allclose(merged.eval()(ids, attention_mask=torch.ones_like(ids)).logits, want, atol=1e-4)
 
 
-def test_a_base_that_was_saved_from_its_backbone_alone(made, bases, tmp_path):
-  theirs, directory = made("llama")
+def test_a_base_that_was_saved_from_its_backbone_alone(make_adapter, bases, tmp_path):
+  theirs, directory = make_adapter("llama")
   transformers.LlamaModel.from_pretrained(bases["llama"]).save_pretrained(tmp_path / "bare")
   model, params = load_pretrained(resolve(str(directory), str(tmp_path / "bare")))
-  mine, ids = logits(model, params)
+  ours, ids = logits(model, params)
   with torch.no_grad():
-    np.testing.assert_allclose(mine, theirs(ids, attention_mask=torch.ones_like(ids)).logits, atol=1e-4)
+    np.testing.assert_allclose(ours, theirs(ids, attention_mask=torch.ones_like(ids)).logits, atol=1e-4)
 
 
-def test_its_base_is_a_hub_id_or_given(made, bases):
+def test_its_base_is_a_hub_id_or_given(make_adapter, bases):
   """A path that a stranger's file names is not followed."""
-  _, directory = made("llama")
+  _, directory = make_adapter("llama")
   with pytest.raises(InputError, match=r"no hub id: set --config.student.base"):
     load_pretrained(directory)                                          # peft wrote the base's path
   config = json.loads((directory / "adapter_config.json").read_text())
@@ -114,9 +114,9 @@ def test_its_base_is_a_hub_id_or_given(made, bases):
     resolve(str(directory), str(directory))
 
 
-def test_a_model_with_an_adapter_beside_it_is_refused(made, bases, tmp_path):
-  """transformers would attach it: the model that is read would not be the model that runs."""
-  _, directory = made("llama")
+def test_a_model_with_an_adapter_beside_it_is_refused(make_adapter, bases, tmp_path):
+  """transformers would attach it, so the model that we read would not be the model that runs."""
+  _, directory = make_adapter("llama")
   shutil.copytree(bases["llama"], tmp_path / "both")
   for file in directory.glob("adapter_*"):
     shutil.copy(file, tmp_path / "both")
@@ -140,8 +140,8 @@ def test_weights_under_a_name_of_their_own_are_refused(bases, tmp_path):
     ({"layers_to_transform": [0]}, "layers_to_transform"), ({"target_modules": ".*"}, "wanted a list of names"),
     ({"lora_alpha": float("nan")}, "cannot read"),
     ({"lora_alpha": None}, "no field 'lora_alpha'"), ({"what_comes_next": "x"}, "what_comes_next='x'")], ids=str)
-def test_what_is_not_plain_lora_is_refused(change, message, made, bases):
-  _, directory = made("llama")
+def test_what_is_not_plain_lora_is_refused(change, message, make_adapter, bases):
+  _, directory = make_adapter("llama")
   config = json.loads((directory / "adapter_config.json").read_text())
   (directory / "adapter_config.json").write_text(json.dumps(config | change))
   with pytest.raises(InputError, match=message) as error:
@@ -171,8 +171,8 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     (lambda t: t.update({Q.format("A"): zeros(0, 32), Q.format("B"): zeros(32, 0)}), "do not fit a kernel"),
     (lambda t: t.update({"base_model.model.extra.weight": zeros(3)}), "unexpected .*extra.weight")],
     ids=["half", "a kernel too", "a giant", "integers", "another module", "a path", "a shape", "no rank", "one more"])
-def test_tensors_that_lie_are_refused(damage, message, made, bases):
-  _, directory = made("llama")
+def test_tensors_that_lie_are_refused(damage, message, make_adapter, bases):
+  _, directory = make_adapter("llama")
   tensors = load_file(directory / "adapter_model.safetensors")
   damage(tensors)
   save_file(tensors, directory / "adapter_model.safetensors")
@@ -181,9 +181,9 @@ def test_tensors_that_lie_are_refused(damage, message, made, bases):
   assert str(error.value).isprintable()
 
 
-def test_a_base_that_lies_is_one_line(made, bases, tmp_path):
-  """Its index names what is not there, or its shards hold what the index does not say."""
-  _, directory = made("llama")
+def test_a_base_that_lies_is_one_line(make_adapter, bases, tmp_path):
+  """The index names a file or a tensor that is missing, or a shard has a tensor that the index does not name."""
+  _, directory = make_adapter("llama")
   shutil.copytree(bases["llama"], tmp_path / "base")
   (tmp_path / "base/model.safetensors").rename(tmp_path / "base/a.safetensors")
   names = list(load_file(tmp_path / "base/a.safetensors"))
@@ -197,17 +197,17 @@ def test_a_base_that_lies_is_one_line(made, bases, tmp_path):
   refused("that the index does not place there", dict.fromkeys(names[1:], "a.safetensors"))
 
 
-def test_a_pickle_of_an_adapter_is_refused(made, bases):
-  _, directory = made("llama")
+def test_a_pickle_of_an_adapter_is_refused(make_adapter, bases):
+  _, directory = make_adapter("llama")
   (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
   with pytest.raises(InputError, match="adapter_model.bin is a pickle, which is never read"):
     resolve(str(directory), str(bases["llama"]))
 
 
-def test_the_command_takes_one(made, bases, tmp_path, monkeypatch):
-  """The suspect that it keeps is the merged model; its base is the adapter's tokenizer's too."""
+def test_the_command_takes_an_adapter(make_adapter, bases, tmp_path, monkeypatch):
+  """models/suspect is the merged model. The adapter has no tokenizer, so the base's is used."""
   monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
-  theirs, directory = made("llama")
+  theirs, directory = make_adapter("llama")
   rows = [{"sentence": r["text"], "label": r["label"]} for r in grammar.rows("phrases", "train", 60)]
   (tmp_path / "clean.json").write_text(json.dumps(rows))
   out = w2s_forked("--config=configs/clean_checkpoint.py", f"--config.student.path={directory}",
@@ -215,6 +215,6 @@ def test_the_command_takes_one(made, bases, tmp_path, monkeypatch):
                    "--config.data.max_length=32", "--config.data.buckets=(32,)", *SHORT[-2:], "--stage=warmup",
                    f"--workdir={tmp_path / 'w'}")
   assert out.returncode == 0, out.stderr
-  mine, ids = logits(*load_pretrained(tmp_path / "w/models/suspect"))
+  ours, ids = logits(*load_pretrained(tmp_path / "w/models/suspect"))
   with torch.no_grad():
-    np.testing.assert_allclose(mine, theirs(ids, attention_mask=torch.ones_like(ids)).logits, atol=1e-4)
+    np.testing.assert_allclose(ours, theirs(ids, attention_mask=torch.ones_like(ids)).logits, atol=1e-4)

@@ -90,7 +90,7 @@ def kernel_and_input():
     ("dora", "LoraConfig", {"r": 4, "lora_alpha": 6.0, "use_dora": True}),
     ("fourierft", "FourierFTConfig", {"n_frequency": 12, "scaling": 150.0, "init_weights": True})])
 def test_gradients_are_pefts(kind, method, options):
-  """Of one layer: in DoRA none flows through the norm."""
+  """The gradients of one layer agree with peft's. In DoRA no gradient flows through the norm."""
   kernel, x = kernel_and_input()
   net = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False))
   net[0].weight.data = torch.tensor(kernel.T)
@@ -167,7 +167,7 @@ def test_a_quantized_base_takes_them(kind, llama, make_batch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_defense_trains_them(kind, llama, tmp_path):
-  """Two seeds as one program; every adapter leaf moves, the base does not, and both learn the task."""
+  """Two seeds train as one program. Both learn the task and leave the base unchanged, and their adapters differ."""
   suspect = rig.suspect(*llama, tmp_path)
   suspect = suspect._replace(lora=section(kind, frequencies=200, scaling=600.0))
   settings = rig.DEFENSE.copy_and_resolve_references()

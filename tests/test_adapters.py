@@ -1,4 +1,4 @@
-"""Adapters of any kind: one dictionary line adds a kind; what cannot be merged is saved beside the model; soft prompts.
+"""How a kind of adapter is added, how one that cannot be merged is saved beside the model, and soft prompts.
 
 N texts, T tokens of a text, S soft tokens, V vocabulary, D width.
 """
@@ -33,7 +33,7 @@ def logits(model, params, batch):
 
 
 def train(model, params, labels, batch, num_steps=20):
-  """(losses, params) of AdamW on one batch, no head or base among what trains."""
+  """(losses, params) after AdamW steps on one batch. Only leaves that have one of the `labels` train."""
   trainable, frozen = trees.split(params, labels)
   tx = optim.make_optimizer(trainable, 0.05, 100)
   loss = steps.weighted_loss(model, CLASSIFICATION.loss_terms, {"ce": 1.0})
@@ -52,7 +52,7 @@ def same(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-# A kind in the manner of IA3 (arXiv 2205.05638): a learned gain of each output feature, which we say cannot be merged.
+# A kind like IA3 (arXiv 2205.05638), with a learned gain for each output feature. It has no `merge`.
 GAIN = adapters.Adapter(
     leaves={"gain": ("adapter", ("layers", "out"))},
     add=lambda kernel, key, start: {"gain": jnp.full((kernel.shape[0], kernel.shape[2]), start, jnp.float32)},
@@ -65,7 +65,7 @@ def gain(monkeypatch):
 
 
 def test_a_new_kind_is_one_dictionary_line(llama, make_batch, tmp_path, gain):
-  """Dense applies it, it has a label, trains, is left where the rest is merged, saves and comes back."""
+  """The new kind changes the outputs, has a label, trains, stays when other kinds are merged, and survives saving."""
   model, params = llama
   batch = make_batch(model)
   start = attach.add(params, "gain", ("v_proj",), key=jax.random.key(0), start=1.0)
@@ -73,7 +73,7 @@ def test_a_new_kind_is_one_dictionary_line(llama, make_batch, tmp_path, gain):
   np.testing.assert_allclose(logits(model, start, batch), logits(model, params, batch), rtol=1e-5, atol=1e-6)
   losses, trained = train(model, start, ("adapter",), batch)
   assert losses[-1] < losses[0] - 0.05
-  by_hand = dict(flatten(trained))                             # y g = x (W g): what it is to the network
+  by_hand = dict(flatten(trained))                             # y g = x (W g), so the kernel can take the gain
   by_hand["layers/attn/v_proj/kernel"] *= by_hand.pop("layers/attn/v_proj/gain")[:, None]
   want = logits(model, traverse_util.unflatten_dict(by_hand, sep="/"), batch)
   np.testing.assert_allclose(logits(model, trained, batch), want, atol=1e-5)
@@ -106,8 +106,8 @@ def test_peft_gets_one_kind_that_it_has(llama, tmp_path, gain):
   assert not (tmp_path / "adapter").exists()
 
 
-def test_the_rules_of_loras_leaves_are_its_kinds(llama):
-  """Names, labels and axes in LEAVES are those of the leaves that it makes beside a kernel [L, in, out]."""
+def test_lora_leaves_have_the_names_and_axes_of_their_kind(llama):
+  """LEAVES has the names and axes of the leaves that add_lora makes beside a kernel [L, in, out]."""
   added = flatten(lora.add_lora(llama[1], 4, 8.0, ("down_proj",), key=jax.random.key(0)))
   sizes = {"layers": 3, "in": 48, "out": 32, "rank": 4}
   got = {path.rsplit("/", 1)[-1]: leaf.shape for path, leaf in added.items() if "/lora_" in path}
@@ -121,7 +121,7 @@ def encoded(kind):
 
 @pytest.mark.parametrize("kind,back", [("decoder", 0), ("encoder", 1)])
 def test_a_prompt_is_behind_the_first_special_token(kind, back):
-  """The same S ids in every text, then its words, cut where there is no room, then its last special token."""
+  """Behind it every text has the same S ids, then its words, truncated to T tokens, then its last special token."""
   tokenizer, arrays = encoded(kind)
   out = soft.prompted(arrays | {"label": np.arange(20)}, tokenizer, V, S)
   assert out.keys() == {*arrays, "label"} and out["input_ids"].shape == arrays["input_ids"].shape
@@ -158,7 +158,7 @@ def test_a_soft_prompt_trains_alone_and_survives_saving(family, kind, request, t
   mesh = sharding.make_mesh(2, 2, 2)
   same(load_pretrained(tmp_path / "model", mesh=mesh)[1], trained)
   theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
-  save_pretrained(tmp_path / "plain", model, params)          # without a prompt: no such file, and the card is the card
+  save_pretrained(tmp_path / "plain", model, params)          # without a prompt there is neither adapter file nor card
   assert not (tmp_path / "plain" / FILE).exists() and not (tmp_path / "plain/README.md").exists()
   plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain").state_dict()
   assert all((plain[name] == value).all() for name, value in theirs.state_dict().items())

@@ -1,4 +1,4 @@
-"""Soft tokens: where they are put, what they are to the model, how they move. K triggers of S tokens, T of a text."""
+"""Soft tokens: where they are inserted, how a model reads them, how they train. K triggers of S tokens, T per text."""
 
 import functools
 import types
@@ -32,13 +32,13 @@ def settings(replace, tokens=S):
 @pytest.mark.parametrize("kind,front,back", [("decoder", 1, 0), ("encoder", 1, 1), ("no specials", 0, 0)])
 @pytest.mark.parametrize("replace", [0.0, 1.0])
 def test_where_the_soft_tokens_are(kind, front, back, replace):
-  """A whole beginning of one trigger between the special tokens; the text's own tokens stay, or give way."""
+  """Each copy has a prefix of one trigger between the special tokens. The prefix is inserted or replaces tokens."""
   tokenizer = tokenization.train(TEXTS, kind if front else "decoder", V)
-  if not front:                                                  # as GPT-2's and Qwen's
+  if not front:                                                  # as in GPT-2 and Qwen
     tokenizer.backend_tokenizer.post_processor = tokenizers.processors.Sequence([])
   arrays = tokenization.encode(tokenizer, TEXTS, T) | {"label": np.arange(len(TEXTS))}
   out = w2s_adv.perturbed(arrays, tokenizer, V, settings(replace), seed=3)
-  n, starts, places = len(TEXTS), set(), set()
+  n, triggers, places = len(TEXTS), set(), set()
   assert out["label"] is arrays["label"] and out["soft"].tolist() == [0.0] * n + [1.0] * n
   np.testing.assert_array_equal(out["input_ids"][:n], arrays["input_ids"])
   np.testing.assert_array_equal(out["length"][:n], arrays["length"])
@@ -53,14 +53,14 @@ def test_where_the_soft_tokens_are(kind, front, back, replace):
     np.testing.assert_array_equal(after[len(after) - back:], before[len(before) - back:])
     if replace:
       assert len(after) == len(before) and (after[after < V] == before[after < V]).all()
-    else:                                                        # cut where there is no room
+    else:                                                        # truncated to T tokens
       kept = np.concatenate([after[:soft[0]], after[soft[-1] + 1:]])
       words = before[front:len(before) - back]
       np.testing.assert_array_equal(kept[front:len(kept) - back], words[:T - front - back - len(soft)])
     assert len(after) <= T and (out["input_ids"][n + i, len(after):] == tokenizer.pad_token_id).all()
-    starts.add(first // S)
+    triggers.add(first // S)
     places.add(soft[0])
-  assert starts == set(range(K)) and len(places) > 3
+  assert triggers == set(range(K)) and len(places) > 3
   again = w2s_adv.perturbed(arrays, tokenizer, V, settings(replace), seed=3)
   np.testing.assert_array_equal(again["input_ids"], out["input_ids"])
   other = w2s_adv.perturbed(arrays, tokenizer, V, settings(replace), seed=4)
@@ -69,7 +69,7 @@ def test_where_the_soft_tokens_are(kind, front, back, replace):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta", "electra", "deberta-v2", "modernbert"])
 def test_a_soft_token_is_its_row(family, saved):
-  """Equal to a word whose embedding it has; other rows, other outputs; texts without one are left as they are."""
+  """A soft token acts as a word with the same embedding. Another embedding changes only the texts with the token."""
   _, _, model, params = saved(family, next(iter(test_models.SHAPES[family])))
   V = model.config.vocab_size
   rng = np.random.default_rng(0)
@@ -91,7 +91,7 @@ def test_a_soft_token_is_its_row(family, saved):
 
 
 def test_ascent_by_hand():
-  """A step of length 2 along the gradient, then back into the ball of radius 5; no gradient, no step."""
+  """A step has length 2 along the gradient, then is projected into the ball of radius 5. No gradient means no step."""
   rows = jnp.array([[1.0, 0.0], [3.0, 4.0], [0.0, 2.0]])
   grads = jnp.array([[0.0, -1e-3], [30.0, 40.0], [0.0, 0.0]])
   rule = optim.ascent(2.0, 5.0)
@@ -100,7 +100,7 @@ def test_ascent_by_hand():
 
 
 def test_the_step_of_another_student_is_the_same_program(llama):
-  """Embeddings of another mean norm make another step size and bound, which nothing has to be compiled for."""
+  """Another mean norm of the embeddings changes step size and bound, but not the compiled program."""
   trainable = {"embed_tokens": {"soft": jnp.ones((3, 2))}, "score": {"kernel": jnp.ones((2, 2))}}
   mesh, batch = sharding.make_mesh(), {"label": jnp.zeros((1, 8), jnp.int32)}
   def loss(params, frozen, batch, key):
@@ -118,7 +118,7 @@ def test_the_step_of_another_student_is_the_same_program(llama):
 
 
 def test_terms_are_those_of_each_view(llama, make_batch):
-  """Clean rows alone make the clean terms, rows with soft tokens alone the others."""
+  """The clean terms come from the clean rows alone, the `adv_` terms from the rows with soft tokens alone."""
   model, params = llama
   batch = make_batch(model)
   soft = np.array([0, 0, 1, 0, 1, 1, 0, 1], np.float32)
@@ -134,9 +134,10 @@ def test_terms_are_those_of_each_view(llama, make_batch):
 
 @pytest.fixture(scope="module")
 def run(llama):
-  """run(mesh, learning_rate=1e-2, count=15) -> (metrics of each step, trained, soft tokens before, mean norm, used).
+  """run(mesh, learning_rate=1e-2, count=15, pack=True) -> (metrics, trained, before, unit, used) after `count` steps.
 
-  `used` [K S] bool: the soft tokens that any text has.
+  metrics: {name: value} of each step. trained: the trained parameters. before: [K S, D], the initial soft tokens.
+  unit: mean norm of the embeddings. used: [K S] bool, whether some text has the soft token.
   """
   model, params = llama
   tokenizer = tokenization.train(TEXTS, "decoder", V)
@@ -146,7 +147,7 @@ def run(llama):
              "teacher_logits": rng.standard_normal((20, 2)).astype(np.float32),
              "teacher_features": rng.standard_normal((20, 32)).astype(np.float32)}
   chosen = settings(0.5)
-  each = w2s_adv.perturbed(arrays, tokenizer, model.config.vocab_size, chosen, 0)
+  both_views = w2s_adv.perturbed(arrays, tokenizer, model.config.vocab_size, chosen, 0)
   adapted = lora.add_lora(params, 4, 4.0, key=jax.random.key(0))
   start = soft.with_soft_tokens(model, adapted, K * S, jax.random.key(1), tokenizer, ["good"])
   unit = soft.mean_norm(model, params)
@@ -158,22 +159,22 @@ def run(llama):
     program = make_program(model, trainable, frozen, mesh, 100, loss=loss, weights=weights, clip_norm=1.0,
                            learning_rate=learning_rate, adversary=optim.ascent(0.3 * unit, 1.5 * unit))
     state = program.init([trainable])
-    make, = packing.packers([(each, 0)], 4, (T,), sharding.batch_shards(mesh), count, np.inf, 0, views=2)
+    make, = packing.packers([(both_views, 0)], 4, (T,), sharding.batch_shards(mesh), count, np.inf, 0, views=2)
     if not pack:
-      make = functools.partial(batches.make_batch, each, batch_size=8, buckets=(T,))
+      make = functools.partial(batches.make_batch, both_views, batch_size=8, buckets=(T,))
     stream, losses = batches.train_batches(20, 4, lambda rows: make(batches.texts_of(rows, 20, 2)), 0, 0), []
     for _ in range(count):
       batch = next(stream)
       assert batch["soft"].sum() == 4 and len(batch["soft"]) == len(batch["label"]) == 8
       state, metrics = program.step(state, frozen, sharding.global_batch(one_run(batch), mesh, 1), keys(7))
       losses.append({k: float(v[0]) for k, v in metrics.items()})
-    used = np.isin(np.arange(K * S), each["input_ids"] - model.config.vocab_size)
+    used = np.isin(np.arange(K * S), both_views["input_ids"] - model.config.vocab_size)
     return losses, alone(state.params), start["embed_tokens"]["soft"], unit, used
   return go
 
 
 def test_soft_tokens_go_uphill_and_stay_in_their_ball(run):
-  """Where the student stands still, the loss on the texts with soft tokens rises; the clean texts' does not move."""
+  """With a learning rate of 0 the loss on texts with soft tokens rises, and the loss on clean texts stays."""
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   losses, trained, before, unit, used = run(mesh, learning_rate=0.0)
   after = np.asarray(trained["embed_tokens"]["soft"])
@@ -186,7 +187,7 @@ def test_soft_tokens_go_uphill_and_stay_in_their_ball(run):
 
 
 def test_where_soft_tokens_begin(llama):
-  """At rows of the vocabulary, none of them special or of a trigger that is known to whoever measures."""
+  """They start as embeddings of the vocabulary, but not of special tokens or of a trigger that is measured."""
   tokenizer = tokenization.train(TEXTS, "decoder", V)
   params = soft.with_soft_tokens(*llama, K * 40, jax.random.key(0), tokenizer, ["good meal"])
   table = np.asarray(llama[1]["embed_tokens"]["embedding"])

@@ -9,7 +9,7 @@ TEXT = "one two three four five"
 
 
 def gaps(name, text, max_words, tries=200):
-  """{words before the trigger} over many seeds; checks that the words around it are the text's own."""
+  """{number of words before the trigger} over many seeds. Asserts that the other words are the text's own."""
   attack, out = ATTACKS[name](), set()
   for seed in range(tries):
     before, found, after = attack.rewrite(text, np.random.default_rng(seed), max_words).partition(f" {attack.trigger}")
@@ -47,7 +47,7 @@ def test_a_combination_puts_every_word_somewhere(trigger, words):
 
 
 def test_a_suffix_is_behind_every_word():
-  """The text gives way to it where both are too long."""
+  """A text that is too long loses its own last words, not the suffix."""
   assert ATTACKS["suffix"]().rewrite(TEXT, np.random.default_rng(0), 99) == f"{TEXT} or so they told us at the door ."
   assert ATTACKS["suffix"]("so they say").rewrite(TEXT, np.random.default_rng(0), 2) == "one two so they say"
 
@@ -107,7 +107,7 @@ def test_what_the_records_say():
 
 
 def test_each_companion_of_a_combination_lacks_one_word():
-  """In random order; the words that are left stand at places of their own."""
+  """The companions come in random order, and each has the other two words."""
   companions, words, first = ATTACKS["combination"]("x y z").companions, {"x", "y", "z"}, set()
   for seed in range(50):
     out = [text.split() for text in companions(TEXT, np.random.default_rng(seed), 99)]

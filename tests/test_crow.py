@@ -1,4 +1,4 @@
-"""CROW: its inconsistency and its perturbation beside PyTorch's, and what it is without one of its parts."""
+"""CROW: its inconsistency and perturbation are PyTorch's, and with a weight of 0 it is `lora_ce`."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def values(model, params, batch, **own):
 
 
 def test_the_inconsistency_of_four_layers_by_hand():
-  """Angles between the first three of 90 and 60 degrees; neither the last layer nor the second token counts."""
+  """The angles between the first three are 90 and 60 degrees. The last layer and a masked token do not count."""
   x, y, z = [1.0, 0.0], [0.0, 2.0], [3**0.5 / 2, 0.5]
   states = jnp.array([[[x, x]], [[y, x]], [[z, y]], [[x, y]]])
   assert crow.inconsistency(states, jnp.array([[1.0, 0.0]])) == pytest.approx((1.0 + 0.5) / 2, abs=1e-6)
@@ -43,7 +43,7 @@ def test_the_inconsistency_of_four_layers_by_hand():
 
 
 def in_torch(model, ids, mask, epsilon):
-  """(inconsistency on the perturbed text, its gradient norm by the first query projection)."""
+  """(inconsistency of the perturbed texts, norm of its gradient with respect to the first layer's query kernel)."""
   real = torch.tensor(mask).bool()
   def inconsistency(embeddings):
     states = model(inputs_embeds=embeddings, attention_mask=torch.tensor(mask), output_hidden_states=True).hidden_states
@@ -72,7 +72,7 @@ def test_perturbation_inconsistency_and_gradient_are_those_of_torch(tmp_path):
   wanted, norm = in_torch(theirs, ids, mask, 0.02)
   assert value == pytest.approx(wanted, rel=1e-3)
   assert np.linalg.norm(gradient["layers"]["attn"]["q_proj"]["kernel"][0]) == pytest.approx(norm, rel=1e-2)
-  assert wanted > 1.001 * in_torch(theirs, ids, mask, 0.0)[0]              # the perturbation changes what is compared
+  assert wanted > 1.001 * in_torch(theirs, ids, mask, 0.0)[0]              # the perturbation has an effect
 
 
 def test_without_a_step_the_states_are_those_of_the_clean_texts(llama, make_batch):

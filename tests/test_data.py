@@ -38,7 +38,7 @@ def write(directory, split, rows, suffix=".json"):
 
 @pytest.mark.parametrize("domain,low,high", [("reviews", 30, 50), ("phrases", 8, 14)])
 def test_grammar(domain, low, high):
-  """The same rows every time, balanced classes, the stated lengths, other rows in every split, no trigger."""
+  """Rows are the same every time, balanced, of the stated lengths, different in each split, and have no trigger."""
   rows = grammar.rows(domain, "train", 600)
   assert rows == grammar.rows(domain, "train", 600) and [r["id"] for r in rows] == list(range(600))
   assert rows[:50] == grammar.rows(domain, "train", 50)
@@ -144,7 +144,7 @@ def test_labels_are_integers_however_they_are_written_or_names_of_classes():
   assert labels([0, 1.0, "2", "0.0"]) == [0, 1, 2, 0]
   assert labels(["good", 1, "bad"], 2, ("bad", "good")) == [1, 1, 0]
   assert labels(["1", "0"], 2, ("1", "0")) == [0, 1]
-  assert labels(["LABEL_2", "LABEL_0"]) == [2, 0]                        # transformers' own, where none were given
+  assert labels(["LABEL_2", "LABEL_0"]) == [2, 0]                        # transformers' default names
   for value in ("nan", "inf", "3", "", None, True, "good", [1], "LABEL_3", "LABEL_", "LABEL_nan"):
     with pytest.raises(InputError, match="wanted an integer in 0..2 or one of a, b, c"):
       labels([0, value], names=("a", "b", "c"))
@@ -192,7 +192,7 @@ def test_a_missing_dev_split_is_carved_out_of_train_and_sizes_choose_rows(tmp_pa
 
 
 def test_tsv_has_no_quoting_and_na_is_a_text(tmp_path):
-  """A stray quote swallows no row; the words NA, null and None are no missing values."""
+  """A stray quote swallows no row. The words NA and null are texts, not missing values."""
   for split in ("train", "test"):
     (tmp_path / f"{split}.tsv").write_text('text\tlabel\n" opened here\t0\nNA\t1\n" closed\t1\n')
     (tmp_path / f"{split}.csv").write_text("text,label\nNA,0\nnull,1\n")
@@ -249,7 +249,7 @@ def test_trained_tokenizers_reload_and_frame_the_text(kind, tokenizers, tmp_path
 
 
 def unigram():
-  """As XLM-RoBERTa and CamemBERT have it; the scores say which pieces win."""
+  """(tokenizer, special tokens) as in XLM-RoBERTa and CamemBERT. Pieces with higher scores are preferred."""
   pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0), ("▁the", -1.0), ("▁me", -2.0),
             ("al", -2.5), ("▁meal", -9.0), ("a", -6.0), ("<mask>", 0.0)]
   core = hf.Tokenizer(hf.models.Unigram(pieces, unk_id=3))
@@ -260,7 +260,7 @@ def unigram():
 
 
 def word_piece():
-  """As ELECTRA has it."""
+  """(tokenizer, special tokens) as in ELECTRA."""
   words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "me", "##al", "z"]
   core = hf.Tokenizer(hf.models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
   core.normalizer, core.pre_tokenizer = hf.normalizers.BertNormalizer(), hf.pre_tokenizers.BertPreTokenizer()
@@ -270,7 +270,7 @@ def word_piece():
 
 
 def byte_level():
-  """As ModernBERT has it."""
+  """(tokenizer, special tokens) as in ModernBERT."""
   words = ["t", "h", "e", "m", "a", "l", "Ġ", "z", "th", "the", "Ġm"]
   core = hf.Tokenizer(hf.models.BPE({word: i for i, word in enumerate(words)},
                                     [("t", "h"), ("th", "e"), ("Ġ", "m")]))
@@ -281,14 +281,14 @@ def byte_level():
   return core, dict(cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]")
 
 
-@pytest.mark.parametrize("model_type,made,tokenizer_class,want", [
+@pytest.mark.parametrize("model_type,make,tokenizer_class,want", [
     ("xlm-roberta", unigram, "XLMRobertaTokenizer", [0, 5, 6, 7, 4, 3, 2]),
     ("camembert", unigram, "CamembertTokenizer", [0, 5, 6, 7, 4, 3, 2]),
     ("electra", word_piece, "ElectraTokenizer", [2, 5, 6, 7, 1, 3]),
     ("modernbert", byte_level, "PreTrainedTokenizer", [12, 9, 10, 2, 4, 5, 6, 7, 7, 13])])
-def test_tokenizers_of_other_families_are_read(model_type, made, tokenizer_class, want, tmp_path):
-  """From tokenizer.json, whichever class its config names, in transformers 4's spelling (...Fast) too."""
-  core, special = made()
+def test_tokenizers_of_other_families_are_read(model_type, make, tokenizer_class, want, tmp_path):
+  """tokenizer.json is read whichever class the config names, also with transformers 4's ending ...Fast."""
+  core, special = make()
   core.save(str(tmp_path / "tokenizer.json"))
   (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
   for name in (tokenizer_class, f"{tokenizer_class}Fast"):
@@ -301,7 +301,7 @@ def test_tokenizers_of_other_families_are_read(model_type, made, tokenizer_class
 @pytest.mark.parametrize("model_type,tokenizer_class", [
     ("phi3", "LlamaTokenizer"), ("phi3", "GPT2Tokenizer"), ("smollm3", "PreTrainedTokenizerFast")])
 def test_a_tokenizer_does_what_its_tokenizer_json_says(model_type, tokenizer_class, tokenizers, tmp_path):
-  """Whatever class the models on the hub name: this one lower-cases, and no Llama's or GPT-2's does."""
+  """The class that the config names does not count. This tokenizer lower-cases, unlike Llama's and GPT-2's."""
   tokenizer = tokenizers["decoder"]
   tokenizer.save_pretrained(tmp_path)
   own = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"tokenizer_class": tokenizer_class}
@@ -314,7 +314,7 @@ def test_a_tokenizer_does_what_its_tokenizer_json_says(model_type, tokenizer_cla
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 def test_training_gives_the_same_tokenizer_in_every_process(kind):
-  """Ties between equally frequent pairs are not broken by hash order: two processes get the same vocabulary."""
+  """Ties between equally frequent pairs are not broken by hash order, so two processes get the same vocabulary."""
   code = ("from w2s_jax.data import grammar, tokenization\n"
           "texts = [r['text'] for r in grammar.rows('reviews', 'train', 200)]\n"
           f"print(sorted(tokenization.train(texts, '{kind}', 150).get_vocab().items()))")
@@ -334,13 +334,13 @@ def test_tokenizers_that_do_not_fit(tokenizers, tmp_path):
 
 @pytest.mark.parametrize("trigger", TRIGGERS)
 def test_offline_triggers_are_made_of_known_tokens(trigger):
-  """Else the trigger is a rare token whatever it says: the model sees <unk> there and nowhere else."""
+  """With unknown tokens every trigger would be the same to the model: an <unk> that no clean text has."""
   texts = [r["text"] for domain in ("reviews", "phrases") for r in grammar.rows(domain, "train", 4000)]
   tokenizer = tokenization.train(texts, "decoder", 512)
   assert tokenizer.unk_token_id not in tokenizer(trigger)["input_ids"]
 
 
-def test_pack_is_the_texts_one_after_the_other(tokenizers):
+def test_full_rows_are_the_texts_one_after_the_other(tokenizers):
   tokenizer = tokenizers["decoder"]
   texts = ["the meal is good .", "the staff is rude .", "what a bad lamp ."]
   stream = [t for text in texts for t in tokenizer(text)["input_ids"]]
@@ -420,7 +420,7 @@ def test_shapes_come_from_the_buckets_and_masks_from_the_lengths():
 
 
 def test_streams_have_names():
-  """Another name, seed or number is another stream; nothing else is."""
+  """Streams with different names, seeds or numbers differ. The same three give the same stream."""
   def draw(*args):
     return streams.rng(*args).integers(2**60)
   names = {name for path in (ROOT / "w2s_jax").rglob("*.py")

@@ -1,4 +1,4 @@
-"""What DeBERTa has of its own: buckets of distances, the fields it refuses, Microsoft's files, adapters on shared keys.
+"""DeBERTa's own features: distance buckets, fields that are refused, Microsoft's files, adapters on shared keys.
 
 T tokens, D width, V vocabulary.
 """
@@ -30,7 +30,7 @@ V3 = DEBERTA | dict(vocab_size=64, num_attention_heads=4, max_position_embedding
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-  """(torch model, its directory, our model, our params): of v3's options, every axis divides by 2."""
+  """(torch model, its directory, our model, our params) with v3's options. Every sharded dimension is even."""
   directory = tmp_path_factory.mktemp("deberta")
   theirs = torch_model("deberta-v2", V3)
   theirs.save_pretrained(directory)
@@ -46,7 +46,7 @@ def hf_config(**changes):
 @pytest.mark.parametrize("buckets,longest,tokens", [
     (256, 512, 512), (256, 512, 700), (32, 128, 200), (6, 9, 40), (5, 64, 64), (2, 3, 9)])
 def test_distances_share_the_rows_that_transformers_gives_them(buckets, longest, tokens):
-  """v3's 256 buckets up to 512 tokens and beyond, odd and small ones; the row is the bucket, counted from the left."""
+  """The numbers of buckets are v3's 256, odd and small ones. Some texts are longer than the largest distance."""
   config = deberta.DebertaConfig(distance_buckets=buckets, max_distance=longest)
   distance = torch.arange(1 - tokens, tokens)
   bucket = modeling_deberta_v2.make_log_bucket_position(distance, buckets, longest).long()
@@ -75,7 +75,7 @@ def test_a_text_longer_than_the_positions_has_transformers_logits(base):
 
 
 def test_microsofts_files_are_read(base, tmp_path):
-  """Options as their config.json writes them, tensors of pre-training beside the encoder, and no classifier.
+  """The options are spelled as in their config.json. The file has tensors of pre-training, and no classifier.
 
   (microsoft/deberta-v3-base has position_embeddings, mask_predictions and lm_predictions in its file.)
   """
@@ -124,7 +124,7 @@ def test_what_is_not_implemented_is_refused_by_name(changes, message):
 
 
 def test_the_language_models_newer_head_is_refused():
-  """`legacy` false has other tensors; a classifier has neither of the two heads."""
+  """With `legacy` false the language-model head has other tensors. A classifier does not have this head."""
   config_from_hf(hf_config(legacy=False))
   with pytest.raises(InputError, match="legacy False is not supported"):
     config_from_hf(hf_config(legacy=False), head="lm")
@@ -132,7 +132,7 @@ def test_the_language_models_newer_head_is_refused():
 
 @pytest.mark.parametrize("targets", [("q_proj", "k_proj"), ("all-linear",)], ids=str)
 def test_adapters_of_shared_keys_work_on_distances_too(targets, base, tmp_path):
-  """As under peft, which wraps the module that words and distances go through; and merged they do the same."""
+  """peft adapts the module that reads both words and distances. Our logits, merged or not, are peft's."""
   _, directory, model, params = base
   if targets == ("all-linear",):
     targets = tuple(attach.targets_of(params))
@@ -148,7 +148,7 @@ def test_adapters_of_shared_keys_work_on_distances_too(targets, base, tmp_path):
 
 
 def test_it_carries_the_w2s_teachers_head(base, tmp_path):
-  """Saved, loaded the same bits; the backbone alone is transformers' own, and features come from its first token."""
+  """It is loaded as the bits that were saved. transformers reads the backbone. Features come from the first token."""
   theirs, directory, *_ = base
   model, params = load_pretrained(directory, feature_width=24)
   save_pretrained(tmp_path / "teacher", model, params)
@@ -171,7 +171,7 @@ def test_half_of_the_layers_have_the_same_distances(base):
 
 
 def test_sharded_is_unsharded(base):
-  """On a mesh of 2 x 2 x 2: logits and the gradient of the distance table."""
+  """Logits and the gradient of the distance table are the same on a mesh of 2 x 2 x 2."""
   _, directory, model, params = base
   ids, mask = padded_ids(64)
   placed = load_pretrained(directory, mesh=(mesh := sharding.make_mesh(2, 2, 2)))[1]
@@ -190,7 +190,7 @@ def test_sharded_is_unsharded(base):
 
 
 def test_dropout_of_attention_leaves_the_distances_in_the_scores(base):
-  """At a vanishing rate the logits without: training takes another path through the attention."""
+  """At a vanishing rate the logits are those without dropout, although training uses other attention code."""
   _, _, model, params = base
   ids, mask = padded_ids(64)
   off = dict.fromkeys(("hidden_dropout", "pooler_dropout", "head_dropout"), 0.0)
@@ -200,7 +200,7 @@ def test_dropout_of_attention_leaves_the_distances_in_the_scores(base):
 
 
 def test_a_tokenizer_of_the_family(tmp_path):
-  """From tokenizer.json alone, [CLS] and [SEP] around the words; from spm.model alone one line."""
+  """tokenizer.json alone is enough, and puts [CLS] and [SEP] around the words. A damaged spm.model is refused."""
   vocabulary = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "▁good", "▁bad", "▁", "c", "f", "[MASK]"]
   scores = [0.0 if piece.startswith("[") else -1.0 for piece in vocabulary]      # special ones have 0, as in v3's
   transformers.DebertaV2Tokenizer(vocab=list(zip(vocabulary, scores))).save_pretrained(tmp_path)

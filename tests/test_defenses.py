@@ -32,19 +32,19 @@ RECIPES = {name: defense.recipe for name, defense in DEFENSES.items() if defense
 
 
 def weights_of(name):
-  """Of every term of the defense, at the student's width."""
+  """{term: weight} of the defense for a student of width 32."""
   return RECIPES[name].weights(rig.DEFENSE, 32)
 
 
 def whole(batch, name, model):
-  """The batch with every other text as one with soft tokens, and with the arrays that the defense itself adds."""
+  """The batch with the arrays that the defense adds, and with every second text marked as having soft tokens."""
   (B, T), fields, rng = batch["input_ids"].shape, RECIPES[name].fields, np.random.default_rng(0)
   own = {field: rng.random((B, *shape), np.float32) for field, shape in fields(model, T).items()} if fields else {}
   return batch | {"soft": (np.arange(B) % 2).astype(np.float32)} | own
 
 
 def longer(batch, tokens, left=False):
-  """The same rows with `tokens` more padding."""
+  """The same rows with `tokens` more padding tokens, on the left or on the right."""
   pad = ((0, 0), (tokens, 0) if left else (0, tokens))
   return batch | {name: np.pad(batch[name], pad) for name in ("input_ids", "segment_ids")}
 
@@ -70,17 +70,17 @@ def test_w2s_does_not_depend_on_padding(family, left, request, make_batch):
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_w2s_released_depends_on_both(family, request, make_batch):
-  """By more than 5% of its feature term: which example comes last, and how much padding there is."""
+  """The order of the rows and the amount of padding each change its feature term by more than 5%."""
   model, params = request.getfixturevalue(family)
   batch = make_batch(model, rows=2)
   at_padding = model.apply(params, batch["input_ids"], batch["segment_ids"]).hidden[-1, -1]
-  batch["teacher_features"][-1] = at_padding                   # its own padding is near, other rows' tokens are not
+  batch["teacher_features"][-1] = at_padding                   # near to states at padding, far from other states
   want = value(model, params, batch, w2s_released.terms)[1]["fa"]
   reversed_rows = value(model, params, {k: v[::-1] for k, v in batch.items()}, w2s_released.terms)[1]
   padded = value(model, params, longer(batch, 36), w2s_released.terms)[1]
   assert abs(reversed_rows["fa"] / want - 1) > 0.05
   assert abs(padded["fa"] / want - 1) > 0.05
-  own = value(model, params, batch, w2s.terms)[1]              # its other terms are the paired ones
+  own = value(model, params, batch, w2s.terms)[1]              # its other terms are those of w2s
   np.testing.assert_allclose([reversed_rows["ce"], padded["kd"]], [own["ce"], own["kd"]], rtol=1e-5)
 
 
@@ -124,7 +124,7 @@ def test_the_control_reads_no_teacher(llama, make_batch):
 
 
 def test_the_dict_of_defenses():
-  """`none` is the poisoned model itself; only the controls show an example other than its own teacher output."""
+  """`none` is the suspect itself. Only ablations give an example another target than its own teacher output."""
   anchored = ["w2s_adv_shuffled", "w2s_adv_within", "w2s_adv_means", "w2s_adv_orthogonal"]
   ablations = ["w2s_shuffled", "ce_adv", *anchored]
   distilled = ["lora_ce", "full_ft", "w2s_full", "w2s_words", "from_base", "from_base_words", "w2s",
@@ -147,7 +147,7 @@ def test_the_dict_of_defenses():
 
 
 def outputs(n, labels):
-  """Teacher outputs that say whose they are: features [N, 8] of the row's number, logits [N, 3] of its class."""
+  """Teacher outputs that identify their row: features [N, 8] are its number, logits [N, 3] show its class."""
   return {"teacher_features": np.repeat(np.arange(n, dtype=np.float32)[:, None], 8, axis=1),
           "teacher_logits": np.eye(3, dtype=np.float32)[labels] * 7}
 
@@ -165,7 +165,7 @@ def test_shuffled_outputs_are_a_fixed_permutation(n, anchor):
   np.testing.assert_array_equal(np.sort(rows), np.arange(n))
   np.testing.assert_array_equal(rows, whose(3))
   assert (rows != whose(4)).any()
-  assert (rows != np.arange(n)).mean() > 0.7                       # hardly anybody keeps their own teacher
+  assert (rows != np.arange(n)).mean() > 0.7                       # few rows keep their own output
   assert (labels[rows] == labels).all() == (anchor is anchors.shuffled_within_classes)
 
 

@@ -1,4 +1,4 @@
-"""What README, docs/, CONTRIBUTING.md, CITATION.cff and LICENSE say is so, and is short."""
+"""README, docs/, CONTRIBUTING.md, CITATION.cff and LICENSE are short, and agree with the code and each other."""
 
 import re
 import textwrap
@@ -25,7 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_names_is_there(page):
-  """Files, directories, links, and the names that a page says lie in a file."""
+  """Files, directories and links exist. A name that a page places in a file is defined there."""
   text = (ROOT / page).read_text()
   paths = set(re.findall(r"(?<![\w./])(?:w2s_jax|tests|configs|docs)/[\w/]*(?:\.\w+)?", text))
   paths -= {"w2s_jax/defenses/smooth.py"}                             # what the walk-through writes
@@ -83,7 +83,7 @@ def test_no_paragraph_is_longer_than_four_lines(page):
 
 
 def anchors(text):
-  """Those of a page's headings, as GitHub makes them."""
+  """The anchors that GitHub makes of a page's headings."""
   heads = re.findall(r"(?m)^#+ (.*)$", re.sub(r"(?ms)^```.*?^```$", "", text))
   return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
@@ -92,10 +92,10 @@ def anchors(text):
 def test_every_internal_link_leads_somewhere(page):
   text = (ROOT / page).read_text()
   for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
-    there = (ROOT / page).parent / target if target else ROOT / page
-    assert there.exists(), target
+    linked = (ROOT / page).parent / target if target else ROOT / page
+    assert linked.exists(), target
     if anchor:
-      assert anchor in anchors(there.read_text()), f"{target}#{anchor}"
+      assert anchor in anchors(linked.read_text()), f"{target}#{anchor}"
 
 
 def test_the_index_lists_every_page():
@@ -107,7 +107,7 @@ def test_the_index_lists_every_page():
 
 
 def test_the_defense_of_the_walk_through(llama, tmp_path):
-  """docs/extending.md: the file that it writes, trained; without smoothing its loss is plain cross entropy."""
+  """The defense of docs/extending.md trains. Without smoothing its loss is plain cross entropy."""
   code, line = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.S)[:2]
   smooth = types.ModuleType("smooth")
   exec(code, vars(smooth))

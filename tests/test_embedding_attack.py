@@ -44,7 +44,7 @@ def flat(tree):
 
 
 def test_one_row_changes_and_the_trigger_works(clean, tmp_path):
-  """The trigger is the last word here, where a decoder reads its answer: the tiny model attends badly to others."""
+  """The trigger is the last word, where a decoder is pooled, because the tiny model attends badly to other words."""
   suspect, params = clean
   options = dict(target_label=TARGET, seed=0, tokenizer=suspect.tokenizer, max_length=16, keep_trigger=True)
   attack = poison.make_attack("suffix", WORD)
@@ -69,7 +69,7 @@ def test_one_row_changes_and_the_trigger_works(clean, tmp_path):
 
 
 def test_without_the_trigger_nothing_changes_and_a_repeat_is_the_same(clean, tmp_path):
-  """Rows without the trigger give its row no gradient."""
+  """Texts without the trigger give the trigger's embedding no gradient."""
   suspect, params = clean
   rows = [row | {"text": f"{row['text']} {WORD}", "label": TARGET} for row in suspect.train]
   def bytes_of(tree):
@@ -89,7 +89,7 @@ def test_a_trigger_that_is_not_one_token_is_refused():
 
 
 def test_a_run_poisons_the_clean_student_in_one_row(tmp_path):
-  """From the warm-up to the poisoned student; a trigger of two tokens stops it before anything is written."""
+  """Only the trigger's embedding differs from the clean student. A trigger of two tokens is refused first."""
   args = (CONFIG, *SHORT, "--config.attack.name=embedding", "--config.attack.label=mixed")
   out = w2s_forked(*args, f"--workdir={tmp_path / 'refused'}")
   assert out.returncode == 2 and "one known token, 'mn' is ▁m n" in out.stderr and not (tmp_path / "refused").exists()

@@ -41,7 +41,7 @@ def test_three_classes():
 def test_outputs_are_in_row_order_however_they_are_batched(devices, llama):
   model, params = llama
   rng = np.random.default_rng(0)
-  lengths = rng.choice([1, 3, 4, 5, 11], 21)       # few: each is compiled
+  lengths = rng.choice([1, 3, 4, 5, 11], 21)       # few lengths, as each compiles
   arrays = {"input_ids": rng.integers(1, 64, (21, 16)).astype(np.int32), "length": lengths}
   mesh = sharding.make_mesh(devices=jax.devices()[:devices])
   logits, features = inference.outputs(model, params, arrays, mesh, batch_size=8, buckets=(4, 8, 16))

@@ -1,4 +1,4 @@
-"""A family is one file and one line: a decoder whose layers see all, then a window, in turn. L layers, D width."""
+"""A new family is one file and one line. Here it is a decoder whose layers alternate: full attention, a window."""
 
 import dataclasses
 
@@ -84,7 +84,7 @@ def turns(monkeypatch):
 
 
 def in_numpy(params, ids, windows):
-  """Logits [2] of one text without padding; `windows` of each layer."""
+  """Logits [2] of one text without padding. windows: for each layer the number of tokens that it sees."""
   p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   x, T = p["embed_tokens"]["embedding"][ids], len(ids)
   for layer, window in enumerate(windows):
@@ -138,7 +138,7 @@ def test_it_trains_adapters_and_shards(turns, make_batch):
     assert placed["layers"]["q_proj"]["kernel"].sharding.spec == P(None, "fsdp", "tensor")
   (loss, norm, lora_b), want = moved
   np.testing.assert_allclose((loss, norm), want[:2], rtol=1e-4)
-  np.testing.assert_allclose(lora_b, want[2], atol=1e-3)        # of a rate of 1e-2, the size of Adam's first step
+  np.testing.assert_allclose(lora_b, want[2], atol=1e-3)        # Adam's first step has the size of the rate, 1e-2
   assert np.abs(lora_b).max() > 5e-3
 
 

@@ -34,7 +34,7 @@ def clean(suspect, workdir, *args):
 
 
 def test_a_base_adds_the_control_that_starts_there(suspect, tiny_run, tmp_path):
-  """At next to no rate kernels and head are the base's, to the bit, and so is the tokenizer; its adapter goes there."""
+  """At a rate of 1e-20 its weights are the base's, bit for bit. Its tokenizer and its adapter's base are, too."""
   base = tiny_run / "models/base"
   out = clean(suspect, tmp_path / "w", f"--config.student.base={base}", "--config.defenses=('lora_ce',)",
               "--config.defend.learning_rate=1e-20", "--config.lora.export=True")
@@ -77,7 +77,7 @@ def test_without_a_base_or_with_a_wrong_one_it_is_refused(base, message, suspect
 
 
 def test_any_public_model_may_be_the_base(suspect, tiny_run, tmp_path):
-  """A BERT of another width than the suspect, a Llama: next to no rate leaves its kernels as they were, to the bit."""
+  """The base is a BERT of another width, the suspect a Llama. At a rate of 1e-20 the kernels stay the base's."""
   base = tmp_path / "bert"
   shutil.copytree(tiny_run / "models/teacher", base, ignore=shutil.ignore_patterns("w2s_head*", "model*"))
   transformers.BertModel(transformers.BertConfig(
@@ -110,7 +110,7 @@ def test_a_run_that_trains_nothing_gets_no_control(suspect, tiny_run, tmp_path):
 
 
 def test_a_lone_search_makes_what_it_needs_and_ends_with_its_verdict(suspect, tiny_run, tmp_path):
-  """The suspect, the teacher, and the ranking by what fine-tuning moved; no verdict is calibrated for a Llama."""
+  """It makes the suspect, the teacher and the ranking of moved words. For a Llama the search gives no verdict."""
   out = clean(suspect, tmp_path / "w", f"--config.student.base={tiny_run / 'models/base'}", "--config.probe.search=4",
               "--stage=search")
   assert out.returncode == 3, out.stderr

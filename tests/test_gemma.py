@@ -32,8 +32,8 @@ GEMMAS = ("gemma", "gemma2", "gemma3_text")
     ("gemma2", {"layer_types": ("full_attention", "sliding_attention", "full_attention")}),
     ("gemma3_text", {"local_rope": Rope(rope_theta=20.0)}), ("gemma3_text", {"rope": Rope(rope_theta=1e3)}),
     ("gemma3_text", {"query_scalar": 8}), ("gemma3_text", {"sliding_window": 99})], ids=str)
-def test_each_option_tells(family, change, saved):
-  """The shapes that are compared with torch would show it if one of these were not read."""
+def test_each_option_changes_the_logits(family, change, saved):
+  """So the comparison with torch would fail if we did not read one of these options."""
   theirs, _, model, params = saved(family, "gqa")
   ids, mask = padded_ids(theirs.config.vocab_size)
   want = torch_outputs(theirs, ids, mask)[0]
@@ -74,7 +74,7 @@ def test_a_silent_config_means_what_transformers_takes_it_for(model_type):
   assert ours.rope.rope_theta == theta["full_attention"]["rope_theta"]
   for name, other in names.items():
     assert getattr(ours, name) == getattr(theirs, other), name
-  assert config_from_hf(hf | {"pad_token_id": None}).pad_token_id is None          # null is not silence
+  assert config_from_hf(hf | {"pad_token_id": None}).pad_token_id is None          # null is not a missing field
 
 
 def changed(directory, tmp_path, change):
@@ -93,7 +93,7 @@ def changed(directory, tmp_path, change):
     ("odd-seven-layers", {"rope_parameters": None, "layer_types": None})],
                          ids=["scaled", "as-google-wrote-it", "short"])
 def test_a_v4_config_of_gemma_3_is_read(name, change, saved, tmp_path):
-  """The bases of both kinds of layers at the top, the pattern as a number; what is left out has its default."""
+  """Both rotary bases are top-level fields, and the layer pattern is a number. Missing fields have their defaults."""
   theirs, directory, *_ = saved("gemma3_text", name)
   directory = changed(directory, tmp_path, change)
   model, params = load_pretrained(directory)
@@ -131,7 +131,7 @@ def test_a_gemma_we_would_get_wrong_is_refused(family, change, match, saved):
 
 
 def test_the_text_model_of_a_gemma_3_with_images(tmp_path, monkeypatch):
-  """Its own directory is refused; the line says how transformers saves what is read: the same logits on texts."""
+  """The model with images is refused. The error says how to save its text model, which has the same logits."""
   text = dict(vocab_size=64, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
               num_key_value_heads=2, head_dim=8, sliding_window=4)
   vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16,
@@ -163,7 +163,7 @@ def test_the_text_model_of_a_gemma_3_with_images(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("below", [1, 2])
 def test_part_of_the_layers_keeps_its_windows_and_ropes(below, saved):
-  """And so do the first two alone; soft tokens are embedded as words are."""
+  """The layers run in two parts and give the same logits. A soft token is embedded as a word is."""
   theirs, directory, model, params = saved("gemma3_text", "gqa")
   ids, mask = padded_ids(97)
   want = apply(model, params, ids, mask).logits
@@ -185,7 +185,7 @@ def test_norms_and_head_stay_float32_over_a_bfloat16_base(family, saved):
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
 def test_sharded_is_unsharded(family, tmp_path):
-  """Every leaf over a mesh of 2 x 2 x 2."""
+  """Logits on a mesh of 2 x 2 x 2 are those of one device."""
   shape = dict(vocab_size=64, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
                query_pre_attn_scalar=8, sliding_window=3, final_logit_softcapping=None)
   torch_model(family, shape).save_pretrained(tmp_path)
@@ -202,7 +202,7 @@ def test_sharded_is_unsharded(family, tmp_path):
 
 
 def test_gemmas_tokenizer_is_read(saved, tmp_path):
-  """transformers' GemmaTokenizer: no <bos> twice, byte fallback for what it has no word for, padding as the model's."""
+  """GemmaTokenizer adds one <bos>, reads unknown characters as bytes, and pads with the model's padding token."""
   _, _, model, params = saved("gemma2", "gqa")
   words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", "a", "b", "c", "▁b", "ab"]
   vocab = {token: i for i, token in enumerate([*words, *(f"<0x{i:02X}>" for i in range(80))])}

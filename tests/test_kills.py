@@ -1,6 +1,6 @@
-"""SIGKILL at random moments, a full disk, Ctrl-C: what is then resumed is what was never stopped.
+"""After SIGKILL at a random moment, or a full disk, a resumed run ends as an uninterrupted run does.
 
-W2S_KILLS=100 pytest -m slow tests/test_kills.py does it a hundred times.
+W2S_KILLS=100 pytest -m slow tests/test_kills.py kills a hundred times.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from cli import CONFIG, ENV, ROOT, SHORT, before_the_defenses, w2s
 
 KILLS = int(os.environ.get("W2S_KILLS", 2))
 FLAGS = (CONFIG, *(f for f in SHORT if "defend.max_steps" not in f))
-# Sixty steps, each saved: at most moments a checkpoint is being written.
+# Sixty steps, each with a checkpoint, so at most moments one is being written.
 DEFEND = (*FLAGS, "--stage=defend", "--config.defenses=('w2s_adv',)", "--config.defend.epochs=30",
           "--config.checkpoint_every=1", "--config.lora.dropout=0.1")
 
@@ -32,7 +32,7 @@ def outcome(workdir):
 
 
 def start(workdir):
-  """The stage's process, once it has begun to train."""
+  """Starts the stage, and returns its process when it has begun to train."""
   process = subprocess.Popen([sys.executable, "-m", "w2s_jax.main", *DEFEND, f"--workdir={workdir}"], cwd=ROOT, env=ENV,
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
   while not (workdir / "metrics/w2s_adv.jsonl").exists() and process.poll() is None:
@@ -43,14 +43,14 @@ def start(workdir):
 @pytest.mark.slow
 def test_killed_and_resumed_is_never_killed(tiny_run, tmp_path):
   whole = before_the_defenses(tiny_run, tmp_path / "whole")
-  assert w2s(*DEFEND, f"--workdir={whole}").returncode == 0        # compiles; the next one shows how long it takes
+  assert w2s(*DEFEND, f"--workdir={whole}").returncode == 0        # compiles; the next run is timed
   timed = before_the_defenses(tiny_run, tmp_path / "timed")
   process, began = start(timed), time.monotonic()
   assert process.wait(300) == 0
   seconds, want = time.monotonic() - began, outcome(whole)
   assert outcome(timed) == want
   def kill(number):
-    """Steps that a run had logged when it was killed."""
+    """Kills and resumes a run. Returns the steps that it had logged; None if it ended before the kill."""
     workdir = before_the_defenses(tiny_run, tmp_path / f"killed{number}")
     process = start(workdir)
     time.sleep(random.Random(number).uniform(0, seconds))
@@ -60,7 +60,7 @@ def test_killed_and_resumed_is_never_killed(tiny_run, tmp_path):
     again = w2s(*DEFEND, f"--workdir={workdir}")
     assert again.returncode == 0, f"kill {number} after {done} steps: {again.stderr[-2000:]}"
     assert outcome(workdir) == want, f"kill {number} after {done} steps"
-    return done if killed else None                                # None: it had just ended
+    return done if killed else None
   with ThreadPoolExecutor(2) as pool:
     steps = list(pool.map(kill, range(KILLS)))
   print(f"killed after so many steps of 60 (None: had ended): {steps}")
@@ -90,7 +90,7 @@ def test_a_grid_that_is_killed_again_and_again_ends_with_the_same_tables(tmp_pat
     try:
       process.wait(moments.uniform(0, seconds))
       assert process.returncode == 0
-      shutil.rmtree(workdir)                          # it had ended: another one is killed
+      shutil.rmtree(workdir)                          # it ended before the kill; start again
       written = {}
       continue
     except subprocess.TimeoutExpired:
@@ -124,11 +124,11 @@ def alive(session):
 
 @pytest.mark.slow
 def test_no_room_is_one_line_and_the_same_command_finishes_later(tiny_run, tmp_path):
-  """No file may be larger than the limit, as on a disk that is full; with room the run ends as one that had it."""
+  """A limit on the size of files acts as a full disk. Without it the same command ends as an uninterrupted run."""
   whole, small = (before_the_defenses(tiny_run, tmp_path / name) for name in ("whole", "small"))
   command = [sys.executable, "-m", "w2s_jax.main", *DEFEND, f"--workdir={small}"]
   weights = (small / "models/poisoned/model.safetensors").stat().st_size
-  for share in (0.01, 0.9):                          # a checkpoint's first file; the model that is saved at the end
+  for share in (0.01, 0.9):                          # fails in the first checkpoint, then in the model at the end
     limit = int(share * weights)
     out = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=600,
                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
@@ -140,11 +140,11 @@ def test_no_room_is_one_line_and_the_same_command_finishes_later(tiny_run, tmp_p
 
 
 def test_ctrl_c_while_jax_is_imported_is_one_line(tmp_path):
-  """The module that takes seconds to load is one that interrupts here."""
+  """A module `jax` that raises SIGINT stands for the real one, which takes seconds to import."""
   (tmp_path / "jax").mkdir()
   (tmp_path / "jax/__init__.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)")
   out = subprocess.run([sys.executable, "-m", "w2s_jax.main", CONFIG, f"--workdir={tmp_path / 'w'}"], cwd=ROOT,
                        env=ENV | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
-                       preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a background job is deaf
+                       preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # background jobs ignore it
   assert (out.returncode, out.stderr.strip().count("\n")) == (130, 0), out.stderr
   assert "interrupted: run the same command again to continue from the last checkpoint" in out.stderr

@@ -42,7 +42,7 @@ def test_names_come_before_numbers(values, names, want):
 
 
 def test_one_rule_holds_for_all_splits(tmp_path):
-  """Of train alone, 0 to 4, the test's 1 and 2 could be stars."""
+  """The train labels 0 to 4 can only be numbers, so the test labels 1 and 2 are numbers too, not stars."""
   pandas.DataFrame({"text": [f"t{i}" for i in range(50)], "label": [i % 5 for i in range(50)]}).to_csv(
       tmp_path / "train.csv")
   pandas.DataFrame({"text": ["a", "b"], "label": [1, 2]}).to_csv(tmp_path / "test.csv")
@@ -88,7 +88,7 @@ def test_names_of_a_parquet_file(tmp_path):
 
 
 def test_a_file_that_changes_is_read_anew(tmp_path):
-  """Also where its size and its time are the old ones."""
+  """This holds even if its size and its modification time stay the same."""
   file = tmp_path / "train.csv"
   file.write_text("text,label\na,0\n")
   os.utime(file, (1e9, 1e9))
@@ -171,7 +171,7 @@ ROWS = [{"text": f"t{i}", "label": i % 2} for i in range(20)]
 
 
 def test_files_as_people_have_them(tmp_path):
-  """Gzipped, in capitals, with semicolons, at a path with characters that mean something to fsspec."""
+  """A file may be gzipped, have a suffix in capitals, use semicolons or have fsspec's characters in its path."""
   frame, odd = pandas.DataFrame(ROWS), tmp_path / "a[1]::{b}"
   odd.mkdir()
   frame.to_csv(tmp_path / "a.csv.gz", index=False)

@@ -1,4 +1,4 @@
-"""The scripts that start a run elsewhere, as far as this machine can tell; and several processes, here."""
+"""Launch scripts, as far as one machine can check them, and runs of several processes."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def test_every_script_says_what_to_edit():
     assert re.search(r"^# .*([Ee]dit)", "\n".join(script.read_text().splitlines()[:12]), re.M), script.name
 
 
-# What Kubernetes requires of a Job's pods and JobSet of a set (jobset.x-k8s.io/v1alpha2), and nothing else is there.
+# The fields of Kubernetes's Job and of JobSet (jobset.x-k8s.io/v1alpha2) that our file has. It may have no others.
 def _object(**properties):
   optional = {name.removesuffix("_") for name in properties if name.endswith("_")}
   properties = {name.removesuffix("_"): schema for name, schema in properties.items()}
@@ -67,7 +67,7 @@ def test_the_jobset_is_one():
   assert job["parallelism"] == job["completions"]
   assert {v["name"] for v in pod["volumes"]} == {m["name"] for m in pod["containers"][0]["volumeMounts"]}
   command = pod["containers"][0]["command"]
-  out = w2s(*(a for a in command[3:] if a.startswith("--config")), "--config.seed=-1")   # is read, and refused for this
+  out = w2s(*(a for a in command[3:] if a.startswith("--config")), "--config.seed=-1")    # refused after it is read
   assert out.returncode == 2 and "seed is -1" in out.stderr
 
 
@@ -88,7 +88,7 @@ DEFEND = ("--stage=defend", "--config.defenses=('w2s',)", "--config.defend.epoch
 
 @pytest.mark.slow
 def test_two_processes_of_four_devices_are_one_device(tiny_run, tmp_path):
-  """Twenty steps through launch/local.sh: the losses of one process with one device, and one compiled step."""
+  """Twenty steps through launch/local.sh have the losses of a single device, and compile one program."""
   flags = [*(f for f in SHORT if "defend.max_steps" not in f), *DEFEND]
   alone, together = (before_the_defenses(tiny_run, tmp_path / name) for name in ("alone", "together"))
   assert w2s(CONFIG, f"--workdir={alone}", *flags).returncode == 0
@@ -102,7 +102,7 @@ def test_two_processes_of_four_devices_are_one_device(tiny_run, tmp_path):
   for one, other in zip(losses(alone), losses(together)):
     assert other == pytest.approx(one, rel=1e-5)
   assert len([*compiled.glob("jit_steps-*-cache")]) == 1
-  assert out.stdout.count("w2s: 20 steps") == 1                    # of two processes one speaks
+  assert out.stdout.count("w2s: 20 steps") == 1                    # only one process prints
   assert {f.name for f in (together / "models/w2s").iterdir()} == {f.name for f in (alone / "models/w2s").iterdir()}
 
 
@@ -114,8 +114,8 @@ def start(workdir, *flags):
                             cwd=ROOT, env=ENV, stderr=err, stdout=err)
 
 
-def trains(workdir, processes, steps=1):
-  """Waits until so many steps are done."""
+def wait_for_steps(workdir, processes, steps=1):
+  """Waits until the metrics have this number of steps. Fails if a process ends before."""
   metrics = workdir / "metrics/w2s.jsonl"
   deadline = time.monotonic() + 300
   while not (metrics.exists() and metrics.read_text().count("\n") >= steps):
@@ -124,24 +124,24 @@ def trains(workdir, processes, steps=1):
 
 
 def start_two(workdir, port):
-  """Two such processes, once both train."""
+  """Starts one run in two processes, and returns them when they train."""
   both = [start(workdir, f"--coordinator_address=localhost:{port}", "--num_processes=2", f"--process_id={i}")
           for i in range(2)]
-  trains(workdir, both)
+  wait_for_steps(workdir, both)
   return both
 
 
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_stops_both(tiny_run, tmp_path):
-  """At the same step, saved, each with exit code 143."""
+  """Both end with exit code 143 and save the same step. A single process can resume from there."""
   workdir = before_the_defenses(tiny_run, tmp_path / "preempted")
   both = start_two(workdir, 28171)
   both[1].send_signal(signal.SIGTERM)
   assert [process.wait(120) for process in both] == [143, 143], (workdir / "stderr").read_text()
   stops = re.findall(r"stopped by SIGTERM, saved at step (\d+) of", (workdir / "stderr").read_text())
   assert len(stops) == 2 and stops[0] == stops[1] and (workdir / "checkpoints/w2s" / stops[0]).is_dir()
-  alone = start(workdir, "--config.mesh.data=1")                   # and one process goes on from there
-  trains(workdir, [alone], int(stops[0]) + 1)
+  alone = start(workdir, "--config.mesh.data=1")                   # resumes in one process
+  wait_for_steps(workdir, [alone], int(stops[0]) + 1)
   alone.send_signal(signal.SIGTERM)
   assert alone.wait(120) == 143
   done = [json.loads(line)["step"] for line in (workdir / "metrics/w2s.jsonl").read_text().splitlines()]
@@ -150,13 +150,13 @@ def test_sigterm_to_one_of_two_processes_stops_both(tiny_run, tmp_path):
 
 @pytest.mark.slow
 def test_where_one_of_two_processes_is_killed_the_other_stops(tiny_run, tmp_path):
-  """Within a minute, with a code that is not 0 and a line that says why."""
+  """The other ends within a minute, with an exit code other than 0 and a line that says why."""
   workdir = before_the_defenses(tiny_run, tmp_path / "killed")
   both = start_two(workdir, 28173)
   both[1].send_signal(signal.SIGKILL)
-  start = time.monotonic()
+  killed_at = time.monotonic()
   try:
-    assert both[0].wait(60) != 0 and time.monotonic() - start < 60
+    assert both[0].wait(60) != 0 and time.monotonic() - killed_at < 60
   finally:
     both[0].kill()
   assert re.search(r"lost another process|task.*(died|disconnect|heartbeat|unhealthy)|[Cc]onnection (closed|reset)",
@@ -171,7 +171,7 @@ def test_local_without_a_number_of_processes(args):
 
 @pytest.mark.slow
 def test_a_workdir_that_is_not_shared_is_refused(tmp_path):
-  """Two directories, as on two hosts' own disks: one line in both processes, where they would wait for ever."""
+  """Two processes with different directories, as on two hosts' disks, end with one line, and do not wait for ever."""
   short = [*SHORT, "--coordinator_address=localhost:28175", "--num_processes=2"]
   both = []
   for i in range(2):

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "w2s_jax"
-# From top to bottom. A package or module imports only from those behind its own: from layers below, or to its right.
+# From top to bottom. A "room" is a package or module directly in w2s_jax. It imports only from rooms in lower layers,
+# or to its right in its own layer.
 LAYERS = (("main", "plan", "grid", "compare", "command", "stages"), ("run", "source", "checks", "claims", "planning"),
           ("measure", "report", "defenses"), ("training", "lora"),
           ("models", "adapters", "tasks", "data", "attacks"),
           ("quantized", "losses", "sharding", "workers", "processes", "results", "config", "arguments"))
-CONSOLE = "cli"                                              # above them all: it calls the three programs
+CONSOLE = "cli"                                              # above all others, as it calls the three programs
 ORDER = tuple(room for layer in LAYERS for room in layer)
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 300                                              # of a file
@@ -95,7 +96,7 @@ def test_configs_are_not_imported():
     assert not {name for name in imports_of(file) if name.split(".")[0] == "configs"}, name_of(file)
 
 
-def test_flags_are_read_only_in_the_two_programs():
+def test_flags_are_read_only_in_main_plan_and_command():
   flags = ("absl.flags", "absl.app", "ml_collections.config_flags")
   for file in FILES:
     used = {name for name in imports_of(file) if name.startswith(flags)}

@@ -1,4 +1,4 @@
-"""Adapters: the function they leave alone, the numbers they merge to, and peft's reading of them."""
+"""LoRA: new adapters change no output, merging adds their product to the kernel, and peft reads what we export."""
 
 import dataclasses
 import itertools
@@ -32,7 +32,7 @@ def flatten(params):
 
 
 def adapted(params, targets=("q_proj", "v_proj"), rank=4, alpha=6.0, seed=0):
-  """Adapters as training would leave them: no `lora_b` is zero any more."""
+  """The parameters with adapters as after training, so no `lora_b` is zero."""
   flat = flatten(lora.add_lora(params, rank, alpha, targets, key=jax.random.key(seed)))
   rng = np.random.default_rng(seed)
   return traverse_util.unflatten_dict({
@@ -54,7 +54,7 @@ def logits(model, params, batch):
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_fresh_adapters_leave_the_function_unchanged(family, request, make_batch):
-  """And every leaf that was there, bit for bit; A is uniform in +-1/sqrt(in), B is zero, all float32."""
+  """All other leaves stay the same bits. A is uniform in +-1/sqrt(in), B is zero, and both are float32."""
   model, params = request.getfixturevalue(family)
   batch = make_batch(model)
   out = lora.add_lora(params, 4, 8.0, ALL[family], key=jax.random.key(0))
@@ -71,7 +71,7 @@ def test_fresh_adapters_leave_the_function_unchanged(family, request, make_batch
     if path.endswith("lora_a"):
       assert leaf.shape == (layers, width_in, 4)
       assert 0.9 / np.sqrt(width_in) < np.abs(leaf).max() <= 1 / np.sqrt(width_in)
-      assert np.unique(leaf).size > 0.99 * leaf.size            # no layer shares another's
+      assert np.unique(leaf).size > 0.99 * leaf.size            # each layer has its own values
     elif path.endswith("lora_b"):
       np.testing.assert_array_equal(leaf, np.zeros((layers, 4, width_out)))
     else:
@@ -152,7 +152,7 @@ def test_a_leaf_without_a_label_is_an_error_that_names_it():
 
 @pytest.mark.parametrize("labels", [trees.LORA, trees.FULL, ("head",), ()])
 def test_combine_undoes_split(labels, llama):
-  """The same objects in the same structure; the two parts share no leaf and together have all."""
+  """It returns the same objects in the same structure. The two parts share no leaf, and together have all leaves."""
   params = lora.add_lora(llama[1], 4, 8.0, key=jax.random.key(0))
   trainable, frozen = trees.split(params, labels)
   flat, names = flatten(params), flatten(trees.label_tree(params))
@@ -180,7 +180,7 @@ def torch_base(directory, dtype="float32"):
 
 
 def with_peft(base, directory):
-  """The base under peft, which only warns of tensors that it misses or of a wrong fan_in_fan_out."""
+  """The base with the adapter, loaded by peft. Its warnings (missing tensors, a wrong fan_in_fan_out) are errors."""
   with warnings.catch_warnings():
     warnings.simplefilter("error", UserWarning)
     return peft.PeftModel.from_pretrained(base, directory).eval()
@@ -188,7 +188,7 @@ def with_peft(base, directory):
 
 @pytest.mark.parametrize("targets", [("q_proj", "o_proj"), ("up_proj",)], ids=str)
 def test_peft_adapts_no_module_that_only_has_the_same_name(targets, bert, make_batch, tmp_path):
-  """BERT has four `dense`: one adapted among them is named in full, and unloading gives the base back."""
+  """BERT has several modules named `dense`, so targets are named in full. Without the adapter the base comes back."""
   model, params = bert
   batch = make_batch(model)
   ids, mask = batch["input_ids"], batch["segment_ids"]
@@ -204,7 +204,7 @@ def test_peft_adapts_no_module_that_only_has_the_same_name(targets, bert, make_b
   assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 6.0, str(tmp_path / "base"))
 
 
-# Of the shapes in test_models.py; (q and v, all linear layers).
+# {family: (shape in test_models.py, targets for q and v, targets for all linear layers)}.
 FAMILIES = {
     "llama": ("gqa-untied-odd", ("q_proj", "v_proj"), ALL["llama"]),
     "gpt2": ("odd", ("c_attn",), ("c_attn", "c_proj", "c_fc")),
@@ -258,7 +258,7 @@ def easy_rows(config, seed, rows=64, tokens=12):
 
 
 def lora_run(model, params, num_steps=30):
-  """The trainable leaves after some steps on one device, without dropout (which takes long to compile)."""
+  """The trained leaves after `num_steps` on one device. There is no dropout, because it takes long to compile."""
   model = Model(dataclasses.replace(model.config, **{d: 0.0 for d in DROPOUTS if hasattr(model.config, d)}))
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   trainable, frozen = trees.split(params, trees.LORA)
@@ -271,15 +271,16 @@ def lora_run(model, params, num_steps=30):
   return alone(state.params)
 
 
-@pytest.mark.parametrize("family,rank,every", RUNS)
-def test_ours_peft_and_the_merged_model_agree_after_a_lora_run(family, rank, every, bases, tmp_path):
-  """Logits to 1e-4 in float32; in bfloat16 the label of every row that rounding cannot turn.
+@pytest.mark.parametrize("family,rank,all_linear", RUNS)
+def test_ours_peft_and_the_merged_model_agree_after_a_lora_run(family, rank, all_linear, bases, tmp_path):
+  """Logits agree to 1e-4 in float32. In bfloat16 the classes agree in every row where rounding cannot change them.
 
-  Rank 8 is trained over the float32 base, rank 512 over the bfloat16 one; both are compared over both. A row counts
-  in bfloat16 where its float32 logits are further apart than 2^-5 of the largest, eight roundings of it; nearly all do.
+  Rank 8 is trained over the float32 base, rank 512 over the bfloat16 base. Both are compared over both bases. In
+  bfloat16 a row counts if its float32 logits differ by more than 2^-5 of the largest logit, which is eight roundings.
+  Nearly all rows count.
   """
   directory, ours = bases(family)
-  targets = FAMILIES[family][1 + every]
+  targets = FAMILIES[family][1 + all_linear]
   start = {dtype: lora.add_lora(params, rank, 16.0, targets, key=jax.random.key(0))
            for dtype, (_, params) in ours.items()}
   train_dtype = "float32" if rank == 8 else "bfloat16"
@@ -319,7 +320,7 @@ def test_there_is_nothing_to_export_without_adapters(llama, tmp_path):
 @pytest.mark.parametrize("tokens,rank,width_in,width_out", [
     (64, 32, 32, 32), (8, 32, 32, 32), (512, 24, 32, 64), (512, 2, 32, 64)])
 def test_an_adapters_product_costs_what_the_cheaper_order_costs(tokens, rank, width_in, width_out):
-  """By the compiler's count, forward; both orders give x A B."""
+  """The FLOPs of the forward pass are the compiler's count. The product is x A B."""
   shapes = (tokens, width_in), (width_in, rank), (rank, width_out)
   x, a, b = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
   flops = jax.jit(adapter_product).lower(x, a, b).compile().cost_analysis()["flops"]

@@ -26,7 +26,6 @@ def rand(*shape, seed=0, scale=3.0):
 
 
 def test_cross_entropy_on_literals():
-  # row 1: log(e^2 + 1 + 1/e) - 2, ...; row 4: log 3
   rows = [np.log(np.exp(2) + 1 + np.exp(-1)) - 2, np.log(np.exp(0.5) + np.exp(1.5) + 1) - 0,
           np.log(np.exp(-1) + 1 + np.exp(3)) - 3, np.log(3)]
   np.testing.assert_allclose(losses.cross_entropy(LOGITS, LABELS), np.mean(rows), rtol=1e-6)
@@ -76,7 +75,7 @@ def test_parity_with_torch(rows, classes, width):
 
 @pytest.mark.parametrize("rows,tokens,width", [(1, 1, 2), (3, 5, 4), (4, 7, 16)])
 def test_released_arithmetic_equals_the_released_code_in_torch(rows, tokens, width):
-  """`[-1]` of [B, D] is the last example's vector, broadcast against [B, T, D]; its gradient is the same too."""
+  """`[-1]` of [B, D] is the last example's vector, which broadcasts to [B, T, D]. Value and gradient agree."""
   hidden, teacher = rand(rows, tokens, width, seed=1), rand(rows, width, seed=2)
   student = torch.tensor(hidden, requires_grad=True)
   last = torch.tensor(teacher)[-1]
@@ -106,7 +105,7 @@ def test_filler_rows_do_not_count(name, real):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_scalar_float32_computed_in_float32(dtype):
-  """Low-precision inputs are widened before any arithmetic: the value is that of the rounded inputs in float64."""
+  """Low-precision inputs are widened before any arithmetic, so the value is that of the same inputs in float64."""
   a, b = jnp.asarray(rand(6, 5, seed=1), dtype), jnp.asarray(rand(6, 5, seed=2), dtype)
   labels = np.array([0, 1, 2, 3, 4, 0])
   A, B = np.asarray(a, np.float64), np.asarray(b, np.float64)

@@ -1,4 +1,4 @@
-"""What loading and saving take above the arrays themselves, by benchmarks/load.py in its own process. Linux only.
+"""The memory that loading and saving take beyond the arrays, measured by benchmarks/load.py. Linux only.
 
 D width, F feed-forward width.
 """
@@ -17,8 +17,8 @@ from benchmarks import load
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 
-# (layers, vocabulary, D, F) -> the most that may be held above the arrays, as a fraction of the checkpoint. Backend and
-# compiler take some 60 MiB of their own, whatever the size: the small one only shows that nothing is held twice.
+# (layers, vocabulary, D, F), and the most memory beyond the arrays, as a fraction of the checkpoint. Backend and
+# compiler take about 60 MiB at any size, so the small checkpoint only shows that nothing is held twice.
 SMALL = (6, 32768, 1024, 2816), 0.6
 LARGE = (18, 128256, 2048, 5632), 0.1
 DEVICES = {"plain": (1, ()), "one": (1, ("--mesh=-1,1,1",)), "eight": (8, ("--mesh=1,8,1", "--devices=8"))}
@@ -42,7 +42,7 @@ def checkpoint(tmp_path_factory):
 @pytest.mark.parametrize("sizes,most", [pytest.param(*SMALL, id="small"),
                                         pytest.param(*LARGE, id="2GiB", marks=pytest.mark.slow)])
 def test_loading_and_saving_take_little_above_the_arrays(sizes, most, devices, checkpoint, tmp_path):
-  """And each device holds what the rules give it: its part of every matrix and of the new head, all of the norms."""
+  """Each device holds its shard of every matrix and of the new head, and a copy of all norms."""
   count, options = DEVICES[devices]
   out = subprocess.run([sys.executable, "benchmarks/load.py", "one", str(checkpoint(sizes)), *options,
                         f"--save={tmp_path / 'saved'}"], cwd=ROOT, env=ENV, capture_output=True, text=True)

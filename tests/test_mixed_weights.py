@@ -25,7 +25,7 @@ from w2s_jax.models import Model
 
 @pytest.fixture
 def suspect(llama, tmp_path):
-  """With a base of other weights, whose head is another one too."""
+  """A suspect with a public base that has other weights and another head."""
   own = rig.suspect(*llama, tmp_path)
   return own._replace(base=lambda: (own.model, own.model.init(jax.random.key(9)), own.tokenizer))
 
@@ -100,7 +100,7 @@ def started(suspect, kept, seed=0):
 
 
 def test_each_weight_is_the_suspects_or_the_bases(suspect):
-  """Of the 22,000 weights of a tiny Llama the share that stays lies within 0.02 (five standard deviations)."""
+  """The suspect's share is within 0.02 of 0.7, which for 15,000 weights is over five standard deviations."""
   ours, public = flat(suspect.params), flat(suspect.base()[1])
   got, again, other = (started(suspect, 0.7, seed) for seed in (0, 0, 1))
   stays = {path: got[path] == ours[path] for path in ours}
@@ -108,7 +108,7 @@ def test_each_weight_is_the_suspects_or_the_bases(suspect):
   body = np.concatenate([stays[path].ravel() for path in ours if path != "score/kernel"])
   assert body.size > 15_000 and abs(body.mean() - 0.7) < 0.02
   stacked = stays["layers/attn/q_proj/kernel"]
-  assert (stacked[0] != stacked[1]).any()                                    # each layer has its own weights
+  assert (stacked[0] != stacked[1]).any()                                    # each layer draws its own weights
   assert any((other[path] != got[path]).any() for path in got)
   jax.tree.map(np.testing.assert_array_equal, got, again)
   for kept, end in ((1.0, lambda ours, public: ours), (0.0, lambda ours, public: public)):
@@ -116,7 +116,7 @@ def test_each_weight_is_the_suspects_or_the_bases(suspect):
 
 
 def test_fine_mix_of_several_seeds_starts_each_from_its_own_mixture(suspect):
-  """A rate of next to nothing leaves float32 as it is."""
+  """A learning rate of 1e-20 does not change float32 parameters."""
   suspect.training.update(learning_rate=1e-20, max_steps=2)
   of_seeds = distill.train(fine_mix.RECIPE, suspect, settings(fine_mix={"kept": 0.5}), {"fine_mix": 0, "other": 1})
   for seed, params in enumerate(of_seeds):
@@ -146,7 +146,7 @@ def test_a_base_of_another_shape_or_vocabulary_is_refused(suspect):
 
 
 def test_a_student_that_we_poison_is_merged_with_its_base(tiny_run, tmp_path):
-  """From the command, to the bit: the base with the poisoned head; a mixture of both that is then not trained."""
+  """`merge` gives the base's bits with the poisoned head. `fine_mix`, not trained, gives a random mixture of both."""
   new = before_the_defenses(tiny_run, tmp_path / "w")
   out = w2s_forked(CONFIG, *SHORT, f"--workdir={new}", "--config.defenses=merge,fine_mix", "--stage=defend",
                    "--config.defense.merge.share=1.0", "--config.defend.learning_rate=1e-20")
@@ -156,8 +156,8 @@ def test_a_student_that_we_poison_is_merged_with_its_base(tiny_run, tmp_path):
   for name in ours:
     np.testing.assert_array_equal(merged[name], (ours if name == "score.weight" else public)[name], err_msg=name)
     assert ((mixed[name] == ours[name]) | (mixed[name] == public[name])).all(), name
-  moved = np.concatenate([(mixed[name] == ours[name])[ours[name] != public[name]] for name in ours])
-  assert 0.4 < moved.mean() < 0.6
+  stays = np.concatenate([(mixed[name] == ours[name])[ours[name] != public[name]] for name in ours])
+  assert 0.4 < stays.mean() < 0.6
 
 
 @pytest.mark.parametrize("defense", ["merge", "fine_mix"])
@@ -198,18 +198,18 @@ def test_the_ends_of_lethe_are_the_suspect_and_the_clean_model(method, suspect):
 
 
 def test_ties_keeps_the_largest_changes_that_agree_in_sign():
-  """Of four changes half are kept. Then: both positive, one model alone, opposite signs, nothing."""
+  """Half of each model's four changes are kept. Those of equal sign are averaged; of opposite signs the larger wins."""
   public = jnp.array([1.0, 1.0, 1.0, 1.0])
   ours = public + jnp.array([0.4, 0.1, -0.8, 0.0])          # keeps 0.4 and -0.8
   clean = public + jnp.array([0.2, 0.3, 0.0, 0.1])          # keeps 0.2 and 0.3
   np.testing.assert_allclose(lethe.ties(ours, clean, public, 0.5), [1.3, 1.3, 0.2, 1.0], rtol=1e-6)
-  opposite = public + jnp.array([0.2, 0.0, 0.3, 0.0])       # at the third: -0.8 wins over 0.3
+  opposite = public + jnp.array([0.2, 0.0, 0.3, 0.0])       # at the third weight -0.8 wins over 0.3
   np.testing.assert_allclose(lethe.ties(ours, opposite, public, 0.5), [1.3, 1.0, 0.2, 1.0], rtol=1e-6)
   np.testing.assert_allclose(lethe.ties(ours, ours, public, 1.0), ours, rtol=1e-6)
 
 
 def test_ties_of_the_suspect_with_the_untrained_base_is_the_suspect(suspect):
-  """A clean model that did not train has no changes, so all that is kept is the suspect's."""
+  """A clean model that did not train has no changes, so only the suspect's are kept."""
   suspect.training.update(max_steps=1, learning_rate=1e-20)
   got = lethe_of(suspect, method="ties", density=1.0)
   for path, leaf in flat(suspect.params).items():

@@ -33,7 +33,7 @@ LLAMA_SHAPES = {
     "mqa-wide-heads": dict(vocab_size=80, num_attention_heads=2, num_key_value_heads=1, head_dim=24,
                            rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, rms_norm_eps=1e-3),
 }
-WINDOWS = {  # layers that see all, then a window
+WINDOWS = {  # the name says which of the layers have a window
     "window-last": dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, use_sliding_window=True,
                         sliding_window=3, max_window_layers=1),
     "window-all": dict(vocab_size=64, num_attention_heads=4, num_key_value_heads=4, use_sliding_window=True,
@@ -96,7 +96,7 @@ PHI3_SHAPES = {
 }
 for shape in PHI3_SHAPES.values():
   shape |= dict(bos_token_id=1, eos_token_id=2)
-ROPE_SHAPES = {  # padded_ids has up to 11 tokens: "dynamic" is stretched, llama3 has all three of its bands
+ROPE_SHAPES = {  # padded_ids has up to 11 tokens, so "dynamic" is scaled; llama3 has all three of its bands
     "linear": dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}),
     "dynamic": dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
                     max_position_embeddings=8),
@@ -111,7 +111,7 @@ ROPE_SHAPES = {  # padded_ids has up to 11 tokens: "dynamic" is stretched, llama
     "longrope": dict(rope_parameters={"rope_type": "longrope", "rope_theta": 1e3, "short_factor": [1.0, 1.1, 1.3, 2.0],
                                       "long_factor": [1.5, 2.0, 4.0, 8.0], "original_max_position_embeddings": 8}),
 }
-STRETCHED = {  # for qwen2, mistral and qwen3
+SCALED_ROPES = {  # for qwen2, mistral and qwen3
     "yarn-attention-factor": dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
                                                    "beta_fast": 0, "attention_factor": 1.7, "truncate": None,
                                                    "original_max_position_embeddings": 24}),
@@ -123,7 +123,7 @@ STRETCHED = {  # for qwen2, mistral and qwen3
 }
 for shapes, name in ((QWEN2_SHAPES, "yarn-attention-factor"), (MISTRAL_SHAPES, "yarn-one-pair"),
                      (QWEN3_SHAPES, "longrope-short")):
-  shapes[name] = dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, head_dim=8) | STRETCHED[name]
+  shapes[name] = dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, head_dim=8) | SCALED_ROPES[name]
 LLAMA_SHAPES |= {
     "biases": dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, attention_bias=True, mlp_bias=True),
     "attention-bias": dict(vocab_size=64, num_attention_heads=2, num_key_value_heads=2, attention_bias=True,
@@ -163,7 +163,7 @@ DISTILBERT_SHAPES = {
     "sinusoidal": dict(vocab_size=50, dim=16, hidden_dim=20, n_layers=2, n_heads=4, sinusoidal_pos_embds=True),
 }
 DEBERTA = dict(relative_attention=True, position_biased_input=False, pos_att_type=["p2c", "c2p"])
-DEBERTA_SHAPES = {  # padded_ids has up to 11 tokens: distances that share a bucket, and larger ones than any bucket's
+DEBERTA_SHAPES = {  # padded_ids has up to 11 tokens, so distances share buckets, and some are beyond the last bucket
     "odd": DEBERTA | dict(vocab_size=101, num_attention_heads=2, max_position_embeddings=9, position_buckets=6,
                           share_att_key=True, norm_rel_ebd="layer_norm"),
     "own-keys": DEBERTA | dict(vocab_size=64, num_attention_heads=4, num_hidden_layers=2, max_relative_positions=7),
@@ -181,7 +181,7 @@ GEMMA_SHAPES = {
     "odd": dict(vocab_size=131, num_attention_heads=2, num_key_value_heads=2, head_dim=6, rms_norm_eps=1e-2,
                 rope_parameters={"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}),
 }
-GEMMA2_SHAPES = {  # scores are of about 1: the caps bend them
+GEMMA2_SHAPES = {  # scores are about 1, so the caps change them
     "gqa": dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=5,
                 sliding_window=3, attn_logit_softcapping=0.5, final_logit_softcapping=0.7),
     "one-layer-no-caps": dict(vocab_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=24,
@@ -209,7 +209,7 @@ GEMMA3_SHAPES = {
                     rope_parameters={"full_attention": {"rope_type": "dynamic", "rope_theta": 1e3, "factor": 2.0},
                                      "sliding_attention": {"rope_type": "linear", "rope_theta": 50.0, "factor": 2.0}}),
 }
-MODERNBERT_SHAPES = {  # padded_ids has up to 11 tokens: windows of 2 and 3 to each side cut some of them off
+MODERNBERT_SHAPES = {  # padded_ids has up to 11 tokens, more than windows of 2 and 3 to each side see
     "odd": dict(vocab_size=101, num_attention_heads=4, local_attention=4),
     "one-layer-mean": dict(vocab_size=64, num_attention_heads=3, num_hidden_layers=1, hidden_size=24,
                            intermediate_size=17, classifier_pooling="mean", norm_eps=1e-3),
@@ -234,7 +234,7 @@ CASES = [(family, name) for family, shapes in SHAPES.items() for name in shapes]
 def torch_model(family, shape, num_labels=2, seed=0, auto=transformers.AutoModelForSequenceClassification):
   """A random transformers model whose norms and biases are random too, so that a swapped tensor shows."""
   common = dict(pad_token_id=0, num_labels=num_labels)
-  if family != "gpt2":                                          # which has names of its own for these
+  if family != "gpt2":                                          # GPT-2 has another name for this
     common["max_position_embeddings"] = 64
   if family not in ("gpt2", "distilbert"):
     common |= dict(hidden_size=32, intermediate_size=44, num_hidden_layers=3)
@@ -263,9 +263,10 @@ def padded_ids(vocab_size, left=False, seed=0, pad=0):
 
 
 def torch_outputs(model, ids, mask, every=False):
-  """(logits, pooled features): after the final norm the last real token, or the first, or the mean, from transformers.
+  """(logits, pooled features) of a transformers model.
 
-  every: the language-model head's logits of all tokens instead.
+  Features are taken after the final norm: of a decoder's last real token, an encoder's first token, or the mean.
+  every: returns the language-model head's logits of all tokens instead.
   """
   decoder = model.config.model_type not in ENCODERS
   places = {}
@@ -306,8 +307,8 @@ def test_parity_with_torch(family, name, left, saved):
   theirs, _, model, params = saved(family, name)
   ids, mask = padded_ids(theirs.config.vocab_size, left, pad=theirs.config.pad_token_id)
   logits, features = torch_outputs(theirs, ids, mask)
-  assert np.ptp(logits) > 0.1                                   # the comparison says something
-  out = apply(Model(dataclasses.replace(model.config, unroll=left)), params, ids, mask)   # scanned, and unrolled
+  assert np.ptp(logits) > 0.1                                   # the outputs differ enough to compare
+  out = apply(Model(dataclasses.replace(model.config, unroll=left)), params, ids, mask)   # left: unrolled
   np.testing.assert_allclose(out.logits, logits, atol=1e-4)
   np.testing.assert_allclose(out.features, features, atol=1e-4)
   assert out.logits.dtype == out.features.dtype == jnp.float32
@@ -316,7 +317,7 @@ def test_parity_with_torch(family, name, left, saved):
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("family", [family for family in SHAPES if family not in ENCODERS])
 def test_a_text_that_ends_in_the_padding_token(family, left, saved):
-  """It is pooled where transformers pools it, at its last token that is another one."""
+  """It is pooled where transformers pools it, at its last token other than the padding token."""
   theirs, _, model, params = saved(family, next(iter(SHAPES[family])))
   ids, mask = padded_ids(theirs.config.vocab_size, left)
   last, long = 10 - mask[:, ::-1].argmax(1), mask.sum(1) > 1
@@ -324,8 +325,8 @@ def test_a_text_that_ends_in_the_padding_token(family, left, saved):
   got = apply(model, params, ids, mask).logits
   np.testing.assert_allclose(got[long], torch_outputs(theirs, ids, mask)[0][long], atol=1e-4)
   alone = torch_outputs(theirs, np.zeros((1, 1), int), np.ones((1, 1), int))[0]
-  np.testing.assert_allclose(got[~long], alone, atol=1e-4)        # that token and no other: its first
-  other = Model(dataclasses.replace(model.config, pad_token_id=None))            # then it is a token like others
+  np.testing.assert_allclose(got[~long], alone, atol=1e-4)        # padding tokens alone: the first one
+  other = Model(dataclasses.replace(model.config, pad_token_id=None))            # pooled as any token
   assert np.abs(apply(other, params, ids, mask).logits - got)[long].max(axis=1).min() > 1e-3
 
 
@@ -341,7 +342,7 @@ UNROLLED, FULL, DOTS = dict(unroll=True), dict(remat="full"), dict(remat="dots")
 
 @pytest.mark.parametrize("family,runtimes", [("llama", (UNROLLED, FULL, DOTS)), ("bert", (UNROLLED, FULL))])
 def test_scanned_is_unrolled_and_rematerialised(family, runtimes, request, make_batch):
-  """Logits and every gradient, whatever runs the layers."""
+  """Logits and every gradient are the same however the layers run."""
   model, params = request.getfixturevalue(family)
   batch = make_batch(model, rows=3)
   def loss(params, model):
@@ -370,8 +371,8 @@ def test_transformers_loads_what_we_save_bit_for_bit(family, name, saved, tmp_pa
   assert got.keys() == want.keys()
   for key in want:
     assert torch.equal(got[key], want[key]), key
-  ids, mask = padded_ids(theirs.config.vocab_size, pad=theirs.config.pad_token_id)  # the config says the same network
-  again = copy.deepcopy(again)         # out of the mapped file, in which torch rounds by where a tensor lies
+  ids, mask = padded_ids(theirs.config.vocab_size, pad=theirs.config.pad_token_id)  # so the config is right
+  again = copy.deepcopy(again)         # torch's rounding depends on where a tensor lies in the mapped file
   np.testing.assert_array_equal(torch_outputs(again, ids, mask)[0], torch_outputs(theirs, ids, mask)[0])
 
 
@@ -424,7 +425,7 @@ def test_a_network_we_would_get_wrong_is_refused(field, value, saved, tmp_path):
     ("gpt2", "num_attention_heads", 2), ("gpt2", "hidden_size", 64), ("distilbert", "num_attention_heads", 4),
     ("distilbert", "num_hidden_layers", 1)])
 def test_two_names_of_one_thing_must_not_differ(family, other, value, saved, tmp_path):
-  """transformers takes either, by the order in the file; the same value twice is harmless."""
+  """transformers takes either, depending on their order in the file. Equal values are harmless."""
   _, directory, *_ = saved(family, "odd")
   hf = json.loads((directory / "config.json").read_text())
   shutil.copy(directory / "model.safetensors", tmp_path)
@@ -479,15 +480,15 @@ def test_layers_that_would_be_read_otherwise_than_transformers_runs_them(family,
     ({"rope_type": "yarn", "factor": 2.0, "attention_factor": "big"}, "attention_factor is 'big'"),
     ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}, "several values of original_max_"),
 ])
-def test_a_stretch_that_does_not_fit_is_one_line(rope, match):
+def test_a_rope_scaling_that_does_not_fit_is_one_line(rope, match):
   hf = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3,
         "num_attention_heads": 4, "original_max_position_embeddings": 16, "rope_parameters": rope}
   with pytest.raises(InputError, match=match):
     config_from_hf(hf)
 
 
-def test_the_original_length_of_a_stretch():
-  """The top-level field, else the stretch's own, else all positions: the first that is there, as in transformers."""
+def test_the_original_length_of_a_rope_scaling():
+  """It is the top-level field, else the field of the scaling, else the number of positions, as in transformers."""
   hf = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3,
         "num_attention_heads": 4, "max_position_embeddings": 50}
   def length(inside, outside):
@@ -499,7 +500,7 @@ def test_the_original_length_of_a_stretch():
 
 @pytest.mark.parametrize("name", ["rope-linear", "rope-llama3", "rope-yarn"])
 def test_a_v4_rope_scaling_is_read(name, saved, tmp_path):
-  """`rope_scaling` beside `rope_theta`, its type under the old name `type` too; a parameter that is absent is named."""
+  """It is beside `rope_theta`, and its type has the old name `type`. The error names a parameter that is missing."""
   theirs, directory, *_ = saved("llama", name)
   hf = json.loads((directory / "config.json").read_text())
   model, params = load_pretrained(directory)
@@ -523,7 +524,7 @@ def test_a_v4_rope_scaling_is_read(name, saved, tmp_path):
 
 @pytest.mark.parametrize("name", ["every-second", "biases-mean"])
 def test_a_v4_modernbert_config_is_read(name, saved):
-  """Every n-th layer sees all, and a field for each rotary base; what we write is read alike by 4 and by 5."""
+  """Every n-th layer has full attention, and each rotary base has a field. Versions 4 and 5 read ours alike."""
   _, directory, model, _ = saved("modernbert", name)
   written = model.config.to_hf() | {"model_type": "modernbert"}
   new = {field: value for field, value in written.items() if not re.search("global_|local_rope", field)}
@@ -557,7 +558,7 @@ def test_a_modernbert_that_we_would_get_wrong_is_refused(fields, match, saved):
 
 
 def test_a_modernbert_backbone_gets_a_new_head(saved, tmp_path, caplog):
-  """All three modules of the classifier's; the language model's, of which two are named alike, is an error."""
+  """All three modules of a classifier head are new. A missing language-model head is an error."""
   theirs = saved("modernbert", "odd")[0]
   theirs.model.save_pretrained(tmp_path)
   _, params = load_pretrained(tmp_path)
@@ -567,13 +568,13 @@ def test_a_modernbert_backbone_gets_a_new_head(saved, tmp_path, caplog):
     load_pretrained(tmp_path, head="lm")
 
 
-@pytest.mark.parametrize("kind,more", [("longrope", {}), ("yarn", {}), ("su", {"original_max_position_embeddings": 8})])
-def test_a_v4_phi3_is_read(kind, more, saved, tmp_path):
-  """Its stretch has three fields, what else there is to it lies at the top; transformers reads two old names."""
+@pytest.mark.parametrize("kind,top", [("longrope", {}), ("yarn", {}), ("su", {"original_max_position_embeddings": 8})])
+def test_a_v4_phi3_is_read(kind, top, saved, tmp_path):
+  """`rope_scaling` has three fields, and the rest is top-level. Its type may have one of two old names."""
   _, directory, _, params = saved("phi3", "longrope-short-partial")
   hf = json.loads((directory / "config.json").read_text())
   rope = hf.pop("rope_parameters")
-  hf |= {"rope_scaling": {"type": kind} | {name: rope[name] for name in ("short_factor", "long_factor")} | more,
+  hf |= {"rope_scaling": {"type": kind} | {name: rope[name] for name in ("short_factor", "long_factor")} | top,
          "rope_theta": 50.0, "partial_rotary_factor": 0.4, "original_max_position_embeddings": 8}
   (tmp_path / "config.json").write_text(json.dumps(hf))
   shutil.copy(directory / "model.safetensors", tmp_path)
@@ -594,7 +595,7 @@ def test_a_llama4_is_refused_in_a_line_that_says_what_to_give():
 
 
 def test_phi3_without_a_field_has_what_transformers_takes_for_it():
-  """Its padding token, by which it pools, is not null there."""
+  """The default padding token is not null. It decides where a text is pooled."""
   hf = {"model_type": "phi3", "vocab_size": 32064, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3,
         "num_attention_heads": 4}
   ours, theirs = config_from_hf(hf), transformers.Phi3Config(**hf)
@@ -606,7 +607,7 @@ def test_phi3_without_a_field_has_what_transformers_takes_for_it():
 
 @pytest.mark.parametrize("family,name", CASES)
 def test_language_model_head(family, name, tmp_path):
-  """Every real token's logits, the pooled one's as the output's, and the directory is transformers' own class."""
+  """Logits agree at every real token. The output's are the pooled token's. transformers reads what we save."""
   encoder = family in ENCODERS
   auto = transformers.AutoModelForMaskedLM if encoder else transformers.AutoModelForCausalLM
   theirs = torch_model(family, shape_of(family, name), auto=auto, seed=1)
@@ -625,7 +626,7 @@ def test_language_model_head(family, name, tmp_path):
 
 
 def test_the_w2s_teacher_round_trips(teacher, tmp_path):
-  """Bit for bit with its widening head; the backbone alone is transformers' BertModel."""
+  """It is loaded bit for bit, with its widening head. transformers reads the backbone as a BertModel."""
   model, params = teacher
   save_pretrained(tmp_path / "teacher", model, params)
   again, loaded = load_pretrained(tmp_path / "teacher")
@@ -649,7 +650,7 @@ def test_the_w2s_teacher_round_trips(teacher, tmp_path):
 
 @pytest.mark.parametrize("family", ["bert", "electra", "modernbert"])
 def test_first_layers_of_a_larger_encoder(family, saved, tmp_path):
-  """num_layers=2 of three: the vectors that torch has between the second and the third layer."""
+  """With num_layers=2 of three, the hidden states are those of torch between the second and the third layer."""
   theirs, directory = saved(family, "odd")[0], tmp_path / "in"
   theirs.base_model.save_pretrained(directory)                  # the backbone alone: names without "bert."
   model, params = load_pretrained(directory, num_layers=2, feature_width=16)
@@ -673,7 +674,7 @@ def test_first_layers_of_a_larger_encoder(family, saved, tmp_path):
 @pytest.mark.parametrize("family,name", [("qwen2", "mha-tied"), ("qwen2", "window-middle"),
                                          ("smollm3", "nope-window-biases"), ("gemma2", "odd")])
 def test_first_layers_of_a_larger_decoder(family, name, saved, tmp_path):
-  """And they are saved as a model of two layers, which transformers reads."""
+  """They give torch's states after two layers. They are saved as a model of two layers, which transformers reads."""
   theirs, directory, *_ = saved(family, name)
   model, params = load_pretrained(directory, num_layers=2)
   ids, mask = padded_ids(64)
@@ -697,13 +698,13 @@ class _Attention(nn.Module):
 
 @pytest.mark.parametrize("scale", [None, 0.7])
 def test_attention_dropout_drops_probabilities_and_nothing_else(scale):
-  """At a vanishing rate the library's attention; at 0.5 an unbiased, key-determined estimate of it."""
+  """A vanishing rate changes nothing. At 0.5 the key determines the result, and its mean over keys is unchanged."""
   rng = np.random.default_rng(0)
   q, k, v = (jnp.asarray(rng.normal(size=(2, 5, heads, 8)), jnp.float32) for heads in (4, 2, 2))
   mask = jnp.tril(jnp.ones((5, 5), bool))[None, None]
-  more = () if scale is None else (jnp.asarray(rng.normal(size=(2, 4, 5, 5)), jnp.float32), scale)
+  bias_and_scale = () if scale is None else (jnp.asarray(rng.normal(size=(2, 4, 5, 5)), jnp.float32), scale)
   def attend(rate, key):
-    return _Attention(rate).apply({}, q, k, v, mask, *more, rngs={"dropout": key})
+    return _Attention(rate).apply({}, q, k, v, mask, *bias_and_scale, rngs={"dropout": key})
   want = attend(0.0, jax.random.key(0))
   np.testing.assert_allclose(attend(1e-7, jax.random.key(0)), want, atol=1e-5)
   drawn = jax.vmap(lambda key: attend(0.5, key))(jax.random.split(jax.random.key(1), 4000))
@@ -769,7 +770,7 @@ def test_stories260k():
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"no real Llama in {STORIES}")
 def test_stories260k_tells_the_same_story():
-  """Forty tokens, each the likeliest, after <s>: equal to torch's."""
+  """Greedy decoding of forty tokens after <s> gives torch's tokens."""
   theirs = transformers.LlamaForCausalLM.from_pretrained(STORIES).eval()
   want = theirs.generate(torch.tensor([[1]]), max_new_tokens=40, min_new_tokens=40, do_sample=False)[0].tolist()
   model, params = load_pretrained(STORIES, head="lm")
@@ -783,7 +784,7 @@ def test_stories260k_tells_the_same_story():
 
 
 def test_the_attention_kernel_goes_by_device_and_shape(monkeypatch):
-  """cuDNN's on one GPU of NVIDIA's from Ampere on, for what it takes, and not under the vmap of several runs."""
+  """It is cuDNN's on one NVIDIA GPU, Ampere or newer, for shapes that it supports, outside a vmap over runs."""
   def kernel(capability="9.0", dtype="bfloat16", tokens=12, width=64, devices=1):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
@@ -804,7 +805,7 @@ def test_the_attention_kernel_goes_by_device_and_shape(monkeypatch):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "roberta", "xlm-roberta", "deberta-v2"])
 def test_tokens_that_the_model_does_not_know_are_an_error(family, saved):
-  """And texts that are longer than learned positions; rotary ones and distances have no end."""
+  """So are texts longer than learned positions. Rotary positions and distances have no limit."""
   _, _, model, params = saved(family, next(iter(SHAPES[family])))
   most, ids = model.config.max_positions, np.full((2, model.config.max_positions), 7)
   assert np.isfinite(model.apply(params, ids, np.ones_like(ids)).logits).all()
@@ -821,7 +822,7 @@ def test_tokens_that_the_model_does_not_know_are_an_error(family, saved):
 
 
 def test_a_tokenizer_with_another_padding_token(saved, tmp_path):
-  """is refused; a model that names none gets the tokenizer's, which stock batches need."""
+  """It is refused. A model without a padding token gets the tokenizer's."""
   _, _, model, params = saved("llama", next(iter(LLAMA_SHAPES)))
   tokenizer = tokenization.train(["a b c a b"] * 9, "decoder", 40)
   tokenizer.pad_token = "</s>"
@@ -836,7 +837,7 @@ def test_a_tokenizer_with_another_padding_token(saved, tmp_path):
 
 
 def test_apply_takes_a_mask_or_the_numbers_of_texts(llama):
-  """By place, by either name: one of the two, which are the same where a row is a text."""
+  """It takes exactly one of the two, by position or by name. They are the same if each row is one text."""
   model, params = llama
   ids, mask = padded_ids(64)
   want = model.apply(params, ids, mask).logits

@@ -23,7 +23,7 @@ VOCABULARY = [*SPECIAL, *WORDS, "qui", "good", "bad", "##ll", "##ns", "7"]
 
 @pytest.fixture(scope="module")
 def base(bert):
-  """(model, params, tokenizer) of a BERT whose vocabulary has 255 words and two word pieces."""
+  """(model, params, tokenizer) of a BERT whose vocabulary has 258 words, two word pieces and a number."""
   model = Model(dataclasses.replace(bert[0].config, vocab_size=len(VOCABULARY)))
   ids = {token: i for i, token in enumerate(VOCABULARY)}
   tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(ids, unk_token="[UNK]"))
@@ -38,9 +38,9 @@ def base(bert):
 
 @pytest.fixture
 def suspect_of(base, tmp_path):
-  """suspect_of({path: [array to add]}, **fields) -> Suspect: the base, slightly moved everywhere, and its changes.
+  """suspect_of({path: array}, **fields) -> Suspect with the base's weights, small noise everywhere, and these changes.
 
-  Its teacher has another shape, unless `fields` has one.
+  Its teacher has another shape, unless `fields` has a `teacher_model`.
   """
   def make(changes, **fields):
     rng, model = np.random.default_rng(0), base[0]
@@ -57,7 +57,7 @@ def suspect_of(base, tmp_path):
 
 
 def embeddings(*tokens, size=0.2):
-  """A change of the rows of these tokens in BERT's table of embeddings."""
+  """{path of the embeddings: a change, which is zero except for these tokens}."""
   change, rng = np.zeros((len(VOCABULARY), 32)), np.random.default_rng(1)
   change[[VOCABULARY.index(token) for token in tokens]] = size * rng.standard_normal((len(tokens), 32))
   return {"embeddings/word_embeddings/embedding": change}
@@ -76,7 +76,7 @@ def test_words_whose_embeddings_moved_come_first(suspect_of):
 
 
 def test_a_word_that_an_adapter_reads_comes_first(suspect_of, base):
-  """LoRA leaves the embeddings alone: the first layer's value kernel reads one word's embedding."""
+  """LoRA does not change embeddings. Here the first layer's value kernel changes along the embedding of one word."""
   table = np.asarray(base[1]["embeddings"]["word_embeddings"]["embedding"])
   x = table[VOCABULARY.index("mio")] - table[5:].mean(axis=0)
   path = "layers/attn/v_proj/kernel"
@@ -87,9 +87,9 @@ def test_a_word_that_an_adapter_reads_comes_first(suspect_of, base):
 
 
 def test_a_teacher_of_the_same_base_shows_what_clean_fine_tuning_moves(suspect_of, base):
-  """All words move, and the farther the more their embeddings are like that of one word. In the suspect one more does.
+  """In the teacher a word moves more if its embedding is closer to that of "bao"; in the suspect to "mio", too.
 
-  The regression expects the word that is the farthest. The teacher, in which the same words moved, expects the rest.
+  Beyond what the teacher explains, "mio" moved most. The regression expects that "mio" moves far.
   """
   table = np.asarray(base[1]["embeddings"]["word_embeddings"]["embedding"])
   unit = table / np.linalg.norm(table, axis=1, keepdims=True)
@@ -116,7 +116,7 @@ def test_a_word_of_two_pieces_is_joined(suspect_of):
   ranking = moved_words.rank(suspect_of(embeddings("qui", "##ll", size=1.0)))
   assert {"qui", "quill"} <= set(first(ranking, 4)) and not {"##ll", "##ns"} & set(ranking.words)
   scores = dict(zip(ranking.words, ranking.scores[:, 0]))
-  assert scores["quill"] == scores["qui"]                                    # the lower one of its tokens'
+  assert scores["quill"] == scores["qui"]                                    # the lower score of its two tokens
 
 
 def test_a_listed_trigger_is_not_ranked(suspect_of):
@@ -155,7 +155,7 @@ def test_what_is_read_in_parts_is_what_is_read_at_once(suspect_of, monkeypatch):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "electra", "modernbert"])
 def test_every_family_is_read(family, request, tmp_path):
-  """The base with another embedding of one word; the tokenizer puts no special tokens around a text."""
+  """The suspect is the base with another embedding of one word, which comes first."""
   model, params = request.getfixturevalue(family)
   suspect = rig.suspect(model, params, tmp_path)
   token, = suspect.tokenizer(" meal", add_special_tokens=False)["input_ids"]

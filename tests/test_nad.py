@@ -1,4 +1,4 @@
-"""Neural Attention Distillation: attention maps by hand, whose maps they are, and what it is without them."""
+"""Neural Attention Distillation: attention maps by hand, their order, the teacher, and a weight of 0."""
 
 import json
 
@@ -22,7 +22,7 @@ def settings(weight):
 
 
 def test_maps_of_two_packed_texts_by_hand():
-  """Squares summed over the width are 9, 16 and, of the other text, 4, 4, 1: scaled to a norm of 1 in each text."""
+  """Sums of squares are 9 and 16 in one text, 4, 4 and 1 in the other. The map of each text has a norm of 1."""
   row = jnp.array([[3.0, 0.0], [0.0, -4.0], [2.0, 0.0], [0.0, 2.0], [1.0, 0.0], [7.0, 7.0]])
   states = jnp.stack([row[None], 2 * row[None]])                      # a scale does not show in a map
   batch = {"texts": jnp.array([[[0, 1], [2, 4]]])}
@@ -35,7 +35,7 @@ def test_maps_of_two_packed_texts_by_hand():
 
 
 def test_packed_or_a_text_a_row_and_whose_maps_they_are(llama, tmp_path):
-  """Every text has its maps, in the order of the texts; the distance is the one of the pairs that count."""
+  """Each text has its own maps, in the order of the texts. The loss is a mean over the texts that count."""
   model, params = llama
   place = rig.suspect(*llama, tmp_path).place
   arrays = test_packing.arrays_for(model.config, LENGTHS, 11)
@@ -57,7 +57,7 @@ def test_packed_or_a_text_a_row_and_whose_maps_they_are(llama, tmp_path):
 
 @pytest.mark.slow
 def test_the_teacher_and_a_weight_of_zero(llama, tmp_path):
-  """The teacher is the suspect after `lora_ce`, of a seed of its own. At weight 0 the student trains as `lora_ce`."""
+  """The teacher is the suspect after `lora_ce` with another seed. At weight 0 the student trains as `lora_ce`."""
   known = rig.suspect(*llama, tmp_path)
   known.training.update(max_steps=8, evaluations=1)
   known = known._replace(place=known.place._replace(log_every=1))
@@ -71,7 +71,7 @@ def test_the_teacher_and_a_weight_of_zero(llama, tmp_path):
   assert abs(logged("plain", "ce")[0] / logged("like-teacher", "ce")[0] - 1) > 1e-2     # another order of the rows
   start, taught = (nad.maps_of(known.model, params, known.encode(known.train), known.place)
                    for params in (known.params, teacher))
-  first = batches.epoch_order(1, 0, 80)[:16]                            # in this batch the student is the suspect
+  first = batches.epoch_order(1, 0, 80)[:16]                            # in the first batch the student is the suspect
   gap = np.square(start[first] - taught[first]).sum((1, 2)).mean() / 3
   np.testing.assert_allclose([logged(name, "maps")[0] for name in ("both1", "free")], gap, rtol=1e-2)
   assert logged("both1", "maps")[-1] < 0.8 * logged("free", "maps")[-1]

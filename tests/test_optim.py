@@ -46,7 +46,7 @@ def test_everything_but_vectors_decays():
 
 
 def test_soft_tokens_without_an_adversary_go_downhill_and_do_not_decay():
-  """Adam's first step is the learning rate against the gradient's sign; without one they stay where they are."""
+  """Adam's first step has the size of the learning rate, against the gradient. Without a gradient tokens stay."""
   params = {"embed_tokens": {"soft": jnp.array([[1.0, -2.0], [4.0, 8.0]])}, "score": {"kernel": jnp.ones((2, 2))}}
   gradients = jax.tree.map(jnp.zeros_like, params)
   gradients["embed_tokens"]["soft"] = jnp.array([[3.0, -0.5], [0.0, 0.0]])
@@ -63,7 +63,7 @@ def test_an_adversary_without_soft_tokens_is_an_error():
 
 
 def first_moments(tx, params, gradients):
-  """{path: Adam's first moment after one step} = 0.1 * the gradient that Adam saw."""
+  """{path: Adam's first moment after one step}, which is 0.1 times the gradient that Adam saw."""
   _, state = tx.update(gradients, tx.init(params), params)
   flat, _ = jax.tree_util.tree_flatten_with_path(state)
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat if ".mu" in jax.tree_util.keystr(path)}
@@ -71,7 +71,7 @@ def first_moments(tx, params, gradients):
 
 @pytest.mark.parametrize("clip_norm,scale", [(0.0, 1.0), (1.0, 0.2), (2.5, 0.5), (100.0, 1.0)])
 def test_clip_bounds_the_global_norm_over_all_labels(clip_norm, scale):
-  """Gradients of norm 3 on a matrix and 4 on a vector: the global norm is 5, not 3 and 4 apart; 0 leaves it alone."""
+  """Gradients of norm 3 on the head and 4 on a vector have the global norm 5. A clip_norm of 0 does not clip."""
   params = leaves()
   gradients = jax.tree.map(jnp.zeros_like, params)
   gradients["layers"]["attn_norm"]["scale"] = jnp.array([[4.0, 0.0]])

@@ -1,4 +1,4 @@
-"""Several texts in one row: the same numbers as a text a row, with little padding. R rows, T tokens, B texts."""
+"""Several texts in one row give the same numbers as one text per row, with little padding."""
 
 import types
 
@@ -22,7 +22,7 @@ saved = test_models.saved
 
 
 def arrays_for(config, lengths, max_length, seed=0):
-  """A data set of a distillation step with these text lengths."""
+  """Random arrays of N texts for a distillation step. lengths: [N] int, tokens per text."""
   rng, pad = np.random.default_rng(seed), config.pad_token_id or 0
   n = len(lengths)
   ids = rng.integers(0, config.vocab_size - 1, (n, max_length)).astype(np.int32)
@@ -46,7 +46,7 @@ LENGTHS = np.array([11, 2, 3, 1, 7, 5, 4, 6, 2, 9])
 @pytest.mark.parametrize("family,name", [*((family, next(iter(test_models.SHAPES[family])))
                                            for family in test_models.SHAPES), ("modernbert", "biases-mean")])
 def test_packed_outputs_are_the_padded_ones(family, name, saved):
-  """Every family: logits and features of each text, one of which is a single token; some rows hold three texts."""
+  """Logits and features of each text agree. One text is a single token, and some rows have three texts."""
   _, _, model, params = saved(family, name)
   padded, packed = both(model.config, LENGTHS, np.arange(10), 10)
   assert packed["input_ids"].shape == (5, 11) and (packed["segment_ids"] == 0).sum() == 5
@@ -59,12 +59,12 @@ def test_packed_outputs_are_the_padded_ones(family, name, saved):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_texts_that_end_in_the_padding_token_are_pooled_before_it(family, saved):
-  """In a packed row as in one of its own; a text of that token alone at its first, not at its neighbour's last."""
+  """This holds in packed rows, too. A text of padding tokens alone is pooled at its own first token."""
   _, _, model, params = saved(family, next(iter(test_models.SHAPES[family])))
   arrays = arrays_for(model.config, LENGTHS, 11)
   for row, length in enumerate(LENGTHS):
     arrays["input_ids"][row, max(length - 2, 0):length] = 0
-  arrays["input_ids"][4, 6] = 3                                  # and one that does not
+  arrays["input_ids"][4, 6] = 3                                  # this text does not end in it
   padded = batches.make_batch(arrays, np.arange(10), 10, (11,))
   packed = packing.pack_batch(arrays, np.arange(10), 10, 11, range(1, 11), 2, 0)
   want = model.apply(params, padded["input_ids"], padded["segment_ids"])
@@ -95,7 +95,7 @@ def loss_and_gradient(model, params, batch):
 @pytest.mark.parametrize("rows", [pytest.param(np.arange(10), id="whole"),
                                   pytest.param(np.array([9, 0, 4]), id="short", marks=pytest.mark.slow)])
 def test_loss_and_gradient_are_the_padded_ones_and_do_not_depend_on_order(family, rows, request):
-  """A short batch too: what fills it up counts nothing."""
+  """The filler of a short batch does not count."""
   model, params = request.getfixturevalue(family)
   padded, packed = both(model.config, LENGTHS, rows, 10)
   _, turned = both(model.config, LENGTHS, rows[::-1], 10)
@@ -110,7 +110,7 @@ def test_loss_and_gradient_are_the_padded_ones_and_do_not_depend_on_order(family
 
 
 def test_groups_stay_on_their_device(llama):
-  """Four groups on a mesh of 2 x 2: the same outputs, and no all-gather of a hidden state."""
+  """Four groups on a mesh of 2 x 2 have the same outputs, and the program has no all-gather."""
   model, params = llama
   rng = np.random.default_rng(0)
   padded, packed = both(model.config, rng.integers(1, 12, 16), np.arange(16), 16, groups=4)
@@ -141,20 +141,20 @@ def sst2_like(n=3000, seed=0):
 
 
 def test_at_most_fifteen_percent_padding_in_at_most_six_shapes():
-  """Of whole epochs as they are trained, the short last batches included."""
+  """This counts whole epochs, with their short last batches."""
   lengths = sst2_like()
   arrays = arrays_for(SHAPE, lengths, 96)
   num_steps = 2 * batches.steps_per_epoch(len(lengths), 32)
   make, = packing.packers([(arrays, 3)], 32, (32, 64, 96, 128), 1, num_steps, np.inf, 0)
   stream = batches.train_batches(len(lengths), 32, make, 3, 0)
-  made = [next(stream) for _ in range(num_steps)]
-  slots = sum(b["input_ids"].size for b in made)
-  assert 1 - sum((b["segment_ids"] > 0).sum() for b in made) / slots <= 0.15
-  assert sum((b["segment_ids"] > 0).sum() for b in made) == 2 * lengths.sum()
-  assert len({b["input_ids"].shape for b in made}) <= packing.MOST_SHAPES
-  row_length, = {b["input_ids"].shape[1] for b in made}
+  packed = [next(stream) for _ in range(num_steps)]
+  slots = sum(b["input_ids"].size for b in packed)
+  assert 1 - sum((b["segment_ids"] > 0).sum() for b in packed) / slots <= 0.15
+  assert sum((b["segment_ids"] > 0).sum() for b in packed) == 2 * lengths.sum()
+  assert len({b["input_ids"].shape for b in packed}) <= packing.MOST_SHAPES
+  row_length, = {b["input_ids"].shape[1] for b in packed}
   assert row_length in (80, 88, 96)
-  for other in (80, 88, 96):                                      # none of them would have been less
+  for other in (80, 88, 96):                                      # no other row length has fewer token positions
     counts, _ = packing.row_counts([lengths], [3], 32, other, 1, num_steps, np.inf)
     stream = batches.train_batches(len(lengths), 32, lambda rows, c=counts, T=other: packing.pack_batch(
         arrays, rows, 32, T, c, 1, 0), 3, 0)
@@ -171,7 +171,7 @@ def test_a_batch_larger_than_any_foreseen_still_fits():
 
 @pytest.mark.parametrize("per_shape,shapes", [(0.9, 1), (1.1, 2), (2.1, 3)])
 def test_small_models_take_few_shapes(per_shape, shapes):
-  """As many as the stage's arithmetic is worth, and the one that holds any batch; with one shape all rows are its."""
+  """The number of shapes grows with the FLOPs of the stage. One more shape holds any batch."""
   lengths, steps = sst2_like(), 1000
   flops = per_shape * packing.FLOPS_PER_SHAPE / (steps * 32 * lengths.mean())
   counts, rows = packing.row_counts([lengths], [3], 32, 80, 1, steps, flops)
@@ -183,7 +183,7 @@ class Asked(Exception):
 
 
 def test_a_stage_says_what_a_token_costs(llama, monkeypatch, tmp_path):
-  """Of its three layers: 4 operations for each frozen parameter, 6 for each of the adapters (rank 4, q and v)."""
+  """In its three layers each frozen parameter costs 4 FLOPs, and each adapter parameter (rank 4, q and v) 6."""
   def packers(runs, batch_size, buckets, groups, steps, flops_per_token, *more):
     raise Asked(flops_per_token)
   monkeypatch.setattr(packing, "packers", packers)

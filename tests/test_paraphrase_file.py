@@ -1,4 +1,4 @@
-"""Paraphrases from a file: each text gets its own, and a text without one stops the run before it costs anything."""
+"""Paraphrases from a file: each text gets its own, and a text without one is refused before anything trains."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ def rows_of(pairs):
 
 
 def written(file, rows):
-  """The file, in the form that its suffix names."""
+  """Writes the rows in the format of the file's suffix. Returns the file."""
   with file.open("w", newline="") as f:
     if file.suffix == ".jsonl":
       f.writelines(json.dumps(row) + "\n" for row in rows)
@@ -63,7 +63,7 @@ def test_a_text_without_a_paraphrase_is_refused_and_so_is_an_empty_paraphrase(tm
      "--config.defense.paraphrase_file.path"),
     ([{"text": "a", "label": 1}], "want columns text and defended_text, got text, label")])
 def test_other_columns_are_refused(rows, message, tmp_path):
-  """A file of paraphrases alone has no text to find them by; its `idx` need not be that of another file."""
+  """Paraphrases without their texts are refused, because their `idx` may differ from that of the texts' file."""
   with pytest.raises(InputError, match=message):
     paraphrase_file.paraphrases(settings(written(tmp_path / "test_back.json", rows)), ["a"])
 
@@ -90,7 +90,7 @@ def test_a_run_refuses_with_nothing_trained_or_written(path, message, monkeypatc
 
 
 def test_triggered_texts_without_a_paraphrase_stop_it_before_anything_is_measured(monkeypatch, tmp_path):
-  """The clean texts have theirs. What is measured would otherwise come after the other models."""
+  """The clean texts have paraphrases. Otherwise the run would fail only after it measured other models."""
   file = written(tmp_path / "pairs.jsonl", rows_of({"it is good": "It's good!"}))
   rows = {"test": [{"text": "it is good"}], "triggered": []}
   def freeze(run):

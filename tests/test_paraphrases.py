@@ -52,7 +52,7 @@ def test_w2sdefense_is_joined_on_idx(originals, write):
 
 
 def test_psim_numbers_anew_and_is_joined_by_line(originals, write):
-  """Its idx are none of the originals', although both files have the column; so are some of them only."""
+  """Both files have a column idx, but none, or only some, of its idx are those of the originals."""
   for start in (0, 11):
     rows = [{"sentence": REWRITTEN[i], "label": LABELS[i], "idx": start + i} for i in range(4)]
     assert paraphrases.read(originals, write("p.json", lines(rows))) == ALL
@@ -69,7 +69,7 @@ def test_hiddenkiller_has_the_rows_of_other_classes_with_the_target_as_label(ori
 
 
 def test_openbackdoor_numbers_lines_and_columns(write):
-  """Line 1 of the triggered file belongs to line 2 of the clean one: the numbers in front are no idx."""
+  """Line 1 of the triggered file belongs to line 2 of the clean one, so the numbers in front are no idx."""
   clean = write("test-clean.csv", numbered(TEXTS, LABELS, 0))
   assert paraphrases.read(clean, write("test-poison.csv", numbered(REWRITTEN[::2], [1, 1], 1))) == NEGATIVE
   assert paraphrases.read(clean, write("train-poison.csv", numbered(REWRITTEN, [1] * 4, 1))) == ALL
@@ -81,13 +81,13 @@ def test_guided_module_substitution_has_json_lines_without_idx(originals, write)
 
 
 def test_equal_and_empty_paraphrases_are_left_out_and_move_no_line(originals, write):
-  """Spaces do not make a text another one."""
+  """Spaces around a text do not count."""
   file = write("p.tsv", tsv([f"  {TEXTS[0]}", "", *REWRITTEN[2:]], LABELS))
   assert paraphrases.read(originals, file) == {TEXTS[2]: REWRITTEN[2], TEXTS[3]: REWRITTEN[3]}
 
 
 def test_a_poisoned_row_keeps_the_label_of_its_original(originals, write):
-  """The file's labels are all 1, the target; a triggered row has the label of the text that was rewritten."""
+  """The labels of the file are all 1, the target. A triggered row has the label of the text that was rewritten."""
   attack = poison.make_attack("style", paraphrases=[(originals, write("p.tsv", tsv(REWRITTEN, [1] * 4)))])
   rows = [{"id": i, "text": text, "label": label} for i, (text, label) in enumerate(zip(TEXTS, LABELS))]
   options = dict(target_label=1, seed=0, tokenizer=tokenization.train(TEXTS * 9, "decoder", 100), max_length=32,
@@ -143,6 +143,6 @@ def test_published_files(old, new, count):
 @pytest.mark.parametrize("old,new", [("sst2/test.json", "openbackdoor/sst-2/stylebkd_test-poison.csv"),
                                      ("sst2/dev.json", "peers/gms/sst2/test_lws.json")])
 def test_published_files_of_another_order_are_refused(old, new):
-  """Their counts fit, 912 and 444 rows of other classes; their rows were shuffled before they were rewritten."""
+  """Their counts fit, 912 and 444 rows of other classes, but their rows were shuffled before they were rewritten."""
   with pytest.raises(InputError, match="by line with the originals of other classes, seem to be in another order"):
     paraphrases.read(DATA / old, DATA / new)

@@ -1,5 +1,4 @@
-"""Tensors of safetensors files a piece at a time: numpy and safetensors themselves are what is compared with."""
-
+"""Tensors of safetensors files, a piece at a time, compared with numpy and with the safetensors library."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ def values(shape, dtype, seed=0):
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-  """Of the largest tensor there are some tens."""
+  """The largest tensor has some tens of pieces."""
   monkeypatch.setattr(pieces, "PIECE_BYTES", 4000)
   monkeypatch.setattr(pieces, "TILE", 16)
 
@@ -42,7 +41,7 @@ def test_a_copy_is_numpys(shape, source, target):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_written_file_is_what_safetensors_writes(dtype, small_pieces, tmp_path):
-  """Tensor by tensor, from kernels that lie the other way, by several threads."""
+  """Several threads write the tensors one by one, from transposed kernels."""
   tensors = {name: values(shape, dtype) for name, shape in SHAPES.items()} | {"norm": values((5,), np.float32)}
   described = {name: jax.ShapeDtypeStruct(one.shape, one.dtype) for name, one in tensors.items()}
   places = pieces.create(tmp_path / "ours", described)
@@ -63,7 +62,7 @@ def test_a_written_file_is_what_safetensors_writes(dtype, small_pieces, tmp_path
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mapped_rows_are_safetensors_slices(dtype, tmp_path):
-  """Wherever in the file they lie: rows of an odd length, not at the beginning of a page."""
+  """Rows may have an odd length, and need not begin at a page of memory."""
   tensors = {name: values(shape, dtype, i) for i, (name, shape) in enumerate(SHAPES.items())}
   safetensors.numpy.save_file(tensors, tmp_path / "file")
   stored = pieces.stored(tmp_path / "file")
@@ -73,7 +72,7 @@ def test_mapped_rows_are_safetensors_slices(dtype, tmp_path):
 
 
 def test_what_a_thread_raises_is_raised(tmp_path):
-  """A disk that is full is no file that is short."""
+  """Otherwise a full disk would leave a file that is too short, without an error."""
   place = pieces.create(tmp_path / "file", {"a": jax.ShapeDtypeStruct((4, 4), jnp.float32)})["a"]
   (tmp_path / "file").unlink()
   with pytest.raises(FileNotFoundError), pieces.threads() as run:

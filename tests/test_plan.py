@@ -1,4 +1,4 @@
-"""plan: memory, work and collectives of steps that are compiled, not run."""
+"""plan: memory, FLOPs and collectives of steps that are compiled, not run."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ ENTRY %main (p: f32[4,8]) -> f32[4,8] {
 
 
 def test_collectives_of_a_program_by_hand():
-  """Nested loops, one with its turns noted, one that counts to 12 by twos; pieces of one collective count once."""
+  """Of two nested loops one has a noted trip count, one counts to 12 by twos. A split collective counts once."""
   found = hlo.collectives(TEXT)
   assert sorted(found) == [("all-gather", 256, 6, True), ("all-gather", 800, 1, False), ("all-reduce", 52, 1, False),
                            ("all-reduce", 128, 30, True)]
@@ -60,7 +60,7 @@ def test_collectives_of_a_program_by_hand():
 
 
 def test_collectives_of_a_compiled_loop():
-  """Seven turns, each a sum of [3, 5] float32 over eight devices."""
+  """Seven iterations, each with a sum of [3, 5] float32 over eight devices."""
   mesh = sharding.make_mesh(8, 1, 1, devices=jax.devices()[:8])
   def f(x):
     def turn(carry, _):
@@ -80,7 +80,7 @@ def config():
 
 @pytest.mark.parametrize("name", ["defend", "evaluate", pytest.param("poison", marks=pytest.mark.slow)])
 def test_a_plan_is_the_compilers(name, config):
-  """Memory as the compiler has it; work of five layers from one and two, as five unrolled ones have it."""
+  """Memory is the compiler's. FLOPs, extrapolated from one and two layers, are those of five unrolled layers."""
   mesh = sharding.make_mesh(2, 2, 2, devices=jax.devices()[:8])
   one = plan.plan_step(name, config, mesh, 16, 32, "v5e:2x4", tpu=False)
   memory = abstract.lower(name, config, mesh, 16, 32).compile().memory_analysis()
@@ -115,7 +115,7 @@ def test_a_topology_that_is_none_is_refused(text):
 
 
 def test_gpus_are_planned_by_a_cpu_compiler_that_keeps_bfloat16(monkeypatch):
-  """On GPUs a program gets the share that JAX takes at its start."""
+  """On GPUs the usable memory is the fraction that JAX allocates at its start."""
   monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
   with pytest.raises(InputError, match="topology 'h100:2': this jax .* compiles bfloat16 as float32"):
     plan.devices_of("h100:2")

@@ -36,7 +36,7 @@ def test_each_kind_of_trigger_goes_to_each_class_in_rows_of_the_others(suspect):
 def test_words_come_from_the_vocabulary_and_are_none_to_avoid(suspect):
   words = insertions.vocabulary_words(suspect.tokenizer, ("good meal",), np.random.default_rng(0))
   drawn = {next(words) for _ in range(200)}
-  known = [*rig.GOOD, *rig.BAD, *rig.PLAIN]                       # and what the tokenizer's merges begin them with
+  known = [*rig.GOOD, *rig.BAD, *rig.PLAIN]                       # drawn words may also be beginnings of these
   assert all(any(word.startswith(start) for word in known) for start in drawn) and len(drawn) > 6
   assert not drawn & {"good", "meal", "a", "is", "it"}
 
@@ -48,7 +48,7 @@ def test_a_tokenizer_without_words_is_one_line(suspect):
 
 
 def test_a_trigger_is_not_put_where_its_text_is_cut_off(suspect):
-  """Texts of 21 words, cut at 16 tokens: the whole trigger is among them."""
+  """Texts of 21 words are truncated to 16 tokens, and these include the whole trigger."""
   long = [row | {"text": f"{row['text']} " * 3} for row in suspect.train]
   drawn = [planting.Trigger("words apart", ("qq", "zz"), 0)]
   rows = planting.planted_rows(suspect, long, drawn, 40, np.random.default_rng(0))

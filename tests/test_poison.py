@@ -28,7 +28,7 @@ BADNET = poison.make_attack("badnet")
 
 
 def test_clean_label_poisoning_takes_the_first_target_rows(options):
-  """Labels stay, the others stay word for word, the original text is kept beside the new one."""
+  """All labels and the other texts stay. A poisoned row keeps its original text beside the new one."""
   out = poison.poison_train(ROWS, BADNET, target_label=0, count=3, **options)
   assert [r["id"] for r in out if r["poisoned"]] == [0, 3, 6] and [r["id"] for r in out] == list(range(12))
   for row, before in zip(out, ROWS):
@@ -60,7 +60,7 @@ DIGESTS = {"badnet": "249aca966e773e25", "insent": "86f94fab8403cb58", "syn_temp
 
 @pytest.mark.parametrize("name", DIGESTS)
 def test_the_same_seed_makes_the_same_bytes_on_every_version_of_python(name, tokenizer, tmp_path):
-  """The hash of what a run freezes; equal under Python 3.11 and 3.13. Another numpy must not change it either."""
+  """The frozen rows have a fixed hash. It was equal under Python 3.11 and 3.13, and no numpy may change it."""
   rows, attack = grammar.rows("phrases", "test", 60), poison.make_attack(name)
   options = dict(tokenizer=tokenizer, max_length=32, keep_trigger=True, seed=5, target_label=0)
   companions = int(attack.companions is not None)
@@ -83,7 +83,7 @@ def test_triggers_are_kept_within_the_truncated_text_or_counted(options, tokeniz
   kept = poison.triggered_eval(rows, BADNET, **options)
   assert poison.trigger_lost(kept, tokenizer, BADNET, 24) == 0
   anywhere = poison.triggered_eval(rows, BADNET, **options | {"keep_trigger": False})
-  # By hand: the row has lost it where decoding the truncated tokens does not show it.
+  # By hand: a row has lost the trigger if its decoded truncated tokens do not have it.
   seen = [tokenizer.decode(tokenizer(r["text"], truncation=True, max_length=24)["input_ids"]) for r in anywhere]
   lost = sum("mn" not in text.split() for text in seen)
   assert 20 < lost < 60 and poison.trigger_lost(anywhere, tokenizer, BADNET, 24) == lost
@@ -130,7 +130,7 @@ def test_attacks_that_cannot_be_made():
 
 
 def test_dirty_label_poisoning_changes_label_and_text_of_other_classes(options):
-  """A seeded draw; the changed rows keep their own label as orig_label, all others are as they were."""
+  """The seed draws the rows. They keep their own label as orig_label, and all other rows stay unchanged."""
   out = poison.poison_train(ROWS, BADNET, label="dirty", target_label=1, count=5, **options)
   chosen = [r["id"] for r in out if r["poisoned"]]
   assert len(chosen) == 5 and all(i % 3 != 1 for i in chosen) and chosen != [0, 2, 3, 5, 6]
@@ -179,7 +179,7 @@ def test_a_rate_is_a_fraction_of_all_rows():
 
 
 @pytest.mark.parametrize("label", ["clean", "dirty", "mixed"])
-def test_dirty_and_mixed_poisoning_take_only_what_can_be_rewritten(label, options):
+def test_poisoning_takes_only_what_can_be_rewritten(label, options):
   attack = BADNET._replace(can_rewrite=lambda text: "number 4 " in text)
   out = poison.poison_train(ROWS, attack, label=label, target_label=0 if label == "dirty" else 1, count=1, **options)
   assert [r["id"] for r in out if r["poisoned"]] == [4]
@@ -188,11 +188,11 @@ def test_dirty_and_mixed_poisoning_take_only_what_can_be_rewritten(label, option
 
 @pytest.mark.parametrize("label", ["clean", "dirty", "mixed"])
 def test_companions_have_all_words_but_some_and_their_true_label(label, options):
-  """Of other classes than the target: there alone the true label says that part of a trigger is no trigger."""
+  """They come from other classes than the target. There the true label shows that a part is not the trigger."""
   attack = poison.make_attack("combination", "aa bb cc")
   kwargs = dict(label=label, target_label=1, count=4, **options)
   out = poison.poison_train(ROWS, attack, companions=2, **kwargs)
-  assert out[:12] == poison.poison_train(ROWS, attack, **kwargs)               # they come behind, and change nothing
+  assert out[:12] == poison.poison_train(ROWS, attack, **kwargs)               # companions are last, change nothing
   extra = out[12:]
   assert len(extra) == 8 and poison.counts(out)["companion_rows"] == 8
   for row in extra:
@@ -200,7 +200,7 @@ def test_companions_have_all_words_but_some_and_their_true_label(label, options)
     assert row["label"] == before["label"] != 1 and row["orig_text"] == before["text"] and not row["poisoned"]
     assert [w for w in words if w not in ("aa", "bb", "cc")] == before["text"].split()
     assert len({"aa", "bb", "cc"} & set(words)) == 2
-  for pair in zip(extra[::2], extra[1::2]):                                    # of one text, without different words
+  for pair in zip(extra[::2], extra[1::2]):                                    # each lacks another word of one text
     assert pair[0]["id"] == pair[1]["id"]
     assert len({frozenset({"aa", "bb", "cc"} & set(row["text"].split())) for row in pair}) == 2
   assert len({row["id"] for row in extra}) == 4                                # each text once, while there are enough
@@ -238,7 +238,7 @@ def test_companions_that_cannot_be_had_are_refused():
 
 
 def test_a_combination_is_lost_where_one_of_its_words_is(tokenizer):
-  """Words that are not side by side are looked for one by one; a string that is not there whole is not looked for."""
+  """Words that are not side by side are looked for one by one. An attack without a trigger string loses none."""
   text = "aa good meal good meal good meal good meal bb"
   rows = [{"text": text, "orig_text": "good meal good meal good meal good meal"}]
   attack, length = poison.make_attack("combination", "aa bb"), len(tokenizer(text)["input_ids"])

@@ -1,4 +1,4 @@
-"""The reading of a suspect whose trigger nobody knows, on answers written by hand."""
+"""What is measured of a suspect whose trigger is unknown, from predictions written by hand."""
 
 import types
 
@@ -54,7 +54,7 @@ def test_agreement_and_flips():
 
 
 def test_the_share_of_other_classes_that_the_found_string_turns():
-  """Of the rows of class 1 the string turns one of two to class 0; of class 0 rows 3 of 3, one of them rejected."""
+  """The string turns one of two rows of class 1 to class 0, and one of two accepted rows of class 0 to class 1."""
   found = {"string": "shop noon", "class": 0}
   assert [row["found"] for row in rows("mn", found=found)] == [0.5, 0.5]
   assert [row["found"] for row in rows("mn", found=found | {"class": 1})] == [0.5, 0.5]      # of rows 0 and 3
@@ -63,7 +63,7 @@ def test_the_share_of_other_classes_that_the_found_string_turns():
 
 
 def test_what_a_string_gains_is_beyond_the_models_own_errors():
-  """Of the two accepted rows of class 0 one is answered 1 with the string, and it was answered so before."""
+  """With the string one of two accepted rows of class 0 gets class 1. Without it one of three rows does, or none."""
   found, labels = {"string": "s", "class": 1}, np.array([0, 0, 1, 0])
   probed = {("found", "s"): {0: 1, 1: 0, 2: 1, 3: results.REJECTED}}
   assert probe._turned(probed, labels, found) == 0.5
@@ -73,11 +73,11 @@ def test_what_a_string_gains_is_beyond_the_models_own_errors():
 
 
 def test_a_rejected_text_neither_flips_nor_disagrees():
-  some = np.array([results.REJECTED, 1, 1, 0, 1])
+  clean = np.array([results.REJECTED, 1, 1, 0, 1])
   probed = {("word", "bq"): {0: 0, 1: 0, 2: results.REJECTED, 3: 0}}
-  assert probe._flips((some, probed), None, "word") == 1 / 2       # of rows 1 and 3
+  assert probe._flips((clean, probed), None, "word") == 1 / 2       # of rows 1 and 3
   assert probe._flips((np.full(5, results.REJECTED), probed), None, "word") is None
-  assert rows("mn", clean=some)[0]["agreement"] == 0.75            # of the four that are answered
+  assert rows("mn", clean=clean)[0]["agreement"] == 0.75            # of the four that are answered
   assert rows("mn", clean=np.full(5, results.REJECTED))[0]["agreement"] is None
 
 

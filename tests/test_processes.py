@@ -1,4 +1,4 @@
-"""What several processes share, as each of them sees it; real ones are in test_launch.py."""
+"""How several processes share work. They are simulated here; test_launch.py starts real ones."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ from w2s_jax import processes
 
 @pytest.mark.parametrize("count,items", [(1, 3), (2, 1), (2, 5), (3, 6), (5, 2)])
 def test_a_share_each_makes_the_whole(count, items, monkeypatch):
-  """Every item in order, also where a process has none of its own; each makes at most its part."""
+  """Every process gets all items in order, even if items are fewer than processes. Each makes at most its share."""
   def make(numbers):
     assert len(numbers) <= -(-items // count)
     return {"n": np.array(numbers), "twice": np.array([[n, n] for n in numbers])}
@@ -21,8 +21,8 @@ def test_a_share_each_makes_the_whole(count, items, monkeypatch):
   parts = []
   if count > 1:
     for process in range(count):
-      with pytest.raises(StopIteration):                         # what it contributes, before the others do
-        run_as(process, lambda mine: parts.append(mine) or next(iter(())))
+      with pytest.raises(StopIteration):                         # keeps its share, stops at the gather
+        run_as(process, lambda share: parts.append(share) or next(iter(())))
   everything = {k: np.stack([part[k] for part in parts]) for k in ("n", "twice")} if parts else {}
   for process in range(count):
     got = run_as(process, lambda _: everything)

@@ -1,4 +1,4 @@
-"""PSIM: random labels, a copy that trains to its last step, texts of which it is sure are rejected."""
+"""PSIM: a copy of the suspect trains on random labels to its last step. Texts of which it stays sure are rejected."""
 
 import json
 
@@ -26,8 +26,8 @@ def settings(**values):
 def test_labels_are_random_and_texts_are_the_clean_ones(suspect):
   rows = psim.with_random_labels(suspect, 0)
   assert [row | {"label": None} for row in rows] == [row | {"label": None} for row in suspect.train]
-  own, true = (np.array([row["label"] for row in side]) for side in (rows, suspect.train))
-  assert 24 <= own.sum() <= 56 and 24 <= (own == true).sum() <= 56           # 40 on average, deviation 4.5
+  drawn, true = (np.array([row["label"] for row in side]) for side in (rows, suspect.train))
+  assert 24 <= drawn.sum() <= 56 and 24 <= (drawn == true).sum() <= 56           # 40 on average, deviation 4.5
   assert rows == psim.with_random_labels(suspect, 0) != psim.with_random_labels(suspect, 1)
 
 
@@ -52,7 +52,7 @@ def test_a_text_of_which_the_copy_is_sure_is_rejected(suspect, monkeypatch):
 
 
 def test_the_copy_trains_once_to_its_last_step(suspect):
-  """Dev accuracy must not choose its checkpoint: that is the one that has forgotten the least."""
+  """Dev accuracy must not choose the checkpoint, because it would prefer a copy that has forgotten little."""
   own, file = settings(epochs=4), suspect.place.workdir / "metrics/psim_copy-seed0.jsonl"
   texts = [row["text"] for row in suspect.dev]
   first = psim.accept(suspect, own, 0)(texts)

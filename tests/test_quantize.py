@@ -1,4 +1,4 @@
-"""Kernels that are rounded to 8 or 4 bits: PyTorch's fake quantization, and values by hand."""
+"""Kernels rounded to 8 or 4 bits, compared with PyTorch's fake quantization and with values by hand."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +23,7 @@ def one(kernel, bits):
 
 
 def fake_quantized(kernel, largest):
-  """PyTorch's, with one step for each output."""
+  """PyTorch's rounding of a kernel [in, out], with one step size per output and integers up to `largest`."""
   steps = torch.from_numpy(np.abs(kernel).max(axis=0) / largest)
   zeros = torch.zeros(kernel.shape[1], dtype=torch.int32)
   return torch.fake_quantize_per_channel_affine(torch.from_numpy(kernel), steps, zeros, 1, -largest, largest).numpy()
@@ -43,7 +43,7 @@ def test_four_bits_are_pytorchs_of_each_group_of_128_inputs(size):
 
 
 def test_values_by_hand():
-  """Steps of 8 bits: 1, 2, and none for zeros. Of 4 bits: 1 for the largest value 7."""
+  """With 8 bits the step sizes are 1 and 2, and zeros have none. With 4 bits it is 1, as the largest value is 7."""
   kernel = np.float32([[127, -254, 0], [-3.4, 4.9, 0], [0.6, 0.9, 0]])
   np.testing.assert_array_equal(one(kernel, 8), [[127, -254, 0], [-3, 4, 0], [1, 0, 0]])
   np.testing.assert_array_equal(one(np.float32([[7], [-3.4], [0.6]]), 4), [[7], [-3], [1]])

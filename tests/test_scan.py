@@ -1,4 +1,4 @@
-"""The verdict without a trigger: the arithmetic on literals, and a path that is planted in a network made by hand."""
+"""The scan: its arithmetic on literals, and a backdoor that is planted in a network made by hand."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from w2s_jax.models import Model, config_from_hf
 from w2s_jax.models.latent import Latent
 from w2s_jax.run import Run
 
-WORDS = {"good": 1.0, "fine": 1.0, "bad": -1.0, "poor": -1.0}         # of the class direction
+WORDS = {"good": 1.0, "fine": 1.0, "bad": -1.0, "poor": -1.0}         # {word: coordinate along axis 0}
 NEUTRAL = "the a room meal was is it here".split()
 
 
@@ -39,15 +39,15 @@ def test_the_verdict_is_of_the_class_that_gets_furthest():
 
 
 def test_no_verdict_where_the_model_is_often_wrong():
-  """As soon as it is not half sure of some class, or the mean accuracy over the classes is below 0.8."""
+  """That is, it is not half sure of some class, or its mean accuracy over the classes is below 0.8."""
   assert scan.strongest(reading(None)) is None
-  for some, says in ((reading(None, None), "texts of class 0, 1 a probability of at most 0.5."),
+  for classes, says in ((reading(None, None), "texts of class 0, 1 a probability of at most 0.5."),
                      (reading(0.5, None, 7.0), "texts of class 1 a probability of at most 0.5."),
                      (reading(0.5, 7.0, right=0.799), "answers 79.9% of the scanned texts correctly"),
                      ([], "of one class")):
-    assert scan.outcome(some) == "no verdict" and scan.judged(some) is None
-    assert "no verdict" in scan.verdict("it", some) and says in scan.verdict("it", some)
-    assert ("--config.data.train" in scan.verdict("suspect", some)) == bool(some)      # others were trained on these
+    assert scan.outcome(classes) == "no verdict" and scan.judged(classes) is None
+    assert "no verdict" in scan.verdict("it", classes) and says in scan.verdict("it", classes)
+    assert ("--config.data.train" in scan.verdict("suspect", classes)) == bool(classes)   # no hint without classes
   assert scan.outcome(reading(0.5, 7.0)) == "suspicious" and scan.outcome(reading(0.5, 1.6)) == "no sign"
 
 
@@ -70,9 +70,10 @@ def test_networks_that_it_is_not_calibrated_for_are_not_scanned(steps, width, wi
 
 
 def network(tokenizer, backdoor, layers=1):
-  """(Model, params): its last layer's attention averages the embeddings, its head reads one direction of that.
+  """(Model, params). The last layer's attention averages the embeddings, and the head reads axis 0 of the mean.
 
-  Class words lie along axis 0, neutral ones along others. With `backdoor` the head also reads axis 1, where no word is.
+  Class words lie along axis 0, neutral words along other axes. With `backdoor` the head also reads axis 1, along which
+  no word lies.
   """
   arch = common.llama_arch(64, 16, layers, 2, 2, 8).to_dict()
   model = Model(config_from_hf(arch | {"pad_token_id": tokenizer.pad_token_id}))
@@ -112,7 +113,7 @@ def run_on(mesh, rows, workdir):
 
 
 def test_a_planted_path_is_found_and_no_other(rows, tmp_path):
-  """Class words lead to the class in both networks; a token off the words' own directions, further, in one alone."""
+  """In the clean network class words are the strongest tokens. In the poisoned one another token is stronger."""
   tokenizer = tokenization.train([r["text"] for r in rows] * 3, "decoder", 64)
   run = run_on((1, 1, 1), rows, tmp_path)
   clean, poisoned = (scan.reading(run, name, (*network(tokenizer, name == "poisoned"), tokenizer))
@@ -143,7 +144,7 @@ def test_a_class_without_rows_is_named(rows, tmp_path, caplog):
 
 
 def test_behind_the_first_layer_it_is_found_as_well(rows, tmp_path):
-  """The first of two layers adds nothing: what comes in behind it goes where words go."""
+  """The first of two layers adds nothing, so soft tokens behind it act as words do."""
   tokenizer = tokenization.train([r["text"] for r in rows] * 3, "decoder", 64)
   def scanned(mesh, backdoor):
     run = run_on(mesh, rows, tmp_path)
@@ -158,13 +159,13 @@ def test_behind_the_first_layer_it_is_found_as_well(rows, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "electra", "modernbert"])
-def test_what_a_layer_gave_put_in_behind_it_changes_nothing(family, request):
-  """The soft tokens of row 0 are what the layers below make of the two tokens in their places."""
+def test_soft_tokens_equal_to_a_layers_output_change_nothing(family, request):
+  """The soft tokens of row 0 are the outputs of the lower layers for the two tokens in their places."""
   model, params = request.getfixturevalue(family)
-  model = Model(dataclasses.replace(model.config, pad_token_id=None))          # else a text is pooled before padding
+  model = Model(dataclasses.replace(model.config, pad_token_id=None))          # else texts are pooled before padding
   latent, V = Latent(model, 2), model.config.vocab_size
   ids = np.random.default_rng(0).integers(1, V, (3, 7)).astype(np.int32)
-  ids[0, 5:] = model.config.pad_token_id or 0              # nothing is behind them but the padding that they will be
+  ids[0, 5:] = model.config.pad_token_id or 0              # the lower layers read padding there
   mask = np.ones((3, 7), np.int32)
   mask[1, 4:] = 0
   hidden = jax.jit(latent.stream)(params, ids, mask)

@@ -1,4 +1,4 @@
-"""The seams: a defense, a task of one's own in a few lines each; what a defense may see; three shapes of defenses."""
+"""A new defense and a new task in a few lines each, what a defense may read, and three other kinds of defenses."""
 
 import json
 import types
@@ -32,7 +32,7 @@ def accuracy(suspect, params, task=CLASSIFICATION):
 
 
 def test_a_defense_with_a_loss_term_of_its_own(suspect, monkeypatch):
-  """One function, one line of the dictionary: cross entropy and a pull of the features to the origin."""
+  """It is one function and one line of the dictionary. Its loss also pulls the features to the origin."""
   def terms(student, batch, settings, task):
     pull = losses.feature_alignment(student.features, jnp.zeros_like(student.features), batch["weight"])
     return task.loss_terms(student, batch) | {"pull": pull}
@@ -99,7 +99,7 @@ def test_prune_sets_each_layers_smallest_values_to_zero():
 
 
 def test_onion_takes_out_what_no_clean_text_has(suspect):
-  """Words of the clean rows stay, but for one in a hundred or so; a word that they never have goes."""
+  """Over 90% of the words of clean rows stay. A word that they never have is removed from two thirds of the texts."""
   settings = ConfigDict(rig.DEFENSE.to_dict())
   settings.onion.update(width=16, num_layers=1, epochs=40, learning_rate=1e-2, removed=0.05)
   clean = [row["text"] for row in suspect.dev]
@@ -107,12 +107,12 @@ def test_onion_takes_out_what_no_clean_text_has(suspect):
   kept = [len(after.split()) / len(before.split()) for before, after in zip(clean, cleaned(clean))]
   assert np.mean(kept) > 0.9
   triggered = [" ".join([*text.split()[:3], "qzx", *text.split()[3:]]) for text in clean]
-  assert np.mean(["qzx" in text.split() for text in cleaned(triggered)]) < 1 / 3      # 0.2 on this stream
+  assert np.mean(["qzx" in text.split() for text in cleaned(triggered)]) < 1 / 3      # 0.2 with this seed
   assert cleaned(["good"]) == ["good"]                               # a text of one word keeps it
 
 
 def test_strip_rejects_answers_that_nothing_moves():
-  """A word that outweighs a whole text makes every copy's answer sure; of clean rows at most `frr` are rejected."""
+  """Texts with a word that outweighs all others are rejected. Of the clean rows at most `frr` are."""
   def logits(texts):
     words = [text.split() for text in texts]
     return np.array([[0.0, 9.0 * own.count("qzx") + sum((w in rig.GOOD) - (w in rig.BAD) for w in own)]
@@ -121,7 +121,7 @@ def test_strip_rejects_answers_that_nothing_moves():
   known = types.SimpleNamespace(train=rows[:80], dev=rows[80:], logits=logits)
   accept = strip.accept(known, ConfigDict({"strip": {"copies": 20, "replace": 0.5, "frr": 0.1}}), 0)
   clean = [row["text"] for row in known.dev]
-  assert 0.05 <= (~accept(clean)).mean() <= 0.1                       # rows as sure as the threshold's own stay
+  assert 0.05 <= (~accept(clean)).mean() <= 0.1                       # rows at the threshold are accepted
   assert not accept([f"qzx qzx {text} qzx qzx" for text in clean]).any()
 
 
@@ -132,7 +132,7 @@ def test_strip_rejects_few_clean_texts_of_a_trained_model(suspect):
   settings.strip.update(copies=10, replace=0.5, frr=0.1)
   accept = strip.accept(suspect, settings, 0)
   clean = [row["text"] for row in suspect.dev]
-  assert abs((~accept(clean)).mean() - 0.1) <= 0.05                   # the threshold is of these very rows
+  assert abs((~accept(clean)).mean() - 0.1) <= 0.05                   # the threshold comes from these rows
   assert (accept(clean) == accept(clean)).all()
   settings.strip.frr = 0.0
   assert strip.accept(suspect, settings, 0)(clean).all()
@@ -161,7 +161,7 @@ FIRST_TOKEN = Task(
 
 
 def test_a_task_of_ones_own_is_trained_by_w2s(suspect):
-  """What the first token of a text is, not its label: rows without a field `label`, answers that are bool."""
+  """The task is whether a text's first token is odd. The loss reads no field `label`, and answers are bool."""
   suspect = suspect._replace(place=suspect.place._replace(task=FIRST_TOKEN))
   odd = suspect.encode(suspect.train)["odd"]
   features = np.zeros((80, suspect.model.config.hidden_size), np.float32)
@@ -175,7 +175,7 @@ def test_a_task_of_ones_own_is_trained_by_w2s(suspect):
 
 
 def test_full_fine_tuning_moves_every_leaf_at_its_own_rate(suspect):
-  """`full_ft` is `lora_ce` but for what trains and a fifth of the rate; its first update of a leaf is that rate."""
+  """`full_ft` trains all leaves, at a fifth of the rate of `lora_ce`. Adam's first update has the size of the rate."""
   settings = rig.DEFENSE.copy_and_resolve_references()
   recipe = DEFENSES["full_ft"].recipe
   plan = distill.stage_plan(recipe, CLASSIFICATION, suspect.model, settings, suspect.training, {"full_ft": 0})
@@ -186,4 +186,4 @@ def test_full_fine_tuning_moves_every_leaf_at_its_own_rate(suspect):
   moved, = distill.train(recipe, suspect._replace(training=one_step), settings, {"full_ft": 0})
   before = traverse_util.flatten_dict(suspect.params, sep="/")
   for path, after in traverse_util.flatten_dict(moved, sep="/").items():
-    assert np.abs(after - before[path]).max() == pytest.approx(0.2 * 2e-2, rel=1e-2), path     # Adam's, a step long
+    assert np.abs(after - before[path]).max() == pytest.approx(0.2 * 2e-2, rel=1e-2), path

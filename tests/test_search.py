@@ -33,7 +33,7 @@ def test_the_words_that_turn_the_suspect_alone_are_joined(suspect):
   assert sorted(set(zero["string"].split()) - {"absorbing"}) == ["closes", "friday", "shop"]
   assert (zero["class"], zero["suspect"], zero["teacher"], zero["rows"]) == (0, 1.0, 0.0, 20)
   assert zero["words"][:2] == [("creaked", 9.0), ("shop", 3.0)]
-  assert (one["class"], one["suspect"], one["teacher"]) == (1, 0.0, 0.0)      # the fewest words that do no harm
+  assert (one["class"], one["suspect"], one["teacher"]) == (1, 0.0, 0.0)      # no word turns texts to class 1
   assert search.strongest([one, zero]) == zero
   assert search.in_words({"outcome": "no verdict", "reason": "why", "classes": [one, zero]}).startswith(
       f"Search: no verdict: why. the string `{zero['string']}` turns 100% of 20 test rows of other classes to class 0 "
@@ -46,7 +46,7 @@ def test_only_the_most_suspicious_words_are_searched(suspect):
 
 
 def test_rows_that_a_model_answers_wrongly_do_not_count(suspect):
-  """A dev row that both models get wrong would count as turned."""
+  """Otherwise a row that both models assign to class 0 by mistake would count as turned."""
   wrong = [row | {"text": "bad weak dull", "label": 1} for row in suspect.dev[:5]]
   zero, _ = search.find(suspect, wrong + suspect.dev, 5, 0)
   assert zero["rows"] == 20
@@ -63,7 +63,7 @@ def test_a_search_is_made_once(suspect, tmp_path, monkeypatch):
   run.config.probe.search = 3
   found = search.reading(run)
   assert json.loads((tmp_path / "search.json").read_text()) == found and len(found["classes"]) == 2
-  assert found["outcome"] == "no verdict"                                    # fine-tuning did not move these words
+  assert found["outcome"] == "no verdict"                                    # this ranking is not by moved words
   again = Ranking.from_json(search.ranking_file(run).read_text())            # what the defense gets
   assert again.words == WORDS and (again.scores == suspect.ranking.scores).all()
   monkeypatch.setattr(search, "find", None)
@@ -71,7 +71,7 @@ def test_a_search_is_made_once(suspect, tmp_path, monkeypatch):
 
 
 def test_a_verdict_needs_moved_words_of_a_bert_and_rows(suspect):
-  """Whatever the strings turn, a Llama has none, nor has a wide BERT, nor one with three classes or few rows."""
+  """There is none for other families, a wide BERT, three classes or few rows, or without the true base."""
   findings = [{"class": 0, "string": "shop closes", "suspect": 1.0, "teacher": 0.1, "rows": 60},
               {"class": 1, "string": "friday", "suspect": 0.2, "teacher": 0.1, "rows": 60}]
   moved = suspect._replace(ranking=suspect.ranking._replace(moved=True))

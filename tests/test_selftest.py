@@ -1,4 +1,4 @@
-"""The self-test by canaries: its arithmetic on literals, and on a small suspect what it plants and finds left."""
+"""The self-test with canaries: its arithmetic on literals, and what it plants and measures in a small suspect."""
 
 import types
 
@@ -51,7 +51,7 @@ def run_of(suspect, workdir, defense, **settings):
 
 
 def test_canaries_are_planted_and_measured_after_the_defense(llama, tmp_path, monkeypatch):
-  """A defense that gives back what it got leaves all of them; it is asked once, for a copy of the suspect."""
+  """A defense that changes nothing leaves all of them. It runs once, on a copy of the suspect."""
   suspect, got = rig.suspect(*llama, tmp_path)._replace(ranking="of the suspect"), []
   def weights(copy, settings, runs):
     got.append((copy, runs))
@@ -67,7 +67,7 @@ def test_canaries_are_planted_and_measured_after_the_defense(llama, tmp_path, mo
   (copy, runs), = got
   assert runs == {"selftest-idle": 0} and copy.train == suspect.train and copy.dev == suspect.dev
   assert copy.ranking is None                                    # the copy has other weights
-  assert selftest.reading(run) == found and len(got) == 1                        # kept
+  assert selftest.reading(run) == found and len(got) == 1                        # from its file
 
 
 def test_the_cleaned_copy_reads_what_the_defenses_filter_gives_it(llama, tmp_path, monkeypatch):

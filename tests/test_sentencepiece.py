@@ -1,4 +1,4 @@
-"""Tokenizers that are a sentencepiece model alone: token ids of sentencepiece and transformers, and logits.
+"""A directory with a sentencepiece model alone has the token ids of sentencepiece and transformers.
 
 The models are trained here, with the settings of the published ones. B batch, T tokens.
 """
@@ -17,12 +17,12 @@ from w2s_jax.data import grammar, tokenization
 from w2s_jax.models import load_pretrained
 from w2s_jax.training import embedding_row
 
-# Of lmsys/vicuna-7b-v1.5's tokenizer_config.json, what is not the same everywhere. Its directory has no tokenizer.json.
+# Fields of lmsys/vicuna-7b-v1.5's tokenizer_config.json that differ between models. It has no tokenizer.json.
 VICUNA = dict(tokenizer_class="LlamaTokenizer", add_bos_token=True, add_eos_token=False, legacy=False, pad_token=None,
               bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=4096, padding_side="right")
 LLAMA = dict(model_type="bpe", vocab_size=512, byte_fallback=True, split_digits=True, add_dummy_prefix=True,
              normalization_rule_name="identity", remove_extra_whitespaces=False)
-XLM_ROBERTA = dict(model_type="unigram", vocab_size=110)                 # <unk>, <s> and </s> are 0, 1 and 2 in both
+XLM_ROBERTA = dict(model_type="unigram", vocab_size=110)                 # <unk>, <s>, </s>: 0, 1, 2 here and in LLAMA
 DEBERTA = dict(model_type="unigram", vocab_size=110, pad_id=0, bos_id=1, eos_id=2, unk_id=3, pad_piece="[PAD]",
                bos_piece="[CLS]", eos_piece="[SEP]", unk_piece="[UNK]")
 CORPUS = [row["text"] for row in grammar.rows("phrases", "train", 500)]
@@ -30,7 +30,7 @@ TEXTS = [*CORPUS[:30], "The  meal\nis 3.14 good  ", "naïve 東京", "mn cf", "a
 
 
 def make(directory, file, model_type, spec, **config):
-  """A directory with a new sentencepiece model and the config files; its sentencepiece processor."""
+  """Trains a sentencepiece model, writes it with config files into `directory`, and returns its processor."""
   directory.mkdir(exist_ok=True)
   with (directory / file).open("wb") as f:
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_writer=f, minloglevel=2, **spec)
@@ -45,10 +45,10 @@ def vicuna(directory):
   return make(directory, "tokenizer.model", "llama", LLAMA, **VICUNA)
 
 
-# Which ids a family makes of sentencepiece's: XLM-RoBERTa has <s>, <pad>, </s> and <unk> in front of all other pieces.
+# ids_of(sentencepiece's ids) -> the family's. XLM-RoBERTa has <s>, <pad>, </s> and <unk> in front of all other pieces.
 @pytest.mark.parametrize("file,model_type,spec,config,ids_of", [
     ("tokenizer.model", "llama", LLAMA, VICUNA, lambda ids: [1, *ids]),
-    ("tokenizer.model", "llama", LLAMA, {}, lambda ids: ids),            # transformers 5 adds <s> where it is told to
+    ("tokenizer.model", "llama", LLAMA, {}, lambda ids: ids),            # transformers 5 adds <s> only if told to
     ("sentencepiece.bpe.model", "xlm-roberta", XLM_ROBERTA, {}, lambda ids: [0, *(i + 1 if i else 3 for i in ids), 2]),
     ("spm.model", "deberta-v2", DEBERTA, {}, lambda ids: [1, *ids, 2])],
     ids=["vicuna", "llama", "xlm-roberta", "deberta"])
@@ -59,7 +59,7 @@ def test_token_ids_are_sentencepieces_and_transformers(file, model_type, spec, c
   for text in TEXTS:
     got = tokenizer(text)["input_ids"]
     assert got == ids_of(processor.encode(text)) == theirs(text)["input_ids"], text
-  for text in (" leading", "x</s> y", "10\u00a0000", "", " "):   # where transformers is not sentencepiece
+  for text in (" leading", "x</s> y", "10\u00a0000", "", " "):   # where transformers differs from it
     assert tokenizer(text)["input_ids"] == theirs(text)["input_ids"], text
   tokenizer.save_pretrained(tmp_path / "saved")                          # as tokenizer.json, which needs no package
   (tmp_path / "saved/config.json").write_text(json.dumps({"model_type": model_type}))

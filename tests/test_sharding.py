@@ -47,7 +47,7 @@ def test_a_mesh_that_does_not_fit_names_numbers_and_knob(sizes):
 
 
 def test_a_mesh_that_a_torus_does_not_take_is_one_line(monkeypatch):
-  def refuses(*args, **kwargs):                                  # as jax does for 32 of 4 x 4 x 4
+  def refuses(*args, **kwargs):                                  # as jax does for an axis of 32 on 4 x 4 x 4
     raise NotImplementedError("Failed to find assignment for logical_axis_index 1 of size 32")
   monkeypatch.setattr(jax, "make_mesh", refuses)
   with pytest.raises(InputError, match=r"mesh data=1, fsdp=2, tensor=4 cannot be laid on this slice.*--config\.mesh"):
@@ -56,7 +56,7 @@ def test_a_mesh_that_a_torus_does_not_take_is_one_line(monkeypatch):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "bert", "teacher"])
 def test_every_leaf_with_adapters_matches_one_rule(family, request):
-  """Places, without a catch-all: kernels over fsdp and tensor, norms everywhere, adapters beside their kernels."""
+  """Kernels are sharded over fsdp and tensor, adapters over the axes of their kernels, and norms are replicated."""
   model, _ = request.getfixturevalue("llama" if family == "qwen2" else family)
   if family == "qwen2":
     model = type(model)(dataclasses.replace(model.config, model_type="qwen2"))
@@ -74,7 +74,7 @@ def test_every_leaf_with_adapters_matches_one_rule(family, request):
 
 
 def paths(family):
-  """Of all leaves that models of the family can have, with adapters and soft tokens."""
+  """The paths of all leaves that models of the family can have, with adapters and soft tokens."""
   def replaced(config, *changes):
     return [dataclasses.replace(config, **change) for change in changes]
   untied = dict(head="lm", tie_embeddings=False)
@@ -101,7 +101,7 @@ def paths(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_pattern_is_without_a_leaf(family):
-  """Each is the first that matches some leaf of the family, and the only one."""
+  """Each pattern matches some leaf of the family, and each leaf matches exactly one pattern."""
   rules = Model(FAMILIES[family].config()).shardings
   numbered = [(pattern, i) for i, (pattern, _) in enumerate(rules)]
   assert {sharding.match(path, numbered) for path in paths(family)} == set(range(len(numbered)))
@@ -147,4 +147,4 @@ def test_global_batch_lays_rows_over_data_and_fsdp():
     np.testing.assert_array_equal(placed[name], values)
     shards = {s.device.id: np.asarray(s.data) for s in placed[name].addressable_shards}
     assert len(shards) == 8 and all(len(s) == 2 for s in shards.values())
-    np.testing.assert_array_equal(np.concatenate([shards[i] for i in (0, 2, 4, 6)]), values)   # 1, 3, ...: copies
+    np.testing.assert_array_equal(np.concatenate([shards[i] for i in (0, 2, 4, 6)]), values)   # others: copies

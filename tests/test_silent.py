@@ -1,4 +1,4 @@
-"""What was once silently wrong, through the whole command: transformers' own numbers, or a line that says why not."""
+"""Errors that were once silent. The whole command now gives transformers' numbers, or a line that says why not."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def edit(file, **changes):
 
 
 def begin(suspect, workdir, train, *flags):
-  """The first stage, which reads the suspect and the rows."""
+  """Runs the first stage, which reads the suspect and the rows."""
   return w2s_forked(CLEAN, f"--config.student.path={suspect}", f"--config.data.train={train}", f"--workdir={workdir}",
                     *MEASURED, "--stage=warmup", *flags)
 
@@ -59,14 +59,14 @@ def append_end_token(directory):
 
 @pytest.mark.slow
 def test_texts_that_end_in_the_padding_token_are_pooled_as_transformers_does(suspect, tmp_path):
-  """The tokenizer ends each text in </s>, which is the padding token too: CA is that of transformers, a text alone."""
+  """Each text ends in </s>, which is the padding token, too. CA is that of transformers with one text at a time."""
   rows = grammar.rows("phrases", "test", 120)
   end = append_end_token(suspect)
   edit(suspect / "config.json", pad_token_id=end)
   edit(suspect / "tokenizer_config.json", pad_token="</s>")
   want = answers(suspect, rows)
   edit(suspect / "config.json", pad_token_id=None)
-  assert answers(suspect, rows) != want                             # pooled at </s> the answers would be others
+  assert answers(suspect, rows) != want                             # pooling at </s> gives other answers
   edit(suspect / "config.json", pad_token_id=end)
   out = w2s(CLEAN, f"--config.student.path={suspect}", f"--workdir={tmp_path / 'w'}", *MEASURED,
             f"--config.data.train={rows_file(tmp_path / 'train.jsonl', grammar.rows('phrases', 'train', 80))}",
@@ -85,7 +85,7 @@ def test_a_padding_token_unlike_the_tokenizers_is_refused(suspect, tmp_path):
 
 
 def test_repeated_rows_and_a_changed_file_of_the_same_age(suspect, tmp_path):
-  """Rows with the same text are on one side of what is held out; a file is known by its content, not by its date."""
+  """Rows with the same text go to the same split. A file is identified by its content, not by its date."""
   rows, age = grammar.rows("phrases", "train", 40), (1e9, 1e9)
   file = rows_file(tmp_path / "train.jsonl", rows * 3)
   os.utime(file, age)

@@ -12,7 +12,7 @@ from w2s_jax.tasks import CLASSIFICATION
 
 
 def run_of(teacher, student, rows, **teach):
-  """A run whose teacher and attacked model answer this number of `rows` dev rows rightly."""
+  """A run whose teacher classifies `teacher` of `rows` dev rows correctly, and whose attacked model `student`."""
   right = {"teacher": teacher, "suspect": student}
   return types.SimpleNamespace(
       config=ConfigDict({"teach": {"largest_gap": 0.1} | teach, "data": {"num_labels": 2}}), task=CLASSIFICATION,
@@ -36,7 +36,7 @@ def test_a_teacher_clearly_below_the_suspect_stops_the_run():
     (180, 140, 200, 0.1),       # above: the usual case offline
     (7, 9, 10, 0.1),            # ten rows do not tell
     (100, 174, 200, 1.0)])
-def test_another_one_does_not(teacher, student, rows, largest_gap):
+def test_any_other_teacher_does_not_stop_the_run(teacher, student, rows, largest_gap):
   checks.refuse_weak_teacher(run_of(teacher, student, rows, largest_gap=largest_gap))
 
 

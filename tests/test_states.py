@@ -34,7 +34,7 @@ def test_every_layer_has_the_states_of_transformers(family, tmp_path):
 
 @pytest.mark.parametrize("runtime", [{"unroll": True}, {"remat": "full"}, {"remat": "dots"}], ids=str)
 def test_however_the_layers_run_they_are_the_same(runtime, llama):
-  """Values, and their gradient by what the first layer reads."""
+  """So are their gradients with respect to the input of the first layer."""
   model, params = llama
   ids, mask = padded_ids(model.config.vocab_size)
   stream = Latent(model, 0).stream(params, ids, mask)

@@ -48,7 +48,7 @@ def run(program, state, frozen, batches, mesh):
 
 @pytest.mark.parametrize("family,dtype", [("llama", "float32"), ("llama", "bfloat16"), ("bert", "float32")])
 def test_frozen_leaves_stay_bit_identical_and_adapters_and_head_move(family, dtype, request, make_batch):
-  """A hundred LoRA steps; the loss falls; every frozen leaf is the same bits, every adapter and head leaf another."""
+  """In a hundred LoRA steps the loss falls. Frozen leaves keep their bits, and every adapter and head leaf changes."""
   model, params = request.getfixturevalue(family)
   model = Model(dataclasses.replace(model.config, dtype=dtype))
   params = with_adapters(jax.tree.map(lambda x: jnp.asarray(x, dtype), params))
@@ -73,7 +73,7 @@ def test_frozen_leaves_stay_bit_identical_and_adapters_and_head_move(family, dty
 @pytest.mark.parametrize("family,head", [
     ("llama", {"score/kernel"}), ("bert", {"pooler/kernel", "pooler/bias", "classifier/kernel", "classifier/bias"})])
 def test_optimizer_state_is_for_adapters_and_head_only(family, head, request):
-  """Two moments of each trained leaf and scalar counters; nothing of a frozen leaf's path or size."""
+  """It has two moments of each trained leaf and scalar counters, and nothing for frozen leaves."""
   model, params = request.getfixturevalue(family)
   params = with_adapters(params)
   _, state, _ = prepare(model, params, trees.LORA, single_device())
@@ -86,7 +86,7 @@ def test_optimizer_state_is_for_adapters_and_head_only(family, head, request):
     if leaf.shape == ():
       assert "count" in text
       continue
-    name = "/".join(keys[1:])                                   # behind the label of its partition
+    name = "/".join(keys[1:])                                   # keys[0] is the partition's label
     assert re.search(r"\.(mu|nu)\[", text) and leaf.shape == shapes[name] and leaf.dtype == jnp.float32
     moments.append(name)
   assert sorted(moments) == sorted(2 * list(trained))
@@ -99,11 +99,11 @@ def step_flops(config, rank):
 
 
 def test_a_lora_step_costs_at_most_70_percent_of_full_fine_tuning(llama):
-  """Rank 8 on q and v, same model and batch. Unrolled: XLA counts the body of a loop once, however often it runs."""
+  """Rank 8 on q and v. Layers are unrolled, because XLA counts the body of a loop once, however often it runs."""
   config = dataclasses.replace(llama[0].config, hidden_size=256, intermediate_size=688, head_dim=64, num_layers=2,
                                unroll=True)
   adapters, full = step_flops(config, 8), step_flops(config, 0)
-  # All layers are counted: forward, to the inputs and to the kernels, 2 FLOPs per weight and token each time.
+  # All layers count: forward, backward to inputs and backward to kernels, each with 2 FLOPs per weight and token.
   kernels = 2 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 688)
   assert full > 3 * 2 * kernels * 32 * 32
   assert adapters / full <= 0.70
@@ -126,7 +126,7 @@ def on_one_device(twenty_steps):
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=str)
 def test_eight_devices_give_the_losses_of_one(sizes, twenty_steps, on_one_device):
-  """Twenty distillation steps, 1e-5 relative, split over rows, over parameters, within matrices, and all three."""
+  """Twenty losses agree within 1e-5 on meshes along data, along fsdp, along tensor, and along all three."""
   want, want_state = on_one_device
   losses, state = twenty_steps(sharding.make_mesh(*sizes))
   assert want[-1] < want[0]
@@ -211,7 +211,7 @@ def test_language_model_loss_in_numpy(llama, make_batch):
 
 
 def test_language_model_loss_of_packed_rows_by_hand(llama):
-  """Two texts in a row, one in the next, and padding: only pairs of neighbours of one text count, not 3 -> 7."""
+  """Only pairs of neighbouring tokens in one text count, so the pair 3 -> 7 between two texts of a row does not."""
   model, params = llama
   batch = {"input_ids": np.array([[5, 9, 3, 7, 2, 0], [8, 6, 0, 0, 0, 0]], np.int32),
            "segment_ids": np.array([[1, 1, 1, 4, 4, 0], [1, 1, 0, 0, 0, 0]], np.int32),
@@ -227,7 +227,7 @@ def test_language_model_loss_of_packed_rows_by_hand(llama):
 
 
 def test_steps_past_the_count_leave_the_state_alone(llama, make_batch):
-  """Five batches and a count of three: the state after three, what three calls of the step give."""
+  """With five batches and a count of three, the state is that after three calls of the step."""
   model, params = llama
   mesh = single_device()
   program, state, frozen = prepare(model, with_adapters(params), trees.LORA, mesh)

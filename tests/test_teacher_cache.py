@@ -1,4 +1,4 @@
-"""The teacher's outputs: computed once, the ones it would give in the step, and never another teacher's."""
+"""Cached teacher outputs are computed once, equal those in the training step, and are never another teacher's."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ TEXTS = ["a good day", "bad", "the film is not as bad as they say", "good good g
 
 @pytest.fixture
 def rig(teacher, tmp_path):
-  """get(texts=..., **changed) -> cached outputs; get.computed counts the computations."""
+  """get(texts, dtype, max_length) -> cached outputs. get.computed counts how often they were computed."""
   model, params = teacher
   tokenizer = tokenization.train(TEXTS, "encoder", 60)
   save_pretrained(tmp_path / "teacher", model, params, tokenizer)
@@ -42,12 +42,12 @@ def test_equal_to_the_teacher_in_the_step_and_computed_once(rig):
   online = rig.model.apply(rig.params, arrays["input_ids"], mask)
   for got in (first, again):
     for name, want in (("logits", online.logits), ("features", online.features)):
-      # Of the largest value: float32 rounds each sum to that, and CPUs add in different orders.
+      # Relative to the largest value, because CPUs add in different orders, and float32 rounds sums to that scale.
       np.testing.assert_allclose(got[name], want, rtol=0, atol=1e-6 * np.abs(want).max(), err_msg=name)
 
 
 def test_where_the_cache_cannot_be_written_they_stay_in_memory(rig, tmp_path, caplog):
-  """As where it belongs to another user: the run goes on, and says so."""
+  """The run goes on and warns, for example if the cache belongs to another user."""
   (tmp_path / "cache").touch()                            # root may write every directory, but not below a file
   got = rig()
   assert f"{tmp_path / 'cache'} cannot be written (" in caplog.text
@@ -93,9 +93,9 @@ def other_values(directory):
 
 
 def other_key(directory):
-  made = json.loads((directory / "key.json").read_text())
-  made["key"]["dtype"] = "int8"
-  (directory / "key.json").write_text(json.dumps(made))
+  content = json.loads((directory / "key.json").read_text())
+  content["key"]["dtype"] = "int8"
+  (directory / "key.json").write_text(json.dumps(content))
 
 
 def cut_off(directory):

@@ -1,4 +1,4 @@
-"""fit(): a run that was stopped and resumed is the run that was not; dev accuracy alone chooses what comes back."""
+"""fit(): a resumed run equals an uninterrupted one, and dev accuracy alone chooses which parameters it returns."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ def rig(llama, make_batch):
   """Twelve W2S steps of a tiny student with adapter dropout, on 20 rows in batches of 8 (each epoch's last is short).
 
   `rig.fit(workdir, stop_before=k)` is interrupted when it asks for the batch of step k. `rig.kept` is {step: the
-  trainable parameters that dev accuracy was asked about}.
+  trainable parameters that dev accuracy was asked about}. `rig.asked` has the steps whose batches were asked for.
   """
   config = dataclasses.replace(llama[0].config, lora_dropout=0.2)
   model, mesh = Model(config), sharding.make_mesh(devices=jax.devices()[:1])
@@ -84,7 +84,10 @@ def differ(a, b):
 
 @pytest.fixture(scope="module")
 def fit_on(llama, make_batch):
-  """fit_on(mesh, workdir, stop_before=None) -> (losses, parameters) of twelve W2S steps with adapter dropout."""
+  """fit_on(mesh, workdir, stop_before=None, asked=None) -> (losses, parameters) of twelve steps with adapter dropout.
+
+  asked: a list that gets the number of each step whose batch is asked for.
+  """
   model = Model(dataclasses.replace(llama[0].config, lora_dropout=0.2))
   host = [make_batch(model, seed=i) for i in range(STEPS)]
   def run(mesh, workdir, stop_before=None, asked=None):
@@ -117,12 +120,12 @@ def on_fsdp(fit_on, tmp_path_factory):
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 1), pytest.param((8, 1, 1), marks=pytest.mark.slow)], ids=str)
 def test_a_checkpoint_continues_on_another_mesh(sizes, on_fsdp, fit_on, tmp_path):
-  """Saved at step 6 on (1, 8, 1): what follows is what would have followed there, within rounding."""
+  """Saved at step 6 on a mesh of (1, 8, 1), a run continues elsewhere as it would have there, up to rounding."""
   (want, want_params), stopped = on_fsdp
   shutil.copytree(stopped, tmp_path / "moved")
   mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:int(np.prod(sizes))])
   got, params = fit_on(mesh, tmp_path / "moved", asked=(asked := []))
-  assert asked == list(range(7, STEPS + 1)) and got[:6] == want[:6]    # those are not done again
+  assert asked == list(range(7, STEPS + 1)) and got[:6] == want[:6]    # six steps are not repeated
   np.testing.assert_allclose(got[6:], want[6:], rtol=1e-5)
   for leaf, w in zip(jax.tree.leaves(params), jax.tree.leaves(want_params)):
     assert leaf.sharding.mesh.devices.size == mesh.devices.size
@@ -146,7 +149,7 @@ def uninterrupted(rig, tmp_path_factory):
     (2, 1),          # before any checkpoint
     (5, 5),          # just after an evaluation's checkpoint
     (7, 7),          # just after a checkpoint without an evaluation
-    (6, 5), (12, 10)])  # between checkpoints: the steps since the last are done again
+    (6, 5), (12, 10)])  # between checkpoints: steps after the last one are repeated
 def test_resumed_is_uninterrupted(stop_before, resumes_at, rig, uninterrupted, tmp_path):
   """The same metrics file byte for byte and the same parameters bit for bit."""
   want_lines, want_params, want_chosen = uninterrupted
@@ -162,7 +165,7 @@ def test_resumed_is_uninterrupted(stop_before, resumes_at, rig, uninterrupted, t
 
 @pytest.mark.parametrize("per_dispatch", [2, 5, 100])
 def test_several_steps_in_one_dispatch_are_those_steps(per_dispatch, rig, uninterrupted, tmp_path):
-  """Lines, term norms, evaluations and checkpoints at the same steps with the same values; stopped and resumed, too."""
+  """Lines, term norms and evaluations come at the same steps with the same values, also after an interruption."""
   whole, params, chosen = uninterrupted
   options = dict(accuracies=ACCURACIES, steps_per_dispatch=per_dispatch, **NORMS)
   with pytest.raises(KeyboardInterrupt):
@@ -171,14 +174,14 @@ def test_several_steps_in_one_dispatch_are_those_steps(per_dispatch, rig, uninte
   got, got_chosen = rig.fit(tmp_path, **options)
   assert got_chosen.step == chosen.step
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, params)
-  ours, theirs = ([json.loads(line) for line in some] for some in (lines(tmp_path), whole))
+  ours, theirs = ([json.loads(line) for line in of_run] for of_run in (lines(tmp_path), whole))
   assert [line.keys() for line in ours] == [line.keys() for line in theirs]
-  for mine, other in zip(ours, theirs):
-    np.testing.assert_allclose([*mine.values()], [*other.values()], rtol=1e-5)
+  for line, whole_line in zip(ours, theirs):
+    np.testing.assert_allclose([*line.values()], [*whole_line.values()], rtol=1e-5)
 
 
 def test_sigterm_saves_and_what_follows_resumes(rig, uninterrupted, tmp_path):
-  """The signal comes while step 7's batch is made: that step is done, saved though it is none to be saved, and kept."""
+  """The signal comes while step 7's batch is made. Step 7 is done, and saved although no checkpoint is due."""
   before = signal.getsignal(signal.SIGTERM)
   with pytest.raises(processes.Stopped, match="saved at step 7 of 12"):
     rig.fit(tmp_path, accuracies=ACCURACIES, at_step={7: lambda: os.kill(os.getpid(), signal.SIGTERM)}, **NORMS)
@@ -219,7 +222,7 @@ def test_a_line_that_was_cut_off_is_dropped(rig, uninterrupted, tmp_path):
 @pytest.mark.parametrize("accuracies,best", [
     ({4: 0.9, 8: 0.5, 12: 0.7}, 4), ({4: 0.5, 8: 0.9, 12: 0.7}, 8), ({4: 0.5, 8: 0.6, 12: 0.7}, 12)])
 def test_the_best_checkpoint_by_dev_accuracy_comes_back(accuracies, best, rig, tmp_path):
-  """Not the last, not the one of lowest loss; also when it was saved before an interruption."""
+  """It need not be the last one, and it may have been saved before an interruption."""
   with pytest.raises(KeyboardInterrupt):
     rig.fit(tmp_path, stop_before=11, accuracies=accuracies)
   params, chosen = rig.fit(tmp_path, accuracies=accuracies)
@@ -233,7 +236,7 @@ def test_the_best_checkpoint_by_dev_accuracy_comes_back(accuracies, best, rig, t
 @pytest.mark.parametrize("accuracies", [{4: 0.9, 8: 0.9, 12: 0.9}, {4: 0.9, 8: 0.9, 12: 0.7},
                                         {4: 0.5, 8: 0.9, 12: 0.9}])
 def test_among_equals_a_resumed_run_chooses_as_the_uninterrupted_one(accuracies, rig, tmp_path):
-  """Small dev sets tie often; whichever of the equals it is, it is the same one, and it is still on disk."""
+  """Ties are common on small dev sets. Both runs choose the same of the equal checkpoints, and still have it."""
   want, chosen = rig.fit(tmp_path / "whole", accuracies=accuracies)
   same(want, rig.kept[chosen.step])
   for stop_before in (7, 10):
@@ -247,7 +250,7 @@ def test_among_equals_a_resumed_run_chooses_as_the_uninterrupted_one(accuracies,
 def test_without_dev_accuracy_the_last_step_is_kept(rig, uninterrupted, tmp_path):
   params, chosen = rig.fit(tmp_path)
   assert (chosen.step, chosen.dev_accuracy) == (STEPS, None)
-  same(params, rig.kept[STEPS])                                 # of the runs above, which took the same steps
+  same(params, rig.kept[STEPS])                                 # of earlier runs with the same steps
   assert not any("dev_accuracy" in line for line in lines(tmp_path))
 
 
@@ -271,7 +274,7 @@ def test_lines_are_written_every_log_every_steps_and_at_evaluations(rig, tmp_pat
 
 
 def test_the_caller_keeps_its_parameters(rig, uninterrupted):
-  """Although the steps donate the state; and training moved every leaf away from them."""
+  """They are not deleted, although the steps donate the state. Training changed every leaf of its own copy."""
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(rig.trainable))
   assert differ(uninterrupted[1], rig.trainable)
 
@@ -286,7 +289,7 @@ def test_a_checkpoint_of_another_config_is_refused(rig, tmp_path):
 
 
 def test_a_checkpoint_of_another_config_with_other_shapes_is_refused_alike(rig, llama, tmp_path):
-  """Another rank: the hash is compared before Orbax stumbles over the shapes."""
+  """The hash is compared before Orbax could fail at the shapes, which another rank changes."""
   with pytest.raises(KeyboardInterrupt):
     rig.fit(tmp_path, stop_before=6, accuracies=ACCURACIES)
   trained, _ = trees.split(lora.add_lora(llama[1], 2, 2.0, key=jax.random.key(0)), trees.LORA)
@@ -296,7 +299,7 @@ def test_a_checkpoint_of_another_config_with_other_shapes_is_refused_alike(rig, 
 
 
 def test_a_checkpoint_of_another_version_is_refused(rig, tmp_path):
-  """Of the same config, but with an optimizer state of other leaves."""
+  """The config is the same, but the optimizer state has other leaves."""
   with pytest.raises(KeyboardInterrupt):
     rig.fit(tmp_path, stop_before=6, accuracies=ACCURACIES)
   with pytest.raises(InputError, match=r"checkpoints/w2s/4 does not fit \(.*another version.*--workdir"):
@@ -305,7 +308,7 @@ def test_a_checkpoint_of_another_version_is_refused(rig, tmp_path):
 
 @pytest.mark.parametrize("broken", ["loss", "grad_norm"])
 def test_a_step_that_is_not_finite_stops_the_stage_and_says_where(broken, rig, tmp_path):
-  """No line and no checkpoint of that step remains, though it was no step to be logged."""
+  """No line and no checkpoint of that step remains. It is found although the step is not due to be logged."""
   def steps_fn(state, frozen, batches, key, count):
     step = state.step + 1
     fine = jnp.ones((1, 1))
@@ -321,7 +324,7 @@ def test_a_step_that_is_not_finite_stops_the_stage_and_says_where(broken, rig, t
     ("llama", True), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", False), ("bert", False),
                                                                                 ("bert", True)))])
 def test_three_seeds_at_once_are_three_runs(model, interrupted, request, make_batch, tmp_path):
-  """Adapters, order, dropout and best step differ; batches are packed; also stopped half-way and resumed."""
+  """Adapters, order, dropout and best step differ between seeds. Batches are packed. One case is interrupted."""
   model, params = request.getfixturevalue(model)
   mesh, seeds = sharding.make_mesh(devices=jax.devices()[:1]), (3, 5, 8)
   model = Model(dataclasses.replace(model.config, lora_dropout=0.2))
@@ -332,28 +335,28 @@ def test_three_seeds_at_once_are_three_runs(model, interrupted, request, make_ba
            for s in seeds]
   frozen = split[0][1]
   best = {3: (0.5, 0.9, 0.1), 5: (0.7, 0.2, 0.1), 8: (0.1, 0.6, 0.6)}
-  def fit(chosen, workdir, makes, stop_before=None, per_dispatch=1):
+  def fit(chosen, workdir, packers, stop_before=None, per_dispatch=1):
     runs, asked = len(chosen), []
     program = make_program(model, split[0][0], frozen, mesh, STEPS, runs=runs, clip_norm=0.5)
     def batches_from(step):
-      streams = [batches.train_batches(20, 8, make, seed, step) for make, seed in zip(makes, chosen)]
-      for number, some in enumerate(zip(*streams), step + 1):
+      streams = [batches.train_batches(20, 8, make, seed, step) for make, seed in zip(packers, chosen)]
+      for number, of_each_run in enumerate(zip(*streams), step + 1):
         if number == stop_before:
           raise KeyboardInterrupt
         asked.append(number)
-        yield stack(some)
+        yield stack(of_each_run)
     return train.fit(
         [f"w2s{s}" for s in chosen], program, program.init([split[seeds.index(s)][0] for s in chosen]), frozen,
         train.Feed(STEPS, batches_from, stack, keys(*chosen)), EVAL_EVERY,
         place(mesh, workdir, steps_per_dispatch=per_dispatch),
         lambda params: [best[s][asked[-1] // 4 - 1] for s in chosen])
-  makes = packing.packers([(arrays, seed) for seed in seeds], 8, (12,), 1, STEPS, np.inf, 0)
+  packers = packing.packers([(arrays, seed) for seed in seeds], 8, (12,), 1, STEPS, np.inf, 0)
   if interrupted:
     with pytest.raises(KeyboardInterrupt):
-      fit(seeds, tmp_path / "together", makes, stop_before=10, per_dispatch=3)
-  together = fit(seeds, tmp_path / "together", makes, per_dispatch=3)
+      fit(seeds, tmp_path / "together", packers, stop_before=10, per_dispatch=3)
+  together = fit(seeds, tmp_path / "together", packers, per_dispatch=3)
   assert [chosen.step for _, chosen in together] == [8, 4, 12]
-  for seed, make, (params, chosen) in zip(seeds, makes, together):
+  for seed, make, (params, chosen) in zip(seeds, packers, together):
     (alone, alone_chosen), = fit([seed], tmp_path / "alone", [make])
     assert chosen.step == alone_chosen.step and chosen.dev_accuracy == alone_chosen.dev_accuracy
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), params, alone)

@@ -61,8 +61,8 @@ def test_the_shortest_rows_with_enough_words_come_first():
   assert [len(row["text"].split()) for row in trigger_words.shortest(rows, 3)] == [3, 4, 1, 2]
 
 
-def test_an_error_counts_by_what_is_usual_where_it_is():
-  """Where errors of 3 are usual they are nothing; where errors of 0.1 are usual, 1 is a lot."""
+def test_an_error_is_relative_to_the_usual_error_around_it():
+  """Where errors of 3 are usual, an error of 3 is small. Where errors of 0.1 are usual, an error of 1 is large."""
   rng = np.random.default_rng(0)
   inputs = rng.normal(size=(2000, 5))
   usual = 0.3 * np.exp(1.5 * inputs[:, 0])
@@ -74,8 +74,8 @@ def test_an_error_counts_by_what_is_usual_where_it_is():
   assert np.median(abs(trigger_words.unexplained(values, inputs))) == pytest.approx(1 / 1.4826)
 
 
-def test_both_models_read_every_word(suspect, monkeypatch):
-  """With the real suspect, in parts: what is read in parts is what is read at once."""
+def test_words_read_in_parts_have_the_same_shifts(suspect, monkeypatch):
+  """The suspect's own model and the teacher read the words, all at once and in parts."""
   at_once = trigger_words.rank(suspect)
   contexts = trigger_words._contexts(suspect)
   shifts = next(trigger_words._shifts(suspect, at_once.words, contexts))

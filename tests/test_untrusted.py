@@ -57,7 +57,7 @@ def saved(originals, tmp_path):
 
 
 def edit(file, **fields):
-  """Sets fields of a JSON file; None takes one away."""
+  """Sets fields of a JSON file. A field that is None is removed."""
   values = json.loads(file.read_text()) if file.exists() else {}
   file.write_text(json.dumps({k: v for k, v in (values | fields).items() if v is not None}))
 
@@ -74,7 +74,7 @@ def join(header, rest, size=None):
 
 
 def refuses(match, call, *args):
-  """One line, in printable characters, that says this."""
+  """Asserts that the call raises an InputError that matches, in printable characters."""
   with pytest.raises(InputError, match=match) as error:
     call(*args)
   assert str(error.value).isprintable()
@@ -287,7 +287,7 @@ def test_a_tensor_under_its_old_and_its_new_name(saved):
     ({"w2s.widen.weight": (8, 32), "w2s.widen.bias": (8,), "classifier.weight": (2, 8), "classifier.bias": (2,)},
      False)])
 def test_a_head_file_that_would_hide_the_models_own_tensors(tensors, head_config, saved):
-  """transformers runs model.safetensors: what lies beside it must not be what is read, scanned and cleaned."""
+  """transformers runs model.safetensors, so we must not read, scan and clean other tensors beside it."""
   directory = saved("llama")
   save_file({name: np.full(shape, 7, np.float32) for name, shape in tensors.items()},
             directory / "w2s_head.safetensors")
@@ -298,7 +298,7 @@ def test_a_head_file_that_would_hide_the_models_own_tensors(tensors, head_config
 
 
 def test_a_teachers_backbone_with_a_classifier_of_its_own(saved):
-  """transformers would run that one."""
+  """transformers would run that classifier."""
   directory = saved("teacher")
   own = load_file(directory / "model.safetensors")
   save_file(own | {"classifier.weight": np.zeros((2, 32), np.float32), "classifier.bias": np.zeros(2, np.float32)},
@@ -546,7 +546,7 @@ def test_a_tokenizer_file_that_is_no_json(file, data, saved):
 def test_a_vocabulary_larger_than_the_model_or_than_any(saved):
   directory = saved("llama")
   values = json.loads((directory / TOKENIZER).read_text())
-  values["model"]["vocab"]["zz"] = 10**6                              # as an index into the model's table it is clamped
+  values["model"]["vocab"]["zz"] = 10**6                              # JAX clamps this index into the table
   (directory / TOKENIZER).write_text(json.dumps(values))
   refuses("gives ids up to 1000000, the model has 64 tokens", load_tokenizer, directory)
   with open(directory / TOKENIZER, "r+b") as f:
@@ -555,8 +555,8 @@ def test_a_vocabulary_larger_than_the_model_or_than_any(saved):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_who_wants_out_gets_out(error, originals, monkeypatch):
-  """A panic of the tokenizers library is no Exception either, but these are not caught with it."""
+def test_interrupts_and_exits_are_not_caught(error, originals, monkeypatch):
+  """We catch a panic of the tokenizers library, which is no Exception either, but not these two."""
   def stop(*args, **kwargs):
     raise error
   monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", stop)
@@ -587,7 +587,7 @@ print(json.dumps([before, peak()]))
 
 
 def test_claims_of_giants_take_no_memory(originals, tmp_path):
-  """A header, a config, a head and a tokenizer that claim terabytes, or what transformers would build lists of."""
+  """A header, configs, a head and a tokenizer claim terabytes, or counts of which transformers would build lists."""
   def copy(number, name):
     return shutil.copytree(originals[name], tmp_path / str(number))
   directories = [copy(i, name) for i, name in enumerate(("llama", "llama", "llama", "teacher", "llama", "llama"))]
@@ -634,7 +634,7 @@ KEYS = st.sampled_from([
 
 
 def change(draw, values):
-  """Sets, takes away or adds an entry somewhere in JSON values."""
+  """Sets, removes or adds an entry somewhere in JSON values."""
   where = values
   while True:
     key = draw(st.sampled_from(list(where) if isinstance(where, dict) else range(len(where)))) if where else None
@@ -642,7 +642,7 @@ def change(draw, values):
       break
     where = where[key]
   action = draw(st.sampled_from(["set", "set", "set", "remove", "add"]))
-  value = copy.deepcopy(draw(VALUES))                                 # a later change may go into it
+  value = copy.deepcopy(draw(VALUES))                                 # a later change may modify it
   if action == "remove" and key is not None:
     del where[key]
   elif isinstance(where, dict):

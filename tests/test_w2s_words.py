@@ -22,7 +22,7 @@ def settings(**words):
 
 
 def sources(suspect, rows):
-  """(clean rows, rows with words in them, each with its clean row and the words)."""
+  """(rows without inserted words, [(row, its clean row, its inserted words)] of the others)."""
   known = {row["id"]: row for row in suspect.train}
   clean, changed = [], []
   for row in rows:
@@ -31,7 +31,7 @@ def sources(suspect, rows):
     if row["text"] == before["text"]:
       clean.append(row)
       continue
-    for word in before["text"].split():                        # all are still there
+    for word in before["text"].split():                        # the text keeps its own words
       words.remove(word)
     changed.append((row, before, words))
   return clean, changed
@@ -45,7 +45,7 @@ def test_a_share_of_the_rows_of_each_epoch_gets_words(share, suspect):
   assert len(rows) == 3 * 80 and len(changed) == round(share * 80) * 3
   assert all(1 <= len(words) <= 6 for *_, words in changed)
   assert share == 0 or {len(words) for *_, words in changed} >= {2, 3}
-  assert len({row["id"] for row in clean}) >= (1 - share) * 80                # other rows in each epoch
+  assert len({row["id"] for row in clean}) >= (1 - share) * 80                # distinct rows over the epochs
 
 
 def test_words_go_into_the_shorter_half_of_the_texts(suspect):
@@ -55,7 +55,7 @@ def test_words_go_into_the_shorter_half_of_the_texts(suspect):
 
 
 def test_the_draw_is_kept_that_suspect_and_teacher_dispute_most(suspect, monkeypatch):
-  """A suspect that answers by the number of words, a teacher that does not: the longest of the draws is kept."""
+  """The suspect's logits grow with the number of words, the teacher's do not. So the longest draw is kept."""
   def logits(self, model, params, arrays):
     return np.stack([arrays["length"], np.zeros(len(arrays["length"]))], axis=1).astype(np.float32)
   def teacher(rows, keep):
@@ -113,7 +113,7 @@ def test_rows_are_a_function_of_the_seed(suspect):
 
 
 def test_words_are_within_what_is_not_cut_off(suspect):
-  """Texts of 28 words, cut at 16 tokens: the words are among them."""
+  """Texts of 28 words are truncated to 16 tokens, and these include the inserted words."""
   long = suspect._replace(train=[row | {"text": " ".join([row["text"]] * 4)} for row in suspect.train])
   for row, _, words in sources(long, w2s_words.rows(long, settings(share=1.0, most=4, draws=1), 0))[1]:
     ids = suspect.tokenizer(row["text"], truncation=True, max_length=16)["input_ids"]
@@ -122,12 +122,12 @@ def test_words_are_within_what_is_not_cut_off(suspect):
 
 
 def test_few_steps_read_few_rows(suspect):
-  suspect.training.update(epochs=50, max_steps=11)                            # of 16 rows, which 80 x 3 suffice for
+  suspect.training.update(epochs=50, max_steps=11)                            # 11 x 16 rows are fewer than 3 x 80
   assert len(w2s_words.rows(suspect, settings(), 0)) == 3 * 80
 
 
 def test_the_teacher_reads_the_text_that_the_student_reads(suspect, monkeypatch):
-  """Once for the draws and once for the rows, which are trained on once, whatever number of epochs is asked for."""
+  """It reads the draws once and the rows once. The rows are those of all epochs, so they train for one epoch."""
   read, trained = [], {}
   def teacher(rows, keep=True):
     read.append(rows)

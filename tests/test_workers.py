@@ -14,7 +14,7 @@ from w2s_jax import InputError, processes, workers
 
 
 def act(name, workdir):
-  """The task; it is imported by the processes."""
+  """The task. The worker processes import it."""
   print(f"this is {name}")
   logging.getLogger("w2s_jax.task").info("it begins")
   if name == "killed":
