@@ -15,6 +15,7 @@ from w2s_jax import InputError, adapters, config, lora, sharding
 from w2s_jax.adapters import attach, fourierft, trees
 from w2s_jax.defenses import distill, lora_ce
 from w2s_jax.models import load_pretrained, save_pretrained
+from w2s_jax.training import stage
 
 KINDS = ("dora", "fourierft")
 GPT2 = ("c_attn", "c_proj", "c_fc")
@@ -172,12 +173,11 @@ def test_a_defense_trains_them(kind, llama, tmp_path):
   suspect = suspect._replace(lora=section(kind, frequencies=200, scaling=600.0))
   settings = rig.DEFENSE.copy_and_resolve_references()
   both = distill.train(lora_ce.RECIPE, suspect, settings, {"one": 0, "two": 1})
-  start = flatten(suspect.params)
-  for params in both:
-    flat = flatten(params)
-    assert all((np.asarray(flat[path]) == np.asarray(leaf)).all() for path, leaf in start.items()
-               if trees.label(path) not in ("head", "adapter"))
-    assert all(np.asarray(leaf).any() for path, leaf in flat.items() if trees.label(path) == "adapter")
+  for seed, params in enumerate(both):
+    flat, start = flatten(params), flatten(attach.add_configured(suspect.params, suspect.lora,
+                                                                 key=stage.stream_key(seed, "lora")))
+    trained = {path for path, leaf in start.items() if (np.asarray(flat[path]) != np.asarray(leaf)).any()}
+    assert trained == {path for path in start if trees.label(path) in ("head", "adapter")}
     dev = suspect.encode(suspect.dev)
     assert suspect.place.task.is_correct(suspect.place.answers(suspect.model, params, dev), dev).mean() > 0.85
   names = [path for path in flatten(both[0]) if path.endswith(("dora_b", "fourier_spectrum"))]

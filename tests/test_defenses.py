@@ -198,9 +198,14 @@ def test_the_feature_weight_scales_with_4096_over_width():
     assert w2s.loss_weights("1,2,3", width) == {"ce": 1.0, "kd": 2.0, "fa": 3.0 * scale}
 
 
-def test_every_named_triple_can_be_used():
-  for name, (ce, kd, fa) in w2s.WEIGHTS.items():
-    assert w2s.loss_weights(name, 4096) == {"ce": ce, "kd": kd, "fa": fa}
+@pytest.mark.parametrize("name, weights", [
+    ("released_badnet", (5, 0.001, 0.001)), ("released_insent", (3, 0.01, 0.001)),
+    ("released_synattack", (1, 0.035, 0.002)), ("agnostic", (3, 0.01, 0.001)), ("small", (1, 1, 0.01))])
+def test_named_weights_of_the_losses(name, weights):
+  """Those of the released code hold for a width of 4096. At half the width, that of the features is twice as large."""
+  ce, kd, fa = weights
+  assert w2s.loss_weights(name, 4096) == {"ce": ce, "kd": kd, "fa": fa}
+  assert w2s.loss_weights(name, 2048) == {"ce": ce, "kd": kd, "fa": 2 * fa}
 
 
 def test_three_numbers_as_text():

@@ -170,7 +170,9 @@ def test_main_commands(command, home):
 
 
 def test_scales_that_are_named():
-  for name, scale in re.findall(r"configs/(\w+)\.py:scale=(\w+)", PAGES):
+  named = re.findall(r"configs/(\w+)\.py:scale=(\w+)", PAGES)
+  assert ("llama_badnet", "8b") in named
+  for name, scale in named:
     assert runpy.run_path(str(ROOT / f"configs/{name}.py"))["get_config"](f"scale={scale}").lora.rank == 512
 
 
