@@ -1,16 +1,16 @@
-"""Does `w2s_adv` withstand an attacker who knows it, a poisoned teacher, or later clean training?
+"""Does `w2s_adv` withstand an attacker who knows it, or later clean training?
 
   python benchmarks/robustness.py --main=runs/grid_offline/cells --attacks=badnet,insent --out=runs/robustness
 
 The checks start from the poisoned students of a grid's cells (configs/grid_offline.py). These cells must have lora_ce,
 w2s and w2s_adv:
 
-  adaptive          The attacker trains the poisoned student further on the poisoned rows, with and without soft tokens
-                    (the loss of ce_adv). So it learns to obey the trigger and to ignore soft tokens. Then lora_ce,
-                    w2s and w2s_adv run.
-  poisoned_teacher  A quarter of the teacher's training texts have the attack's trigger. They are of the target class.
-                    Then w2s and w2s_adv run with this teacher.
-  reactivate        A defended student is fine-tuned (lora_ce) on clean texts of the attacked domain.
+  adaptive    The attacker trains the poisoned student further on the poisoned rows, with and without soft tokens (the
+              loss of ce_adv). So it learns to obey the trigger and to ignore soft tokens. Then lora_ce, w2s and w2s_adv
+              run.
+  reactivate  A defended student is fine-tuned (lora_ce) on clean texts of the attacked domain.
+
+A poisoned teacher is no check here, but a setting of a run: --config.teach.poison_rate.
 
 Complete cells are not run again. Prints a table, and writes it to OUT/robustness.md. A row has the means and standard
 deviations of a model over all attacks and seeds, and the ASR of each cell. `adaptive: poisoned` is the attacker's
@@ -18,15 +18,13 @@ student. `reactivate w2s_adv: poisoned` is the student that w2s_adv defended, me
 `reactivate w2s_adv: lora_ce` is the same student after the fine-tuning.
 """
 
-import json
 import runpy
 from pathlib import Path
 
 import numpy as np
 import runs
 
-from w2s_jax.data import corpora, poison, tokenization
-from w2s_jax.measure import metrics
+from w2s_jax.data import corpora, poison
 
 DEFENSES = ("lora_ce", "w2s", "w2s_adv")
 
@@ -57,38 +55,6 @@ def adaptive(args, attack, seed, core):
                                                  core, students)}
 
 
-def poisoned_teacher(args, attack, seed, core):
-  main, out, c = runs.workdir_of(args.main, attack, seed), args.out / "poisoned_teacher", config_of(args, attack)
-  domain = corpora.load(c.data.defend_source, corpora.GRAMMAR_SIZES, 2)
-  backdoor = poison.make_attack(c.attack.name, c.attack.trigger, c.attack.paraphrases)
-  vocab_size = json.loads((main / "models/base/config.json").read_text())["vocab_size"]
-  rows = poison.poison_train(
-      domain["train"], backdoor, target_label=c.attack.target_label, count=len(domain["train"]) // 4,
-      tokenizer=tokenization.load(main / "models/base", vocab_size), keep_trigger=True, seed=seed,
-      max_length=c.data.max_length)
-  data = out / "data" / main.name
-  runs.write_data(data, train=rows, dev=domain["dev"], test=domain["test"])
-  taught = runs.run_cell(attack, seed, out / "teacher", args.config, flags(args, data=data), core,
-                         runs.models_of(main, runs.STUDENT))
-  if not taught:
-    return {"poisoned_teacher": None}
-  teacher = out / "teacher" / main.name / "models" / "teacher"
-  results = runs.run_cell(attack, seed, out / "defended", args.config, flags(args, "w2s", "w2s_adv"), core,
-                          runs.models_of(main, runs.STUDENT) | {"teacher": teacher})
-  if results:
-    results["rows"].append({"model": "the teacher itself", **teacher_metrics(teacher, domain["test"], main, c)})
-  return {"poisoned_teacher": results}
-
-
-def teacher_metrics(directory, rows, main, c):
-  """CA, false rate and ASR of a teacher."""
-  out = {}
-  for measure, texts in ((metrics.clean_metrics, rows),
-                         (metrics.attack_metrics, poison.thaw(main / "data" / "triggered.jsonl")[0])):
-    out |= runs.measured(measure, directory, texts, c.data, c.attack.target_label)
-  return out
-
-
 def reactivate(args, attack, seed, core):
   main, c = runs.workdir_of(args.main, attack, seed), config_of(args, attack)
   return {f"reactivate {defense}": runs.run_cell(
@@ -98,7 +64,7 @@ def reactivate(args, attack, seed, core):
           for defense in DEFENSES}
 
 
-CHECKS = {"adaptive": adaptive, "poisoned_teacher": poisoned_teacher, "reactivate": reactivate}
+CHECKS = {"adaptive": adaptive, "reactivate": reactivate}
 
 
 def lines(label, cells):
