@@ -2,6 +2,7 @@
 
 An adapter is data, not code: its leaves lie beside the kernel that they adapt. `models.layers.Dense` looks up in KINDS
 what the leaves beside its kernel do. `leaves` gives the labels, `attach` adds and merges, `models.hf.peft` exports.
+Virtual tokens (p_tuning.py) lie beside no kernel, so they are not in KINDS: `attach` and `Model.apply` know them.
 """
 
 from collections.abc import Callable, Iterable
