@@ -12,7 +12,7 @@ from test_lora import ALL, flatten, logits, torch_base, torch_logits, with_other
 from test_models import SHAPES, torch_model
 
 from w2s_jax import InputError, adapters, config, lora, sharding
-from w2s_jax.adapters import attach, fourierft, trees
+from w2s_jax.adapters import attach, fourierft, p_tuning, trees
 from w2s_jax.defenses import distill, lora_ce
 from w2s_jax.models import load_pretrained, save_pretrained
 from w2s_jax.training import stage
@@ -45,7 +45,7 @@ def moved(params):
 
 def test_a_config_can_name_every_kind():
   declared = next(f for f in config.Lora.__dataclass_fields__.values() if f.name == "kind")
-  assert declared.metadata["among"] == tuple(adapters.KINDS)
+  assert declared.metadata["among"] == (*adapters.KINDS, p_tuning.KIND)
   names = {name for kind in adapters.KINDS.values() for name in kind.settings}
   assert names <= set(config.Lora.__dataclass_fields__)
 

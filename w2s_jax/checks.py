@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from w2s_jax import InputError, claims, quantized, results, sharding
 from w2s_jax import config as config_lib
-from w2s_jax.adapters import attach, trees
+from w2s_jax.adapters import attach, p_tuning, trees
 from w2s_jax.data import insertions, tokenization
 from w2s_jax.defenses import DEFENSES, SETTINGS, distill
 from w2s_jax.defenses import base as base_lib
@@ -96,13 +96,17 @@ def check_student(run: Any, model: Model) -> None:
   if needing := [name for name, recipe in recipes.items() if recipe.from_base] + mixing:
     _check_base(run, needing[0], model if mixing else None)
   for name, recipe in recipes.items():
-    distill.check(name, recipe, run.task, model, c.defense)
+    distill.check(name, recipe, run.task, model, c.defense, c.lora)
   _check_positions("student", model, run.max_length)
 
 
 def _check_adapters(run, model):
-  """Raises InputError if the model has no layers for the adapters, or its kernels cannot be quantized."""
+  """Raises InputError if the model has no layers or positions for the adapters, or its kernels cannot be quantized."""
   c, params = run.config, model.abstract_params()
+  room = model.config.max_positions - c.data.max_length
+  if c.lora.kind == p_tuning.KIND and c.lora.virtual_tokens > room:
+    raise InputError(f"lora.virtual_tokens is {c.lora.virtual_tokens}, but texts of {c.data.max_length} tokens leave "
+                     f"{room} of the model's positions: lower --config.lora.virtual_tokens or --config.data.max_length")
   jax.eval_shape(lambda params: attach.add_configured(params, c.lora, key=jax.random.key(0)), params)
   if c.lora.quantize:
     quantized_params = jax.eval_shape(functools.partial(quantized.quantize_layers, name=c.lora.quantize), params)

@@ -118,8 +118,7 @@ class AttackedData(Data):
   defend_source: str = field("grammar:phrases", "the defended domain, in which CA and ASR are measured: "
                              "grammar:phrases, a directory or a hub data set")
   num_labels: int = field(2, "number of classes of both domains; labels are 0 to num_labels - 1", low=2)
-  attack_max_length: int = field(64, "length to which texts of the attacked domain are truncated", low=4,
-                                 unit="student tokens")
+  attack_max_length: int = field(64, "length to which attacked texts are truncated", low=4, unit="student tokens")
 
 
 @dataclasses.dataclass
@@ -222,16 +221,17 @@ class DefendStage(Stage):
 @dataclasses.dataclass
 class Lora:
   """The student's adapters."""
-  kind: str = field("lora", "kind of the adapters", among=("lora", "dora", "fourierft"))
+  kind: str = field("lora", "kind of the adapters", among=("lora", "dora", "fourierft", "p_tuning"))
   rank: int = field(16, "rank R of a lora or dora adapter", low=1)
   alpha: float = field(16.0, "numerator of the scale alpha / R of a lora or dora adapter", low=0.0, high=1e6)
   frequencies: int = field(1000, "number of trained entries of a fourierft adapter", low=1, source="peft's default")
   scaling: float = field(150.0, "scale of a fourierft adapter", low=0.0, high=1e6, source="peft's default")
-  dropout: float = field(0.0, "dropout rate on the adapter's input in training", low=0.0, high=0.99)
+  virtual_tokens: int = field(5, "number of virtual tokens of p_tuning", low=1, high=1000, source="PSIM's code")
+  encoder_width: int = field(128, "width of p_tuning's MLP", low=1, high=65536, source="ours; not tuned")
+  dropout: float = field(0.0, "dropout rate on the adapter's input in training; p_tuning has none", low=0.0, high=0.99)
   targets: tuple = field(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
                          "modules that get an adapter; ('all-linear',): every linear module of the layers")
-  quantize: str = field("", "format of the frozen layers while adapters train (qwix); empty: student.dtype",
-                        among=("", "int8", "int4", "nf4"))
+  quantize: str = field("", "qwix format of frozen layers; empty: student.dtype", among=("", "int8", "int4", "nf4"))
   export: bool = field(False, "also write adapters/DEFENSE, which peft loads onto the attacked model")
 
 

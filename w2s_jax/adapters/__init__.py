@@ -3,6 +3,7 @@
 An adapter is data, not code: its leaves lie beside the kernel that they adapt. `models.layers.Dense` looks up in KINDS
 what the leaves beside its kernel do. `trees` labels the leaves, `attach` adds and merges adapters, and `models.hf.peft`
 exports them.
+Virtual tokens (p_tuning.py) lie beside no kernel, so they are not in KINDS: `attach` and `Model.apply` know them.
 """
 
 from collections.abc import Callable, Iterable

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from w2s_jax import InputError, adapters, processes, quantized
-from w2s_jax.adapters import soft, trees
+from w2s_jax.adapters import p_tuning, soft, trees
 
 LARGEST = 1 << 16            # largest size of an adapter's own axis in a file; real adapters are smaller
 
@@ -53,19 +53,48 @@ def add(params: dict, kind: str, targets: Sequence[str], *, key: jax.Array,
       leaves = adapters.KINDS[kind].add(kernels[path], jax.random.fold_in(key, i), **settings)
       new |= {f"{_module(path)}/{name}": leaf for name, leaf in leaves.items()}
     return traverse_util.unflatten_dict(new, sep="/")
-  shardings = None if places is None else places(jax.eval_shape(create, key, kernels))
-  return trees.combine(jax.jit(create, out_shardings=shardings)(key, kernels), params)
+  return trees.combine(_created(create, places, key, kernels), params)
+
+
+def _created(create, places, *args):
+  shardings = None if places is None else places(jax.eval_shape(create, *args))
+  return jax.jit(create, out_shardings=shardings)(*args)
+
+
+def add_virtual_tokens(params: dict, tokens: int, hidden: int, *, key: jax.Array,
+                       places: Callable[[dict], dict] | None = None) -> dict:
+  """A new tree with what makes virtual tokens (p_tuning.py) beside the vocabulary's embeddings.
+
+  Args:
+    tokens: number of virtual tokens.
+    hidden: width of the MLP that makes them.
+    key, places: see `add`.
+  Raises:
+    InputError: the tree has virtual tokens already.
+  """
+  module, leaves = trees.beside_vocabulary(params)
+  if p_tuning.tokens_of(leaves) is not None:
+    raise InputError("the model has virtual tokens already, which new ones would replace: set --config.lora.kind to "
+                     "another kind")
+  def create(key):
+    new = p_tuning.new(key, tokens, leaves["embedding"].shape[1], hidden)
+    return traverse_util.unflatten_dict({f"{module}/{name}": leaf for name, leaf in new.items()}, sep="/")
+  return trees.combine(_created(create, places, key), params)
 
 
 def add_configured(params: dict, section: Any, *, key: jax.Array,
                    places: Callable[[dict], dict] | None = None) -> dict:
   """Calls `add` with the kind, the targets and the settings of `section`, the section `lora` of a config."""
+  if section.kind == p_tuning.KIND:
+    return add_virtual_tokens(params, section.virtual_tokens, section.encoder_width, key=key, places=places)
   settings = {name: section[name] for name in adapters.KINDS[section.kind].settings}
   return add(params, section.kind, tuple(section.targets), key=key, places=places, **settings)
 
 
 def has_adapters(params: dict) -> bool:
-  """Whether any kernel has an adapter."""
+  """Whether there is an adapter that trained: beside a kernel, or in front of the texts."""
+  if p_tuning.VECTORS in trees.beside_vocabulary(params)[1]:
+    return True
   return any(adapters.kind_of(names) for names in _beside_kernels(traverse_util.flatten_dict(params, sep="/")).values())
 
 
@@ -73,10 +102,15 @@ def merge(params: dict) -> dict:
   """A new tree in which every adapter that can be merged is merged into its kernel, which keeps its dtype.
 
   A merged kernel is computed in float32 and rounded once. Kernels of a quantized base become plain arrays on the host,
-  because together they may exceed the device's memory. Soft tokens and adapters of a kind without `merge` stay.
+  because together they may exceed the device's memory. Soft tokens, adapters of a kind without `merge`, and virtual
+  tokens stay. The MLP that made the virtual tokens does not.
   """
   flat = traverse_util.flatten_dict(params, sep="/")
   out = dict(flat)
+  vocabulary, leaves = trees.beside_vocabulary(params)
+  if p_tuning.VECTORS in leaves:
+    out = {path: leaf for path, leaf in flat.items() if not path.startswith(f"{vocabulary}/{p_tuning.KIND}_")}
+    out[f"{vocabulary}/{p_tuning.LEAF}"] = jax.jit(p_tuning.tokens_of)(leaves)
   for module, names in _beside_kernels(flat).items():
     path = f"{module}/kernel"
     kernel, kind = flat[path], adapters.KINDS.get(adapters.kind_of(names))
@@ -111,8 +145,8 @@ def unmergeable(shapes: Mapping[str, tuple[int, ...]], base: Mapping[str, tuple[
     {path: axes}: an axis is an int if the base determines its size, and a name if the adapter does.
   """
   wanted: dict[str, tuple[int | str, ...]] = {}
-  if f"{vocabulary}/{soft.LEAF}" in shapes:
-    wanted[f"{vocabulary}/{soft.LEAF}"] = ("tokens", base[f"{vocabulary}/embedding"][-1])
+  for leaf in {f"{vocabulary}/{name}" for name in (soft.LEAF, p_tuning.LEAF)} & shapes.keys():
+    wanted[leaf] = ("tokens", base[f"{vocabulary}/embedding"][-1])
   for path in _kernels(base):
     sizes = dict(zip(("layers", "in", "out"), (layers or base[path][0], *base[path][1:])))
     names = {name for kind in adapters.KINDS.values() for name in kind.leaves if f"{_module(path)}/{name}" in shapes}

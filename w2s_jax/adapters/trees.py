@@ -1,5 +1,6 @@
 """Labels of the leaves of a parameter tree: a leaf's label decides whether it trains, decays and is saved."""
 
+import re
 from collections.abc import Sequence
 
 from flax import traverse_util
@@ -7,9 +8,13 @@ from jax.sharding import PartitionSpec as P
 
 from w2s_jax import adapters, sharding
 
-# (path pattern, label) of the model's own leaves and of soft tokens. There is no catch-all, so an unknown leaf fails.
+VOCABULARY = "(embed_tokens|embeddings/word_embeddings)"
+# (path pattern, label) of the model's own leaves and of those beside its vocabulary. There is no catch-all, so that an
+# unknown leaf fails.
 MODEL_RULES = (
-    (r"(embed_tokens|embeddings/word_embeddings)/soft", "soft"),   # an adversary's soft tokens or a prompt (soft.py)
+    (rf"{VOCABULARY}/soft", "soft"),                     # an adversary's soft tokens or a prompt (soft.py)
+    (rf"{VOCABULARY}/p_tuning_[a-z_]+", "adapter"),      # what makes virtual tokens (p_tuning.py)
+    (rf"{VOCABULARY}/virtual", "constant"),              # virtual tokens that are made
     (r"(score|pooler|widen|classifier)/((dense|norm)/)?(kernel|scale|bias)", "head"),
     (r"(.*/)?(embed_tokens|lm_head|[a-z_]+_embeddings)/embedding", "embedding"),
     (r"(.*/)?([a-z_]*_)?norm/(scale|bias)", "vector"),
@@ -27,13 +32,13 @@ def label_rules() -> tuple[tuple[str, str], ...]:
 
 
 def added_shardings() -> tuple[tuple[str, P], ...]:
-  """((pattern, mesh axes), ...) for adapter leaves and soft tokens; every model family shards them in the same way.
+  """((pattern, mesh axes), ...) for adapters, soft and virtual tokens; every model family shards them in the same way.
 
   The mesh axis `fsdp` shards the axes "in" and "out" of an adapter leaf, even if other mesh axes shard the kernel.
   """
   specs = {name: P(*("fsdp" if axis in ("in", "out") else None for axis in axes))
            for kind in adapters.KINDS.values() for name, (_, axes) in kind.leaves.items()}
-  return (*((rf"layers/.*/{name}", spec) for name, spec in specs.items()), (r".*/soft", P()))
+  return (*((rf"layers/.*/{name}", spec) for name, spec in specs.items()), (r".*/(soft|virtual|p_tuning_[a-z_]+)", P()))
 
 
 def label(path: str) -> str:
@@ -53,6 +58,13 @@ def label_tree(params: dict) -> dict:
   """
   rules = label_rules()
   return traverse_util.path_aware_map(lambda path, _: sharding.match("/".join(path), rules), params)
+
+
+def beside_vocabulary(params: dict) -> tuple[str, dict]:
+  """(path of the module that embeds the tokens, {leaf name: leaf}); ("", {}) if the tree lacks it."""
+  flat = traverse_util.flatten_dict(params, sep="/")
+  module = next((path.rsplit("/", 1)[0] for path in flat if re.fullmatch(f"{VOCABULARY}/embedding", path)), "")
+  return module, {path.removeprefix(f"{module}/"): leaf for path, leaf in flat.items() if path.startswith(f"{module}/")}
 
 
 def split(params: dict, labels: Sequence[str]) -> tuple[dict, dict]:

@@ -27,7 +27,7 @@ def train(recipe: Recipe, suspect: Suspect, settings: Any, runs: dict[str, int])
   Raises:
     InputError: see `check`. The stages check the recipe before anything trains.
   """
-  check(next(iter(runs)), recipe, suspect.place.task, suspect.model, settings)
+  check(next(iter(runs)), recipe, suspect.place.task, suspect.model, settings, suspect.lora)
   suspects = recipe.prepare(suspect, settings, runs) if recipe.prepare else [suspect] * len(runs)
   initial, arrays = zip(*(_start(recipe, own, settings, seed) for own, seed in zip(suspects, runs.values())))
   adversary = recipe.adversary(suspect, settings) if recipe.adversary else None
@@ -83,15 +83,19 @@ def _start(recipe, suspect, settings, seed):
   return recipe.augment(suspect, settings, params, arrays, seed) if recipe.augment else (params, arrays)
 
 
-def check(name: str, recipe: Recipe, task: Task, model: Model, settings: Any) -> None:
+def check(name: str, recipe: Recipe, task: Task, model: Model, settings: Any, lora: Any = None) -> None:
   """Raises InputError unless loss terms and weights have the same names and each term is a scalar float32.
 
   It allocates nothing.
+
+  lora: section `lora` of the config, for the student's adapters; None: without them.
   """
   weights = recipe.weights(settings, model.config.feature_size)
   batch = steps.abstract_batch(model, task, 2, 4, recipe.teacher_view is not None, bool(recipe.soft_tokens),
                                fields=recipe.fields)
   def terms(params, batch):
+    if lora and "adapter" in recipe.trains:
+      params = attach.add_configured(params, lora, key=jax.random.key(0))
     out = _forward(recipe, settings)(model, params, batch, None)
     return recipe.terms(out, batch, settings=settings, task=task)
   shapes = jax.eval_shape(terms, model.abstract_params(), batch)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from w2s_jax import processes, results
+from w2s_jax.adapters import p_tuning
 from w2s_jax.data import streams
 from w2s_jax.defenses import DEFENSES, distill, planting
 from w2s_jax.measure import deployed
@@ -22,7 +23,8 @@ IMPLANTED = 0.9          # a canary counts if its ASR after planting is at least
 def tested(config: Any) -> str | None:
   """The defense to test: the last one that makes new weights from the suspect's weights; None without a self-test."""
   names = [name for name in config.defenses if DEFENSES[name].changes_suspect]
-  if not names or not config.selftest.triggers or config.lora.quantize:   # planting merges into an unquantized base
+  mergeable = not config.lora.quantize and config.lora.kind != p_tuning.KIND     # planting merges into the kernels
+  if not names or not config.selftest.triggers or not mergeable:
     return None
   return names[-1]
 

@@ -44,6 +44,11 @@ class GemmaConfig(llama.LlamaConfig):
   attention_cap: float = 0.0          # soft cap of the attention scores; 0: none
   logit_cap: float = 0.0              # soft cap of the language-model logits; 0: none
 
+  @property
+  def embedding_scale(self) -> float:
+    """Factor of the word embeddings. Virtual tokens (adapters/p_tuning.py) are without it, as in peft."""
+    return self.hidden_size**0.5
+
   @classmethod
   def from_hf(cls, fields: Fields, **runtime: Any) -> Self:
     """Reads transformers' config.json (v4 or v5)."""
@@ -182,7 +187,7 @@ class GemmaClassifier(nn.Module):
     c, x = self.config, stream
     embed_tokens = layers.embed(c, c.vocab_size, "embed_tokens", layers.Tokens)
     if stream is None:
-      x = (embed_tokens(input_ids) * c.hidden_size**0.5).astype(c.dtype)
+      x = (embed_tokens(input_ids) * c.embedding_scale).astype(c.dtype)
     positions = layers.real_positions(segment_ids)
     rotations = [rope.cos_sin(positions, c.head_dim, c.max_positions) for rope in (c.rope, c.local_rope)]
     cos, sin = (jnp.stack(pair) for pair in zip(*rotations))

@@ -7,12 +7,13 @@ from collections.abc import Collection
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
 from w2s_jax import InputError, sharding
-from w2s_jax.adapters import trees
+from w2s_jax.adapters import p_tuning, soft, trees
 from w2s_jax.models import deberta, encoder, gemma, gpt2, layers, llama, modernbert
 from w2s_jax.models.family import Family, SharedConfig
 from w2s_jax.models.hf import formats
@@ -131,14 +132,41 @@ class Model:
     Raises:
       ValueError: neither `attention_mask` nor `segment_ids` is given, or both are.
       InputError: outside jit, a token is not in the vocabulary, or a text is longer than the table of learned positions
-        (not checked with `texts`). Where this is not checked, such a text has NaN logits.
+        (not checked with `texts`). Where this is not checked, such a text has NaN logits. Or `params` have virtual
+        tokens, and `stream` is given.
     """
     if (attention_mask is None) == (segment_ids is None):
       raise ValueError("give Model.apply either attention_mask, for one text per row, or segment_ids")
     if segment_ids is None:
       segment_ids = attention_mask
+    leaves = trees.beside_vocabulary(params)[1]
+    virtual = p_tuning.tokens_of(leaves)
     if stream is None and not any(isinstance(x, jax.core.Tracer) for x in (input_ids, segment_ids)):
-      self._check_tokens(params, np.asarray(input_ids), np.asarray(segment_ids), texts)
+      self._check_tokens(params, np.asarray(input_ids), np.asarray(segment_ids), texts,
+                         0 if virtual is None else len(virtual))
+    if virtual is None:
+      return self._run(params, input_ids, segment_ids, texts, stream, dropout_key, states)
+    if stream is not None:
+      raise InputError("a model with virtual tokens (p_tuning) cannot start from given hidden states: set "
+                       "--config.lora.kind to another kind, or choose other defenses (--config.defenses)")
+    return self._run_behind(virtual, params, input_ids, segment_ids, texts, dropout_key, states)
+
+  def _run_behind(self, virtual, params, input_ids, segment_ids, texts, dropout_key, states):
+    """The output on the texts behind the virtual tokens [S, E]; the ids of these come after those of soft tokens."""
+    leaves, config = trees.beside_vocabulary(params)[1], self.config
+    virtual = virtual / getattr(config, "embedding_scale", 1.0)
+    table = jnp.concatenate([leaves[soft.LEAF], virtual]) if soft.LEAF in leaves else virtual
+    first_id = config.vocab_size + len(table) - len(virtual)
+    ids, segments = p_tuning.in_front(len(virtual), first_id, input_ids, segment_ids, texts, config.pad_token_id or 0)
+    if config.is_decoder:                             # else it would skip a padding token at the end of a text
+      config = dataclasses.replace(config, pad_token_id=None)
+    out = Model(config)._run(soft.put(self, params, table), ids, segments, None, None, dropout_key, states)
+    def behind(hidden):
+      return p_tuning.behind(len(virtual), hidden, input_ids.shape, texts)
+    return out.replace(hidden=behind(out.hidden), stream=behind(out.stream),
+                       states=jax.vmap(behind)(out.states) if states else None)
+
+  def _run(self, params, input_ids, segment_ids, texts, stream, dropout_key, states):
     module = self.family.module(self.config, train=dropout_key is not None)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     run = functools.partial(module.apply, {"params": params}, input_ids, segment_ids, texts, stream, rngs=rngs)
@@ -148,7 +176,7 @@ class Model:
     (of_layers, _), = captured["intermediates"]["layers"]["__call__"]
     return out.replace(states=of_layers)
 
-  def _check_tokens(self, params, input_ids, segment_ids, texts):
+  def _check_tokens(self, params, input_ids, segment_ids, texts, virtual):
     leaves = traverse_util.flatten_dict(params)
     soft = leaves.get((*self.vocabulary, "soft"))
     num_ids = self.config.vocab_size + (0 if soft is None else len(soft))
@@ -158,9 +186,10 @@ class Model:
     learned = any("position_embeddings" in path for path in leaves)
     padding_counts = not self.config.is_decoder and self.config.model_type not in encoder.ROBERTAS
     longest = 0 if texts is not None else input_ids.shape[1] if padding_counts else (segment_ids > 0).sum(axis=1).max()
-    if learned and longest > self.config.max_positions:
-      raise InputError(f"a text has {longest} tokens, the model {self.config.max_positions} positions: cut it "
-                       f"(truncation=True, max_length={self.config.max_positions})")
+    room = self.config.max_positions - virtual
+    if learned and longest > room:
+      raise InputError(f"a text has {longest} tokens, the model {room} positions: cut it (truncation=True, "
+                       f"max_length={room})")
 
   def lm_logits(self, params: dict, hidden: jax.Array) -> jax.Array:
     """Language-model logits [B, T, V] of every token, from `ClassifierOutput.hidden`.

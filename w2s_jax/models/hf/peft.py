@@ -9,7 +9,7 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from w2s_jax import InputError, adapters, processes
-from w2s_jax.adapters import trees
+from w2s_jax.adapters import p_tuning, trees
 from w2s_jax.models.hf.formats import ADAPTER_CONFIG, ADAPTER_FILE
 from w2s_jax.models.model import Model
 
@@ -34,18 +34,19 @@ def export_adapter(directory: str | Path, model: Model, params: dict, base: str 
   """
   flat = traverse_util.flatten_dict(params, sep="/")
   names = model.weight_names()
-  adapted, kind = _adapted(flat)
-  tensors = {}
-  for path in adapted:
-    leaves = {name: processes.fetch(flat[f"{path}/{name}"]) for name in adapters.KINDS[kind].leaves}
-    parts, fields = adapters.KINDS[kind].export(leaves, model.config.lora_dropout)
-    module = names[f"{path}/kernel"].removesuffix(".weight")
-    tensors |= {f"base_model.model.{module.format(layer)}.{name}": np.ascontiguousarray(value)
-                for name, values in parts.items() for layer, value in enumerate(values)}
+  virtual = {name: processes.fetch(leaf) for name, leaf in trees.beside_vocabulary(params)[1].items()
+             if name == p_tuning.LEAF or name.startswith(p_tuning.KIND)}
+  if virtual and any(adapters.kind_of([path.rsplit("/", 1)[-1]]) for path in flat):
+    raise InputError("export_adapter: the parameters hold virtual tokens and adapters beside kernels: want one kind")
+  if virtual:
+    tensors, fields = p_tuning.export(virtual, model.config.num_heads, model.config.num_layers)
+  else:
+    tensors, fields = _beside_kernels(model, flat, names)
+  wrapper = "base_model" if virtual else "base_model.model"      # peft wraps the base to put adapters beside kernels
   heads = [p for p in flat if p in names and trees.label(p) == "head"]
   for path in heads:
     value = processes.fetch(flat[path])
-    tensors[f"base_model.model.{names[path]}"] = np.ascontiguousarray(value.T if path.endswith("kernel") else value)
+    tensors[f"{wrapper}.{names[path]}"] = np.ascontiguousarray(value.T if path.endswith("kernel") else value)
   prefix = model.checkpoint.prefix
   if not processes.writes():
     return
@@ -54,11 +55,23 @@ def export_adapter(directory: str | Path, model: Model, params: dict, base: str 
   save_file(tensors, directory / ADAPTER_FILE, metadata={"format": "pt"})
   (directory / "README.md").write_text(ADAPTER_WARNING)
   (directory / ADAPTER_CONFIG).write_text(json.dumps(fields | {
-      "task_type": "SEQ_CLS", "bias": "none", "inference_mode": True,
-      "fan_in_fan_out": not model.checkpoint.transposed,
-      "target_modules": _target_modules(names, adapted),
+      "task_type": "SEQ_CLS", "inference_mode": True,
       "modules_to_save": sorted({names[p].removeprefix(prefix).split(".")[0] for p in heads}),
       "base_model_name_or_path": str(base)}, indent=2))
+
+
+def _beside_kernels(model, flat, names):
+  """({peft's tensor name: array}, {field of adapter_config.json: value}) of the adapters beside kernels."""
+  adapted, kind = _adapted(flat)
+  tensors = {}
+  for path in adapted:
+    leaves = {name: processes.fetch(flat[f"{path}/{name}"]) for name in adapters.KINDS[kind].leaves}
+    parts, fields = adapters.KINDS[kind].export(leaves, model.config.lora_dropout)
+    module = names[f"{path}/kernel"].removesuffix(".weight")
+    tensors |= {f"base_model.model.{module.format(layer)}.{name}": np.ascontiguousarray(value)
+                for name, values in parts.items() for layer, value in enumerate(values)}
+  return tensors, fields | {"bias": "none", "fan_in_fan_out": not model.checkpoint.transposed,
+                            "target_modules": _target_modules(names, adapted)}
 
 
 def _adapted(flat):
