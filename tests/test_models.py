@@ -805,7 +805,7 @@ def test_the_attention_kernel_goes_by_device_and_shape(monkeypatch):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "roberta", "xlm-roberta", "deberta-v2"])
 def test_tokens_that_the_model_does_not_know_are_an_error(family, saved):
-  """So are texts longer than learned positions. Rotary positions and distances have no limit."""
+  """So are texts longer than learned positions, packed or not. Rotary positions and distances have no limit."""
   _, _, model, params = saved(family, next(iter(SHAPES[family])))
   most, ids = model.config.max_positions, np.full((2, model.config.max_positions), 7)
   assert np.isfinite(model.apply(params, ids, np.ones_like(ids)).logits).all()
@@ -814,11 +814,14 @@ def test_tokens_that_the_model_does_not_know_are_an_error(family, saved):
   with pytest.raises(InputError, match=f"to {model.config.vocab_size}, the model knows 0 to {wrong[1, 3] - 1}"):
     model.apply(params, wrong, np.ones_like(wrong))
   long = np.full((1, most + 1), 7)
+  two_texts = np.array([[1] * most + [2]]), np.array([[[0, most - 1], [most, most]]])
+  assert np.isfinite(model.apply(params, long, segment_ids=two_texts[0], texts=two_texts[1]).logits).all()
   if family in ("llama", "deberta-v2"):
     assert np.isfinite(model.apply(params, long, np.ones_like(long)).logits).all()
   else:
-    with pytest.raises(InputError, match=f"a text has {most + 1} tokens, the model {most} positions"):
-      model.apply(params, long, np.ones_like(long))
+    for texts in (None, np.array([[[0, most]]])):
+      with pytest.raises(InputError, match=f"a text has {most + 1} tokens, the model {most} positions"):
+        model.apply(params, long, segment_ids=np.ones_like(long), texts=texts)
 
 
 def test_a_tokenizer_with_another_padding_token(saved, tmp_path):

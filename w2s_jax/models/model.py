@@ -131,9 +131,8 @@ class Model:
       states: whether to return the output of every layer, too (ClassifierOutput.states).
     Raises:
       ValueError: neither `attention_mask` nor `segment_ids` is given, or both are.
-      InputError: outside jit, a token is not in the vocabulary, or a text is longer than the table of learned positions
-        (not checked with `texts`). Where this is not checked, such a text has NaN logits. Or `params` have virtual
-        tokens, and `stream` is given.
+      InputError: outside jit, a token is not in the vocabulary, or a text is longer than the learned positions.
+        Inside jit its logits are NaN. Or `params` have virtual tokens, and `stream` is given.
     """
     if (attention_mask is None) == (segment_ids is None):
       raise ValueError("give Model.apply either attention_mask, for one text per row, or segment_ids")
@@ -178,14 +177,17 @@ class Model:
 
   def _check_tokens(self, params, input_ids, segment_ids, texts, virtual):
     leaves = traverse_util.flatten_dict(params)
-    soft = leaves.get((*self.vocabulary, "soft"))
-    num_ids = self.config.vocab_size + (0 if soft is None else len(soft))
+    soft_tokens = leaves.get((*self.vocabulary, soft.LEAF), ())
+    num_ids = self.config.vocab_size + len(soft_tokens)
     if input_ids.size and not 0 <= input_ids.min() <= input_ids.max() < num_ids:    # also of padding, whose NaN spreads
       raise InputError(f"token ids are {input_ids.min()} to {input_ids.max()}, the model knows 0 to {num_ids - 1}: use "
                        "its own tokenizer")
     learned = any("position_embeddings" in path for path in leaves)
     padding_counts = not self.config.is_decoder and self.config.model_type not in encoder.ROBERTAS
-    longest = 0 if texts is not None else input_ids.shape[1] if padding_counts else (segment_ids > 0).sum(axis=1).max()
+    if texts is not None:
+      longest = np.max(texts[..., 1] - texts[..., 0]) + 1
+    else:
+      longest = input_ids.shape[1] if padding_counts else (segment_ids > 0).sum(axis=1).max()
     room = self.config.max_positions - virtual
     if learned and longest > room:
       raise InputError(f"a text has {longest} tokens, the model {room} positions: cut it (truncation=True, "
