@@ -2,6 +2,7 @@
 
 from w2s_jax.defenses import (
     anchors,
+    beear,
     crow,
     distill,
     fine_mix,
@@ -42,6 +43,7 @@ DEFENSES = {
     "w2s": Defense(w2s.RECIPE, settings=_DISTILS),
     "w2s_released": Defense(w2s_released.RECIPE, settings=_DISTILS),
     "w2s_adv": Defense(_W2S_ADV, settings=_ADVERSARY),
+    "beear": Defense(beear.RECIPE, settings={"beear": beear.Settings}),
     "crow": Defense(crow.RECIPE, settings={"crow": crow.Settings}),
     "nad": Defense(nad.RECIPE, settings={"nad": nad.Settings}),
     "prune": Defense(weights=prune.weights, settings={"prune": prune.Settings}),

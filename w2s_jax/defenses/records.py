@@ -94,10 +94,10 @@ class Recipe(NamedTuple):
   """A defense that the shared trainer runs (distill.py). By default all use the same adapters, batches, steps and rate.
 
   Attributes:
-    terms: (ClassifierOutput, batch, settings, task) -> {loss term: scalar}; task.loss_terms computes the task's own.
+    terms: (output, batch, settings, task) -> {loss term: scalar}; task.loss_terms computes the task's own.
     weights: (settings, feature width) -> {loss term: weight}; the names are checked before anything trains.
-    forward: (model, params, batch, key, settings) -> the ClassifierOutput that `terms` reads; None: the model's output
-      on the batch (steps.forward).
+    forward: (model, params, batch, key, settings) -> the output that `terms` gets, such as two ClassifierOutputs; None:
+      one ClassifierOutput, the model's on the batch (steps.forward).
     rows: (suspect, settings, seed) -> the rows of all epochs. The student trains once on each row, and a teacher reads
       the same rows. None: the suspect's `train` in every epoch.
     teacher_view: (teacher's outputs, labels [N], seed) -> the outputs that the student learns from; None: no teacher.

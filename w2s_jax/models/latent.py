@@ -25,8 +25,7 @@ class Latent:
 
   `below` is at least 1 and less than the number of layers. For the method `stream` it may also be 0. The first layers
   read the padding token at the positions of the soft tokens, and the attention mask treats it as a real token. `apply`,
-  `config`, `shardings` and `vocabulary` work as in Model. BEEAR (arXiv 2406.17092) instead perturbs the hidden states
-  of the text itself.
+  `config`, `shardings` and `vocabulary` work as in Model.
   """
   model: Model
   below: int
@@ -62,10 +61,16 @@ class Latent:
       stream = jax.jit(self.stream, out_shardings=sharding.replicated(mesh))(params, **global_batch)
     return np.asarray(stream, np.float32)[(batch["segment_ids"] > 0) & ~np.isin(batch["input_ids"], special)]
 
-  def apply(self, params: dict, input_ids: jax.Array, *args: Any, **kwargs: Any) -> layers.ClassifierOutput:
-    soft = traverse_util.flatten_dict(params)[(*self.vocabulary, "soft")]
-    words = self.stream(params, input_ids, *args, **kwargs)
-    stream = layers.place_soft(words, input_ids, soft, self.config.vocab_size)
+  def apply(self, params: dict, input_ids: jax.Array, *args: Any, stream: jax.Array | None = None,
+            **kwargs: Any) -> layers.ClassifierOutput:
+    """Works as Model.apply.
+
+    stream: [R, T, D], input of the layer after the first `below`; None: their output, with the soft tokens.
+    """
+    if stream is None:
+      soft = traverse_util.flatten_dict(params)[(*self.vocabulary, "soft")]
+      words = self.stream(params, input_ids, *args, **kwargs)
+      stream = layers.place_soft(words, input_ids, soft, self.config.vocab_size)
     return self._layers(self.below, self.config.num_layers, params, input_ids, *args, stream=stream, **kwargs)
 
   def _layers(self, first, end, params, *args, **kwargs):
