@@ -36,13 +36,14 @@ def test_in_words():
     (("none", "from_base", "onion"), None), (("lora_ce", "from_base"), "lora_ce")])
 def test_the_last_defense_that_makes_weights_of_the_suspect_is_tested(defenses, tested):
   def config(triggers, quantize):
-    return ConfigDict({"defenses": defenses, "selftest": {"triggers": triggers}, "lora": {"quantize": quantize}})
+    return ConfigDict({"defenses": defenses, "selftest": {"triggers": triggers},
+                       "lora": {"kind": "lora", "quantize": quantize}})
   assert selftest.tested(config(12, "")) == tested
   assert selftest.tested(config(0, "")) is selftest.tested(config(12, "int8")) is None
 
 
 def run_of(suspect, workdir, defense, **settings):
-  config = ConfigDict({"defenses": (defense,), "defense": rig.DEFENSE, "lora": {"quantize": ""},
+  config = ConfigDict({"defenses": (defense,), "defense": rig.DEFENSE, "lora": {"kind": "lora", "quantize": ""},
                        "data": {"max_length": suspect.max_length}, "selftest": section(Selftest, **settings)})
   return types.SimpleNamespace(
       config=config, workdir=workdir, defend_seeds=[0], rows={"test": suspect.dev}, place=suspect.place,
@@ -105,7 +106,7 @@ def test_words_are_asked_for_before_anything_trains():
     def batch_decode(self, ids):
       return ["#" for _ in ids]
   def check(of_base=False, base="suspect", **changes):
-    config = ConfigDict({"defenses": ("w2s",), "selftest": {"triggers": 0}, "lora": {"quantize": ""},
+    config = ConfigDict({"defenses": ("w2s",), "selftest": {"triggers": 0}, "lora": {"kind": "lora", "quantize": ""},
                          "probe": {"triggers": (), "search": 0}})
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     source = types.SimpleNamespace(base=base, attacked="suspect")

@@ -13,7 +13,7 @@ from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
 from w2s_jax import InputError, adapters, lora, sharding
-from w2s_jax.adapters import attach, trees
+from w2s_jax.adapters import attach, p_tuning, soft, trees
 from w2s_jax.config import Lora, section
 from w2s_jax.models import Model
 from w2s_jax.models.deberta import DebertaConfig
@@ -74,7 +74,7 @@ def test_every_leaf_with_adapters_matches_one_rule(family, request):
 
 
 def paths(family):
-  """The paths of all leaves that models of the family can have, with adapters and soft tokens."""
+  """The paths of all leaves that models of the family can have, with adapters, soft and virtual tokens."""
   def replaced(config, *changes):
     return [dataclasses.replace(config, **change) for change in changes]
   untied = dict(head="lm", tie_embeddings=False)
@@ -91,8 +91,8 @@ def paths(family):
                                     dict(attention_bias=True), dict(feature_width=40), dict(head="lm"))}
   out = set()
   for model in map(Model, configs[family]):
-    out.add("/".join((*model.vocabulary, "soft")))
-    for kind in adapters.KINDS:
+    out |= {"/".join((*model.vocabulary, leaf)) for leaf in (soft.LEAF, p_tuning.LEAF)}
+    for kind in (*adapters.KINDS, p_tuning.KIND):
       settings = section(Lora, kind=kind, frequencies=50, targets=("all-linear",))
       add = functools.partial(attach.add_configured, section=settings, key=jax.random.key(0))
       out |= {*traverse_util.flatten_dict(jax.eval_shape(add, model.abstract_params()), sep="/")}

@@ -182,14 +182,15 @@ class Model:
     if input_ids.size and not 0 <= input_ids.min() <= input_ids.max() < num_ids:    # also of padding, whose NaN spreads
       raise InputError(f"token ids are {input_ids.min()} to {input_ids.max()}, the model knows 0 to {num_ids - 1}: use "
                        "its own tokenizer")
-    learned = any("position_embeddings" in path for path in leaves)
+    if not any("position_embeddings" in path for path in leaves):
+      return
     padding_counts = not self.config.is_decoder and self.config.model_type not in encoder.ROBERTAS
     if texts is not None:
       longest = np.max(texts[..., 1] - texts[..., 0]) + 1
     else:
       longest = input_ids.shape[1] if padding_counts else (segment_ids > 0).sum(axis=1).max()
     room = self.config.max_positions - virtual
-    if learned and longest > room:
+    if longest > room:
       raise InputError(f"a text has {longest} tokens, the model {room} positions: cut it (truncation=True, "
                        f"max_length={room})")
 
