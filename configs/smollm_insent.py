@@ -5,9 +5,9 @@
   python -m w2s_jax.main --config=configs/smollm_insent.py:data=DIR,device=cpu
 
 Needs real data: IMDB (attacked) in DIR/imdb, SST-2 (defended) in DIR/sst2. The first command is for one accelerator,
-in bfloat16. The second command is for two CPU cores. It has fewer rows, poisons through LoRA and takes hours. After an
-interruption the same command resumes it. Expected: not known for either command. An earlier version of this program
-ran nearly the first one (docs/notes/smollm2.md). No run of the second one has been completed.
+in bfloat16. The second command is for two CPU cores. It has fewer and shorter texts, poisons through LoRA and takes
+hours. After an interruption the same command resumes it. An earlier version of this program ran nearly the first one
+(docs/notes/smollm2.md). docs/results.md, "SmolLM2-135M", has one seed of the second one with other defenses.
 """
 
 from configs import common
