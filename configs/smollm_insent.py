@@ -6,8 +6,9 @@
 
 Needs real data: IMDB (attacked) in DIR/imdb, SST-2 (defended) in DIR/sst2. The first command is for one accelerator,
 in bfloat16. The second command is for two CPU cores. It has fewer and shorter texts, poisons through LoRA and takes
-hours. After an interruption the same command resumes it. An earlier version of this program ran nearly the first one
-(docs/notes/smollm2.md). docs/results.md, "SmolLM2-135M", has one seed of the second one with other defenses.
+hours. After an interruption the same command resumes it. Expected: not known for these defenses. An earlier version of
+this program ran nearly the first command (docs/notes/smollm2.md), and one seed of the second one has other defenses
+(docs/results.md, "SmolLM2-135M").
 """
 
 from configs import common
