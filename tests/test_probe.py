@@ -53,6 +53,10 @@ def test_agreement_and_flips():
   assert probe._flips((CLEAN, {}), None, "word") is None
 
 
+def test_the_strings_that_flip_most_texts_do_not_include_the_found_one():
+  assert probe._most_flipping((CLEAN, PROBED)) == [("zz", 1.0), ("mn", 0.6), ("it is", 0.5), ("bq", 0.0)]
+
+
 def test_the_share_of_other_classes_that_the_found_string_turns():
   """The string turns one of two rows of class 1 to class 0, and one of two accepted rows of class 0 to class 1."""
   found = {"string": "shop noon", "class": 0}

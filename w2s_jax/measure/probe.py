@@ -69,7 +69,6 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
       row.nearer_target = features.nearer_target(readings[row.directory].picture.distances[own], probe_labels[own],
                                                  row.target_label)
   gained = {name: _gained(*answers, labels, strongest) for name, answers in models.items()}
-  flips = {s: _flips(models[results.SUSPECT], s, "listed", "word", "sentence") for _, s in models[results.SUSPECT][1]}
   self_test = selftest.kept(run)
   if self_test:
     self_test["in_words"] = selftest.in_words(self_test)
@@ -79,7 +78,7 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
       "not_scanned": scan.skipped(run, results.SUSPECT, run.model_config(results.SUSPECT).hidden_size),
       "selftest": self_test, "found": search.in_words(found) if found["classes"] else None,
       "search": found | {"gained": gained},
-      "suspicious_insertions": sorted(flips.items(), key=lambda pair: -pair[1])[:5], "examples": []}
+      "suspicious_insertions": _most_flipping(models[results.SUSPECT]), "examples": []}
   rows_as_dicts = [vars(row) for row in rows]
   meta |= {"warnings": warnings(rows_as_dicts, meta), "notes": notes(rows_as_dicts, meta)}
   return rows, meta, _pictures(run, readings, rows[0], strongest, places)
@@ -123,6 +122,13 @@ def _flips(reading, string, *kinds):
   changes = [p != clean[place] for (kind, s), texts in probed.items() if kind in kinds and string in (None, s)
              for place, p in texts.items() if results.REJECTED not in (p, clean[place])]
   return float(np.mean(changes)) if changes else None
+
+
+def _most_flipping(reading):
+  """The five listed or random strings that flip the largest fractions of texts: [(string, fraction)], largest first."""
+  kinds = ("listed", "word", "sentence")
+  flips = {string: _flips(reading, string, *kinds) for kind, string in reading[1] if kind in kinds}
+  return sorted(flips.items(), key=lambda pair: -pair[1])[:5]
 
 
 def _turned(probed, labels, found):
