@@ -359,7 +359,8 @@ def test_three_seeds_at_once_are_three_runs(model, interrupted, request, make_ba
   for seed, make, (params, chosen) in zip(seeds, packers, together):
     (alone, alone_chosen), = fit([seed], tmp_path / "alone", [make])
     assert chosen.step == alone_chosen.step and chosen.dev_accuracy == alone_chosen.dev_accuracy
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), params, alone)
+    # Adam amplifies rounding where a gradient is nearly zero: on one processor 1 of 384 values differs by 4e-5.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), params, alone)
     ours, theirs = ([json.loads(x) for x in (tmp_path / where / f"metrics/w2s{seed}.jsonl").read_text().splitlines()]
                     for where in ("together", "alone"))
     assert [line["step"] for line in ours] == list(range(1, STEPS + 1)) and ours[0].keys() == theirs[0].keys()
