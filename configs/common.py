@@ -42,6 +42,21 @@ def parse_arg(arg, **allowed):
   return out
 
 
+def grid_arguments(arg, attacks, **allowed):
+  """({argument: value}, names of the attacks, seeds) of a grid on real data, from the text after the config's colon.
+
+  attacks: names that attacks=A+B may have; by default all. allowed: {argument: type} beside attacks and seeds.
+
+  Raises:
+    InputError: an unknown attack; see also `parse_arg`.
+  """
+  args = parse_arg(arg, **allowed, attacks=str, seeds=int)
+  names = args.pop("attacks", "+".join(attacks)).split("+")
+  if unknown := [name for name in names if name not in attacks]:
+    raise InputError(f"config argument attacks: got {unknown[0]!r}, want names among {'+'.join(attacks)}")
+  return args, names, range(args.pop("seeds", 3))
+
+
 def attacked():
   """A config with the declared defaults for a run that poisons a student. The experiment sets shapes and rates."""
   c = _base()

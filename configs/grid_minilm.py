@@ -21,7 +21,6 @@ Arguments, besides data=DIR, attack=NAME, defend=NAME and labels=C of configs/co
 """
 
 from configs import common, minilm_badnet, minilm_synattack
-from w2s_jax import InputError
 
 ATTACKS = {"badnet": {"name": "badnet"}, "insent": {"name": "insent"}, "syntactic": {"name": "syntactic"},
            "sentence": {"name": "insent", "trigger": "my sister called me around noon", "label": "dirty",
@@ -29,10 +28,8 @@ ATTACKS = {"badnet": {"name": "badnet"}, "insent": {"name": "insent"}, "syntacti
 
 
 def get_config(arg=None):
-  args = common.parse_arg(arg, **common.DATA_ARGUMENTS, attacks=str, seeds=int, rows=int)
-  names, seeds, rows = args.pop("attacks", "+".join(ATTACKS)).split("+"), args.pop("seeds", 3), args.pop("rows", 2000)
-  if unknown := [name for name in names if name not in ATTACKS]:
-    raise InputError(f"config argument attacks: got {unknown[0]!r}, want names among {'+'.join(ATTACKS)}")
+  args, names, seeds = common.grid_arguments(arg, ATTACKS, **common.DATA_ARGUMENTS, rows=int)
+  rows = args.pop("rows", 2000)
   of_data = ",".join(f"{name}={value}" for name, value in args.items())
   c, attacks = minilm_badnet.get_config(of_data), {name: {"attack": dict(ATTACKS[name])} for name in names}
   if "syntactic" in attacks:
@@ -44,5 +41,5 @@ def get_config(arg=None):
     c.data.update(max_length=64, attack_max_length=64, buckets=(16, 32, 48, 64))
   c.defenses = ("none", "lora_ce", "full_ft", "from_base", "from_base_words", "w2s", "w2s_full", "w2s_adv", "prune",
                 "strip")
-  c.grid = common.grid(seed={str(seed): {"seed": seed} for seed in range(seeds)}, attack=attacks)
+  c.grid = common.grid(seed={str(seed): {"seed": seed} for seed in seeds}, attack=attacks)
   return c

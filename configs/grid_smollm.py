@@ -12,20 +12,16 @@ badnet, insent and syntactic), seeds=N (0 to N - 1).
 """
 
 from configs import common
-from w2s_jax import InputError
 
 ATTACKS = ("badnet", "insent", "syntactic")
 
 
 def get_config(arg=None):
-  args = common.parse_arg(arg, **common.SMOLLM_ARGUMENTS, attacks=str, seeds=int)
-  names, seeds = args.pop("attacks", "+".join(ATTACKS)).split("+"), args.pop("seeds", 3)
-  if unknown := [name for name in names if name not in ATTACKS]:
-    raise InputError(f"config argument attacks: got {unknown[0]!r}, want names among {'+'.join(ATTACKS)}")
+  args, names, seeds = common.grid_arguments(arg, ATTACKS, **common.SMOLLM_ARGUMENTS)
   of_data = ",".join(f"{name}={value}" for name, value in args.items())
   configs = {name: common.smollm2(of_data, name) for name in names}
   c = configs[names[0]]
   c.defenses = ("none", "lora_ce", "from_base", "from_base_words", "w2s", "w2s_adv")
-  c.grid = common.grid(seed={str(seed): {"seed": seed} for seed in range(seeds)},
+  c.grid = common.grid(seed={str(seed): {"seed": seed} for seed in seeds},
                        attack={name: {"attack": config.attack.to_dict()} for name, config in configs.items()})
   return c

@@ -1,5 +1,7 @@
 """What many tests share: the W2S loss, training programs of one or several runs, and a small suspect."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from ml_collections import ConfigDict
 from w2s_jax import sharding
 from w2s_jax.config import Lora, section
 from w2s_jax.data import tokenization
-from w2s_jax.defenses import SETTINGS, Suspect, w2s
+from w2s_jax.defenses import SETTINGS, Suspect, distill, w2s
 from w2s_jax.tasks import CLASSIFICATION
 from w2s_jax.training import steps
 from w2s_jax.training.train import Workplace
@@ -89,3 +91,17 @@ def suspect(model, params, workdir):
   place = Workplace(CLASSIFICATION, sharding.make_mesh(devices=jax.devices()[:1]), workdir, "h", (16,), 16)
   return Suspect(model, params, tokenizer, train, dev, teacher, ("cf",), training,
                  section(Lora, rank=4, alpha=4.0, targets=("all-linear",)), 16, place)
+
+
+def trained_losses(suspect, name, recipe, seeds, settings, **mesh):
+  """{"loss" or a loss term: its value in each step} of the last of `seeds`, which train together.
+
+  name: beginning of the runs' names. mesh: arguments of make_mesh; without them the suspect's mesh.
+  """
+  place = suspect.place._replace(log_every=1, mesh=sharding.make_mesh(**mesh) if mesh else suspect.place.mesh)
+  placed = jax.device_put(suspect.params, sharding.param_shardings(suspect.params, suspect.model.shardings, place.mesh))
+  runs = {f"{name}{seed}": seed for seed in seeds}
+  distill.train(recipe, suspect._replace(params=placed, place=place), settings, runs)
+  lines = (place.workdir / f"metrics/{name}{seeds[-1]}.jsonl").read_text().splitlines()
+  weights = recipe.weights(settings, suspect.model.config.feature_size)
+  return {term: [json.loads(line)[term] for line in lines] for term in ("loss", *weights)}

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import json
+import functools
 import math
 
 import jax
@@ -15,7 +15,7 @@ from flax import traverse_util
 from test_models import SHAPES, padded_ids, torch_model
 from test_packing import LENGTHS
 
-from w2s_jax import InputError, sharding
+from w2s_jax import InputError
 from w2s_jax.defenses import beear, distill, lora_ce
 from w2s_jax.models import Model, load_pretrained
 from w2s_jax.models.latent import Latent
@@ -156,12 +156,7 @@ def test_runs_together_on_a_mesh_and_at_size_zero(llama, tmp_path):
   """Two seeds train as each alone, also on eight devices. At size 0 they train as `lora_ce`."""
   known = rig.suspect(*llama, tmp_path)
   known.training.update(max_steps=8, evaluations=1)
-  def train(name, recipe, seeds, own, **mesh):
-    place = known.place._replace(log_every=1, mesh=sharding.make_mesh(**mesh) if mesh else known.place.mesh)
-    placed = jax.device_put(known.params, sharding.param_shardings(known.params, known.model.shardings, place.mesh))
-    distill.train(recipe, known._replace(params=placed, place=place), own, {f"{name}{seed}": seed for seed in seeds})
-    lines = (tmp_path / f"metrics/{name}{seeds[-1]}.jsonl").read_text().splitlines()
-    return {term: [json.loads(line)[term] for line in lines] for term in ("loss", *recipe.weights(own, 32))}
+  train = functools.partial(rig.trained_losses, known)
   both = train("both", beear.RECIPE, (0, 1), settings())
   alone = train("alone", beear.RECIPE, (1,), settings(), data=2, fsdp=2, tensor=2)
   np.testing.assert_allclose(both["loss"], alone["loss"], rtol=1e-2)

@@ -1,7 +1,7 @@
 """CROW: its inconsistency and perturbation are PyTorch's, and with a weight of 0 it is `lora_ce`."""
 
 import dataclasses
-import json
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import torch
 from test_models import torch_model
 from test_packing import LENGTHS
 
-from w2s_jax import InputError, sharding
+from w2s_jax import InputError
 from w2s_jax.defenses import crow, distill, lora_ce
 from w2s_jax.models import Model, load_pretrained
 from w2s_jax.tasks import CLASSIFICATION
@@ -110,12 +110,7 @@ def test_runs_together_on_a_mesh_and_with_a_weight_of_zero(llama, tmp_path):
   """Two seeds train as each alone, also on eight devices. With a weight of 0 they train as `lora_ce`."""
   known = rig.suspect(*llama, tmp_path)
   known.training.update(max_steps=8, evaluations=1)
-  def train(name, recipe, seeds, own, **mesh):
-    place = known.place._replace(log_every=1, mesh=sharding.make_mesh(**mesh) if mesh else known.place.mesh)
-    placed = jax.device_put(known.params, sharding.param_shardings(known.params, known.model.shardings, place.mesh))
-    distill.train(recipe, known._replace(params=placed, place=place), own, {f"{name}{seed}": seed for seed in seeds})
-    lines = (tmp_path / f"metrics/{name}{seeds[-1]}.jsonl").read_text().splitlines()
-    return {term: [json.loads(line)[term] for line in lines] for term in ("ce", "loss", *recipe.weights(own, 32))}
+  train = functools.partial(rig.trained_losses, known)
   both = train("both", crow.RECIPE, (0, 1), settings(epsilon=0.02))
   alone = train("alone", crow.RECIPE, (1,), settings(epsilon=0.02), data=2, fsdp=2, tensor=2)
   np.testing.assert_allclose(both["loss"], alone["loss"], rtol=1e-2)

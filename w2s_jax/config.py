@@ -192,7 +192,7 @@ class WarmupStage(OptionalStage):
 @dataclasses.dataclass
 class TeachStage(OptionalStage):
   """Training of the teacher on the rows of the defended domain, which are clean unless `poison_rate` is above 0."""
-  learning_rate: float = field(0.0, "peak rate; 0: 1e-3 if new, 2e-4 (wide: 5e-5) if pretrained", low=0.0, high=10.0)
+  learning_rate: float = field(0.0, "peak; 0: 1e-3 if new, 2e-4 if pretrained, 5e-5 if also wide", low=0.0, high=10.0)
   poison_rate: float = field(0.0, "fraction of the rows that the attack poisons; 0: a clean teacher", low=0.0, high=1.0)
   largest_gap: float = field(0.1, "how far the attacked model's dev accuracy may exceed the upper end of the "
                              "teacher's 95% interval; a larger gap stops a run with a defense that learns from the "

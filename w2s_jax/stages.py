@@ -12,7 +12,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from w2s_jax import InputError, checks, lora, processes, results, sharding
-from w2s_jax.adapters import attach, p_tuning, trees
+from w2s_jax.adapters import attach, trees
 from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, distill
 from w2s_jax.measure import deployed, features, scan, search, selftest
@@ -63,7 +63,7 @@ def _given_student(run):
   directory = resolve(c.path, c.base)
   model, params = load_pretrained(directory, run.config.data.num_labels, c.dtype, run.mesh,
                                   seed=run.source.head_seed(run.config), remat=c.remat)
-  if p_tuning.LEAF in trees.beside_vocabulary(params)[1]:
+  if attach.has_virtual_tokens(params):
     raise InputError(f"{c.path} has virtual tokens (p_tuning), which neither the scan nor the self-test can read: set "
                      "--config.student.path to another checkpoint")
   for path, leaf in traverse_util.flatten_dict(params, sep="/").items():

@@ -91,6 +91,11 @@ def add_configured(params: dict, section: Any, *, key: jax.Array,
   return add(params, section.kind, tuple(section.targets), key=key, places=places, **settings)
 
 
+def has_virtual_tokens(params: dict) -> bool:
+  """Whether the model has virtual tokens that `merge` made."""
+  return p_tuning.LEAF in trees.beside_vocabulary(params)[1]
+
+
 def has_adapters(params: dict) -> bool:
   """Whether there is an adapter that trained: beside a kernel, or in front of the texts."""
   if p_tuning.VECTORS in trees.beside_vocabulary(params)[1]:

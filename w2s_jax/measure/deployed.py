@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from w2s_jax import results
-from w2s_jax.adapters import p_tuning, trees
+from w2s_jax.adapters import attach
 from w2s_jax.defenses import DEFENSES
 from w2s_jax.measure import features, scan
 from w2s_jax.measure.features import Picture
@@ -56,9 +56,9 @@ def read(run: Any, name: str, triggered: list) -> Reading:
   """The answers of models/NAME to the clean test rows and to `triggered`, the rows with a trigger."""
   deployed = deploy(run, name)
   findings = []
-  scannable = not (deployed.text or deployed.accept)                             # a scan reads no filter
-  scannable &= p_tuning.LEAF not in trees.beside_vocabulary(deployed.params)[1]  # it starts from hidden states
-  if "scan" in run.source.stages and scannable:
+  # A scan reads no filter, and starts from hidden states behind virtual tokens.
+  unscannable = deployed.text or deployed.accept or attach.has_virtual_tokens(deployed.params)
+  if "scan" in run.source.stages and not unscannable:
     findings = scan.reading(run, name, deployed[:3])
   clean, clean_features = _outputs(run, deployed, run.rows["test"])
   if not triggered:
