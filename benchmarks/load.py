@@ -4,8 +4,9 @@
   python benchmarks/load.py one DIRECTORY [--who=ours] [--dtype=bfloat16] [--mesh=DATA,FSDP,TENSOR] [--devices=8]
 
 `compare` makes a random bfloat16 Llama of each size. This program, safetensors' own functions (safetensors.flax) and
-transformers load and save it in turn. For each size it prints a line with the medians, the ratios of the medians (ours
-divided by theirs), and the ratios of each round. The files are in the page cache, so the disk is not measured.
+transformers load and save it in turn, and each round begins with another of the three. For each size it prints a line
+with the medians, the ratios of the medians (ours divided by theirs), and the ratios of each round. The files are in the
+page cache, so the disk is not measured.
 
 `one` is a single run, which prints:
 
@@ -133,13 +134,13 @@ def compare(args):
     shutil.rmtree(directory, ignore_errors=True)
     make_checkpoint(directory, round((gib * 1024 - 125) / 86), VOCABULARY, WIDTH, FEED_FORWARD)
     runs = {who: [] for who in WHO}
-    for _ in range(args.rounds):
-      for who, results in runs.items():
+    for i in range(args.rounds):
+      for who in WHO[i % len(WHO):] + WHO[:i % len(WHO)]:
         out = subprocess.run([sys.executable, __file__, "one", directory, f"--who={who}",
                               f"--save={args.directory / 'saved'}"], capture_output=True, text=True)
         if out.returncode:
           sys.exit(f"{who}: {out.stderr}")
-        results.append(json.loads(out.stdout.splitlines()[-1]))
+        runs[who].append(json.loads(out.stdout.splitlines()[-1]))
     medians = {who: {key: statistics.median(run[key] for run in results) for key in (
         "checkpoint_bytes", "overhead_bytes", "save_overhead_bytes", *TIMES)} for who, results in runs.items()}
     ratios = {f"{key}_ratio_{who}": medians["ours"][key] / medians[who][key] for who in WHO[1:] for key in TIMES}

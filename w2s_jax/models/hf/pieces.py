@@ -25,7 +25,8 @@ from w2s_jax.models.hf.fields import short
 
 HOST = "cpu"                       # platform whose devices share memory with numpy, without copies
 PIECE_BYTES = 4 << 20              # bytes that each thread reads, or transposes and writes, at a time
-TILE = 128                         # rows and columns that are transposed at a time
+TILE = 256                         # rows and columns that are transposed at a time
+PADDING = 64                       # bytes between a tile's rows in its buffer: one line of the processor's caches
 THREADS = min(16, os.cpu_count() or 1)
 Run = Callable[[Callable, Iterable], None]
 
@@ -95,8 +96,9 @@ def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 def copy(values: np.ndarray, out: np.ndarray, transposed: bool) -> None:
   """Copies `values`, or its transpose, into `out`.
 
-  Each tile passes through a small buffer. numpy's own transposition walks through all of the memory once per column,
-  and columns at a distance of a power of two evict each other from the processor's caches.
+  Each tile passes through a small buffer. numpy's own transposition walks through all of the memory once per column.
+  Values at a distance of a power of two evict each other from the processor's caches, so the buffer's rows are padded.
+  Smaller tiles are slower in several threads, which then wait for Python's lock most of the time.
   """
   if values.dtype == out.dtype:  # as integers, because numpy copies ml_dtypes' bfloat16 slowly and holds the GIL
     bits = f"uint{8 * out.itemsize}"
@@ -104,7 +106,7 @@ def copy(values: np.ndarray, out: np.ndarray, transposed: bool) -> None:
   if not transposed:
     out[...] = values
     return
-  buffer = np.empty((TILE, TILE), out.dtype)
+  buffer = np.empty((TILE, TILE + PADDING // out.itemsize), out.dtype)
   for i in range(0, out.shape[0], TILE):
     for j in range(0, out.shape[1], TILE):
       part = values[j:j + TILE, i:i + TILE]
