@@ -1,6 +1,7 @@
 """Launch scripts, as far as one machine can check them, and runs of several processes."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -26,6 +27,23 @@ def test_shellcheck_finds_nothing(script):
 def test_every_script_says_what_to_edit():
   for script in LAUNCH.iterdir():
     assert re.search(r"^# .*([Ee]dit)", "\n".join(script.read_text().splitlines()[:12]), re.M), script.name
+
+
+def test_the_hub_token_is_copied_to_a_pod_but_is_on_no_command_line(tmp_path):
+  """A stand-in for gcloud writes down its arguments, and the contents of each small file that it is to copy."""
+  gcloud = tmp_path / "gcloud"
+  gcloud.write_text('#!/bin/bash\necho "$@" >> "$DIARY/arguments"\n'
+                    '[ "$4" = scp ] && [ "$5" != /tmp/w2s_jax.tar.gz ] && cat "$5" > "$DIARY/copied"\nexit 0\n')
+  gcloud.chmod(0o755)
+  env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DIARY": str(tmp_path), "HF_TOKEN": "hf_secret",
+                      "TMPDIR": str(tmp_path)}
+  for verb in (["setup"], ["run", "--config=configs/llama_badnet.py"]):
+    subprocess.run([LAUNCH / "tpu_pod.sh", *verb], env=env, check=True)
+  arguments = (tmp_path / "arguments").read_text()
+  assert (tmp_path / "copied").read_text() == "hf_secret"
+  assert "w2s:.cache/huggingface/token" in arguments and "hf_secret" not in arguments
+  assert "w2s_jax.main --distributed --config=configs/llama_badnet.py" in arguments
+  assert not list(tmp_path.glob("tmp.*"))                        # the local copy is deleted
 
 
 # The fields of Kubernetes's Job and of JobSet (jobset.x-k8s.io/v1alpha2) that our file has. It may have no others.

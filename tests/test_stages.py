@@ -85,3 +85,13 @@ def test_only_a_defense_that_learns_from_the_teacher_asks_for_it(defenses, asked
   else:
     stages.defend(run)
   assert saved == ([] if asked else list(defenses))
+
+
+@pytest.mark.parametrize("config,only,message", [
+    ({"student": {}}, "scan", "this config has no stage 'scan': want --stage among warmup, poison, teach"),
+    ({"probe": {"search": 0}}, "poison", "this config has no stage 'poison': want --stage among warmup, scan"),
+    ({"probe": {"search": 0}}, "search", "set --config.probe.search to more than 0")])
+def test_a_wrong_stage_is_refused_before_anything_is_read(config, only, message, tmp_path):
+  """These configs lack every other field, so reading anything else would raise another error."""
+  with pytest.raises(InputError, match=message):
+    stages.run(ConfigDict(config), tmp_path, only)

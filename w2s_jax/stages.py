@@ -12,6 +12,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from w2s_jax import InputError, checks, lora, processes, results, sharding
+from w2s_jax import source as source_lib
 from w2s_jax.adapters import attach, trees
 from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, distill
@@ -259,6 +260,14 @@ STAGES = dict(zip(results.STAGES, (warmup, make_poison, scan_suspect, teach, sea
                                   measure, make_report)))
 
 
+def _check_stage(config, only):
+  stages = source_lib.of(config).stages
+  if only and only not in stages:
+    raise InputError(f"this config has no stage {only!r}: want --stage among {', '.join(stages)}")
+  if only == "search" and not config.probe.search:
+    raise InputError("--stage=search needs words to search from: set --config.probe.search to more than 0")
+
+
 def run(config: ConfigDict, workdir: str | Path, only: str | None = None) -> int:
   """Runs every stage, or only the stage `only`.
 
@@ -267,14 +276,11 @@ def run(config: ConfigDict, workdir: str | Path, only: str | None = None) -> int
   Returns:
     The exit code: 0, or that of the verdict if `only` is "scan" or "search".
   """
+  _check_stage(config, only)
   this = start(config, workdir)
   mesh = ", ".join(f"{axis} {size}" for axis, size in this.mesh.shape.items())
   LOG.info(f"{this.mesh.devices.size} x {this.mesh.devices.flat[0].device_kind}, mesh {mesh}")
-  if only and only not in this.source.stages:
-    raise InputError(f"this config has no stage {only!r}: want --stage among {', '.join(this.source.stages)}")
   if only == "search":
-    if not config.probe.search:
-      raise InputError("--stage=search needs words to search from: set --config.probe.search to more than 0")
     warmup(this)
     teach(this)
   for name in this.source.stages:
