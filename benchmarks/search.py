@@ -51,6 +51,9 @@ def main():
   with (args.zoo / "METADATA.csv").open() as table:
     weak = {row["name"] for row in csv.DictReader(table) if row["weak"] == "True"}
   names = sorted({place.parent.name for place in args.zoo.glob("*/model")} - weak)
+  if len({name.startswith("twin") for name in names}) < 2:
+    parser.error(f"--zoo={args.zoo} has no twins, or no suspects that are not weak, and a ROC curve needs both: run "
+                 "suspects.py with more seeds")
   def one_seed(seed, core):
     found, teacher = {}, None
     for name in (name for name in names if name.endswith(f"-{seed}")):

@@ -27,6 +27,8 @@ def main():
   parser.add_argument("--max-steps", type=int, default=0, help="bound on the number of steps; 0: the whole epoch")
   parser.add_argument("--directory", type=Path, default=Path("runs/seeds_together"), help="where all files go")
   args = parser.parse_args()
+  if args.seeds < 2:
+    parser.error(f"--seeds={args.seeds}: want at least 2, which are compared with one")
   directory = args.directory.absolute()
   shutil.rmtree(directory, ignore_errors=True)
   directory.mkdir(parents=True)

@@ -139,6 +139,19 @@ def test_the_search_of_a_zoo_shares_a_teacher_per_seed(tmp_path, monkeypatch, ca
   assert trained == ["twin-3", "twin-lora-4"]                        # word-dirty-3 took over the teacher of its seed
 
 
+@pytest.mark.parametrize("script,given,message", [
+    (scan_benchmark, ["--clean=NOWHERE", "--poisoned=NOWHERE", "--data=d"], "no directory matches --clean"),
+    (search_benchmark, ["--zoo=ZOO"], "has no twins, or no suspects")])
+def test_models_of_one_kind_are_refused(script, given, message, tmp_path, monkeypatch, capsys):
+  (tmp_path / "word-dirty-3/model").mkdir(parents=True)
+  (tmp_path / "METADATA.csv").write_text("name,weak\nword-dirty-3,False\n")
+  given = [flag.replace("ZOO", str(tmp_path)).replace("NOWHERE", str(tmp_path / "none/*")) for flag in given]
+  monkeypatch.setattr(sys, "argv", ["benchmark", *given, f"--out={tmp_path / 'out'}"])
+  with pytest.raises(SystemExit, match="2"):
+    script.main()
+  assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("rank", [8, 48])
 def test_model_flops_are_the_compilers_count(rank):
   """The counts agree within a tenth. The compiler also counts masked attention and operations other than matmuls."""

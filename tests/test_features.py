@@ -36,6 +36,13 @@ def test_a_class_that_is_neither_own_nor_target_does_not_count():
   assert features.nearer_target(distances, np.array([1, 1]), 0) == 0.5
 
 
+def test_rows_whose_own_class_has_no_clean_rows_do_not_count():
+  nan = float("nan")
+  distances = np.array([[1.0, 2.0, nan], [1.0, 2.0, nan], [3.0, 2.0, nan]])
+  assert features.nearer_target(distances, np.array([2, 1, 1]), 0) == 0.5
+  assert features.nearer_target(distances, np.array([2, 2, 2]), 0) is None
+
+
 def test_the_axes_are_the_principal_components_of_the_clean_rows():
   rng = np.random.default_rng(0)
   rotation, _ = np.linalg.qr(rng.normal(size=(6, 6)))

@@ -62,17 +62,20 @@ def picture(clean: np.ndarray, labels: np.ndarray, triggered: np.ndarray, num_la
 def nearer_target(distances: np.ndarray, labels: np.ndarray, target: int) -> float | None:
   """Fraction of triggered rows of other classes that are nearer to the target class's mean than to their own class's.
 
+  Rows whose own class has no clean rows do not count.
+
   Args:
     distances: [M, C], see Picture.
     labels: [M] int, the rows' true classes.
     target: the target label.
   Returns:
-    None if no triggered row is of another class, or if the target class has no clean rows.
+    None if no row is left, or if the target class has no clean rows.
   """
-  rows = np.flatnonzero(labels != target)
+  own = distances[np.arange(len(labels)), labels]
+  rows = np.flatnonzero((labels != target) & ~np.isnan(own))
   if not len(rows) or np.isnan(distances[rows, target]).any():
     return None
-  return float((distances[rows, target] < distances[rows, labels[rows]]).mean())
+  return float((distances[rows, target] < own[rows]).mean())
 
 
 def to_json(pictures: dict[str, Picture], clean_labels: np.ndarray, rows: Sequence[int], labels: np.ndarray,
