@@ -90,7 +90,7 @@ def prepare(directory, data, epochs, max_steps, name="20m"):
       "rows": {split: rows[split] for split in ("train", "dev")}, "order": order, "steps": steps, "batch_size": BATCH,
       "learning_rate": learning_rate, "max_length": LENGTH, "temperature": TEMPERATURE, "weight_decay": 0.01,
       "evaluations": epochs, "eval_batch_size": 128, "log_every": LOG_EVERY,
-      "pooled": "last" if student.is_decoder else "first", "weights": w2s.loss_weights("agnostic", width)}))
+      "pooled": "last" if student.config.is_decoder else "first", "weights": w2s.loss_weights("agnostic", width)}))
   lengths = tokenization.encode(tokenizer, [r["text"] for r in rows["train"]], LENGTH)
   layer_params = sum(leaf.size for leaf in jax.tree.leaves(params["layers"]))
   return steps, padding.shares(lengths, steps, BATCH, SEED, common.ENGLISH_DATA["buckets"], layer_params)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +51,19 @@ def _main(args, *streams):
   os.chdir(ROOT)
   sys.argv = ["w2s_jax.main", *args]
   runpy.run_module("w2s_jax.main", run_name="__main__", alter_sys=True)
+
+
+def wait_until(ready, *processes, seconds=600, log=None):
+  """Waits until ready() is true. Fails after `seconds`, or when a process has ended, with the text of `log`, a file."""
+  deadline = time.monotonic() + seconds
+  while not ready():
+    assert time.monotonic() < deadline and all(process.poll() is None for process in processes), log and log.read_text()
+    time.sleep(0.01)
+
+
+def lines_of(file):
+  """Number of lines in a file; 0 if it does not exist."""
+  return file.read_text().count("\n") if file.exists() else 0
 
 
 def before_the_defenses(workdir, new):

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import datasets
 import filelock
@@ -15,7 +14,7 @@ import numpy as np
 import peft
 import pytest
 import transformers
-from cli import CONFIG, ENV, ROOT, SHARED, SHORT, before_the_defenses, w2s, w2s_forked
+from cli import CONFIG, ENV, ROOT, SHARED, SHORT, before_the_defenses, lines_of, w2s, w2s_forked, wait_until
 from safetensors.numpy import load_file, save_file
 
 from w2s_jax.claims import config_hash
@@ -136,11 +135,7 @@ def test_a_killed_run_resumes_to_the_same_results(workdir, home):
   killed = home / "killed"
   process = subprocess.Popen([sys.executable, "-m", "w2s_jax.main", CONFIG, f"--workdir={killed}", *SHORT], cwd=ROOT,
                              env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-  metrics = killed / "metrics/w2s.jsonl"
-  deadline = time.monotonic() + 600
-  while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-    assert process.poll() is None and time.monotonic() < deadline
-    time.sleep(0.01)
+  wait_until(lambda: lines_of(killed / "metrics/w2s.jsonl") >= 2, process)
   process.send_signal(signal.SIGKILL)
   process.wait()
   assert not (killed / "models/w2s").exists() and (killed / "models/lora_ce").exists()     # in the middle of it
@@ -477,9 +472,7 @@ def test_ctrl_c(home):
   process = subprocess.Popen([sys.executable, "-m", "w2s_jax.main", CONFIG, f"--workdir={stopped}", *SHORT,
                               "--config.warmup.epochs=10000", "--config.warmup.max_steps=0"], cwd=ROOT, env=ENV,
                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
-  while not (stopped / "config.json").exists():
-    assert process.poll() is None
-    time.sleep(0.01)
+  wait_until((stopped / "config.json").exists, process)
   for _ in range(30):  # a signal during a callback of the compiler is lost, so a person presses again
     process.send_signal(signal.SIGINT)
     try:
@@ -497,10 +490,7 @@ def test_sigterm(home):
   flags = [*SHORT, "--config.warmup.epochs=10000", "--config.warmup.max_steps=0", "--config.checkpoint_every=0"]
   process = subprocess.Popen([sys.executable, "-m", "w2s_jax.main", CONFIG, f"--workdir={stopped}", *flags], cwd=ROOT,
                              env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-  metrics = stopped / "metrics/warmup.jsonl"
-  while not (metrics.exists() and metrics.read_text()):
-    assert process.poll() is None
-    time.sleep(0.05)
+  wait_until(lambda: lines_of(stopped / "metrics/warmup.jsonl"), process)
   process.send_signal(signal.SIGTERM)
   _, err = process.communicate(timeout=60)
   assert process.returncode == 143 and "Traceback" not in err

@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from cli import CONFIG, ENV, ROOT, SHORT, before_the_defenses, w2s
+from cli import CONFIG, ENV, ROOT, SHORT, before_the_defenses, w2s, wait_until
 
 KILLS = int(os.environ.get("W2S_KILLS", 2))
 FLAGS = (CONFIG, *(f for f in SHORT if "defend.max_steps" not in f))
@@ -35,8 +35,7 @@ def start(workdir):
   """Starts the stage, and returns its process when it has begun to train."""
   process = subprocess.Popen([sys.executable, "-m", "w2s_jax.main", *DEFEND, f"--workdir={workdir}"], cwd=ROOT, env=ENV,
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-  while not (workdir / "metrics/w2s_adv.jsonl").exists() and process.poll() is None:
-    time.sleep(0.01)
+  wait_until(lambda: (workdir / "metrics/w2s_adv.jsonl").exists() or process.poll() is not None)
   return process
 
 
@@ -97,10 +96,7 @@ def test_a_grid_that_is_killed_again_and_again_ends_with_the_same_tables(tmp_pat
       process.kill()                                  # the command alone, not the processes of its cells
     process.wait()
     kills += 1
-    deadline = time.monotonic() + 60
-    while alive(process.pid):
-      assert time.monotonic() < deadline, "a cell's process goes on"
-      time.sleep(0.1)
+    wait_until(lambda: not alive(process.pid), seconds=60)         # a cell ends with its parent
     now = times_of_complete_cells(workdir)
     assert written.items() <= now.items(), "a complete cell ran again"
     written, seen = now, max(seen, len(now))

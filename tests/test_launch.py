@@ -12,7 +12,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from cli import CONFIG, ENV, ROOT, SHORT, before_the_defenses, w2s, w2s_forked
+from cli import CONFIG, ENV, ROOT, SHORT, before_the_defenses, lines_of, w2s, w2s_forked, wait_until
 
 LAUNCH = ROOT / "launch"
 
@@ -134,11 +134,8 @@ def start(workdir, *flags):
 
 def wait_for_steps(workdir, processes, steps=1):
   """Waits until the metrics have this number of steps. Fails if a process ends before."""
-  metrics = workdir / "metrics/w2s.jsonl"
-  deadline = time.monotonic() + 300
-  while not (metrics.exists() and metrics.read_text().count("\n") >= steps):
-    assert time.monotonic() < deadline and all(p.poll() is None for p in processes), (workdir / "stderr").read_text()
-    time.sleep(0.5)
+  wait_until(lambda: lines_of(workdir / "metrics/w2s.jsonl") >= steps, *processes, seconds=300,
+             log=workdir / "stderr")
 
 
 def start_two(workdir, port):

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from cli import ENV, ROOT
+from cli import ENV, ROOT, wait_until
 
 from w2s_jax import InputError, processes, workers
 
@@ -86,10 +86,7 @@ if __name__ == "__main__":
 """
   (tmp_path / "script.py").write_text(script)
   process = subprocess.Popen([sys.executable, tmp_path / "script.py"], env=ENV | {"PYTHONPATH": str(ROOT)})
-  deadline = time.monotonic() + 200
-  while not all((tmp_path / name / "began").exists() for name in "ab"):
-    assert time.monotonic() < deadline and process.poll() is None
-    time.sleep(0.05)
+  wait_until(lambda: all((tmp_path / name / "began").exists() for name in "ab"), process, seconds=200)
   process.terminate()
   assert process.wait(60) == processes.STOPPED_CODE
   assert all((tmp_path / name / "saved").exists() for name in "ab")
