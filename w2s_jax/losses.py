@@ -9,7 +9,8 @@ import numpy as np
 import optax
 
 
-def _row_mean(values, weights):
+def row_mean(values: jax.Array, weights: jax.Array | None) -> jax.Array:
+  """Mean of the values [B] over the rows that count, a float32 scalar."""
   values = values.astype(jnp.float32)
   return values.mean() if weights is None else (values * weights).sum() / weights.sum()
 
@@ -30,7 +31,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array | Non
   Returns:
     Scalar float32, in nats.
   """
-  return _row_mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels), weights)
+  return row_mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels), weights)
 
 
 def distillation(student_logits: jax.Array, teacher_logits: jax.Array, temperature: float,
@@ -50,7 +51,7 @@ def distillation(student_logits: jax.Array, teacher_logits: jax.Array, temperatu
   _check("distillation", student_logits, teacher_logits)
   student = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
   teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits).astype(jnp.float32) / temperature)
-  return temperature**2 * _row_mean(optax.losses.kl_divergence_with_log_targets(student, teacher), weights)
+  return temperature**2 * row_mean(optax.losses.kl_divergence_with_log_targets(student, teacher), weights)
 
 
 def feature_alignment(student_features: jax.Array, teacher_features: jax.Array,
@@ -68,7 +69,7 @@ def feature_alignment(student_features: jax.Array, teacher_features: jax.Array,
   """
   _check("feature_alignment", student_features, teacher_features)
   gap = student_features.astype(jnp.float32) - jax.lax.stop_gradient(teacher_features).astype(jnp.float32)
-  return _row_mean(jnp.square(gap).sum(-1), weights)
+  return row_mean(jnp.square(gap).sum(-1), weights)
 
 
 def released_feature_alignment(student_hidden: jax.Array, teacher_features: jax.Array,
@@ -84,7 +85,7 @@ def released_feature_alignment(student_hidden: jax.Array, teacher_features: jax.
   """
   last = -1 if weights is None else weights.sum().astype(jnp.int32) - 1
   target = jax.lax.stop_gradient(teacher_features)[last].astype(jnp.float32)
-  return _row_mean(jnp.square(student_hidden.astype(jnp.float32) - target).sum(-1).mean(-1), weights)
+  return row_mean(jnp.square(student_hidden.astype(jnp.float32) - target).sum(-1).mean(-1), weights)
 
 
 def next_token(logits: jax.Array, input_ids: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -28,7 +28,7 @@ from w2s_jax.training import steps
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.beear`."""
+  """BEEAR: the hidden states are perturbed by one vector for all texts, and the labels are learned against it."""
   depth: float = field(0.28, "layers up to the perturbation, as a fraction of all layers, rounded up", low=0.01,
                        high=0.99, source="the paper: layer 9 of 32")
   ascents: int = field(3, "number of gradient steps that find the perturbation, in each training step", low=1,

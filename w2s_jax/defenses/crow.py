@@ -26,7 +26,7 @@ from w2s_jax.training import steps
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.crow`."""
+  """CROW: the hidden states of adjacent layers are kept alike."""
   alpha: float = field(5.5, "weight of the inconsistency; cross entropy has 1", low=0.0, high=1e6,
                        source="released code, for generation; not tuned here")
   epsilon: float = field(0.1, "size of the perturbation of each coordinate that the first layer reads", low=0.0,

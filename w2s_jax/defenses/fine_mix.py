@@ -19,7 +19,7 @@ from w2s_jax.training import stage
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.fine_mix`."""
+  """Fine-mixing: random weights are replaced by the public base's."""
   kept: float = field(0.5, "fraction of the suspect's weights that stay, chosen at random; the head stays whole",
                       low=0.0, high=1.0, source="ours; not tuned; the paper chooses it on clean rows")
 

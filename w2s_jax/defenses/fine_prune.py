@@ -25,7 +25,7 @@ MAKES_UNITS = r"layers/mlp/(gate_proj|up_proj|gate_up_proj|c_fc|Wi)/(kernel|bias
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.fine_prune`."""
+  """Fine-Pruning: the units that clean rows use least are pruned."""
   share: float = field(0.3, "share of each MLP's units to prune", low=0.0, high=1.0, source="ours; not tuned")
 
 

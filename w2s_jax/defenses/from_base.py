@@ -18,7 +18,7 @@ RECIPE = lora_ce.RECIPE._replace(from_base=True)
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.from_base_words`; ours, chosen on two seeds of MiniLM (docs/notes/minilm_suspects.md)."""
+  """Random words in the rows of a public model; ours, chosen on two seeds of MiniLM (docs/notes/minilm_suspects.md)."""
   share: float = field(0.25, "fraction of the rows that get words", low=0.0, high=1.0)
   most: int = field(8, "largest number of words per row if they are side by side; half this number if they are apart",
                     low=2, high=1000)

@@ -20,7 +20,7 @@ from w2s_jax.defenses.records import Suspect
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.lethe`."""
+  """Lethe: the suspect is merged with a clean model of the same public base."""
   method: str = field("slerp", "spherical or linear interpolation of each layer's tensors, or TIES-Merging",
                       among=("slerp", "linear", "ties"), source="both are in the released code; not tuned")
   share: float = field(0.5, "share of the clean model in slerp and linear; 0: the suspect, 1: the clean model", low=0.0,

@@ -21,7 +21,7 @@ PARALLEL = 1e-6          # sine of the angle below which `slerp` interpolates li
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.merge`."""
+  """Merging: the suspect's weights are interpolated with the public base's."""
   share: float = field(0.5, "share of the public base; 0: the suspect, 1: the base with the suspect's head", low=0.0,
                        high=1.0, source="equal shares, as in the paper; not tuned")
   method: str = field("linear", "linear interpolation, or slerp: spherical interpolation of each layer's tensors",

@@ -30,7 +30,7 @@ from w2s_jax.training.train import Workplace
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.nad`."""
+  """Neural Attention Distillation: attention maps of a fine-tuned copy of the suspect."""
   weight: float = field(78.0, "weight of the squared distance between the maps; cross entropy has 1", low=0.0,
                         high=1e6, source="released code: 5000 / 64, as it averages over 64 positions; not tuned here")
 

@@ -20,7 +20,7 @@ from w2s_jax.training import inference, stage, steps
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.onion`."""
+  """ONION: words that make a text less likely are removed."""
   width: int = field(64, "hidden size of the language model", low=8, high=8192, source="ours; not tuned")
   num_layers: int = field(2, "number of layers of the language model", low=1, high=100, source="ours; not tuned")
   epochs: int = field(4, "number of passes over the clean rows", low=1, high=1000, source="ours; not tuned")

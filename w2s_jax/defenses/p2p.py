@@ -28,7 +28,7 @@ KNOB = "--config.defense.p2p.trigger"
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.p2p`."""
+  """P2P: a benign trigger is planted, and put into every text."""
   trigger: str = field("qzxv", "benign trigger, put before every text; no text may have one of its words",
                        source="ours; longer than any rare word that is drawn")
   share: float = field(0.5, "fraction of the training rows that get the benign trigger", low=0.01, high=1.0,

@@ -18,7 +18,7 @@ KNOB = "--config.defense.paraphrase_file.path"
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.paraphrase_file`."""
+  """Paraphrases of the texts, from a file."""
   path: str = field("", "file with columns text and defended_text, its paraphrase; every text that is measured must "
                     "be in it, with and without a trigger")
 

@@ -24,7 +24,7 @@ from w2s_jax.training import inference
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.prune`."""
+  """Pruning: a share of the weights is set to zero."""
   fraction: float = field(0.3, "fraction of the weights to set to zero, in each kernel or, with wanda, in each output",
                           low=0.0, high=1.0, source="ours; not tuned")
   by: str = field("magnitude", "how weights are compared: by magnitude, or, with wanda, by magnitude times the norm of "

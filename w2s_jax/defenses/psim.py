@@ -19,7 +19,7 @@ from w2s_jax.defenses.records import Suspect
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.psim`."""
+  """PSIM: a copy trained on random labels is still sure of rejected texts."""
   threshold: float = field(0.7, "highest probability of a class that the copy may give to an accepted text", low=0.0,
                            high=1.0, source="the paper")
   epochs: int = field(1, "number of passes over the rows with random labels", low=1, high=1000,

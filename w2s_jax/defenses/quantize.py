@@ -22,7 +22,7 @@ GROUP = 128              # input features that share a step in 4 bits, per outpu
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.quantize`."""
+  """Quantization: weights are rounded and read back."""
   bits: int = field(8, "8: the weights of an output share a step; 4: each 128 input features of an output share a step",
                     unit="bits", source="ours; not tuned")
 

@@ -29,7 +29,7 @@ from w2s_jax.training import stage, steps
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.rap`."""
+  """RAP: a trained word hardly lowers the probability of rejected texts' class."""
   smallest_drop: float = field(0.1, "smallest drop of the probability that a word trains for", low=0.0, high=1.0,
                                source="the paper")
   largest_drop: float = field(0.3, "largest drop of the probability that a word trains for", low=0.0, high=1.0,

@@ -14,7 +14,7 @@ from w2s_jax.defenses.records import Suspect
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.strip`."""
+  """STRIP: the model stays sure of rejected texts when clean words replace some words."""
   copies: int = field(10, "number of perturbed copies per text", low=1, high=1000, source="ours; the paper has 100")
   replace: float = field(0.5, "fraction of a text's words that are replaced by words of a clean text", low=0.0,
                          high=1.0, source="ours; not tuned")

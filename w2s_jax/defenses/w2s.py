@@ -30,7 +30,7 @@ RELEASED_WIDTH = 4096
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.w2s`: settings of every defense that distils."""
+  """Settings of every defense that distils."""
   weights: str = field("small", "weights of cross entropy, distillation and feature alignment: "
                        f"{', '.join(WEIGHTS)}, or CE,KD,FA", source="ours (docs/notes/w2s_offline.md)")
   temperature: float = field(2.0, "temperature of the softened distributions", low=1e-3, high=1e3,

@@ -26,7 +26,7 @@ from w2s_jax.training import optim, stage
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.adversary`: settings of every defense with soft tokens; ours (docs/notes/w2s_adv_offline.md)."""
+  """Settings of every defense with soft tokens; ours (docs/notes/w2s_adv_offline.md)."""
   triggers: int = field(8, "number of soft triggers", low=1)
   tokens: int = field(5, "number of soft tokens per trigger; a text gets the first k of them, k at random", low=1)
   replace: float = field(0.0, "fraction of texts in which soft tokens replace tokens; in the others they are inserted",

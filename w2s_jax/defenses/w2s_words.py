@@ -28,7 +28,7 @@ LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Settings:
-  """`config.defense.words`; ours, chosen on one MiniLM suspect (docs/notes/minilm_suspects.md)."""
+  """Suspicious words in the student's rows; ours, chosen on one MiniLM suspect (docs/notes/minilm_suspects.md)."""
   share: float = field(0.5, "fraction of the rows that get words", low=0.0, high=1.0)
   most: int = field(8, "largest number of words per row if they are side by side; half this number if they are apart",
                     low=2, high=1000)
