@@ -7,6 +7,7 @@ import pickle
 import shutil
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -83,6 +84,26 @@ def test_a_head_for_another_number_of_classes_is_an_error(originals):
     load_pretrained(originals["bert"], num_labels=5)
 
 
+def test_the_number_of_classes_is_that_of_config_json(saved):
+  """It is so for transformers, too."""
+  directory = saved("bert")
+  def three(tensors):
+    tensors["classifier.weight"] = np.random.default_rng(0).standard_normal((3, 32)).astype(np.float32)
+    tensors["classifier.bias"] = np.arange(3, dtype=np.float32)
+  edit(directory, three)
+  config = {name: value for name, value in json.loads((directory / "config.json").read_text()).items()
+            if name not in ("num_labels", "id2label", "label2id")}
+  ids = np.array([[3, 5, 8]])
+  for fields in ({"num_labels": 3}, {"id2label": {"0": "a", "1": "b", "2": "c"}}):
+    (directory / "config.json").write_text(json.dumps(config | fields))
+    model, params = load_pretrained(directory)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    with torch.no_grad():
+      want = theirs(torch.tensor(ids)).logits
+    np.testing.assert_allclose(model.apply(params, ids, np.ones_like(ids)).logits, want, atol=1e-4, err_msg=str(fields))
+    assert want.shape == (1, 3)
+
+
 def test_a_head_that_is_missing_is_made_from_the_seed_and_said(saved, caplog):
   directory = saved("llama")
   edit(directory, lambda tensors: tensors.pop("score.weight"))
@@ -119,6 +140,9 @@ def test_what_lies_where_a_model_is_wanted_is_named(saved, tmp_path):
   (directory / "tf_model.h5").touch()
   with pytest.raises(InputError, match=r"\['model.fp16.safetensors', 'tf_model.h5'\] is not read: save the model by"):
     load_pretrained(directory)
+  (directory / "tf_model.h5").rename(directory / "model-q8.gguf")
+  with pytest.raises(InputError, match=r"'model-q8.gguf', .* is not read \(a .gguf file is read if its own path is"):
+    load_pretrained(directory)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])
@@ -138,6 +162,20 @@ def test_a_quantized_model_is_called_that(saved):
   config = json.loads((directory / "config.json").read_text())
   (directory / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
   with pytest.raises(InputError, match=r"is quantized \(quantization_config.*model.dequantize\(\)"):
+    load_pretrained(directory)
+
+
+@pytest.mark.parametrize("suffix,values", [("qweight", np.zeros((4, 32), np.int32)),                      # GPTQ, AWQ
+                                           ("weight", np.zeros((512, 1), np.uint8)), ("SCB", np.zeros(32, np.int8)),
+                                           ("weight", np.zeros((32, 32), ml_dtypes.float8_e4m3fn))])
+def test_quantized_tensors_are_called_that_without_a_quantization_config(suffix, values, saved):
+  """Older GPTQ models have it in a file of its own."""
+  directory = saved("llama")
+  def quantize(tensors):
+    del tensors["model.layers.0.self_attn.q_proj.weight"]
+    tensors[f"model.layers.0.self_attn.q_proj.{suffix}"] = values
+  edit(directory, quantize)
+  with pytest.raises(InputError, match=rf"q_proj.{suffix}' is \w+, wanted one of .*quantized, .*model.dequantize\(\)"):
     load_pretrained(directory)
 
 

@@ -205,6 +205,20 @@ def test_the_layout_of_the_hugging_face_cache_is_accepted(originals, tmp_path):
   refuses("config.json is a link to outside the model directory", load_pretrained, revision)
 
 
+def test_blobs_of_the_hugging_face_cache_may_lie_on_another_disk(originals, llama, tmp_path):
+  """Then `blobs` is a link. A link of the model to any other place is still refused."""
+  cache, disk = tmp_path / "models--a--b", tmp_path / "disk"
+  shutil.copytree(originals["llama"], disk)
+  (cache / "snapshots/0123").mkdir(parents=True)
+  (cache / "blobs").symlink_to(disk)
+  for file in disk.iterdir():
+    (cache / "snapshots/0123" / file.name).symlink_to(f"../../blobs/{file.name}")
+  jax.tree.map(np.testing.assert_array_equal, load_pretrained(cache / "snapshots/0123")[1], llama[1])
+  (disk / "config.json").rename(tmp_path / "outside")
+  (disk / "config.json").symlink_to(tmp_path / "outside")
+  refuses("config.json is a link to outside the model directory", load_pretrained, cache / "snapshots/0123")
+
+
 def tensor(**fields):
   return lambda header: header["model.norm.weight"].update(fields)
 

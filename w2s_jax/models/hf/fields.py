@@ -127,6 +127,11 @@ class Fields:
         return Fields(self.values[name], f"{self.where}, {name}")
     return Fields({}, f"{self.where}, {names[0]}")
 
+  def num_labels(self) -> int:
+    """The number of classes: of the names in `id2label`, which transformers leaves out if they are its defaults."""
+    names = self.values.get("id2label")
+    return len(names) if isinstance(names, dict) else self.integer("num_labels", 2, 2)
+
   def labels(self, num_labels: int) -> tuple[str, ...]:
     """Names of the classes 0, 1, ... from `id2label`; () if they are LABEL_0, ..., or if its keys are other classes."""
     names = self.values.get("id2label")

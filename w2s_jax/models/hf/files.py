@@ -19,6 +19,8 @@ OTHERS = (".h5", ".msgpack", ".safetensors", ".gguf", ".onnx")       # models in
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}  # by name in a safetensors header
 HEADER_BYTES = 16 << 20               # largest header of a safetensors file that is read
 LFS = b"version https://git-lfs"
+DEQUANTIZE = ("where you trust it, load it with transformers and save model.dequantize() with save_pretrained, or give "
+              "the model from before it was quantized")
 
 
 def read_json(path: Path) -> dict:
@@ -50,7 +52,9 @@ def check_links(directory: Path) -> None:
     InputError: names the file.
   """
   home = directory.resolve()
-  allowed = [home] + [home.parent.parent / "blobs"] * (home.parent.name == "snapshots")
+  allowed = [home]
+  if home.parent.name == "snapshots":
+    allowed.append(Path(os.path.realpath(home.parent.parent / "blobs")))
   for file in sorted([*directory.glob("*"), *directory.glob("*/*")]):
     if not file.name.isprintable():
       raise InputError(f"{directory}: the file name {short(file.name)} cannot be printed: remove or rename it")
@@ -103,7 +107,8 @@ def what_is_there(directory: Path) -> str:
     return f"; but there is one in {listed(below)}: give the directory of one"
   others = sorted(file.name for file in directory.glob("*") if file.suffix in OTHERS
                   and file.name != "model.safetensors")
-  return f"; {listed(others)} is not read: save the model by transformers' save_pretrained(DIR)" if others else ""
+  gguf = " (a .gguf file is read if its own path is given)" if any(name.endswith(".gguf") for name in others) else ""
+  return f"; {listed(others)} is not read{gguf}: save the model by transformers' save_pretrained(DIR)" if others else ""
 
 
 def _pickle_hint(name):
@@ -140,7 +145,8 @@ def _start(file):
 def check_dtype(file: Path, name: str, dtype: str) -> None:
   """Raises InputError unless `dtype`, a tensor's dtype in the header, is in FLOATS."""
   if dtype not in FLOATS:
-    raise InputError(f"{file}: {short(name)} is {dtype}, wanted one of {', '.join(FLOATS)}")
+    hint = f": if the model is quantized, {DEQUANTIZE}" if re.fullmatch(r"([IU]|F[48]).*", dtype) else ""
+    raise InputError(f"{file}: {short(name)} is {dtype}, wanted one of {', '.join(FLOATS)}{hint}")
 
 
 def float_tensor(file: Path, name: str) -> np.ndarray:

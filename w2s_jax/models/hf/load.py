@@ -26,7 +26,7 @@ FLOAT32 = r".*(norm|score|pooler|classifier|widen)/.*"             # leaves that
 WRAPPED = ("module.", "_orig_mod.", "base_model.model.", "_fsdp_wrapped_module.")      # DDP, torch.compile, peft, FSDP
 
 
-def load_pretrained(path: str | Path, num_labels: int = 2, dtype: str = "float32",
+def load_pretrained(path: str | Path, num_labels: int | None = None, dtype: str = "float32",
                     mesh: jax.sharding.Mesh | None = None, *, num_layers: int | None = None,
                     feature_width: int | None = None, seed: int | None = 0, head: str | None = None,
                     quantize: str = "", **runtime: Any) -> tuple[Model, dict]:
@@ -36,7 +36,7 @@ def load_pretrained(path: str | Path, num_labels: int = 2, dtype: str = "float32
 
   Args:
     path: see `resolve`. To choose the base of an adapter, call `resolve` first.
-    num_labels: number of classes; a head for another number in the checkpoint is an error.
+    num_labels: number of classes; a head for another number in the checkpoint is an error. None: config.json's, or 2.
     dtype: dtype of the frozen base; norms and heads are always float32.
     mesh: devices for the leaves, placed by the model's `shardings`; None: the first device. Each host reads only its
       devices' slices.
@@ -99,11 +99,12 @@ def _fresh_head(directory, model, leaves, names, seed, mesh):
 
 def _described(directory, num_labels, num_layers, feature_width, runtime):
   """(Model, number of the checkpoint's layers, {tensor name: pieces.Stored}), from config and safetensors headers."""
-  hf = files.read_json(directory / "config.json") | {"num_labels": num_labels}
+  hf = files.read_json(directory / "config.json")
+  hf["num_labels"] = Fields(hf).num_labels() if num_labels is None else num_labels
   quantization = Fields(hf).section("quantization_config")
   if quantization.values and quantization.values.get("quant_method") != "gguf":      # a dequantized GGUF model keeps it
     raise InputError(f"{directory} is quantized (quantization_config in its config.json), but only floats can be read: "
-                     "where you trust it, load it with transformers and save model.dequantize() with save_pretrained")
+                     f"{files.DEQUANTIZE}")
   own_head = feature_width is None and (directory / formats.HEAD_CONFIG).exists()
   if own_head:
     widened = Fields(files.read_json(directory / formats.HEAD_CONFIG), formats.HEAD_CONFIG)
