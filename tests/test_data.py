@@ -96,6 +96,10 @@ def test_data_that_is_not_there(tmp_path):
     corpora.load("grammar:poems", ALL, 2)
   with pytest.raises(InputError, match=r"data file .*gone.json does not exist"):
     files.read_file(tmp_path / "gone.json")
+  with pytest.raises(InputError, match=r"data source .*train.json is a file: give a directory with train, dev and"):
+    corpora.load(str(tmp_path / "d/train.json"), ALL, 2)
+  with pytest.raises(InputError, match=r"data file .*d is a directory: give a file in it"):
+    files.read_file(tmp_path / "d")
   (tmp_path / "a.txt").write_text("x")
   with pytest.raises(InputError, match=r"want one of \.json"):
     files.read_file(tmp_path / "a.txt")
@@ -330,6 +334,22 @@ def test_tokenizers_that_do_not_fit(tokenizers, tmp_path):
   (tmp_path / "empty").mkdir()
   with pytest.raises(InputError, match=r"no tokenizer to be had from"):
     tokenization.load(tmp_path / "empty", 300)
+
+
+def test_a_token_that_was_added_without_resizing_the_embeddings_is_named(tokenizers, tmp_path):
+  """In the files of transformers 5, and in a tokenizer_config.json of transformers 4."""
+  tokenizers["decoder"].save_pretrained(tmp_path)
+  tokenizer = tokenization.load(tmp_path, 300)
+  size = len(tokenizer)
+  tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+  tokenizer.save_pretrained(tmp_path)
+  file = tmp_path / "tokenizer_config.json"
+  options = json.loads(file.read_text())
+  for fields in ({}, {"added_tokens_decoder": {str(size): {"content": "[PAD]", "special": True}}}):
+    file.write_text(json.dumps(options | fields))
+    with pytest.raises(InputError, match=r"not belong together; if '\[PAD\]' was added to it, resize the embeddings"):
+      tokenization.load(tmp_path, size)
+    assert tokenization.load(tmp_path, size + 1).pad_token_id == size
 
 
 @pytest.mark.parametrize("trigger", TRIGGERS)

@@ -1,5 +1,6 @@
 """Which class a label means, which rows are read, and which are kept apart."""
 
+import codecs
 import os
 
 import datasets
@@ -155,9 +156,11 @@ def test_empty_texts_are_left_out_and_counted(tmp_path, caplog):
   assert "x: 2 of 4 rows have an empty text and are left out (the first: row 1)" in caplog.text
 
 
-def test_a_file_of_columns_is_one_short_line():
+@pytest.mark.parametrize("columns", [list, lambda values: {str(i): value for i, value in enumerate(values)}],
+                         ids=["lists", "pandas"])
+def test_a_file_of_columns_is_one_short_line(columns):
   with pytest.raises(InputError, match="want an object for each row") as e:
-    corpora.check({"x": [{"text": ["a"] * 9999, "label": [0] * 9999}]}, "x", 2)
+    corpora.check({"x": [{"text": columns(["a"] * 9999), "label": columns([0] * 9999)}]}, "x", 2)
   assert len(str(e.value)) < 300
 
 
@@ -185,6 +188,13 @@ def test_files_as_people_have_them(tmp_path):
   (tmp_path / "latin.csv").write_bytes("text,label\ncaf\xe9,0\n".encode("cp1252"))
   with pytest.raises(InputError, match=r"cannot read data file .*latin.csv.*Save it as UTF-8"):
     files.read_file(tmp_path / "latin.csv")
+  for name, text in (("wide.csv", "text,label\na,0\n"), ("wide.tsv", "text\tlabel\na\t0\n"),
+                     ("wide.jsonl", '{"text": "a", "label": 0}\n')):
+    for encoding in ("utf-16", "utf-16-be"):
+      mark = codecs.BOM_UTF16_BE if encoding.endswith("be") else b""
+      (tmp_path / name).write_bytes(mark + text.encode(encoding))
+      with pytest.raises(InputError, match=f"cannot read data file .*{name}.*[.] Save it as UTF-8"):
+        files.read_file(tmp_path / name)
 
 
 def test_several_files_by_a_pattern(tmp_path):

@@ -47,6 +47,9 @@ def read(source: str, sizes: Any) -> dict[str, list[dict]]:
   if source.startswith("grammar:"):
     return _grammar(source, sizes)
   path = data_files.in_home(Path(source))
+  if path.is_file():
+    raise InputError(f"data source {source} is a file: give a directory with train, dev and test files "
+                     "(--config.data.attack_source, .defend_source)")
   splits = data_files.read_directory(path) if path.is_dir() else _hub(source)
   missing = [split for split in ("train", "test") if split not in splits]
   if missing:
@@ -236,7 +239,7 @@ def _short(value):
 
 def _checked(i, row, where, text, label, number, num_labels, names):
   if not isinstance(row[text], str):
-    whole = " (is it a file of columns? want an object for each row)" * isinstance(row[text], list)
+    whole = " (is it a file of columns? want an object for each row)" * isinstance(row[text], (list, dict))
     raise InputError(f"{where}: row {i} has {text} {_short(row[text])}, wanted a non-empty string{whole}")
   if number is None:
     wanted = f"an integer in 0..{num_labels - 1}" + f" or one of {', '.join(names)}" * bool(names)

@@ -1,5 +1,6 @@
 """Raw rows of local data files: {column: value}."""
 
+import codecs
 import csv
 import gzip
 import tempfile
@@ -37,6 +38,9 @@ def read_file(file: str | Path) -> list[dict]:
   file = in_home(Path(file))
   if "*" in file.name and not file.exists():
     return _read_all(sorted(file.parent.glob(file.name)), file)
+  if file.is_dir():
+    raise InputError(f"data file {file} is a directory: give a file in it (--config.data.*, --config.attack.*, "
+                     "--config.defense.*)")
   if not file.is_file():
     raise InputError(f"data file {file} does not exist: give one that does (--config.data.*, --config.attack.*, "
                      "--config.defense.*)")
@@ -53,8 +57,14 @@ def read_file(file: str | Path) -> list[dict]:
   except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration, EOFError, OSError, zlib.error) as e:
     cause = e.__cause__ or e                         # an empty file raises StopIteration
     said = " ".join(str(cause).split())[:300] or "it is empty"
-    utf8 = " Save it as UTF-8." * isinstance(cause, UnicodeDecodeError)
+    utf8 = ". Save it as UTF-8" if isinstance(cause, UnicodeDecodeError) or _is_utf16(file) else ""
     raise InputError(f"cannot read data file {file}: {said}{utf8}") from None
+
+
+def _is_utf16(file):
+  """Whether the file begins with the byte order mark of UTF-16."""
+  with file.open("rb") as f:
+    return f.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def _read_all(files, pattern):

@@ -14,6 +14,7 @@ from w2s_jax import InputError
 # Files that may hold a tokenizer's vocabulary. Without any, transformers gives some model types an empty tokenizer.
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model")
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *SENTENCEPIECE_FILES)
+OWN = "give the model's own tokenizer"
 READ = r"(config|vocab|merges|chat_template|.*token.*)\.(json|txt|jinja)|.*\.model"     # files that transformers reads
 READ_BYTES = 64 << 20                                                                  # per file; no real one is larger
 
@@ -58,8 +59,10 @@ def _load(directory, vocab_size):
   if not tokenizer.is_fast:
     raise InputError(f"the tokenizer of {directory} is not a fast one: save it as tokenizer.json first")
   if len(tokenizer) > vocab_size:
+    added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
+    advice = _advice(added, vocab_size) if tokenizer.vocab_size <= vocab_size else OWN
     raise InputError(f"the tokenizer of {directory} has {len(tokenizer)} tokens, the model only {vocab_size}: they do "
-                     "not belong together; give the model's own tokenizer")
+                     f"not belong together; {advice}")
   if tokenizer.pad_token is None:
     pad = _read_json(directory / "config.json").get("pad_token_id")         # transformers pools by this id
     added = tokenizer.added_tokens_decoder.get(pad if isinstance(pad, int) else None)   # a word must not become padding
@@ -117,14 +120,21 @@ def _config(directory, vocab_size):
   for name, value in own.items():
     if name.endswith(("_file", "_files")) and name != "special_tokens_map_file" and "/" in str(value):
       raise InputError(f"the tokenizer_config.json of {directory} takes {name[:80]!r} from elsewhere: delete it")
-  added = max(map(int, own.get("added_tokens_decoder") or {}), default=0)
-  if added >= vocab_size:
-    raise InputError(f"the tokenizer of {directory} adds a token {added}, the model has {vocab_size} tokens: they do "
-                     "not belong together; give the model's own tokenizer")
+  added = {int(i): str(token["content"]) for i, token in (own.get("added_tokens_decoder") or {}).items()}
+  if max(added, default=0) >= vocab_size:
+    raise InputError(f"the tokenizer of {directory} adds a token {max(added)}, the model has {vocab_size} tokens: they "
+                     f"do not belong together; {_advice(added, vocab_size)}")
   config = (transformers.AutoConfig.for_model(hf["model_type"]) if hf.get("model_type")
             else transformers.PreTrainedConfig())
   config.tokenizer_class = hf.get("tokenizer_class")
   return config
+
+
+def _advice(added, vocab_size):
+  """What to do about added tokens, {id: text}, that the model's embeddings have no rows for."""
+  beyond = [repr(text[:20]) for i, text in sorted(added.items()) if i >= vocab_size]
+  return (f"if {', '.join(beyond[:3])}{', ...' if len(beyond) > 3 else ''} was added to it, resize the embeddings "
+          f"(model.resize_token_embeddings(len(tokenizer))) and save the model, or take it out again; or {OWN}")
 
 
 def _read_json(file):
