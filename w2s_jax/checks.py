@@ -18,7 +18,7 @@ from w2s_jax.data import insertions, tokenization
 from w2s_jax.defenses import DEFENSES, SETTINGS, distill
 from w2s_jax.defenses import base as base_lib
 from w2s_jax.measure import deployed, metrics, selftest
-from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve
+from w2s_jax.models import Model, config_from_arch, config_from_hf, load_pretrained, read_json, resolve
 from w2s_jax.models.hf.formats import HEAD_CONFIG
 from w2s_jax.models.padding import with_padding_token
 from w2s_jax.tasks import TASKS
@@ -63,6 +63,7 @@ def check_fields(config: ConfigDict) -> None:
                      "--config.poison.trains")
   longest = max(config.data.max_length, fields.get("data.attack_max_length", 0))
   if list(config.data.buckets) != sorted(config.data.buckets) or max(config.data.buckets, default=0) < longest:
+    _check_student_positions(config.student, longest)    # first, because longer buckets would not help then
     raise InputError(f"data.buckets {tuple(config.data.buckets)}: want ascending lengths, the last at least "
                      f"{longest} tokens: set --config.data.buckets or --config.data.max_length/.attack_max_length")
 
@@ -97,7 +98,7 @@ def check_student(run: Any, model: Model) -> None:
     _check_base(run, needing[0], model if mixing else None)
   for name, recipe in recipes.items():
     distill.check(name, recipe, run.task, model, c.defense, c.lora)
-  _check_positions("student", model, run.max_length)
+  _check_positions("student", model.config, run.max_length)
 
 
 def _check_adapters(run, model):
@@ -138,7 +139,7 @@ def _check_base(run, name, suspect):
   try:
     check_words(run, tokenizer, of_base=True)
     _check_adapters(run, with_padding_token(base, tokenizer))
-    _check_positions("model", base, run.max_length)
+    _check_positions("model", base.config, run.max_length)
     return
   except InputError as e:
     problem = str(e)                # raised below, outside `except`, because command.run prints the innermost error
@@ -180,13 +181,24 @@ def check_teacher(run: Any, feature_width: int) -> None:
     model, _ = run.pretrained_teacher(feature_width)
     with_padding_token(model, tokenization.load(resolve(c.teacher.path), model.config.vocab_size))
   else:
-    model = Model(config_from_hf(c.teacher.arch.to_dict(), feature_width=feature_width))
-  _check_positions("teacher", model, c.data.max_length)
+    arch = c.teacher.arch.to_dict()
+    model = Model(config_from_arch(arch, "--config.teacher.arch", feature_width=feature_width))
+  _check_positions("teacher", model.config, c.data.max_length)
 
 
-def _check_positions(name, model, length):
-  if model.config.max_positions < length:
-    raise InputError(f"the {name} has {model.config.max_positions} positions, texts have up to {length} tokens: lower "
+def _check_student_positions(student, length):
+  if student.path:
+    shape = config_from_hf(read_json(resolve(student.path, student.base) / "config.json"))
+  elif "arch" in student:
+    shape = config_from_arch(student.arch.to_dict(), "--config.student.arch")
+  else:
+    return
+  _check_positions("student", shape, length)
+
+
+def _check_positions(name, shape, length):
+  if shape.max_positions < length:
+    raise InputError(f"the {name} has {shape.max_positions} positions, texts have up to {length} tokens: lower "
                      "--config.data.max_length/.attack_max_length")
 
 

@@ -10,7 +10,7 @@ from w2s_jax.attacks import Attack
 from w2s_jax.data import corpora, labels, poison
 from w2s_jax.defenses import DEFENSES
 from w2s_jax.measure import attacked, probe
-from w2s_jax.models import check_links, config_from_hf, read_json, resolve
+from w2s_jax.models import check_links, config_from_arch, config_from_hf, read_json, resolve
 from w2s_jax.models.hf.fields import Fields
 
 LOG = logging.getLogger(__name__)
@@ -112,7 +112,10 @@ def with_rates(config: Any) -> Any:
       config.teach.learning_rate = WIDE_TEACHER_RATE
   c = config.student
   if not config.defend.learning_rate:
-    width = _width(c.path, c.base, config) if c.path else config_from_hf(c.arch.to_dict()).hidden_size
+    if c.path:
+      width = _width(c.path, c.base, config)
+    else:
+      width = config_from_arch(c.arch.to_dict(), "--config.student.arch").hidden_size
     config.defend.learning_rate = next(rate for below, rate in STUDENT_RATES if width < below)
     LOG.info(f"defend.learning_rate is {config.defend.learning_rate:g}, chosen for a student of width {width}")
   return config
@@ -141,8 +144,7 @@ def _with_checkpoint_fields(config):
   check_links(directory)
   hf = read_json(directory / "config.json")
   if not config.data.num_labels:
-    labels = hf.get("id2label")                       # transformers leaves it out if it is the default
-    config.data.num_labels = len(labels) if isinstance(labels, dict) else Fields(hf).integer("num_labels", 2, 2)
+    config.data.num_labels = Fields(hf).num_labels()
   config_from_hf(hf | {"num_labels": config.data.num_labels})
   if config.student.base and any(DEFENSES[name].changes_suspect for name in config.defenses) and not any(
       DEFENSES[name].recipe and DEFENSES[name].recipe.from_base for name in config.defenses):

@@ -17,7 +17,7 @@ from w2s_jax.adapters import attach, trees
 from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, distill
 from w2s_jax.measure import deployed, features, scan, search, selftest
-from w2s_jax.models import Model, config_from_hf, load_pretrained, resolve, save_pretrained
+from w2s_jax.models import Model, config_from_arch, load_pretrained, resolve, save_pretrained
 from w2s_jax.models.hf import adapter_file
 from w2s_jax.models.padding import with_padding_token
 from w2s_jax.report import card, front, page
@@ -76,9 +76,9 @@ def _given_student(run):
 
 def _fresh_student(run):
   c = run.config.student
-  tokenizer = tokenization.train(_warmup_texts(run), "decoder", c.arch.vocab_size)
   arch = c.arch.to_dict() | {"num_labels": run.config.data.num_labels}
-  return Model(config_from_hf(arch, dtype=c.dtype, remat=c.remat)), None, tokenizer
+  model = Model(config_from_arch(arch, "--config.student.arch", dtype=c.dtype, remat=c.remat))
+  return model, None, tokenization.train(_warmup_texts(run), "decoder", c.arch.vocab_size)
 
 
 def _warmup_texts(run):
@@ -156,7 +156,7 @@ def teach(run: Run) -> None:
   else:
     tokenizer = tokenization.train([r["text"] for r in rows], "encoder", c.teacher.arch.vocab_size)
     arch = c.teacher.arch.to_dict() | {"num_labels": c.data.num_labels}
-    model = with_padding_token(Model(config_from_hf(arch, feature_width=width)), tokenizer)
+    model = with_padding_token(Model(config_from_arch(arch, "--config.teacher.arch", feature_width=width)), tokenizer)
     params = model.init(stage.stream_key(c.seed, name), run.mesh)
   if c.teach.epochs:
     arrays, dev = (run.encode(tokenizer, r, c.data.max_length) for r in (rows, run.rows["dev"]))

@@ -66,7 +66,7 @@ class LlamaConfig(family.SharedConfig):
     kv_heads = fields.integer("num_key_value_heads", heads)
     if heads % kv_heads:
       raise InputError(f"{heads} attention heads must be divided by num_key_value_heads, got {kv_heads}: see the "
-                       "model's config.json, or --config.student.arch")
+                       "model's config.json")
     head_dim = fields.integer("head_dim", max(4, width // heads), 4)
     if head_dim % 2:
       raise InputError(f"head_dim {head_dim} must be even for rotary positions: see the model's config.json")

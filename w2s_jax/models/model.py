@@ -72,11 +72,20 @@ def config_from_hf(hf: dict, **runtime: Any) -> SharedConfig:
   config = config_class.from_hf(fields, num_labels=num_labels, labels=fields.labels(num_labels), **runtime)
   if config.hidden_size % config.num_heads and not (hasattr(config, "head_dim") and "head_dim" in fields):
     raise InputError(f"{config.num_heads} attention heads must divide hidden_size {config.hidden_size}: see the "
-                     "model's config.json, --config.student.arch or .teacher.arch")
+                     "model's config.json")
   if config.dtype not in DTYPES or config.remat not in ("none", *layers.REMAT_POLICIES):
     raise InputError(f"dtype {config.dtype!r}, remat {config.remat!r}: want dtype among {', '.join(DTYPES)} and remat "
                      f"among none, {', '.join(layers.REMAT_POLICIES)}: set --config.student.dtype, .remat")
   return config
+
+
+def config_from_arch(arch: dict, knob: str, **runtime: Any) -> SharedConfig:
+  """Like `config_from_hf`, for a new network. An error names the flag `knob` instead of a config.json."""
+  try:
+    return config_from_hf(arch, **runtime)
+  except InputError as e:
+    problem = str(e)              # raised below, outside `except`, because command.run prints the innermost error
+  raise InputError(problem.replace("the model's config.json", knob))
 
 
 def _is_a_layer(module, method):

@@ -3,9 +3,10 @@
 B rows, T tokens, C classes, D feature width.
 """
 
+import functools
+import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from flax import traverse_util
 from w2s_jax import InputError, lora, quantized, sharding
 from w2s_jax.adapters import attach, soft, trees
 from w2s_jax.defenses import DEFENSES, distill
-from w2s_jax.models import Model, config_from_hf, read_json, resolve
+from w2s_jax.models import Model, config_from_arch, config_from_hf, read_json, resolve
 from w2s_jax.models.hf.load import FLOAT32
 from w2s_jax.tasks import TASKS, Task
 from w2s_jax.training import inference, optim, stage, steps
@@ -29,13 +30,13 @@ def student(config: Any, **runtime: Any) -> Model:
   Its shape comes from `student.arch` if there is one and `student.path` is not local, else from the path's config.json.
   """
   c = config
-  if "arch" in c.student and not Path(c.student.path).expanduser().exists() or not c.student.path:
-    hf = c.student.arch.to_dict()
+  if "arch" in c.student and not os.path.exists(os.path.expanduser(c.student.path)) or not c.student.path:
+    hf, make = c.student.arch.to_dict(), functools.partial(config_from_arch, knob="--config.student.arch")
   else:
-    hf = read_json(resolve(c.student.path, c.student.base) / "config.json")
+    hf, make = read_json(resolve(c.student.path, c.student.base) / "config.json"), config_from_hf
   labels = {"num_labels": c.data.num_labels} if c.data.num_labels else {}
-  return Model(config_from_hf(hf | labels, **{"dtype": c.student.dtype, "remat": c.student.remat,
-                                              "lora_dropout": c.lora.dropout} | runtime))
+  return Model(make(hf | labels, **{"dtype": c.student.dtype, "remat": c.student.remat,
+                                    "lora_dropout": c.lora.dropout} | runtime))
 
 
 def params_of(config: Any, model: Model) -> dict:

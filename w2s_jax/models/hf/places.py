@@ -1,6 +1,7 @@
 """Finds a model: a local directory, a package, a model on the hub, or a file that is converted into a directory."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import huggingface_hub
@@ -51,7 +52,7 @@ def _located(path):
                        "--config.teacher.path=DIR)")
     local = Path(spec.submodule_search_locations[0]) / sub
   else:
-    local = Path(path).expanduser()
+    local = Path(os.path.expanduser(path))
   if local.suffix == ".gguf" and local.is_file():
     return gguf.directory_of(local)
   if local.is_dir() or path.startswith("pypi:"):
