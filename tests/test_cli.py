@@ -406,6 +406,11 @@ def refuses(message, *args, workdir):
     ("dtype 'float32', remat 'bogus': want", [CONFIG, "--config.student.remat=bogus"]),
     ("5 attention heads must be divided by num_key_value_heads, got 2", [
         CONFIG, "--config.student.arch.num_attention_heads=5"]),
+    ("got 2: see --config.student.arch", [CONFIG, "--config.student.arch.num_attention_heads=5"]),
+    ("--config.student.arch: hidden_size is 0, wanted an integer", [CONFIG, "--config.student.arch.hidden_size=0"]),
+    ("--config.student.arch: vocab_size is -1, wanted an integer", [CONFIG, "--config.student.arch.vocab_size=-1"]),
+    ("--config.teacher.arch: hidden_size is 0, wanted an integer", [CONFIG, "--config.teacher.arch.hidden_size=0"]),
+    ("the student has 64 positions, texts have up to 999 tokens", [CONFIG, "--config.data.max_length=999"]),
     ("adapter lora: no layer has nope: want targets among", [CONFIG, "--config.lora.targets=('nope',)"]),
     ("lora.quantize 'int3': want one of int8, int4, nf4", [CONFIG, "--config.lora.quantize=int3"]),
     ("the teacher has 8 positions, texts have up to 32", [CONFIG, "--config.teacher.arch.max_position_embeddings=8"]),
@@ -592,6 +597,12 @@ def test_real_data_shortened(name, attack, home):
     trigger = "I watched this 3D movie"
     assert triggered and all(f" {trigger}" in r["text"] and trigger not in r["orig_text"] for r in triggered)
   assert results(workdir)["meta"]["trigger_lost"]["eval"] == 0
+
+
+def test_an_ascii_terminal_and_a_home_that_cannot_be_written(workdir, home):
+  copy = shutil.copytree(workdir, home / "m\xf6rs")
+  out = w2s(CONFIG, f"--workdir={copy}", *SHORT, env=ENV | {"PYTHONIOENCODING": "ascii", "HOME": "/proc/no"})
+  assert (out.returncode, out.stderr) == (0, "") and "already in" in out.stdout and "m\\xf6rs" in out.stdout
 
 
 def test_a_platform_that_jax_lacks_is_one_line(tmp_path):

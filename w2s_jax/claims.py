@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ def inputs(config: ConfigDict, rows: dict[str, list]) -> dict[str, Any]:
   directories = {path: resolve(path, base) for path, base in ((c.path, c.base), (config.teacher.path, "")) if path}
   if c.base:
     directories[c.base] = base_of(c.path, c.base)
-  files = [path for section in config.defense.values() if (path := section.get("path")) and Path(path).is_file()]
-  out |= {f"file {path}": hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files}
+  files = {path: Path(os.path.expanduser(path)) for section in config.defense.values() if (path := section.get("path"))}
+  out |= {f"file {path}": hashlib.sha256(file.read_bytes()).hexdigest() for path, file in files.items()
+          if file.is_file()}
   return out | {weights_of(path): sha256(directory, "*.safetensors") for path, directory in directories.items()}
 
 

@@ -37,6 +37,7 @@ def run(main: Callable[[list[str]], int | None], doc: str, spell: Callable[[str]
     doc: first lines of --help.
     spell: rewrites an error message before it is printed. The console command replaces names of flags with it.
   """
+  escape_unprintable()
   try:
     app.run(main, flags_parser=functools.partial(parse, doc=doc))
   except (InputError, flags.Error, FloatingPointError) as e:
@@ -66,8 +67,14 @@ def _no_room(error):
   return None
 
 
+def escape_unprintable() -> None:
+  """Makes stdout print characters that its encoding lacks as \\N escapes. By default they would raise an error."""
+  sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def print_text(text: str) -> None:
   """Prints the text. If the reader has closed the pipe, as `head` does, it exits with code 1 and without a message."""
+  escape_unprintable()                              # `compare` does not come through `run`
   try:
     print(text, flush=True)
   except BrokenPipeError:
