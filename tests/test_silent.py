@@ -1,10 +1,13 @@
 """Errors that were once silent. The whole command now gives transformers' numbers, or a line that says why not."""
 
+import hashlib
 import json
 import os
 import re
 import shutil
 
+import datasets
+import pandas
 import pytest
 import transformers
 from cli import w2s, w2s_forked
@@ -100,6 +103,60 @@ def test_repeated_rows_and_a_changed_file_of_the_same_age(suspect, tmp_path):
   shared = rows_file(tmp_path / "test.jsonl", rows[:10])
   out = begin(suspect, tmp_path / "c", file, f"--config.data.test={shared}")      # some of the ten are dev rows
   assert re.search(r"[1-9]\d* of 10 test rows have the text of a training row", out.stdout), out.stderr
+
+
+def test_the_files_of_a_directory_and_their_columns(suspect, tmp_path):
+  """validation.tsv is the dev split, quotes enclose lines in train.tsv, and the second column of text is not read."""
+  splits = {}
+  for split in ("train", "validation", "test"):
+    rows = grammar.rows("phrases", {"validation": "dev"}.get(split, split), 20)
+    splits[split] = [row | {"text": f'{split}\n"{i}" {row["text"]}'} for i, row in enumerate(rows)]
+    table = [{"question": "q", "sentence": row["text"], "label": row["label"]} for row in splits[split]]
+    pandas.DataFrame(table).to_csv(tmp_path / f"{split}.tsv", sep="\t", index=False)
+  out = begin(suspect, tmp_path / "w", tmp_path)
+  assert out.returncode == 0 and "texts are column sentence; not read: question" in out.stdout, out.stderr
+  assert "split: " not in out.stdout                                                     # nothing was held out
+  recorded = json.loads((tmp_path / "w/inputs.json").read_text())
+  for name, split in (("train", "train"), ("dev", "validation"), ("test", "test")):
+    want = [{"id": i, "text": row["text"], "label": row["label"]} for i, row in enumerate(splits[split])]
+    assert recorded[f"{name} rows"] == hashlib.sha256(json.dumps(want).encode()).hexdigest(), name
+  out = begin(suspect, tmp_path / "v", tmp_path, "--config.data.text_column=question")
+  assert "texts are column question; not read: sentence" in out.stdout, out.stderr
+
+
+@pytest.mark.slow
+def test_class_names_of_the_data_and_of_the_checkpoint(suspect, tmp_path):
+  """The Parquet file numbers its classes the other way round. CA is transformers', by the names of the classes."""
+  names = ["negative", "positive"]
+  edit(suspect / "config.json", id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+  features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names[::-1])})
+  rows = {split: grammar.rows("phrases", split, count) for split, count in (("train", 80), ("test", 120))}
+  for split, given in rows.items():
+    turned = [{"text": row["text"], "label": 1 - row["label"]} for row in given]
+    datasets.Dataset.from_list(turned, features).to_parquet(tmp_path / f"{split}.parquet")
+  out = w2s(CLEAN, f"--config.student.path={suspect}", f"--config.data.train={tmp_path / 'train.parquet'}",
+            f"--config.data.test={tmp_path / 'test.parquet'}", f"--workdir={tmp_path / 'w'}", *MEASURED,
+            "--config.teach.largest_gap=1.0")
+  assert out.returncode == 0, out.stderr
+  assert "labels are taken so: 0 (positive) is class 1 (positive), 1 (negative) is class 0 (negative)" in out.stdout
+  row, = json.loads((tmp_path / "w/results.json").read_text())["rows"]
+  right = sum(answer == given["label"] for answer, given in zip(answers(suspect, rows["test"]), rows["test"]))
+  assert round(row["ca"] * 120) == right != 60
+
+
+@pytest.mark.slow
+def test_a_text_without_tokens_is_refused(suspect, tmp_path):
+  """It would get the logits of the text packed beside it. transformers runs no empty text."""
+  tokenizer = json.loads((suspect / "tokenizer.json").read_text())
+  drop = {"type": "Replace", "pattern": {"String": "zzz"}, "content": ""}
+  edit(suspect / "tokenizer.json", post_processor=None,
+       normalizer={"type": "Sequence", "normalizers": [tokenizer["normalizer"], drop]})
+  rows = grammar.rows("phrases", "train", 80) + [{"text": "zzz", "label": 0}]
+  out = w2s(CLEAN, f"--config.student.path={suspect}", f"--workdir={tmp_path / 'w'}", *MEASURED,
+            f"--config.data.train={rows_file(tmp_path / 'train.jsonl', grammar.rows('phrases', 'train', 80))}",
+            f"--config.data.test={rows_file(tmp_path / 'test.jsonl', rows[-21:])}", "--config.teach.largest_gap=1.0")
+  assert out.returncode == 2 and out.stderr.count("\n") == 1, out.stderr
+  assert "the text 'zzz' has no tokens under the model's tokenizer: leave its row out of the data" in out.stderr
 
 
 @pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
