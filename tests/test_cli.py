@@ -410,7 +410,7 @@ def refuses(message, *args, workdir):
     ("--config.student.arch: hidden_size is 0, wanted an integer", [CONFIG, "--config.student.arch.hidden_size=0"]),
     ("--config.student.arch: vocab_size is -1, wanted an integer", [CONFIG, "--config.student.arch.vocab_size=-1"]),
     ("--config.teacher.arch: hidden_size is 0, wanted an integer", [CONFIG, "--config.teacher.arch.hidden_size=0"]),
-    ("the student has 64 positions, texts have up to 999 tokens", [CONFIG, "--config.data.max_length=999"]),
+    ("the student has 512 positions, texts have up to 999 tokens", [CONFIG, "--config.data.max_length=999"]),
     ("adapter lora: no layer has nope: want targets among", [CONFIG, "--config.lora.targets=('nope',)"]),
     ("lora.quantize 'int3': want one of int8, int4, nf4", [CONFIG, "--config.lora.quantize=int3"]),
     ("the teacher has 8 positions, texts have up to 32", [CONFIG, "--config.teacher.arch.max_position_embeddings=8"]),
