@@ -72,7 +72,7 @@ class Experiment:
   seed: int = field(0, "seed of every random stream", low=0)
   task: str = field("classification", "a key of tasks.TASKS")
   defenses: tuple = field(("none", "lora_ce", "w2s", "w2s_released", "w2s_shuffled", "w2s_adv"),
-                          "rows of the table, keys of defenses.DEFENSES; `none` is the attacked model itself")
+                          "rows of the table, by their names in docs/method.md; `none` is the attacked model itself")
   steps_per_dispatch: int = field(1, "largest number of steps per dispatch to the device; raise it if a step takes "
                                   "milliseconds", low=1, unit="steps")
   log_every: int = field(10, "longest interval between lines of a file in metrics/", low=1, unit="steps")

@@ -169,7 +169,7 @@ def _beyond_teacher(finding):
 def in_words(found: dict) -> str:
   """The verdict and the strongest finding of what `reading` returned, in one line."""
   best = strongest(found["classes"])
-  verdict = "no sign of a backdoor: "
+  verdict = "no sign of a backdoor, which is no proof: "
   end = f"A difference of {SUSPICIOUS * 100:.0f} percentage points or more is suspicious."
   if found["outcome"] == "suspicious":
     verdict = "SUSPICIOUS: "
