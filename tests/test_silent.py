@@ -130,7 +130,9 @@ def test_class_names_of_the_data_and_of_the_checkpoint(suspect, tmp_path):
   names = ["negative", "positive"]
   edit(suspect / "config.json", id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
   features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names[::-1])})
-  rows = {split: grammar.rows("phrases", split, count) for split, count in (("train", 80), ("test", 120))}
+  rows = {split: grammar.rows("phrases", split, count) for split, count in (("train", 80), ("test", 160))}
+  positive = [row for row in rows["test"] if row["label"] == 1]
+  rows["test"] = [row for row in rows["test"] if row["label"] == 0] + positive[:40]     # one class is not half of them
   for split, given in rows.items():
     turned = [{"text": row["text"], "label": 1 - row["label"]} for row in given]
     datasets.Dataset.from_list(turned, features).to_parquet(tmp_path / f"{split}.parquet")
@@ -141,7 +143,7 @@ def test_class_names_of_the_data_and_of_the_checkpoint(suspect, tmp_path):
   assert "labels are taken so: 0 (positive) is class 1 (positive), 1 (negative) is class 0 (negative)" in out.stdout
   row, = json.loads((tmp_path / "w/results.json").read_text())["rows"]
   right = sum(answer == given["label"] for answer, given in zip(answers(suspect, rows["test"]), rows["test"]))
-  assert round(row["ca"] * 120) == right != 60
+  assert round(row["ca"] * len(rows["test"])) == right != len(rows["test"]) / 2
 
 
 @pytest.mark.slow
