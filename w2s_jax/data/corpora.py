@@ -1,6 +1,7 @@
 """Labelled texts from the offline grammar, local files or a hub data set, as rows {"id", "text", "label"}."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def read(source: str, sizes: Any) -> dict[str, list[dict]]:
   """
   if source.startswith("grammar:"):
     return _grammar(source, sizes)
-  path = data_files.in_home(Path(source))
+  path = Path(os.path.expanduser(source))
   if path.is_file():
     raise InputError(f"data source {source} is a file: give a directory with train, dev and test files "
                      "(--config.data.attack_source, .defend_source)")
@@ -100,7 +101,7 @@ def load_clean(files: Mapping[str, str], num_labels: int, seed: int, text_column
     InputError: a class has no training row; see also `check`.
   """
   source = files["train"]
-  path = data_files.in_home(Path(source))
+  path = Path(os.path.expanduser(source))
   if source.startswith("grammar:"):
     splits = _grammar(source, GRAMMAR_SIZES)
   elif path.is_dir():

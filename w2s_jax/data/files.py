@@ -3,6 +3,7 @@
 import codecs
 import csv
 import gzip
+import os
 import tempfile
 import zlib
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ def read_file(file: str | Path) -> list[dict]:
     InputError: the file does not exist, is of another kind, or does not parse. Or files that match have different
       columns.
   """
-  file = in_home(Path(file))
+  file = Path(os.path.expanduser(file))            # Path's own method raises for ~NAME without such a user
   if "*" in file.name and not file.exists():
     return _read_all(sorted(file.parent.glob(file.name)), file)
   if file.is_dir():
@@ -78,14 +79,6 @@ def _read_all(files, pattern):
       raise InputError(f"{file} has columns {', '.join(sorted(names))}, {files[0].name} has "
                        f"{', '.join(sorted(columns[0]))}: give files with the same columns")
   return [row for part in parts for row in part]
-
-
-def in_home(path: Path) -> Path:
-  """The path with ~ or ~NAME expanded to the home directory. If there is no user NAME, it stays as it is."""
-  try:
-    return path.expanduser()
-  except RuntimeError:
-    return path
 
 
 def rows_of(split: datasets.Dataset) -> list[dict]:
