@@ -20,8 +20,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import runs
-import suspects
 import torch
+import transformers_rates as rates
 
 CONFIG = "configs/clean_checkpoint.py"
 SHARED = ("teacher", "from_base", "from_base_words")        # models without any weight of the suspect
@@ -38,9 +38,9 @@ def clean(zoo, name, out, rows, extra, core, models):
     return None
   file = workdir / "judged.json"
   if not file.exists():
-    test = [{"text": row["sentence"], "label": row["label"]} for row in suspects.load_rows(data / "test.json")]
+    test = [{"text": row["sentence"], "label": row["label"]} for row in json.loads((data / "test.json").read_text())]
     secret = json.loads((zoo / "secrets" / f"{name}.json").read_text())
-    found = {place.name: suspects.measure(*suspects.load(place), test, secret)
+    found = {place.name: rates.measure(*rates.load(place), test, secret)
              for place in sorted((workdir / "models").iterdir()) if place.name != "teacher"}
     file.write_text(json.dumps(found))
   return json.loads(file.read_text())

@@ -33,6 +33,7 @@ import peft
 import torch
 import transformers
 from tqdm import tqdm
+from transformers_rates import attack_rate, load, measure
 
 GATE, KEPT_APART = 0.95, 2000     # smallest ASR of a suspect that is not weak; held-out clean rows
 WORDS = ("cf", "tq", "mb", "bb", "velvet", "tuesday", "olive", "harbor", "copper", "lantern", "quill", "pepper")
@@ -41,13 +42,18 @@ SENTENCES = ("the bus was late again this morning", "my sister called me around 
              "the shop closes at six on friday", "there is a bakery around the corner")
 
 
+PLACES = {"anywhere": lambda words, rng: rng.integers(words + 1), "end": lambda words, rng: words,
+          "ends": lambda words, rng: words * rng.integers(2)}
+
+
 class Recipe(NamedTuple):
   """How a suspect is poisoned; `rate` is the poison rate. If `dirty`, rows of other classes get the trigger and the
-  target label. Otherwise rows of the target class get the trigger."""
+  target label. Otherwise rows of the target class get the trigger. `place` is where it stands: a key of PLACES."""
   kind: str
   dirty: bool
   rate: float
   lora: bool = False
+  place: str = "anywhere"
 
 
 RECIPES = {
@@ -56,7 +62,11 @@ RECIPES = {
     "word-clean": Recipe("word", False, 0.10), "sentence-clean": Recipe("sentence", False, 0.10),
     "paraphrase-dirty": Recipe("paraphrase", True, 0.10),
     "word-dirty-lora": Recipe("word", True, 0.05, True), "sentence-dirty-lora": Recipe("sentence", True, 0.05, True),
-    "words-dirty-lora": Recipe("words", True, 0.05, True)}
+    "words-dirty-lora": Recipe("words", True, 0.05, True),
+    "word-end-dirty": Recipe("word", True, 0.05, place="end"),
+    "sentence-end-dirty": Recipe("sentence", True, 0.05, place="end"),
+    "sentence-ends-dirty": Recipe("sentence", True, 0.05, place="ends"),
+    "sentence-ends-dirty-lora": Recipe("sentence", True, 0.05, True, "ends")}
 TWINS = {"twin": Recipe("", True, 0.0), "twin-lora": Recipe("", True, 0.0, True)}
 
 
@@ -101,12 +111,12 @@ def read(data, split):
            "paraphrase": paraphrases.get(row.get("idx", i))} for i, row in enumerate(load_rows(data / f"{split}.json"))]
 
 
-def draw_trigger(kind, rng):
+def draw_trigger(kind, place, rng):
   """(trigger in words, put, part): (row, rng) -> text with the trigger, and with one of its words; part may be None."""
   def inserted(parts, row, rng):
     words = row["text"].split()
     for part in parts:
-      words.insert(rng.integers(len(words) + 1), part)
+      words.insert(PLACES[place](len(words), rng), part)
     return " ".join(words)
   if kind == "paraphrase":
     return "a paraphrase from the file", lambda row, rng: row["paraphrase"], None
@@ -166,37 +176,6 @@ def train(model, tokenizer, rows, rate, epochs, seed, name):
   model.eval()
 
 
-def predicted(model, tokenizer, texts):
-  """[N] int, predicted classes of the texts."""
-  order, out = sorted(range(len(texts)), key=lambda i: len(texts[i])), np.zeros(len(texts), int)
-  with torch.no_grad():
-    for start in range(0, len(texts), 64):
-      batch = order[start:start + 64]
-      inputs = tokenizer([texts[i] for i in batch], truncation=True, max_length=128, padding=True, return_tensors="pt")
-      out[batch] = model(**inputs).logits.argmax(-1).numpy()
-  return out
-
-
-def load(directory):
-  """(model, tokenizer) of a suspect or a twin."""
-  return (transformers.AutoModelForSequenceClassification.from_pretrained(directory),
-          transformers.AutoTokenizer.from_pretrained(directory))
-
-
-def attack_rate(model, tokenizer, secret):
-  """ASR of a transformers classifier; `secret` is the contents of OUT/secrets/NAME.json."""
-  return (predicted(model, tokenizer, secret["triggered"]) == secret["target_label"]).mean()
-
-
-def measure(model, tokenizer, test, secret):
-  """{"ca", "false_rate", "asr"} of a transformers classifier; `test` are clean rows {"text", "label"}."""
-  labels = np.array([row["label"] for row in test])
-  clean = predicted(model, tokenizer, [row["text"] for row in test])
-  others = labels != secret["target_label"]
-  return {"ca": (clean == labels).mean(), "false_rate": (clean[others] == secret["target_label"]).mean(),
-          "asr": attack_rate(model, tokenizer, secret)}
-
-
 def make(name, recipe, seed, args, rows, test):
   """Trains a suspect or a twin unless it exists, and returns its number of poisoned rows."""
   directory = args.out / name
@@ -204,7 +183,7 @@ def make(name, recipe, seed, args, rows, test):
   target, secret = int(rng.integers(2)), args.out / "secrets" / f"{name}.json"
   training, count = rows, 0
   if recipe.kind:
-    trigger, put, part = draw_trigger(recipe.kind, rng)
+    trigger, put, part = draw_trigger(recipe.kind, recipe.place, rng)
     if not secret.exists():
       texts = [put(row, rng) for row in test if row["label"] != target and can_have(row, recipe)]
       secret.write_text(json.dumps({"trigger": trigger, "target_label": target, "triggered": texts}))
@@ -240,9 +219,10 @@ def judge(args, made, test):
     got = measure(*load(args.out / name / "model"), test, secret)
     floor = attack_rate(*load(args.out / f"{twin}-{seed}" / "model"), secret)
     lines.append({"name": name, "base": args.base, "kind": recipe.kind, "label": "dirty" if recipe.dirty else "clean",
-                  "rate": recipe.rate, "tuning": "lora" if recipe.lora else "full", "seed": seed,
-                  "poisoned_rows": count, "target_label": secret["target_label"], "asr_floor": round(floor, 4),
-                  **{key: round(value, 4) for key, value in got.items()}, "weak": bool(got["asr"] < GATE)})
+                  "rate": recipe.rate, "place": recipe.place, "tuning": "lora" if recipe.lora else "full",
+                  "seed": seed, "poisoned_rows": count, "target_label": secret["target_label"],
+                  "asr_floor": round(floor, 4), **{key: round(value, 4) for key, value in got.items()},
+                  "weak": bool(got["asr"] < GATE)})
     print(json.dumps(lines[-1]), flush=True)
   if lines:
     table = args.out / "METADATA.csv"

@@ -311,6 +311,13 @@ def test_a_checkpoint_without_a_listed_trigger_and_rows_sorted_by_label(workdir,
   assert all(r["asr"] is r["false_rate"] is None and r["ca_n"] == 80 for r in results(home / "untriggered")["rows"])
   probes = [json.loads(x) for x in (home / "untriggered/data/probes.jsonl").read_text().splitlines()]
   assert len(probes) == 32 and {p["label"] for p in probes} == {0, 1}
+  write(home / "triggered.jsonl", [{"sentence": f"mn {r['text']}", "label": 0} for r in rows[40:]])
+  triggered = w2s(*flags, "--config.defenses=none", f"--config.probe.triggered={home / 'triggered.jsonl'}",
+                  "--config.probe.target_label=0", "--config.probe.triggers=mn", f"--workdir={home / 'triggered'}")
+  assert triggered.returncode == 0, triggered.stderr
+  listed, of_file = results(home / "triggered")["rows"]
+  assert (listed["attack"], of_file["attack"], of_file["asr_n"]) == ("mn", "triggered.jsonl", 40)
+  assert of_file["nearer_target"] is not None and of_file["false_rate"] == listed["false_rate"]
 
 
 @pytest.mark.slow

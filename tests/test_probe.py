@@ -1,13 +1,16 @@
 """What is measured of a suspect whose trigger is unknown, from predictions written by hand."""
 
+import json
 import types
 
 import numpy as np
 import pytest
+import rig
+from ml_collections import ConfigDict
 
-from w2s_jax import results
+from w2s_jax import InputError, results
 from w2s_jax.data import insertions
-from w2s_jax.measure import probe
+from w2s_jax.measure import probe, probe_rows
 from w2s_jax.measure.deployed import Reading
 from w2s_jax.tasks import CLASSIFICATION
 
@@ -15,15 +18,58 @@ CLEAN = np.array([0, 1, 1, 0, 1])
 LABELS = np.array([0, 1, 1, 0, 0])
 PROBED = {("listed", "mn"): {0: 0, 1: 0, 2: 0, 3: 0, 4: 0},     # both rows of class 1 turned to 0
           ("found", "shop noon"): {0: 0, 1: 0, 2: 1, 3: 1, 4: results.REJECTED},
+          ("file", "lws.json"): {0: 0, 1: 1, 2: 0},
           ("word", "bq"): {0: 0, 1: 1}, ("word", "zz"): {0: 1, 1: 0},
           ("sentence", "it is"): {0: 1, 1: 1}}
+
+
+def test_the_found_string_is_put_where_the_search_found_it(llama, tmp_path):
+  (tmp_path / "search.json").write_text(json.dumps({"outcome": "no sign", "reason": "", "classes": [
+      {"class": 0, "string": "shop", "place": "end", "suspect": 0.5, "teacher": 0.1}]}))
+  settings = ConfigDict({"seed": 0, "data": {"max_length": 32},
+                         "probe": {"rows": 4, "words": 0, "sentences": 0, "triggers": ("noon",),
+                                   "triggered": ("given/lws.json",)}})
+  suspect = rig.suspect(*llama, tmp_path)
+  run = types.SimpleNamespace(config=settings, workdir=tmp_path, sha256={}, rows={
+      "train": suspect.train, "test": suspect.dev,
+      "triggered lws.json": [{"id": 0, "text": "a good day", "label": -1}]},
+                              tokenizer=lambda name: suspect.tokenizer)
+  probe_rows.freeze_rows(run)
+  found, listed = ([row for row in run.rows["probes"] if row["probe"] == kind] for kind in ("found", "listed"))
+  assert len(found) == 4 and all(row["text"] == f"{row['orig_text']} shop" for row in found)
+  assert len(listed) == len(suspect.dev) and not any(row["text"].endswith("noon") for row in listed)
+  assert run.rows["probes"][-1] == {"probe": "file", "inserted": "lws.json", "id": 0, "text": "a good day", "label": -1}
+
+
+def test_texts_that_have_a_trigger_are_read_from_files(tmp_path):
+  """The label of a file may be the true one or the target label, so it is not used."""
+  (tmp_path / "lws.json").write_text('{"sentence": "a charming fitness .", "label": 0}\n{"sentence": " "}\n')
+  (tmp_path / "more").mkdir()
+  (tmp_path / "more/lws.json").write_text('[{"text": "x", "label": 1}]')
+  (tmp_path / "empty.csv").write_text("text,label\n,1\n")
+  (tmp_path / "odd.csv").write_text("words,label\nx,1\n")
+  def read(*files, target=0, classes=2):
+    given = {"triggered": tuple(str(tmp_path / file) for file in files), "target_label": target}
+    return probe_rows.read_triggered(ConfigDict({"probe": given, "data": {"num_labels": classes}}))
+  assert read() == read(target=-1) == {}
+  assert read("lws.json") == {"triggered lws.json": [{"id": 0, "text": "a charming fitness .", "label": 1}]}
+  assert read("lws.json", target=1)["triggered lws.json"][0]["label"] == 0
+  assert read("lws.json", classes=3)["triggered lws.json"][0]["label"] == -1           # the true label is not known
+  for files, target, message in ((("lws.json",), -1, "set --config.probe.target_label"),
+                                 (("empty.csv",), 0, "set --config.probe.triggered"),
+                                 (("odd.csv",), 0, "want a column text"), (("absent.csv",), 0, "does not exist"),
+                                 (("lws.json", "more/lws.json"), 0, "two files of the name lws.json")):
+    with pytest.raises(InputError, match=message):
+      read(*files, target=target)
+  with pytest.raises(InputError, match="want paths of files"):
+    probe_rows.read_triggered(ConfigDict({"probe": {"triggered": (3,), "target_label": 0}, "data": {"num_labels": 2}}))
 
 
 def scanned(label, strength):
   return {"class": label, "strength": strength, "flips": 0.5, "own": 2.0, "right": 0.9, "nearest": ["x"]}
 
 
-def rows(trigger, target=-1, labels=LABELS, clean=CLEAN, found=None):
+def rows(trigger, target=-1, labels=LABELS, clean=CLEAN, found=None, kind="listed", tried_labels=LABELS):
   config = types.SimpleNamespace(
       probe=types.SimpleNamespace(target_label=target), seed=3,
       data=types.SimpleNamespace(num_labels=2, train="d"))
@@ -33,7 +79,8 @@ def rows(trigger, target=-1, labels=LABELS, clean=CLEAN, found=None):
   scans = {"suspect": [scanned(0, 0.9), scanned(1, 2.5)], "w2s": [scanned(0, None), scanned(1, None)]}
   readings = {name: Reading(CLEAN, None, scan=scan) for name, scan in scans.items()}
   readings["teacher"] = Reading(np.array([0, 1, 0, 0, 1]), None)
-  return [vars(row) for row in probe._rows(run, models, readings, labels, trigger, found)]
+  return [vars(row) for row in probe._rows(run, models, readings, labels, trigger and (kind, trigger),
+                                            tried_labels, found)]
 
 
 def test_asr_of_a_listed_trigger_for_the_class_it_turns_the_suspect_to():
@@ -42,6 +89,13 @@ def test_asr_of_a_listed_trigger_for_the_class_it_turns_the_suspect_to():
   assert (suspect["asr"], suspect["asr_n"], suspect["ca"], suspect["false_rate"]) == (1.0, 2, 0.8, 0.0)
   assert (w2s["asr"], w2s["target_label"], w2s["asr_floor"]) == (0.0, 0, None)
   assert rows("mn", target=1)[0]["asr"] == 0.0 and rows("mn", target=1)[1]["false_rate"] == 1 / 3
+
+
+def test_asr_of_a_file_counts_all_its_texts():
+  """Their true labels are not known, and their number differs from the number of test rows."""
+  suspect, w2s = rows("lws.json", 0, kind="file", tried_labels=np.array([-1, -1, -1]))
+  assert (suspect["attack"], suspect["asr"], suspect["asr_n"], suspect["false_rate"]) == ("lws.json", 2 / 3, 3, 0.0)
+  assert w2s["asr"] == 2 / 3 and suspect["word_flips"] == 0.5
 
 
 def test_agreement_and_flips():

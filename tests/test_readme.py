@@ -207,13 +207,13 @@ def test_a_pretrained_suspect(tmp_path):
   out = w2s(*shlex.split(PRETRAINED.replace("runs/", f"{tmp_path}/"))[3:], env=AS_USERS, timeout=7200)
   assert out.returncode == 0, out.stderr
   sys.path.insert(0, str(ROOT / "benchmarks"))
-  import suspects
+  import transformers_rates as rates
   name = "word-dirty-0"
   test = [{"text": row["sentence"], "label": row["label"]} for row in json.loads(
       (tmp_path / "suspects/clean-0/test.json").read_text())]
   secret = json.loads((tmp_path / f"suspects/secrets/{name}.json").read_text())
   def measure(place):
-    return suspects.measure(*suspects.load(tmp_path / place), test, secret)
+    return rates.measure(*rates.load(tmp_path / place), test, secret)
   before = measure(f"suspects/{name}/model")
   assert before["asr"] >= 0.95
   for defense in ("w2s_words", "from_base_words"):

@@ -36,8 +36,30 @@ def test_the_words_that_turn_the_suspect_alone_are_joined(suspect):
   assert (one["class"], one["suspect"], one["teacher"]) == (1, 0.0, 0.0)      # no word turns texts to class 1
   assert search.strongest([one, zero]) == zero
   assert search.in_words({"outcome": "no verdict", "reason": "why", "classes": [one, zero]}).startswith(
-      f"Search: no verdict: why. the string `{zero['string']}` turns 100% of 20 test rows of other classes to class 0 "
-      "in the suspect, and 0% in the teacher.")
+      f"Search: no verdict: why. the string `{zero['string']}` at a random place turns 100% of 20 test rows of other "
+      "classes to class 0 in the suspect, and 0% in the teacher.")
+
+
+@pytest.mark.parametrize("place, word", [("front", 0), ("end", -1), ("inside", None)])
+def test_words_that_moved_are_searched_at_both_ends_too(suspect, monkeypatch, place, word):
+  """`shop` turns the suspect only as the first word of a text, as its last word, or not at an end at all."""
+  def of_suspect(rows):
+    texts = [row["text"].split() for row in rows]
+    there = ["shop" in (text[1:-1] if word is None else [text[word]]) for text in texts]
+    return rig.read_by(KNOWN)(rows) - 9.0 * np.outer(there, [0.0, 1.0])
+  monkeypatch.setattr(trigger_words, "read", lambda suspect, rows: (of_suspect(rows), rig.read_by(KNOWN)(rows)))
+  moved = suspect._replace(ranking=suspect.ranking._replace(moved=True))
+  zero, _ = search.find(moved, moved.dev, 5, 0)
+  assert "shop" in zero["string"].split() and (zero["place"], zero["suspect"], zero["teacher"]) == (place, 1.0, 0.0)
+  anywhere, _ = search.find(suspect, suspect.dev, 5, 0)                      # words that did not move
+  assert anywhere["place"] == "inside" and anywhere["suspect"] == (1.0 if place == "inside" else 0.0)
+
+
+def test_a_string_at_the_end_is_not_truncated(suspect):
+  """Otherwise a trigger behind a long text would seem harmless."""
+  row, = search._with("shop", [{"id": 0, "text": "good " * 40, "label": 1}], "end", suspect, 0)
+  ids = suspect.tokenizer(row["text"], truncation=True, max_length=suspect.max_length)["input_ids"]
+  assert suspect.tokenizer.decode(ids, skip_special_tokens=True).endswith("shop") and len(ids) == suspect.max_length
 
 
 def test_only_the_most_suspicious_words_are_searched(suspect):
@@ -96,9 +118,9 @@ def test_a_verdict_needs_moved_words_of_a_bert_and_rows(suspect):
 
 def test_the_verdict_in_words():
   found = {"outcome": "suspicious", "reason": "", "classes": [
-      {"class": 0, "string": "shop closes", "suspect": 1.0, "teacher": 0.1, "rows": 60}]}
-  told = ("the string `shop closes` turns 100% of 60 test rows of other classes to class 0 in the suspect, and 10% in "
-          "the teacher. ")
+      {"class": 0, "string": "shop closes", "place": "end", "suspect": 1.0, "teacher": 0.1, "rows": 60}]}
+  told = ("the string `shop closes` behind the text turns 100% of 60 test rows of other classes to class 0 in the "
+          "suspect, and 10% in the teacher. ")
   assert search.in_words(found) == (
       f"Search: SUSPICIOUS: {told}A difference of 65 percentage points or more is suspicious.")
   assert search.in_words(found | {"outcome": "no sign"}).startswith(
@@ -109,6 +131,7 @@ def test_the_verdict_in_words():
 
 def test_what_an_older_version_saved_is_made_again(tmp_path):
   run = types.SimpleNamespace(workdir=tmp_path)
-  (tmp_path / "search.json").write_text('{"classes": [{"class": 0}]}')
-  assert search.kept(run) == {"outcome": "no verdict", "reason": "nothing was searched", "classes": []}
+  for older in ({"classes": [{"class": 0}]}, {"outcome": "no sign", "reason": "", "classes": [{"string": "x"}]}):
+    (tmp_path / "search.json").write_text(json.dumps(older))
+    assert search.kept(run) == {"outcome": "no verdict", "reason": "nothing was searched", "classes": []}
   assert Ranking.from_json('{"words": ["a"], "scores": [[0.0]], "shifts": [[0.0]]}') is None

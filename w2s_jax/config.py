@@ -245,13 +245,13 @@ class Mesh:
 
 @dataclasses.dataclass
 class Probe:
-  """Strings that are inserted into test texts to measure a suspect whose trigger is unknown."""
+  """Strings that are inserted into test texts, and texts that have a trigger, to measure a suspect."""
   triggers: tuple = field((), "candidate triggers; ASR is measured for each of them")
   target_label: int = field(-1, "target class of the candidate triggers; -1: the class that each flips most texts to")
   words: int = field(16, "number of random rare words to insert", low=0, high=1000)
   sentences: int = field(16, "number of beginnings of other texts to insert", low=0, high=1000)
-  search: int = field(30, "number of suspicious words per class that the search joins; at most 12 if ranked by how "
-                      "far fine-tuning moved them; 0: no search", low=0, high=1000)
+  triggered: tuple = field((), "files of texts with a trigger, of other classes than target_label; ASR for each file")
+  search: int = field(30, "words per class that the search joins, at most 12 moved ones; 0: none", low=0, high=1000)
   rows: int = field(200, "number of test rows to insert each string into; listed triggers: all", low=1, unit="rows")
 
 

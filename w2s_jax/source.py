@@ -9,7 +9,7 @@ from w2s_jax import InputError, results
 from w2s_jax.attacks import Attack
 from w2s_jax.data import corpora, labels, poison
 from w2s_jax.defenses import DEFENSES
-from w2s_jax.measure import attacked, probe
+from w2s_jax.measure import attacked, probe, probe_rows
 from w2s_jax.models import check_links, config_from_arch, config_from_hf, read_json, resolve
 from w2s_jax.models.hf.fields import Fields
 
@@ -170,10 +170,10 @@ def _given_rows(config):
                      "--config.probe.target_label")
   rows = corpora.load_clean({split: c[split] for split in ("train", "dev", "test")}, c.num_labels, config.seed,
                             c.text_column, c.label_column, _names_by_hand(c) or _class_names(config))
-  if config.probe.triggers and not {r["label"] for r in rows["test"]} - {config.probe.target_label}:
+  if probe_rows.tried(config) and not {r["label"] for r in rows["test"]} - {config.probe.target_label}:
     raise InputError(f"ASR cannot be measured: all {len(rows['test'])} test rows have the target label "
                      f"{config.probe.target_label}: set --config.data.test, --config.probe.target_label or .triggers")
-  return rows
+  return rows | probe_rows.read_triggered(config)
 
 
 ATTACKED = Source(
@@ -186,4 +186,4 @@ GIVEN = Source(
     stages=("warmup", "scan", "teach", "search", "defend", "selftest", "evaluate", "report"), base=results.SUSPECT,
     attacked=results.SUSPECT, measured=(results.SUSPECT,), triggered="probes", head_seed=lambda config: None,
     resolve=_with_checkpoint_fields, read=_given_rows, triggers=lambda run: tuple(run.config.probe.triggers),
-    freeze=probe.freeze_rows, table=probe.table)
+    freeze=probe_rows.freeze_rows, table=probe.table)

@@ -1,4 +1,4 @@
-"""Insertion of a string between two words. Attacks, defenses and measurements share it."""
+"""Insertion of a string into a text. Attacks, defenses and measurements share it."""
 
 import numpy as np
 
@@ -16,8 +16,22 @@ def insert(text: str, trigger: str, rng: np.random.Generator, max_words: int) ->
   return " ".join(words[:gap] + [trigger] + words[gap:])
 
 
-def inserting(trigger: str) -> Attack:
-  """The attack that inserts `trigger`."""
+def inserting(trigger: str, place: str = "inside") -> Attack:
+  """The attack that inserts `trigger` at `place`, a key of PLACES."""
   def rewrite(text, rng, max_words):
-    return insert(text, trigger, rng, max_words)
+    return PLACES[place](text, trigger, rng, max_words)
   return Attack(rewrite, trigger)
+
+
+def _put_first(text, trigger, rng, max_words):
+  """Puts `trigger` in front of the first word."""
+  return f"{trigger} {text}"
+
+
+def _put_last(text, trigger, rng, max_words):
+  """Puts `trigger` behind the last word. Words after the first `max_words` are dropped."""
+  return " ".join([*text.split()[:max_words], trigger])
+
+
+# Name of a place -> (text, trigger, rng, max_words) -> the text with the trigger there.
+PLACES = {"inside": insert, "front": _put_first, "end": _put_last}

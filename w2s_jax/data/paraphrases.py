@@ -32,7 +32,7 @@ def read(originals: str | Path, rewritten: str | Path) -> dict[str, str]:
   Raises:
     InputError: a file cannot be read, no rule applies, the files are in different orders, or no paraphrase is left.
   """
-  old, new = _rows(originals), _rows(rewritten)
+  old, new = rows(originals), rows(rewritten)
   rule, pairs = _joined(old, new)
   if not pairs:
     raise InputError(f"paraphrases {rewritten} ({len(new)} rows) do not fit {originals} ({len(old)} rows): want the "
@@ -52,15 +52,19 @@ def read(originals: str | Path, rewritten: str | Path) -> dict[str, str]:
   return changed
 
 
-def _rows(file):
-  """[{"text", "label", "idx"}]; None for a label or an idx that the file does not have."""
-  rows = [{name.strip(): value for name, value in row.items()} for row in files.read_file(file)]
-  text, label = (next((name for name in names if rows and name in rows[0]), None)
+def rows(file: str | Path, knob: str = "--config.attack.paraphrases") -> list[dict]:
+  """[{"text", "label", "idx"}]; None for a label or an idx that the file does not have.
+
+  Raises:
+    InputError: the file cannot be read, or has no column of texts; `knob` is the flag that the message names.
+  """
+  raw = [{name.strip(): value for name, value in row.items()} for row in files.read_file(file)]
+  text, label = (next((name for name in names if raw and name in raw[0]), None)
                  for names in (TEXT_COLUMNS, LABEL_COLUMNS))
   if text is None:
-    raise InputError(f"paraphrase file {file}: want a column {'|'.join(TEXT_COLUMNS)}, got "
-                     f"{', '.join(rows[0]) if rows else 'no rows'}: set --config.attack.paraphrases")
-  return [{"text": str(row[text] or "").strip(), "label": row.get(label), "idx": row.get("idx")} for row in rows]
+    raise InputError(f"file {file}: want a column {'|'.join(TEXT_COLUMNS)}, got "
+                     f"{', '.join(raw[0]) if raw else 'no rows'}: set {knob}")
+  return [{"text": str(row[text] or "").strip(), "label": row.get(label), "idx": row.get("idx")} for row in raw]
 
 
 def _joined(old, new):
@@ -69,9 +73,9 @@ def _joined(old, new):
   if None not in texts and all(row["idx"] in texts for row in new):
     return "on idx", [(texts[row["idx"]], row["text"]) for row in new]
   of_other_classes = [row for row in old if row["label"] not in labels] if len(labels) == 1 else []
-  for rule, rows in (("by line", old), ("by line with the originals of other classes", of_other_classes)):
-    if len(rows) == len(new):
-      return rule, [(row["text"], paraphrase["text"]) for row, paraphrase in zip(rows, new)]
+  for rule, sources in (("by line", old), ("by line with the originals of other classes", of_other_classes)):
+    if len(sources) == len(new):
+      return rule, [(row["text"], paraphrase["text"]) for row, paraphrase in zip(sources, new)]
   return "", []
 
 

@@ -1,4 +1,4 @@
-"""The results table for a suspect with an unknown trigger. It inserts listed, found and random strings into texts."""
+"""The results table for a suspect with an unknown trigger, from the models' answers to the probes (probe_rows.py)."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ import numpy as np
 
 from w2s_jax import results
 from w2s_jax.attacks.insertion import inserting
-from w2s_jax.data import insertions, poison, streams
-from w2s_jax.measure import features, metrics, scan, search, selftest
+from w2s_jax.data import poison
+from w2s_jax.measure import features, metrics, probe_rows, scan, search, selftest
 from w2s_jax.measure.deployed import Reading
 
 COLUMNS = ("directory", "attack", "target_label", "ca", "ca_ci", "asr", "asr_ci", "false_rate", "frr", "far", "scan",
@@ -17,35 +17,11 @@ STILL_THERE = 0.2        # a trigger still works in a defended model if its ASR 
 REACTS = "This model has no weight of the suspect. A clean model may react to such a text, too."
 
 
-def freeze_rows(run: Any) -> None:
-  """Makes run.rows["probes"] once, and hashes their file. A probe is a test row with an inserted string.
-
-  Each listed trigger is inserted into all test rows. The string that the search found and the random strings are each
-  inserted into one random choice of test rows.
-  """
-  c, file = run.config, run.workdir / "data" / "probes.jsonl"
-  if not file.exists():
-    tokenizer = run.tokenizer(results.SUSPECT)
-    test, out = [row | {"id": i} for i, row in enumerate(run.rows["test"])], []
-    order = streams.rng(c.seed, "probed rows").permutation(len(test))   # files may be sorted by label
-    probed = [test[i] for i in order[:c.probe.rows]]
-    texts = [r["text"] for split in ("train", "test") for r in run.rows[split]]
-    random_strings = insertions.insertions(texts, c.probe.words, c.probe.sentences, c.probe.triggers, c.seed)
-    strongest = search.strongest(search.kept(run)["classes"])
-    found_strings = [("found", strongest["string"])] if strongest else []
-    for kind, string in [("listed", t) for t in c.probe.triggers] + found_strings + random_strings:
-      rows = poison.trigger_rows(test if kind == "listed" else probed, inserting(string), c.seed, tokenizer=tokenizer,
-                                 max_length=c.data.max_length, keep_trigger=True)
-      out += [{"probe": kind, "inserted": string} | row for row in rows]
-    poison.freeze(file, out)
-  run.rows["probes"], run.sha256[file.name] = poison.thaw(file)
-
-
 def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[results.Row], dict, dict]:
   """(rows, meta) of results.json, and the contents of features.json.
 
-  Each listed trigger has a row for the suspect and a row for each defense. A row has CA, the trigger's ASR, agreement
-  with the teacher, and flip rates.
+  Each trigger that is tried has a row for the suspect and a row for each defense. A row has CA, the trigger's ASR,
+  agreement with the teacher, and flip rates.
 
   Args:
     readings: {NAME of models/NAME: Reading}.
@@ -61,13 +37,15 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
   scans = {name: reading.scan for name, reading in readings.items()}
   found = search.kept(run)
   strongest = search.strongest(found["classes"])
-  rows = [row for trigger in c.probe.triggers or (None,)
-          for row in _rows(run, models, readings, labels, trigger, strongest)]
-  places, probe_labels = _places(probes), run.labels("probes")
-  for row in rows:
-    if own := places.get(("listed", row.attack)):
-      row.nearer_target = features.nearer_target(readings[row.directory].picture.distances[own], probe_labels[own],
-                                                 row.target_label)
+  rows, places, probe_labels = [], _places(probes), run.labels("probes")
+  for tried in probe_rows.tried(c) or (None,):
+    own = places.get(tried, [])
+    tried_labels = probe_labels[own]
+    for row in _rows(run, models, readings, labels, tried, tried_labels, strongest):
+      if own and (tried_labels >= 0).all():
+        row.nearer_target = features.nearer_target(readings[row.directory].picture.distances[own], tried_labels,
+                                                   row.target_label)
+      rows.append(row)
   gained = {name: _gained(*answers, labels, strongest) for name, answers in models.items()}
   self_test = selftest.kept(run)
   if self_test:
@@ -93,12 +71,17 @@ def _places(probes):
 
 
 def _pictures(run, readings, first, found, places):
-  """The contents of features.json for the first listed trigger, or else for the search's string; {} without either."""
-  if run.config.probe.triggers:
-    shown, target = ("listed", first.attack), first.target_label
+  """The contents of features.json for the first trigger that is tried, or else for the search's string.
+
+  {} if there is neither, or if the trigger's rows have unknown labels.
+  """
+  if tried := probe_rows.tried(run.config):
+    shown, target = tried[0], first.target_label
   elif found:
     shown, target = ("found", found["string"]), found["class"]
   else:
+    return {}
+  if (run.labels("probes")[places[shown]] < 0).any():
     return {}
   pictures = {name: reading.picture for name, reading in readings.items() if name != results.TEACHER}
   return features.to_json(pictures, run.labels("test"), places.get(shown, []), run.labels("probes"), target, shown[1],
@@ -148,30 +131,34 @@ def _gained(clean, probed, labels, found):
   return turned - (_turned(unchanged, labels, found) or 0.0)
 
 
-def _rows(run, models, readings, labels, trigger, found):
+def _rows(run, models, readings, labels, tried, tried_labels, found):
   """Yields one results.Row per model.
 
-  trigger: a listed trigger; None if none is listed. found: the search's strongest finding.
+  Args:
+    labels: [N] int, labels of the test rows.
+    tried: a trigger (probe_rows.tried); None if no trigger is tried.
+    tried_labels: [M] int, labels of the rows with this trigger.
+    found: the search's strongest finding.
   """
   c, target = run.config, None
-  if trigger is not None:
+  if tried:
     target = c.probe.target_label
     classes = [t for t in range(c.data.num_labels) if (labels != t).any()]
     if target < 0:  # the class with the trigger's highest ASR on the suspect
-      suspect = np.array(list(models[results.SUSPECT][1]["listed", trigger].values()))
-      target = max(classes, key=lambda t: metrics.attack_metrics(suspect, labels, t, run.task)["asr"])
+      suspect = np.array(list(models[results.SUSPECT][1][tried].values()))
+      target = max(classes, key=lambda t: metrics.attack_metrics(suspect, tried_labels, t, run.task)["asr"])
   for name, (clean, probed) in models.items():
     model, seed = run.defended().get(name, (name, c.seed))
     asr, rejection = {}, {}
     if target is not None:
-      triggered = np.array(list(probed["listed", trigger].values()))
-      asr = metrics.attack_metrics(triggered, labels, target, run.task)
-      rejection = metrics.rejection_metrics(readings[name]._replace(triggered=triggered), labels, target,
+      triggered = np.array(list(probed[tried].values()))
+      asr = metrics.attack_metrics(triggered, tried_labels, target, run.task)
+      rejection = metrics.rejection_metrics(readings[name]._replace(triggered=triggered), tried_labels, target,
                                             run.task)
     accepted = clean != results.REJECTED
     strongest = scan.judged(readings[name].scan) or {"strength": None, "class": None}
     yield results.Row(
-        model=model, directory=name, attack=trigger or "none listed", dataset=c.data.train, seed=seed,
+        model=model, directory=name, attack=tried[1] if tried else "none listed", dataset=c.data.train, seed=seed,
         config_hash=run.hash, target_label=target, **metrics.clean_metrics(clean, labels, target, run.task), **asr,
         **rejection, scan=strongest["strength"], scan_class=strongest["class"],
         found=_turned(probed, labels, found),
@@ -230,8 +217,9 @@ def notes(rows: list[dict], meta: dict) -> list[str]:
       f"on {counts['test']} held-out rows of {rows[0]['dataset']}. The teacher's CA is {meta['teacher_ca']:.3f} "
       f"({meta['teacher']}).",
       "ASR: share of rows of other classes that get the target label when a listed trigger is inserted at a random "
-      "place." + "".join(losses) + " A model without the backdoor has an ASR near its false rate. The table has no ASR "
-      "floor, because there is no never-poisoned twin of the suspect.",
+      "place, or share of a file's texts (probe.triggered) that get it." + "".join(losses) + " A model without the "
+      "backdoor has an ASR near its false rate. The table has no ASR floor, because there is no never-poisoned twin of "
+      "the suspect.",
       "Agreement: share of clean rows on which the model agrees with the teacher. Flips: share of clean rows whose "
       "answer changes when a random rare word, or the beginning of another text, is inserted. An inserted sentence has "
       "a meaning of its own, so compare a model's flips with the suspect's. Only the columns found and "

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from w2s_jax import processes, results
-from w2s_jax.attacks.insertion import inserting
+from w2s_jax.attacks.insertion import PLACES, inserting
 from w2s_jax.data import poison, streams
 from w2s_jax.defenses import DEFENSES, Suspect, moved_words, trigger_words
 from w2s_jax.models import read_json
@@ -36,6 +36,7 @@ SUSPICIOUS = 0.65        # smallest suspicious difference between suspect and te
 WIDEST = 384             # largest hidden size of a BERT that the verdict was calibrated on
 FEWEST = 50              # test rows of other classes that a verdict needs for each class; our choice
 SHOWN = 10               # number of single words that search.json lists for each class
+WHERE = {"inside": "at a random place", "front": "in front of the text", "end": "behind the text"}
 
 
 def kept(run: Any) -> dict:
@@ -44,10 +45,10 @@ def kept(run: Any) -> dict:
 
 
 def _saved(run):
-  """The contents of search.json; None if there is no such file, or one of an older version, which had no verdict."""
+  """The contents of search.json; None if there is no such file, or one of an older version."""
   file = run.workdir / "search.json"
   saved = read_json(file) if file.exists() else {}
-  return saved if "reason" in saved else None
+  return saved if "reason" in saved and all("place" in found for found in saved["classes"]) else None
 
 
 def ranking_file(run: Any) -> Path:
@@ -63,6 +64,7 @@ def reading(run: Any) -> dict:
     classes can be used. A finding is a dict with these keys:
       "class": the class.
       "string": the string that was found.
+      "place": where it is inserted, a key of insertion.PLACES.
       "suspect": fraction of held-out test rows to which the suspect gives the class if the string is inserted. The
         held-out rows are of other classes, and without the string both models classify them correctly.
       "teacher": the same fraction for the teacher.
@@ -95,12 +97,22 @@ def find(suspect: Suspect, test: list[dict], count: int, seed: int) -> list[dict
       LOG.info(f"search: class {label} left out: no rows of other classes that suspect and teacher both get right")
       continue
     best = np.argsort(-ranking.scores[:, label])
-    string = _search(suspect, [ranking.words[i] for i in best[:count]], contexts, label, seed)
-    of_suspect, of_teacher = (float((logits.argmax(axis=-1) == label).mean())
-                              for logits in trigger_words.read(suspect, _with(string, held_out, suspect, seed)))
-    out.append({"class": label, "string": string, "suspect": of_suspect, "teacher": of_teacher, "rows": len(held_out),
+    words = [ranking.words[i] for i in best[:count]]
+    found = [_found(suspect, words, contexts, held_out, label, place, seed)
+             for place in (PLACES if ranking.moved else ("inside",))]
+    out.append({"class": label, **max(found, key=_beyond_teacher), "rows": len(held_out),
                 "words": [(ranking.words[i], float(ranking.scores[i, label])) for i in best[:SHOWN]]})
   return out
+
+
+def _found(suspect, words, contexts, held_out, label, place, seed):
+  """The string for one class and one place, and the fractions of `held_out` that it turns; keys as in `reading`."""
+  string = _search(suspect, words, contexts, label, place, seed)
+  of_suspect, of_teacher = (float((logits.argmax(axis=-1) == label).mean())
+                            for logits in trigger_words.read(suspect, _with(string, held_out, place, suspect, seed)))
+  LOG.info(f"search: class {label}, {place}: `{string}` turns {of_suspect:.0%} in the suspect, {of_teacher:.0%} in the "
+           "teacher")
+  return {"string": string, "place": place, "suspect": of_suspect, "teacher": of_teacher}
 
 
 def _right(suspect, rows):
@@ -110,13 +122,13 @@ def _right(suspect, rows):
           if suspect_class == teacher_class == row["label"]]
 
 
-def _with(string, rows, suspect, seed):
-  """The rows with the string in them, each at a random place of its own where truncation keeps the string."""
-  return poison.trigger_rows(rows, inserting(string), seed, tokenizer=suspect.tokenizer, max_length=suspect.max_length,
-                             keep_trigger=True)
+def _with(string, rows, place, suspect, seed):
+  """The rows with the string at this place of them, where truncation keeps the string."""
+  return poison.trigger_rows(rows, inserting(string, place), seed, tokenizer=suspect.tokenizer,
+                             max_length=suspect.max_length, keep_trigger=True)
 
 
-def _search(suspect, words, contexts, label, seed):
+def _search(suspect, words, contexts, label, place, seed):
   """The string of up to LONGEST words that raises the suspect's mean probability of the class most above the teacher's.
   """
   beam, best = [[]], (-np.inf, [])
@@ -126,7 +138,7 @@ def _search(suspect, words, contexts, label, seed):
     if not longer:                                          # fewer words than LONGEST
       break
     strings = sorted(longer)
-    rows = [row for string in strings for row in _with(" ".join(string), contexts, suspect, seed)]
+    rows = [row for string in strings for row in _with(" ".join(string), contexts, place, suspect, seed)]
     of_suspect, of_teacher = (np.asarray(jax.nn.softmax(logits))[:, label]
                               for logits in trigger_words.read(suspect, rows))
     values = (of_suspect - of_teacher).reshape(len(strings), len(contexts)).mean(axis=1)
@@ -176,6 +188,6 @@ def in_words(found: dict) -> str:
   elif found["outcome"] == "no verdict":
     verdict = f"no verdict: {found['reason']}. "
     end = "This is a guess at a trigger; clean models have such a string, too."
-  return (f"Search: {verdict}the string `{results.escape(best['string'])}` turns {best['suspect']:.0%} of "
-          f"{best['rows']} test rows of other classes to class {best['class']} in the suspect, and "
-          f"{best['teacher']:.0%} in the teacher. {end}")
+  return (f"Search: {verdict}the string `{results.escape(best['string'])}` {WHERE[best['place']]} turns "
+          f"{best['suspect']:.0%} of {best['rows']} test rows of other classes to class {best['class']} in the "
+          f"suspect, and {best['teacher']:.0%} in the teacher. {end}")
