@@ -273,6 +273,14 @@ def test_lines_are_written_every_log_every_steps_and_at_evaluations(rig, tmp_pat
   assert [json.loads(line)["step"] for line in lines(tmp_path)] == [4, 5, 8, 10, 12]
 
 
+def test_a_log_file_shows_progress_where_there_is_no_bar(rig, tmp_path, caplog):
+  """pytest's stderr is no terminal, so there is no bar."""
+  caplog.set_level("INFO", train.__name__)
+  rig.fit(tmp_path)
+  lines = [message.split(", loss")[0] for logger, _, message in caplog.record_tuples if logger == train.__name__]
+  assert lines == [f"w2s: step {done} of 12" for done in (4, 8, 12)]
+
+
 def test_the_caller_keeps_its_parameters(rig, uninterrupted):
   """They are not deleted, although the steps donate the state. Training changed every leaf of its own copy."""
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(rig.trainable))

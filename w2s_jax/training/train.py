@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from w2s_jax.models.latent import Latent
 from w2s_jax.tasks import Task
 from w2s_jax.training import checkpoint, inference
 from w2s_jax.training.steps import Program, TrainState
+
+LOG = logging.getLogger(__name__)
 
 
 class Feed(NamedTuple):
@@ -128,6 +131,8 @@ def fit(names: Sequence[str], program: Program, state: TrainState, frozen: dict,
           values = {k: np.asarray(v)[:count] for k, v in metrics.items()}
           _check_finite(name, values, first)
           bar.set_postfix(loss=f"{values['loss'][-1].mean():.4f}", refresh=False)
+          if bar.disable and evaluating and processes.writes():       # a log file has no bar
+            LOG.info(f"{name}: step {done} of {steps}, loss {values['loss'][-1].mean():.4f}")
           for i in due:
             _log(logs, first + i, {k: v[i] for k, v in values.items()} | extra.get(i, {}))
         if saving:

@@ -93,8 +93,14 @@ def _fresh_head(directory, model, leaves, names, seed, mesh):
   missing = ", ".join(sorted(names))
   if seed is None:
     raise InputError(f"{directory} has no {missing}: it is no classifier; give a fine-tuned one")
-  LOG.warning(f"{directory}: no {missing} in the checkpoint; initialised with seed {seed}")
+  _warn_once(f"{directory}: no {missing} in the checkpoint; initialised with seed {seed}")
   return traverse_util.flatten_dict(model.init(jax.random.key(seed), mesh, leaves), sep="/")
+
+
+@functools.cache
+def _warn_once(message):
+  """Several stages may load the same checkpoint."""
+  LOG.warning(message)
 
 
 def _described(directory, num_labels, num_layers, feature_width, runtime):
