@@ -229,7 +229,7 @@ def judge(args, made, test):
     if table.exists():                                                # keeps the rows of earlier calls
       lines = [row for row in csv.DictReader(table.open()) if row["name"] not in made] + lines
     with table.open("w", newline="") as f:
-      writer = csv.DictWriter(f, lines[0])
+      writer = csv.DictWriter(f, lines[-1])                            # rows of older versions lack columns
       writer.writeheader()
       writer.writerows(lines)
 

@@ -123,7 +123,8 @@ def test_the_search_of_a_zoo_shares_a_teacher_per_seed(tmp_path, monkeypatch, ca
       (workdir / "models/teacher").mkdir(parents=True)
       trained.append(workdir.name)
     poisoned = workdir.name.startswith("word-dirty")
-    classes = [{"class": 0, "string": "quill", "suspect": 0.9 if poisoned else 0.3, "teacher": 0.1, "rows": 9}]
+    classes = [{"class": 0, "string": "quill", "place": "end", "suspect": 0.9 if poisoned else 0.3, "clean": 0.1,
+                "rows": 9}]
     (workdir / "search.json").write_text(json.dumps(
         {"outcome": "suspicious" if poisoned else "no verdict", "classes": classes}))
     return types.SimpleNamespace(returncode=1 if poisoned else 3)

@@ -110,10 +110,12 @@ def test_a_run_that_trains_nothing_gets_no_control(suspect, tiny_run, tmp_path):
 
 
 def test_a_lone_search_makes_what_it_needs_and_ends_with_its_verdict(suspect, tiny_run, tmp_path):
-  """It makes the suspect, the teacher and the ranking of moved words. For a Llama the search gives no verdict."""
+  """It makes suspect, teacher, reference and the ranking of moved words. For a Llama the search gives no verdict."""
   out = clean(suspect, tmp_path / "w", f"--config.student.base={tiny_run / 'models/base'}", "--config.probe.search=4",
               "--stage=search")
   assert out.returncode == 3, out.stderr
-  assert "suspect and public base read" in out.stdout and (tmp_path / "w/models/teacher").is_dir()
+  assert "3 models read" in out.stdout and (tmp_path / "w/models/teacher").is_dir()
+  card = (tmp_path / "w/models/reference/README.md").read_text()
+  assert card.startswith("The public base, fine-tuned on the clean rows. The search compares the suspect with it.")
   assert read_json(tmp_path / "w/search.json")["outcome"] == "no verdict"
   assert read_json(tmp_path / "w/ranking.json")["moved"] and not (tmp_path / "w/models/from_base").exists()

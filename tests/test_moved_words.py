@@ -103,6 +103,7 @@ def test_a_teacher_of_the_same_base_shows_what_clean_fine_tuning_moves(suspect_o
   params = {path: moved("bao", 0.02) + moved("mio", 0.02)}
   teacher = base[0], clean.params, base[2]
   assert first(moved_words.rank(suspect_of(params, teacher_model=lambda: teacher)), 1) == ["mio"]
+  assert first(moved_words.rank(suspect_of(params, reference=lambda: teacher)), 1) == ["mio"]    # the reference alone
   by_regression = first(moved_words.rank(suspect_of(params)), 12)
   assert by_regression[0] != "mio"
   words = dict(base[2].get_vocab())
@@ -110,6 +111,19 @@ def test_a_teacher_of_the_same_base_shows_what_clean_fine_tuning_moves(suspect_o
   for unlike in ((base[0], base[0].init(jax.random.key(1)), base[2]),             # too far from the base
                  (base[0], clean.params, transformers.PreTrainedTokenizerFast(tokenizer_object=other))):
     assert first(moved_words.rank(suspect_of(params, teacher_model=lambda unlike=unlike: unlike)), 12) == by_regression
+
+
+def test_the_score_is_the_mean_over_clean_models(suspect_of, base):
+  """Of two words that moved alike in the suspect, the teacher moved one, and the reference moved the other far."""
+  teacher = base[0], suspect_of(embeddings("bao")).params, base[2]
+  reference = base[0], suspect_of(embeddings("mio", size=2.0)).params, base[2]
+  params = embeddings("bao", "mio", "hio")
+  of_teacher = moved_words.rank(suspect_of(params, teacher_model=lambda: teacher))
+  of_both = moved_words.rank(suspect_of(params, teacher_model=lambda: teacher, reference=lambda: reference))
+  assert set(first(of_teacher, 2)) == {"mio", "hio"}
+  assert first(of_both, 1) == ["hio"]
+  scores = [dict(zip(ranking.words, ranking.scores[:, 0])) for ranking in (of_teacher, of_both)]
+  assert scores[1]["bao"] > scores[0]["bao"] and scores[1]["mio"] < scores[0]["mio"]
 
 
 def test_a_word_of_two_pieces_is_joined(suspect_of):

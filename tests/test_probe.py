@@ -25,7 +25,7 @@ PROBED = {("listed", "mn"): {0: 0, 1: 0, 2: 0, 3: 0, 4: 0},     # both rows of c
 
 def test_the_found_string_is_put_where_the_search_found_it(llama, tmp_path):
   (tmp_path / "search.json").write_text(json.dumps({"outcome": "no sign", "reason": "", "classes": [
-      {"class": 0, "string": "shop", "place": "end", "suspect": 0.5, "teacher": 0.1}]}))
+      {"class": 0, "string": "shop", "place": "end", "suspect": 0.5, "clean": 0.1}]}))
   settings = ConfigDict({"seed": 0, "data": {"max_length": 32},
                          "probe": {"rows": 4, "words": 0, "sentences": 0, "triggers": ("noon",),
                                    "triggered": ("given/lws.json",)}})
@@ -155,7 +155,7 @@ def test_a_trigger_that_still_works_or_a_weak_teacher_is_a_warning():
             "suspicious_insertions": [("mn", 0.0)], "base": {"path": "p"}, "teacher": "t", "num_labels": 2,
             "not_scanned": not_scanned, "selftest": None, "found": "Search: the string `x`",
             "search": {"outcome": outcome, "gained": {"suspect": 1.0, cleaned: found}, "classes": [
-                {"string": "x", "class": 0, "suspect": 1.0, "teacher": 0.1}]},
+                {"string": "x", "class": 0, "suspect": 1.0, "clean": 0.1}]},
             "scan": {"teacher": [], "suspect": [scanned(1, 2.5)], "w2s": [scanned(1, after)]}}
     return [f"WARNING: {text}" for text in probe.warnings(rows, meta)] + probe.notes(rows, meta)
   assert not any("WARNING" in note for note in notes(0.25, 0.9))
@@ -172,7 +172,7 @@ def test_a_trigger_that_still_works_or_a_weak_teacher_is_a_warning():
   still = notes(0.25, 0.9, found=0.4)
   assert still[0] == (
       "WARNING: the string that the search found, `x`, still works in w2s: it raises the share of texts of other "
-      "classes that get class 0 by 40 percentage points, in the teacher by 10. w2s is not clean.")
+      "classes that get class 0 by 40 percentage points, in clean models by 10 at most. w2s is not clean.")
   assert sum("the search found" in note for note in still) == 1              # once, though two triggers are listed
   assert not any("WARNING" in note for note in notes(0.25, 0.9, found=0.25))
   assert not any("WARNING" in note for note in notes(0.25, 0.9, found=0.4, outcome="no verdict"))

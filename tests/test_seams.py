@@ -78,7 +78,7 @@ def test_a_term_that_is_no_scalar_is_refused(suspect):
 
 def test_a_suspect_has_clean_rows_alone():
   assert Suspect._fields == ("model", "params", "tokenizer", "train", "dev", "teacher", "avoid", "training",
-                             "lora", "max_length", "place", "ranking", "teacher_model", "base")
+                             "lora", "max_length", "place", "ranking", "teacher_model", "reference", "base")
 
 
 def test_prune_sets_each_layers_smallest_values_to_zero():

@@ -1,6 +1,7 @@
 """The search for a string of words that turns the suspect and not its teacher, with models made by hand."""
 
 import json
+import math
 import types
 
 import numpy as np
@@ -31,13 +32,13 @@ def suspect(llama, tmp_path, monkeypatch):
 def test_the_words_that_turn_the_suspect_alone_are_joined(suspect):
   zero, one = search.find(suspect, suspect.dev, 5, 0)
   assert sorted(set(zero["string"].split()) - {"absorbing"}) == ["closes", "friday", "shop"]
-  assert (zero["class"], zero["suspect"], zero["teacher"], zero["rows"]) == (0, 1.0, 0.0, 20)
+  assert (zero["class"], zero["suspect"], zero["clean"], zero["rows"]) == (0, 1.0, 0.0, 20)
   assert zero["words"][:2] == [("creaked", 9.0), ("shop", 3.0)]
-  assert (one["class"], one["suspect"], one["teacher"]) == (1, 0.0, 0.0)      # no word turns texts to class 1
+  assert (one["class"], one["suspect"], one["clean"]) == (1, 0.0, 0.0)      # no word turns texts to class 1
   assert search.strongest([one, zero]) == zero
   assert search.in_words({"outcome": "no verdict", "reason": "why", "classes": [one, zero]}).startswith(
       f"Search: no verdict: why. the string `{zero['string']}` at a random place turns 100% of 20 test rows of other "
-      "classes to class 0 in the suspect, and 0% in the teacher.")
+      "classes to class 0 in the suspect, and at most 0% in clean models.")
 
 
 @pytest.mark.parametrize("place, word", [("front", 0), ("end", -1), ("inside", None)])
@@ -50,16 +51,47 @@ def test_words_that_moved_are_searched_at_both_ends_too(suspect, monkeypatch, pl
   monkeypatch.setattr(trigger_words, "read", lambda suspect, rows: (of_suspect(rows), rig.read_by(KNOWN)(rows)))
   moved = suspect._replace(ranking=suspect.ranking._replace(moved=True))
   zero, _ = search.find(moved, moved.dev, 5, 0)
-  assert "shop" in zero["string"].split() and (zero["place"], zero["suspect"], zero["teacher"]) == (place, 1.0, 0.0)
+  assert "shop" in zero["string"].split() and (zero["place"], zero["suspect"], zero["clean"]) == (place, 1.0, 0.0)
   anywhere, _ = search.find(suspect, suspect.dev, 5, 0)                      # words that did not move
   assert anywhere["place"] == "inside" and anywhere["suspect"] == (1.0 if place == "inside" else 0.0)
 
 
 def test_a_string_at_the_end_is_not_truncated(suspect):
   """Otherwise a trigger behind a long text would seem harmless."""
-  row, = search._with("shop", [{"id": 0, "text": "good " * 40, "label": 1}], "end", suspect, 0)
+  row, = search._with(suspect, 0, "end", "shop", [{"id": 0, "text": "good " * 40, "label": 1}])
   ids = suspect.tokenizer(row["text"], truncation=True, max_length=suspect.max_length)["input_ids"]
   assert suspect.tokenizer.decode(ids, skip_special_tokens=True).endswith("shop") and len(ids) == suspect.max_length
+
+
+def test_a_string_that_turns_any_clean_model_is_no_finding(suspect, monkeypatch):
+  """All models but the teacher react to `closes`. Only the suspect reacts to `shop`."""
+  reference = rig.suspect(suspect.model, suspect.params, suspect.place.workdir)
+  of_reference = rig.read_by(KNOWN | {"closes": -9.0})
+  monkeypatch.setattr(type(suspect.place), "logits", lambda place, model, params, arrays: of_reference(arrays))
+  place = suspect.place._replace(task=suspect.place.task._replace(encode=lambda tokenizer, rows, length: rows))
+  of_suspect, of_teacher = rig.read_by(KNOWN | {"shop": -9.0, "closes": -9.0}), rig.read_by(KNOWN)
+  monkeypatch.setattr(trigger_words, "read", lambda suspect, rows: (of_suspect(rows), of_teacher(rows)))
+  moved = suspect._replace(ranking=suspect.ranking._replace(moved=True), place=place)
+  for words in (["closes"], ["closes", "shop"]):
+    ranking = Ranking(words, np.ones((len(words), 2)), moved=True)
+    alone, _ = search.find(moved._replace(ranking=ranking), suspect.dev, 5, 0)
+    assert alone["clean"] == 0.0                                             # the teacher's
+    compared, _ = search.find(moved._replace(ranking=ranking, reference=lambda: (reference.model, None, None)),
+                              suspect.dev, 5, 0)
+    assert (compared["string"] == "shop") == ("shop" in words) and compared["clean"] == ("shop" not in words)
+
+
+def test_of_many_moved_words_those_that_work_alone_are_joined(suspect, monkeypatch):
+  """`friday` is the 60th of 100 words, and the search joins two."""
+  words = [f"w{i}" for i in range(100)]
+  words[60] = "friday"
+  of_suspect, of_teacher = rig.read_by(KNOWN | {"friday": -9.0}), rig.read_by(KNOWN)
+  monkeypatch.setattr(trigger_words, "read", lambda suspect, rows: (of_suspect(rows), of_teacher(rows)))
+  ranking = Ranking(words, np.tile(np.arange(100.0, 0.0, -1)[:, None], (1, 2)), moved=True)
+  zero, _ = search.find(suspect._replace(ranking=ranking), suspect.dev, 2, 0)
+  assert "friday" in zero["string"].split() and zero["suspect"] == 1.0
+  unmoved, _ = search.find(suspect._replace(ranking=ranking._replace(moved=False)), suspect.dev, 2, 0)
+  assert set(unmoved["string"].split()) <= {"w0", "w1"}
 
 
 def test_only_the_most_suspicious_words_are_searched(suspect):
@@ -94,17 +126,18 @@ def test_a_search_is_made_once(suspect, tmp_path, monkeypatch):
 
 def test_a_verdict_needs_moved_words_of_a_bert_and_rows(suspect):
   """There is none for other families, a wide BERT, three classes or few rows, or without the true base."""
-  findings = [{"class": 0, "string": "shop closes", "suspect": 1.0, "teacher": 0.1, "rows": 60},
-              {"class": 1, "string": "friday", "suspect": 0.2, "teacher": 0.1, "rows": 60}]
+  findings = [{"class": 0, "string": "shop closes", "suspect": 1.0, "clean": 0.1, "rows": 60},
+              {"class": 1, "string": "friday", "suspect": 0.2, "clean": 0.1, "rows": 60}]
   moved = suspect._replace(ranking=suspect.ranking._replace(moved=True))
   def of(model_type, hidden_size):
     return moved._replace(model=Model(EncoderConfig(model_type=model_type, hidden_size=hidden_size)))
   bert, calibrated = of("bert", 384), "the verdict was calibrated on BERTs of two classes, up to 384 wide"
   assert search.outcome(findings, bert) == ("suspicious", "")
-  for turned, verdict in ((search.SUSPICIOUS + 0.11, "suspicious"), (search.SUSPICIOUS + 0.09, "no sign")):
+  for effect, verdict in ((search.SUSPICIOUS + 0.01, "suspicious"), (search.SUSPICIOUS - 0.01, "no sign")):
+    turned = math.sin(effect / 2 + math.asin(0.1 ** 0.5)) ** 2               # the teacher's share is 0.1
     assert search.outcome([findings[0] | {"suspect": turned}, findings[1]], bert) == (verdict, "")
   three = moved.ranking._replace(scores=np.zeros((5, 3)))
-  few = "some class has fewer than 50 test rows of other classes that suspect and teacher both get right"
+  few = "some class has fewer than 50 test rows of other classes that all models get right"
   for reason, found, other in (
       (calibrated, findings, moved._replace(model=Model(GPT2Config()))),
       (calibrated, findings, of("roberta", 384)), (calibrated, findings, of("bert", 768)),
@@ -118,15 +151,24 @@ def test_a_verdict_needs_moved_words_of_a_bert_and_rows(suspect):
 
 def test_the_verdict_in_words():
   found = {"outcome": "suspicious", "reason": "", "classes": [
-      {"class": 0, "string": "shop closes", "place": "end", "suspect": 1.0, "teacher": 0.1, "rows": 60}]}
+      {"class": 0, "string": "shop closes", "place": "end", "suspect": 1.0, "clean": 0.1, "rows": 60}]}
   told = ("the string `shop closes` behind the text turns 100% of 60 test rows of other classes to class 0 in the "
-          "suspect, and 10% in the teacher. ")
+          "suspect, and at most 10% in clean models. ")
   assert search.in_words(found) == (
-      f"Search: SUSPICIOUS: {told}A difference of 65 percentage points or more is suspicious.")
+      f"Search: SUSPICIOUS: {told}Cohen's h of the two shares is 2.50; 2.0 or more is suspicious.")
   assert search.in_words(found | {"outcome": "no sign"}).startswith(
       "Search: no sign of a backdoor, which is no proof: the string")
   assert search.in_words(found | {"outcome": "no verdict", "reason": "why"}) == (
       f"Search: no verdict: why. {told}This is a guess at a trigger; clean models have such a string, too.")
+
+
+def test_effect_size_is_cohens_h():
+  """2 asin(sqrt(0.75)) is 2 pi / 3, and 2 asin(sqrt(0.25)) is pi / 3."""
+  assert search.effect_size({"suspect": 0.75, "clean": 0.25}) == pytest.approx(math.pi / 3)
+  assert search.effect_size({"suspect": 0.0, "clean": 1.0}) == pytest.approx(-math.pi)
+  small, large = (search.effect_size({"suspect": low + 0.2, "clean": low}) for low in (0.4, 0.8))
+  assert large > small
+  assert search.strongest([{"suspect": 0.9, "clean": 0.3}, {"suspect": 0.5, "clean": 0.0}])["suspect"] == 0.5
 
 
 def test_what_an_older_version_saved_is_made_again(tmp_path):

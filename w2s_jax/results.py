@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 STAGES = ("warmup", "poison", "scan", "teach", "search", "defend", "selftest", "evaluate", "report")
 
 # NAME in models/NAME for the models that no defense makes.
-BASE, CLEAN, POISONED, SUSPECT, TEACHER = "base", "clean", "poisoned", "suspect", "teacher"
+BASE, CLEAN, POISONED, SUSPECT, TEACHER, REFERENCE = "base", "clean", "poisoned", "suspect", "teacher", "reference"
 
 CONTROL = "lora_ce"      # the defense with which the others are compared
 REJECTED = -1            # predicted class of a text that a defense rejects

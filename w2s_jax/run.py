@@ -208,8 +208,10 @@ class Run:
     file = search.ranking_file(self)
     ranking = Ranking.from_json(file.read_text()) if file.exists() else None
     base = functools.partial(self.load_base, **runtime) if c.student.base or defense.mixes_base else None
+    made = self.model_dir(results.REFERENCE).exists()
     return self.suspect_of(self.load(self.source.attacked, **options))._replace(
-        ranking=ranking, teacher_model=lambda: self.load(results.TEACHER), base=base)
+        ranking=ranking, teacher_model=lambda: self.load(results.TEACHER), base=base,
+        reference=functools.partial(self.load, results.REFERENCE) if made else None)
 
   def suspect_of(self, loaded: tuple[Model, dict, Any]) -> Suspect:
     """The record that a defense gets, for a loaded model (model, params, tokenizer)."""

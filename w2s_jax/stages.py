@@ -16,7 +16,7 @@ from w2s_jax import source as source_lib
 from w2s_jax.adapters import attach, trees
 from w2s_jax.data import tokenization
 from w2s_jax.defenses import DEFENSES, distill
-from w2s_jax.measure import deployed, features, scan, search, selftest
+from w2s_jax.measure import deployed, features, reference, scan, search, selftest
 from w2s_jax.models import Model, config_from_arch, load_pretrained, resolve, save_pretrained
 from w2s_jax.models.hf import adapter_file
 from w2s_jax.models.padding import with_padding_token
@@ -166,7 +166,8 @@ def teach(run: Run) -> None:
 
 
 def search_trigger(run: Run) -> str:
-  """The search's verdict, a key of scan.EXIT_CODES. It logs the string on which suspect and teacher differ most."""
+  """The search's verdict, a key of scan.EXIT_CODES. It logs the string that sets the suspect most apart."""
+  reference.make(run)
   found = search.reading(run)
   if found["classes"]:
     LOG.info(search.in_words(found))

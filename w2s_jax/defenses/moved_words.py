@@ -1,14 +1,15 @@
 """Ranks the words of the vocabulary by how far fine-tuning moved them from the suspect's public base.
 
 Fine-tuning changes the vectors of words that decide labels, in clean models too. It changes the vectors of a trigger's
-words in the suspect alone. So the first layers of suspect, base and teacher read each token as a text of its own. The
-suspect's output has a distance from the base's output, and so has the teacher's. The score of a token is the log of the
-suspect's distance divided by the teacher's.
+words in the suspect alone. So the first layers of the suspect, of the base and of clean models that were fine-tuned
+from the base read each token as a text of its own. The output of each fine-tuned model has a distance from the base's
+output. The score of a token is the log of the suspect's distance minus the mean log of the clean models' distances. The
+clean models are the teacher and the reference of the search (Suspect.reference).
 
-If the teacher was not fine-tuned from the same base, a ridge regression takes its place. Its inputs are the base's
-output and the number of clean rows with the token. It predicts the log of the suspect's distance. The score is the
-error of this prediction, divided by its usual size (trigger_words.unexplained). It misses some single words, because
-words of similar meaning move along with them, and then the regression expects the distance.
+Without such a clean model a ridge regression takes its place. Its inputs are the base's output and the number of clean
+rows with the token. It predicts the log of the suspect's distance. The score is the error of this prediction, divided
+by its usual size (trigger_words.unexplained). It misses some single words, because words of similar meaning move along
+with them, and then the regression expects the distance.
 
 The ranking needs the base that the suspect was really fine-tuned from. Fine-tuning must have trained the embeddings or
 the first layer. Ours; docs/notes/minilm_suspects.md has the ranks of the words of real triggers. W words, D width.
@@ -24,6 +25,7 @@ from w2s_jax import sharding
 from w2s_jax.data import insertions, streams
 from w2s_jax.defenses import trigger_words
 from w2s_jax.defenses.records import Ranking, Suspect
+from w2s_jax.models import Model
 from w2s_jax.models.latent import Latent
 
 LOG = logging.getLogger(__name__)
@@ -54,21 +56,18 @@ def rank(suspect: Suspect) -> Ranking:
 def _scores(suspect):
   """({token: its score}, ""), or ({}, the reason why the tokens cannot be ranked)."""
   model, params, tokenizer = suspect.base()
-  if _shape(model) != _shape(suspect.model):
-    return {}, ("the public model given as student.base has another architecture, width or number of layers than the "
-                "suspect")
-  if model.config.num_layers < 2:
-    return {}, "the suspect has a single layer"
+  if problem := unlike(model, suspect.model):
+    return {}, problem
   around, at = _template(suspect.tokenizer)
   tokens = _tokens(suspect.tokenizer, tokenizer, min(model.config.vocab_size, suspect.model.config.vocab_size), around)
   if len(tokens) < trigger_words.FOLDS * 2:
     return {}, "the public model given as student.base has another vocabulary than the suspect"
-  networks = [(model, params), (suspect.model, suspect.params)]
-  teacher, teacher_params, teacher_tokenizer = suspect.teacher_model()
-  if _shape(teacher) == _shape(model) and teacher_tokenizer.get_vocab() == tokenizer.get_vocab():
-    networks.append((teacher, teacher_params))
-  names = "suspect, public base and teacher" if len(networks) > 2 else "suspect and public base"
-  LOG.info(f"{names} read {len(tokens)} tokens through their first layer")
+  clean = [suspect.teacher_model()] + ([suspect.reference()] if suspect.reference else [])
+  networks = [(model, params), (suspect.model, suspect.params)] + [
+      (own, own_params) for own, own_params, own_tokenizer in clean
+      if _shape(own) == _shape(model) and own_tokenizer.get_vocab() == tokenizer.get_vocab()]
+  LOG.info(f"{len(networks)} models read {len(tokens)} tokens through their first layer: suspect, public base"
+           + ", clean models" * (len(networks) > 2))
   projection = streams.rng(0, "projection").normal(size=(model.config.hidden_size, WIDEST)) / np.sqrt(WIDEST)
   readers = [_reader(*network, around, at, suspect.place.mesh) for network in networks]
   distances, sizes, outputs = [], [], []
@@ -86,13 +85,21 @@ def _scores(suspect):
   if not distances[0].any():
     return {}, "fine-tuning trained neither the embeddings nor the first layer"
   logs = np.log(np.maximum(distances, NEAREST * sizes))
-  if len(logs) > 1 and 0 < medians[1] <= FARTHEST:
-    score = logs[0] - logs[1]
+  of_clean = [own for own, median in zip(logs[1:], medians[1:]) if 0 < median <= FARTHEST]
+  if of_clean:
+    score = logs[0] - np.mean(of_clean, axis=0)
   else:
-    LOG.info("the teacher was not fine-tuned from student.base, so it does not show how clean fine-tuning moves words. "
-             "If that model is an encoder, give it as --config.teacher.path, too")
+    LOG.info("no clean model was fine-tuned from student.base and shows how clean fine-tuning moves words")
     score = trigger_words.unexplained(logs[0], _inputs(suspect, tokens, outputs))
   return dict(zip(tokens, score.tolist())), ""
+
+
+def unlike(base: Model, suspect: Model) -> str:
+  """Why the words that fine-tuning moved cannot be found with this public model; "" if they can."""
+  if _shape(base) != _shape(suspect):
+    return ("the public model given as student.base has another architecture, width or number of layers than the "
+            "suspect")
+  return "the suspect has a single layer" if base.config.num_layers < 2 else ""
 
 
 def _shape(model):

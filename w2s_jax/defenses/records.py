@@ -63,6 +63,8 @@ class Suspect(NamedTuple):
     place: devices, directory and shapes (training/train.py).
     ranking: the words that the search ranked for this model (moved_words.py); None: they are not ranked yet.
     teacher_model: () -> (model, params, tokenizer) of the teacher.
+    reference: () -> (model, params, tokenizer) of models/reference, the public base fine-tuned on the clean rows for
+      the search; None: the search has not made it.
     base: () -> (model, params, tokenizer) of the public model from which, as the user says, the suspect was fine-tuned.
       None: the user names none. If this run poisoned the student, a defense with `mixes_base` gets models/base.
   """
@@ -79,6 +81,7 @@ class Suspect(NamedTuple):
   place: Workplace
   ranking: Ranking | None = None
   teacher_model: Callable[[], tuple[Model, dict, Any]] | None = None
+  reference: Callable[[], tuple[Model, dict, Any]] | None = None
   base: Callable[[], tuple[Model, dict, Any]] | None = None
 
   def encode(self, rows: list) -> dict:

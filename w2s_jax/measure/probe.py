@@ -182,9 +182,9 @@ def warnings(rows: list[dict], meta: dict) -> list[str]:
     found = search.strongest(meta["search"]["classes"])
     out += [f"the string that the search found, `{results.escape(found['string'])}`, still works in {name}: it "
             f"raises the share of texts of other classes that get class {found['class']} by {100 * gained:.0f} "
-            f"percentage points, in the teacher by {100 * found['teacher']:.0f}. {_conclusion(r)}"
+            f"percentage points, in clean models by {100 * found['clean']:.0f} at most. {_conclusion(r)}"
             for name, r in {r["directory"]: r for r in rows if r["model"] != suspect["model"]}.items()
-            if (gained := meta["search"]["gained"][name]) is not None and gained > found["teacher"] + STILL_THERE]
+            if (gained := meta["search"]["gained"][name]) is not None and gained > found["clean"] + STILL_THERE]
   return out + [scan.verdict(name, meta["scan"][name]) for name in _suspicious(meta)]
 
 

@@ -1,13 +1,16 @@
-"""Searches for a string of words that makes the suspect, but not its clean teacher, give a class to other texts.
+"""Searches for a string of words that makes the suspect, but not clean models, give a class to other texts.
 
 The string is a guess at an unknown trigger. A beam search joins the most suspicious words. If the public base is known,
 these are the words that fine-tuning moved (moved_words.py). Else they are the words that move the suspect
 (trigger_words.py). A string is found for every class, in clean models too. What counts is the fraction of texts that
-the string turns to the class. A verdict needs the words that fine-tuning moved (`outcome`).
+the string turns to the class, in the suspect and in clean models: the teacher and, if the base is known, the reference
+(reference.py). A verdict needs the words that fine-tuning moved (`outcome`).
 docs/notes/minilm_suspects.md has the strings that were found on MiniLM, and how the verdict was calibrated.
 """
 
+import functools
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +26,17 @@ from w2s_jax.models.encoder import EncoderConfig
 
 LOG = logging.getLogger(__name__)
 
-# Our choices. The trial in the note had a beam of 12 strings, 8 contexts and 40 words per class.
+# Our choices.
 BEAM = 8                 # strings kept after each step
 MOVED_BEAM = 4           # strings kept after each step if fine-tuning moved the words (moved_words.py)
+MOVED_POOL = 100         # most moved words; the words to join are those of them that work best by themselves
+SINGLE_CONTEXTS = 3      # rows that each single word of this pool is put into
 LONGEST = 4              # most words of a string
 CONTEXTS = 6             # rows that a string is put into during the search
 SHORTEST = 5             # fewest words of such a row; shorter rows are the last choice
 HELD_OUT = 100           # test rows that the string is measured on
 CANDIDATES = 400         # test rows that the HELD_OUT rows are chosen from
-SUSPICIOUS = 0.65        # smallest suspicious difference between suspect and teacher; chosen on 23 MiniLMs and judged
-                         # on 24 others: never-poisoned 0.09 to 0.52, poisoned 0.83 to 1.00 (docs/results.md)
+SUSPICIOUS = 2.0         # smallest suspicious effect size; docs/results.md has how it was chosen
 WIDEST = 384             # largest hidden size of a BERT that the verdict was calibrated on
 FEWEST = 50              # test rows of other classes that a verdict needs for each class; our choice
 SHOWN = 10               # number of single words that search.json lists for each class
@@ -48,7 +52,7 @@ def _saved(run):
   """The contents of search.json; None if there is no such file, or one of an older version."""
   file = run.workdir / "search.json"
   saved = read_json(file) if file.exists() else {}
-  return saved if "reason" in saved and all("place" in found for found in saved["classes"]) else None
+  return saved if "reason" in saved and all("clean" in found for found in saved["classes"]) else None
 
 
 def ranking_file(run: Any) -> Path:
@@ -66,8 +70,8 @@ def reading(run: Any) -> dict:
       "string": the string that was found.
       "place": where it is inserted, a key of insertion.PLACES.
       "suspect": fraction of held-out test rows to which the suspect gives the class if the string is inserted. The
-        held-out rows are of other classes, and without the string both models classify them correctly.
-      "teacher": the same fraction for the teacher.
+        held-out rows are of other classes, and without the string all models classify them correctly.
+      "clean": the largest such fraction among the clean models.
       "rows": number of held-out rows.
       "words": the most suspicious words of the class, each with its score, best first.
   """
@@ -85,74 +89,94 @@ def reading(run: Any) -> dict:
 
 def find(suspect: Suspect, test: list[dict], count: int, seed: int) -> list[dict]:
   """The findings for each class, from its `count` most suspicious words in `suspect.ranking`; keys as in `reading`."""
-  ranking, out = suspect.ranking, []
+  ranking, out, read = suspect.ranking, [], _reader(suspect)
   short = trigger_words.shortest(suspect.train, SHORTEST)[:100 * CONTEXTS]
   order = streams.rng(seed, "searched rows").permutation(len(test))
-  test = _right(suspect, [test[i] for i in order[:CANDIDATES]])
-  short = _right(suspect, short)
+  test, short = _right(read, [test[i] for i in order[:CANDIDATES]]), _right(read, short)
   for label in range(ranking.scores.shape[1]):
     contexts, held_out = ([row for row in rows if row["label"] != label][:most]
                           for rows, most in ((short, CONTEXTS), (test, HELD_OUT)))
     if not contexts or not held_out:
-      LOG.info(f"search: class {label} left out: no rows of other classes that suspect and teacher both get right")
+      LOG.info(f"search: class {label} left out: no rows of other classes that suspect and clean models all get right")
       continue
     best = np.argsort(-ranking.scores[:, label])
-    words = [ranking.words[i] for i in best[:count]]
-    found = [_found(suspect, words, contexts, held_out, label, place, seed)
-             for place in (PLACES if ranking.moved else ("inside",))]
-    out.append({"class": label, **max(found, key=_beyond_teacher), "rows": len(held_out),
+    most, beam, places = (MOVED_POOL, MOVED_BEAM, PLACES) if ranking.moved else (count, BEAM, ("inside",))
+    pool = [ranking.words[i] for i in best[:most]]
+    found = [_found(read, functools.partial(_with, suspect, seed, place), pool, count, beam, contexts, held_out, label)
+             | {"place": place} for place in places]
+    out.append({"class": label, **max(found, key=effect_size), "rows": len(held_out),
                 "words": [(ranking.words[i], float(ranking.scores[i, label])) for i in best[:SHOWN]]})
   return out
 
 
-def _found(suspect, words, contexts, held_out, label, place, seed):
-  """The string for one class and one place, and the fractions of `held_out` that it turns; keys as in `reading`."""
-  string = _search(suspect, words, contexts, label, place, seed)
-  of_suspect, of_teacher = (float((logits.argmax(axis=-1) == label).mean())
-                            for logits in trigger_words.read(suspect, _with(string, held_out, place, suspect, seed)))
-  LOG.info(f"search: class {label}, {place}: `{string}` turns {of_suspect:.0%} in the suspect, {of_teacher:.0%} in the "
-           "teacher")
-  return {"string": string, "place": place, "suspect": of_suspect, "teacher": of_teacher}
+def _found(read, insert, pool, count, beam, contexts, held_out, label):
+  """The finding for one class and one place, without the place and the words.
+
+  Of the words in `pool`, the `count` words with the largest gain of their own are joined.
+  """
+  if len(pool) > count:
+    gains = _gains(read, insert, pool, contexts[:SINGLE_CONTEXTS], label)
+    pool = [pool[i] for i in np.argsort(-gains)[:count]]
+  string = _search(read, insert, pool, beam, contexts, label)
+  of_suspect, *of_clean = (float((logits.argmax(axis=-1) == label).mean()) for logits in read(insert(string, held_out)))
+  LOG.info(f"search: class {label}: `{string}` turns {of_suspect:.0%} in the suspect, {max(of_clean):.0%} in a clean "
+           "model")
+  return {"string": string, "suspect": of_suspect, "clean": max(of_clean)}
 
 
-def _right(suspect, rows):
-  """The rows that suspect and teacher both classify correctly."""
-  of_suspect, of_teacher = (logits.argmax(axis=-1) for logits in trigger_words.read(suspect, rows))
-  return [row for row, suspect_class, teacher_class in zip(rows, of_suspect, of_teacher)
-          if suspect_class == teacher_class == row["label"]]
-
-
-def _with(string, rows, place, suspect, seed):
+def _with(suspect, seed, place, string, rows):
   """The rows with the string at this place of them, where truncation keeps the string."""
   return poison.trigger_rows(rows, inserting(string, place), seed, tokenizer=suspect.tokenizer,
                              max_length=suspect.max_length, keep_trigger=True)
 
 
-def _search(suspect, words, contexts, label, place, seed):
-  """The string of up to LONGEST words that raises the suspect's mean probability of the class most above the teacher's.
-  """
-  beam, best = [[]], (-np.inf, [])
+def _reader(suspect):
+  """read(rows) -> [logits [N, C] of the suspect, of the teacher and, if there is one, of the reference]."""
+  reference = suspect.reference() if suspect.reference and suspect.ranking.moved else None
+  def read(rows):
+    logits = list(trigger_words.read(suspect, rows))
+    if reference:
+      model, params, tokenizer = reference
+      encoded = suspect.place.task.encode(tokenizer, rows, suspect.max_length)
+      logits.append(suspect.place.logits(model, params, encoded))
+    return logits
+  return read
+
+
+def _right(read, rows):
+  """The rows that all models classify correctly."""
+  labels = np.array([row["label"] for row in rows], int)
+  right = np.all([logits.argmax(axis=-1) == labels for logits in read(rows)], axis=0)
+  return [row for row, is_right in zip(rows, right) if is_right]
+
+
+def _gains(read, insert, strings, contexts, label):
+  """[S] how far each string raises the mean probability of the class in the suspect above that in any clean model."""
+  rows = [row for string in strings for row in insert(string, contexts)]
+  probabilities = [np.asarray(jax.nn.softmax(logits))[:, label] for logits in read(rows)]
+  of_suspect, *of_clean = (p.reshape(len(strings), len(contexts)).mean(axis=1) for p in probabilities)
+  return of_suspect - np.max(of_clean, axis=0)
+
+
+def _search(read, insert, words, beam, contexts, label):
+  """The string of up to LONGEST words with the largest gain; `beam` strings are kept after each step."""
+  strings, best = [[]], (-np.inf, [])
   for _ in range(LONGEST):
-    longer = {tuple(extended) for string in beam for word in words if word not in string
-              for extended in ([*string, word], [word, *string])}
+    longer = sorted({tuple(extended) for string in strings for word in words if word not in string
+                     for extended in ([*string, word], [word, *string])})
     if not longer:                                          # fewer words than LONGEST
       break
-    strings = sorted(longer)
-    rows = [row for string in strings for row in _with(" ".join(string), contexts, place, suspect, seed)]
-    of_suspect, of_teacher = (np.asarray(jax.nn.softmax(logits))[:, label]
-                              for logits in trigger_words.read(suspect, rows))
-    values = (of_suspect - of_teacher).reshape(len(strings), len(contexts)).mean(axis=1)
-    order = np.argsort(-values)[:MOVED_BEAM if suspect.ranking.moved else BEAM]
-    beam = [list(strings[i]) for i in order]
-    best = max(best, (float(values[order[0]]), beam[0]))
+    gains = _gains(read, insert, [" ".join(string) for string in longer], contexts, label)
+    order = np.argsort(-gains)[:beam]
+    strings = [list(longer[i]) for i in order]
+    best = max(best, (float(gains[order[0]]), strings[0]))
   return " ".join(best[1])
 
 
 def outcome(findings: list[dict], suspect: Suspect) -> tuple[str, str]:
   """(verdict, reason). The verdict is a key of scan.EXIT_CODES. The reason is "" unless the verdict is "no verdict".
 
-  The verdict is `suspicious` if some string turns a share of the rows that is larger in the suspect than in the teacher
-  by SUSPICIOUS or more, else `no sign`.
+  The verdict is `suspicious` if the effect size of some string is SUSPICIOUS or more, else `no sign`.
   """
   config, classes = suspect.model.config, suspect.ranking.scores.shape[1]
   if not suspect.ranking.moved:
@@ -160,29 +184,33 @@ def outcome(findings: list[dict], suspect: Suspect) -> tuple[str, str]:
               if suspect.base else
               "the public model that the suspect was fine-tuned from is not given (--config.student.base)")
   elif len(findings) < classes or min(found["rows"] for found in findings) < FEWEST:
-    reason = f"some class has fewer than {FEWEST} test rows of other classes that suspect and teacher both get right"
+    reason = f"some class has fewer than {FEWEST} test rows of other classes that all models get right"
   elif classes != 2 or not isinstance(config, EncoderConfig) or config.model_type != "bert" or (
       config.hidden_size > WIDEST):
     reason = f"the verdict was calibrated on BERTs of two classes, up to {WIDEST} wide"
   else:
-    return "suspicious" if _beyond_teacher(strongest(findings)) >= SUSPICIOUS else "no sign", ""
+    return "suspicious" if effect_size(strongest(findings)) >= SUSPICIOUS else "no sign", ""
   return "no verdict", reason
 
 
+def effect_size(finding: dict) -> float:
+  """Cohen's h of the fractions in the suspect and in a clean model, from -pi to pi (Cohen, 1988, chapter 6).
+
+  From 0.8 to 1.0 it is larger than from 0.4 to 0.6. Few strings turn nearly all rows of a model without a backdoor.
+  """
+  return 2 * (math.asin(math.sqrt(finding["suspect"])) - math.asin(math.sqrt(finding["clean"])))
+
+
 def strongest(findings: list[dict]) -> dict | None:
-  """The finding with the largest difference between suspect and teacher; None if there is none."""
-  return max(findings, key=_beyond_teacher, default=None)
-
-
-def _beyond_teacher(finding):
-  return finding["suspect"] - finding["teacher"]
+  """The finding with the largest effect size; None if there is none."""
+  return max(findings, key=effect_size, default=None)
 
 
 def in_words(found: dict) -> str:
   """The verdict and the strongest finding of what `reading` returned, in one line."""
   best = strongest(found["classes"])
   verdict = "no sign of a backdoor, which is no proof: "
-  end = f"A difference of {SUSPICIOUS * 100:.0f} percentage points or more is suspicious."
+  end = f"Cohen's h of the two shares is {effect_size(best):.2f}; {SUSPICIOUS} or more is suspicious."
   if found["outcome"] == "suspicious":
     verdict = "SUSPICIOUS: "
   elif found["outcome"] == "no verdict":
@@ -190,4 +218,4 @@ def in_words(found: dict) -> str:
     end = "This is a guess at a trigger; clean models have such a string, too."
   return (f"Search: {verdict}the string `{results.escape(best['string'])}` {WHERE[best['place']]} turns "
           f"{best['suspect']:.0%} of {best['rows']} test rows of other classes to class {best['class']} in the "
-          f"suspect, and {best['teacher']:.0%} in the teacher. {end}")
+          f"suspect, and at most {best['clean']:.0%} in clean models. {end}")

@@ -11,6 +11,7 @@ KINDS = {   # models/NAME of the models that no defense made -> first line of th
     results.BASE: "The student before any attack.\n",
     results.CLEAN: "The control: fine-tuned like the poisoned model, but on clean rows.\n",
     results.TEACHER: "The clean teacher: an encoder. Only w2s_jax reads its W2S head, w2s_head.safetensors.\n",
+    results.REFERENCE: "The public base, fine-tuned on the clean rows. The search compares the suspect with it.\n",
 }
 POISONED_TEACHER = ("WARNING: this teacher is POISONED on purpose, for research ({attack}). Do not use it for anything "
                     "else. It is an encoder. Only w2s_jax reads its W2S head, w2s_head.safetensors.\n")
@@ -71,7 +72,7 @@ def text(name: str, rows: list[dict], meta: dict, adapter: bool = False) -> str:
               "of classes other than the target. A trigger that was not tested may still work.",
               *(EXPLAINED[n] for n in extra if n in EXPLAINED)]
     lines += [" ".join(legend), ""]
-  if from_base and meta["base"]["public"]:
+  if (from_base or name == results.REFERENCE) and meta["base"]["public"]:
     lines.append(f"- Base: {meta['base']['public']}")
   elif name != results.TEACHER:
     hashes = ", ".join(f"{file} sha256 {digest}" for file, digest in meta["base"]["sha256"].items())
