@@ -47,7 +47,7 @@ SCAN = f"""Look for signs of a backdoor in a checkpoint.
 {CHECKPOINT}
   w2s-jax scan suspect --data rows.json --base public --teacher public --out cleaned
 
-With --base, the public model that DIR was fine-tuned from, scan trains a teacher and searches for words that
+With --base, the public model that DIR was fine-tuned from, scan trains two clean models and searches for words that
 fine-tuning moved. It writes OUT/search.json. Without --base, scan trains no model.
 Without --base, or if the search gives no verdict, scan tries soft tokens on DIR, but only if DIR is a small network. It
 writes OUT/scan/suspect.json.
