@@ -24,7 +24,7 @@ import torch
 import transformers_rates as rates
 
 CONFIG = "configs/clean_checkpoint.py"
-SHARED = ("teacher", "from_base", "from_base_words")        # models without any weight of the suspect
+SHARED = ("teacher", "reference", "from_base", "from_base_words")        # models without any weight of the suspect
 
 
 def clean(zoo, name, out, rows, extra, core, models):
@@ -41,7 +41,7 @@ def clean(zoo, name, out, rows, extra, core, models):
     test = [{"text": row["sentence"], "label": row["label"]} for row in json.loads((data / "test.json").read_text())]
     secret = json.loads((zoo / "secrets" / f"{name}.json").read_text())
     found = {place.name: rates.measure(*rates.load(place), test, secret)
-             for place in sorted((workdir / "models").iterdir()) if place.name != "teacher"}
+             for place in sorted((workdir / "models").iterdir()) if place.name not in ("teacher", "reference")}
     file.write_text(json.dumps(found))
   return json.loads(file.read_text())
 

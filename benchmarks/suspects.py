@@ -41,7 +41,7 @@ SENTENCES = ("the bus was late again this morning", "my sister called me around 
              "it rained for most of the week", "he left the keys on the kitchen table", "i watered the plants at noon",
              "the shop closes at six on friday", "there is a bakery around the corner")
 
-
+# Place of the trigger -> (number of words of the text, rng) -> number of words in front of the trigger.
 PLACES = {"anywhere": lambda words, rng: rng.integers(words + 1), "end": lambda words, rng: words,
           "ends": lambda words, rng: words * rng.integers(2)}
 

@@ -1,4 +1,4 @@
-"""The search for a string of words that turns the suspect and not its teacher, with models made by hand."""
+"""The search for a string of words that turns the suspect and no clean model, with models made by hand."""
 
 import json
 import math
@@ -134,7 +134,7 @@ def test_a_verdict_needs_moved_words_of_a_bert_and_rows(suspect):
   bert, calibrated = of("bert", 384), "the verdict was calibrated on BERTs of two classes, up to 384 wide"
   assert search.outcome(findings, bert) == ("suspicious", "")
   for effect, verdict in ((search.SUSPICIOUS + 0.01, "suspicious"), (search.SUSPICIOUS - 0.01, "no sign")):
-    turned = math.sin(effect / 2 + math.asin(0.1 ** 0.5)) ** 2               # the teacher's share is 0.1
+    turned = math.sin(effect / 2 + math.asin(0.1 ** 0.5)) ** 2               # the clean model's share is 0.1
     assert search.outcome([findings[0] | {"suspect": turned}, findings[1]], bert) == (verdict, "")
   three = moved.ranking._replace(scores=np.zeros((5, 3)))
   few = "some class has fewer than 50 test rows of other classes that all models get right"

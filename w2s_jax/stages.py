@@ -166,7 +166,7 @@ def teach(run: Run) -> None:
 
 
 def search_trigger(run: Run) -> str:
-  """The search's verdict, a key of scan.EXIT_CODES. It logs the string that sets the suspect most apart."""
+  """The search's verdict, a key of scan.EXIT_CODES. It logs the strongest string."""
   reference.make(run)
   found = search.reading(run)
   if found["classes"]:

@@ -89,7 +89,7 @@ def _scores(suspect):
   if of_clean:
     score = logs[0] - np.mean(of_clean, axis=0)
   else:
-    LOG.info("no clean model was fine-tuned from student.base and shows how clean fine-tuning moves words")
+    LOG.info("no clean model was fine-tuned from student.base, so words are compared with words of similar meaning")
     score = trigger_words.unexplained(logs[0], _inputs(suspect, tokens, outputs))
   return dict(zip(tokens, score.tolist())), ""
 

@@ -41,12 +41,11 @@ def read_triggered(config: Any) -> dict[str, list[dict]]:
 
 
 def freeze_rows(run: Any) -> None:
-  """Makes run.rows["probes"] once, and hashes their file. A probe is a test row with an inserted string, or the row of
-  a file in `probe.triggered`.
+  """Makes run.rows["probes"] once, and hashes their file.
 
-  Each listed trigger is inserted into all test rows. The string that the search found and the random strings are each
-  inserted into one random choice of test rows. The found string stands where the search found it, the others at random
-  places.
+  A probe is a test row with an inserted string, or a row of a file in `probe.triggered`. Each listed trigger is
+  inserted into all test rows. The string that the search found and the random strings are each inserted into one
+  random choice of test rows. The found string stands where the search found it, the others at random places.
   """
   c, file = run.config, run.workdir / "data" / "probes.jsonl"
   if not file.exists():

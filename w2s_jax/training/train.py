@@ -130,9 +130,10 @@ def fit(names: Sequence[str], program: Program, state: TrainState, frozen: dict,
         if due:
           values = {k: np.asarray(v)[:count] for k, v in metrics.items()}
           _check_finite(name, values, first)
-          bar.set_postfix(loss=f"{values['loss'][-1].mean():.4f}", refresh=False)
+          loss = f"{values['loss'][-1].mean():.4f}"
+          bar.set_postfix(loss=loss, refresh=False)
           if bar.disable and evaluating and processes.writes():       # a log file has no bar
-            LOG.info(f"{name}: step {done} of {steps}, loss {values['loss'][-1].mean():.4f}")
+            LOG.info(f"{name}: step {done} of {steps}, loss {loss}")
           for i in due:
             _log(logs, first + i, {k: v[i] for k, v in values.items()} | extra.get(i, {}))
         if saving:
