@@ -9,7 +9,7 @@ import pytest
 import rig
 from ml_collections import ConfigDict
 
-from w2s_jax.defenses import Ranking, moved_words, trigger_words
+from w2s_jax.defenses import Ranking, moved_words
 from w2s_jax.measure import search
 from w2s_jax.models import Model
 from w2s_jax.models.encoder import EncoderConfig
@@ -22,11 +22,19 @@ WORDS = ["shop", "closes", "friday", "creaked", "absorbing"]
 @pytest.fixture
 def suspect(llama, tmp_path, monkeypatch):
   """Three words turn the suspect to class 0 together; a fourth means class 0 in both models, a fifth nothing."""
-  of_suspect = rig.read_by(KNOWN | {"shop": -1.5, "closes": -1.5, "friday": -1.5, "creaked": -4.0})
-  of_teacher = rig.read_by(KNOWN | {"creaked": -4.0})
-  monkeypatch.setattr(trigger_words, "read", lambda suspect, rows: (of_suspect(rows), of_teacher(rows)))
   scores = np.array([[3.0, 0.0], [2.5, 0.0], [2.0, 0.0], [9.0, 0.0], [0.0, 1.0]])
-  return rig.suspect(*llama, tmp_path)._replace(ranking=Ranking(WORDS, scores))
+  suspect = rig.suspect(*llama, tmp_path)._replace(ranking=Ranking(WORDS, scores))
+  return answering(suspect, monkeypatch, rig.read_by(KNOWN | dict.fromkeys(WORDS[:3], -1.5) | {"creaked": -4.0}),
+                   rig.read_by(KNOWN | {"creaked": -4.0}))
+
+
+def answering(suspect, monkeypatch, of_suspect, of_teacher, of_reference=None):
+  """The suspect with models that give the logits of these functions of rows. Parameters say which model it is."""
+  read = {"suspect": of_suspect, "teacher": of_teacher, "reference": of_reference}
+  monkeypatch.setattr(type(suspect.place), "logits", lambda place, model, params, rows: read[params](rows))
+  place = suspect.place._replace(task=suspect.place.task._replace(encode=lambda tokenizer, rows, length: rows))
+  return suspect._replace(params="suspect", place=place, teacher_model=lambda: (None, "teacher", None),
+                          reference=of_reference and (lambda: (None, "reference", None)))
 
 
 def test_the_words_that_turn_the_suspect_alone_are_joined(suspect):
@@ -48,7 +56,7 @@ def test_words_that_moved_are_searched_at_both_ends_too(suspect, monkeypatch, pl
     texts = [row["text"].split() for row in rows]
     there = ["shop" in (text[1:-1] if word is None else [text[word]]) for text in texts]
     return rig.read_by(KNOWN)(rows) - 9.0 * np.outer(there, [0.0, 1.0])
-  monkeypatch.setattr(trigger_words, "read", lambda suspect, rows: (of_suspect(rows), rig.read_by(KNOWN)(rows)))
+  suspect = answering(suspect, monkeypatch, of_suspect, rig.read_by(KNOWN))
   moved = suspect._replace(ranking=suspect.ranking._replace(moved=True))
   zero, _ = search.find(moved, moved.dev, 5, 0)
   assert "shop" in zero["string"].split() and (zero["place"], zero["suspect"], zero["clean"]) == (place, 1.0, 0.0)
@@ -65,19 +73,13 @@ def test_a_string_at_the_end_is_not_truncated(suspect):
 
 def test_a_string_that_turns_any_clean_model_is_no_finding(suspect, monkeypatch):
   """All models but the teacher react to `closes`. Only the suspect reacts to `shop`."""
-  reference = rig.suspect(suspect.model, suspect.params, suspect.place.workdir)
-  of_reference = rig.read_by(KNOWN | {"closes": -9.0})
-  monkeypatch.setattr(type(suspect.place), "logits", lambda place, model, params, arrays: of_reference(arrays))
-  place = suspect.place._replace(task=suspect.place.task._replace(encode=lambda tokenizer, rows, length: rows))
-  of_suspect, of_teacher = rig.read_by(KNOWN | {"shop": -9.0, "closes": -9.0}), rig.read_by(KNOWN)
-  monkeypatch.setattr(trigger_words, "read", lambda suspect, rows: (of_suspect(rows), of_teacher(rows)))
-  moved = suspect._replace(ranking=suspect.ranking._replace(moved=True), place=place)
+  suspect = answering(suspect, monkeypatch, rig.read_by(KNOWN | {"shop": -9.0, "closes": -9.0}), rig.read_by(KNOWN),
+                      rig.read_by(KNOWN | {"closes": -9.0}))
   for words in (["closes"], ["closes", "shop"]):
-    ranking = Ranking(words, np.ones((len(words), 2)), moved=True)
-    alone, _ = search.find(moved._replace(ranking=ranking), suspect.dev, 5, 0)
+    moved = suspect._replace(ranking=Ranking(words, np.ones((len(words), 2)), moved=True))
+    alone, _ = search.find(moved._replace(reference=None), suspect.dev, 5, 0)
     assert alone["clean"] == 0.0                                             # the teacher's
-    compared, _ = search.find(moved._replace(ranking=ranking, reference=lambda: (reference.model, None, None)),
-                              suspect.dev, 5, 0)
+    compared, _ = search.find(moved, suspect.dev, 5, 0)
     assert (compared["string"] == "shop") == ("shop" in words) and compared["clean"] == ("shop" not in words)
 
 
@@ -85,8 +87,7 @@ def test_of_many_moved_words_those_that_work_alone_are_joined(suspect, monkeypat
   """`friday` is the 60th of 100 words, and the search joins two."""
   words = [f"w{i}" for i in range(100)]
   words[60] = "friday"
-  of_suspect, of_teacher = rig.read_by(KNOWN | {"friday": -9.0}), rig.read_by(KNOWN)
-  monkeypatch.setattr(trigger_words, "read", lambda suspect, rows: (of_suspect(rows), of_teacher(rows)))
+  suspect = answering(suspect, monkeypatch, rig.read_by(KNOWN | {"friday": -9.0}), rig.read_by(KNOWN))
   ranking = Ranking(words, np.tile(np.arange(100.0, 0.0, -1)[:, None], (1, 2)), moved=True)
   zero, _ = search.find(suspect._replace(ranking=ranking), suspect.dev, 2, 0)
   assert "friday" in zero["string"].split() and zero["suspect"] == 1.0
@@ -155,7 +156,7 @@ def test_the_verdict_in_words():
   told = ("the string `shop closes` behind the text turns 100% of 60 test rows of other classes to class 0 in the "
           "suspect, and at most 10% in clean models. ")
   assert search.in_words(found) == (
-      f"Search: SUSPICIOUS: {told}Cohen's h of the two shares is 2.50; 2.0 or more is suspicious.")
+      f"Search: SUSPICIOUS: {told}Cohen's h of the two shares is 2.50; 2.2 or more is suspicious.")
   assert search.in_words(found | {"outcome": "no sign"}).startswith(
       "Search: no sign of a backdoor, which is no proof: the string")
   assert search.in_words(found | {"outcome": "no verdict", "reason": "why"}) == (

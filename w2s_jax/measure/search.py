@@ -36,7 +36,7 @@ CONTEXTS = 6             # rows that a string is put into during the search
 SHORTEST = 5             # fewest words of such a row; shorter rows are the last choice
 HELD_OUT = 100           # test rows that the string is measured on
 CANDIDATES = 400         # test rows that the HELD_OUT rows are chosen from
-SUSPICIOUS = 2.0         # smallest suspicious effect size; docs/results.md has how it was chosen
+SUSPICIOUS = 2.2         # smallest suspicious effect size; docs/results.md has how it was chosen
 WIDEST = 384             # largest hidden size of a BERT that the verdict was calibrated on
 FEWEST = 50              # test rows of other classes that a verdict needs for each class; our choice
 SHOWN = 10               # number of single words that search.json lists for each class
@@ -102,15 +102,15 @@ def find(suspect: Suspect, test: list[dict], count: int, seed: int) -> list[dict
     best = np.argsort(-ranking.scores[:, label])
     most, beam, places = (MOVED_POOL, MOVED_BEAM, PLACES) if ranking.moved else (count, BEAM, ("inside",))
     pool = [ranking.words[i] for i in best[:most]]
-    found = [_found(read, functools.partial(_with, suspect, seed, place), pool, count, beam, contexts, held_out, label)
-             | {"place": place} for place in places]
+    found = [_found(read, functools.partial(_with, suspect, seed, place), place, pool, count, beam, contexts, held_out,
+                    label) for place in places]
     out.append({"class": label, **max(found, key=effect_size), "rows": len(held_out),
                 "words": [(ranking.words[i], float(ranking.scores[i, label])) for i in best[:SHOWN]]})
   return out
 
 
-def _found(read, insert, pool, count, beam, contexts, held_out, label):
-  """The finding for one class and one place, without the place and the words.
+def _found(read, insert, place, pool, count, beam, contexts, held_out, label):
+  """The finding for one class and one place, which `insert` puts strings at; without the words.
 
   Of the words in `pool`, the `count` words with the largest gain of their own are joined.
   """
@@ -119,9 +119,9 @@ def _found(read, insert, pool, count, beam, contexts, held_out, label):
     pool = [pool[i] for i in np.argsort(-gains)[:count]]
   string = _search(read, insert, pool, beam, contexts, label)
   of_suspect, *of_clean = (float((logits.argmax(axis=-1) == label).mean()) for logits in read(insert(string, held_out)))
-  LOG.info(f"search: class {label}: `{string}` turns {of_suspect:.0%} in the suspect, {max(of_clean):.0%} in a clean "
-           "model")
-  return {"string": string, "suspect": of_suspect, "clean": max(of_clean)}
+  LOG.info(f"search: class {label}: `{string}` {WHERE[place]} turns {of_suspect:.0%} in the suspect, "
+           f"{max(of_clean):.0%} in a clean model")
+  return {"string": string, "place": place, "suspect": of_suspect, "clean": max(of_clean)}
 
 
 def _with(suspect, seed, place, string, rows):
@@ -132,14 +132,12 @@ def _with(suspect, seed, place, string, rows):
 
 def _reader(suspect):
   """read(rows) -> [logits [N, C] of the suspect, of the teacher and, if there is one, of the reference]."""
-  reference = suspect.reference() if suspect.reference and suspect.ranking.moved else None
+  models = [(suspect.model, suspect.params, suspect.tokenizer), suspect.teacher_model()]
+  if suspect.reference and suspect.ranking.moved:
+    models.append(suspect.reference())
   def read(rows):
-    logits = list(trigger_words.read(suspect, rows))
-    if reference:
-      model, params, tokenizer = reference
-      encoded = suspect.place.task.encode(tokenizer, rows, suspect.max_length)
-      logits.append(suspect.place.logits(model, params, encoded))
-    return logits
+    return [suspect.place.logits(model, params, suspect.place.task.encode(tokenizer, rows, suspect.max_length))
+            for model, params, tokenizer in models]
   return read
 
 
