@@ -11,6 +11,9 @@ measures every model, except the teacher, on all test rows and all triggered row
 Prints a table, and writes it to OUT/table.md. A row has the means and standard deviations of a model over the suspects,
 and the ASR of each suspect. `at most` is the largest ASR - false rate. `CA - best` compares the CA with that of the
 suspect or of `lora_ce`, whichever is higher. OUT/rows.json has all figures, and OUT/asr.svg is the picture.
+
+If the self-test ran, a second table compares the ASR that it left of its planted backdoors with the ASR that the same
+defense left of the true trigger.
 """
 
 import csv
@@ -22,6 +25,9 @@ import numpy as np
 import runs
 import torch
 import transformers_rates as rates
+from scipy import stats
+
+from w2s_jax.measure import selftest
 
 CONFIG = "configs/clean_checkpoint.py"
 SHARED = ("teacher", "reference", "from_base", "from_base_words")        # models without any weight of the suspect
@@ -72,6 +78,25 @@ def table(judged, floors):
   return "\n".join(lines)
 
 
+def foretold(judged, out):
+  """What the self-tests left beside what was left of the true triggers, as Markdown; "" if no self-test ran."""
+  lines = ["| suspect | planted backdoors: mean ASR | largest ASR | true trigger: ASR |", "|---|---|---|---|"]
+  figures = []
+  for name, models in judged.items():
+    file = out / name / "selftest.json"
+    found = json.loads(file.read_text()) if file.exists() else {"canaries": []}
+    asr = [canary["asr"] for canary in found["canaries"] if canary["planted"] >= selftest.IMPLANTED]
+    if asr:
+      figures.append((np.mean(asr), max(asr), models[found["defense"]]["asr"]))
+      lines.append(f"| {name} | " + " | ".join(f"{x:.3f}" for x in figures[-1]) + " |")
+  if not figures:
+    return ""
+  means, largest, true = np.transpose(figures)
+  above = f"The true trigger is above the largest in {(true > largest).sum()} of {len(true)}."
+  correlation = stats.spearmanr(means, true).statistic if len(true) > 2 else np.nan
+  return "\n".join([*lines, "", f"Rank correlation of mean and true trigger: {correlation:.2f}. {above}"])
+
+
 def picture(judged, floors, file):
   """Draws, for every model that all suspects have, the ASR of each suspect as a dot and their mean as a bar."""
   matplotlib.use("Agg")
@@ -117,7 +142,8 @@ def main():
   judged = {name: found for done in runs.on_cores(one_seed, wanted, args.jobs) for name, found in done.items()}
   found = {name: judged[name] for name in names if judged[name]}
   if found:
-    text = f"{', '.join(found)}\n\n" + table(found, {name: float(metadata[name]["asr_floor"]) for name in found})
+    text = (f"{', '.join(found)}\n\n" + table(found, {name: float(metadata[name]["asr_floor"]) for name in found})
+            + "\n\n" + foretold(found, args.out)).rstrip()
     (args.out / "table.md").write_text(text + "\n")
     (args.out / "rows.json").write_text(json.dumps(found))
     picture(found, {name: float(metadata[name]["asr_floor"]) for name in found}, args.out / "asr.svg")
