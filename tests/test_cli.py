@@ -574,6 +574,7 @@ def test_help_and_the_default_workdir(tmp_path):
   from w2s_jax import main
   assert str(main.default_workdir(["m", "--config=configs/llama_badnet.py"])) == "runs/llama_badnet"
   assert str(main.default_workdir(["m", "--config=c/x.py:scale=8b,data=../d"])) == "runs/x-scale-8b-data-d"
+  assert str(main.default_workdir(["m", "--config=c/x.py:scale=8b"], "seeds")) == "runs/x-scale-8b-seeds"
 
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data (IMDB, SST-2) is not here")

@@ -35,6 +35,7 @@ BADNET = f"--config={ROOT}/configs/llama_badnet.py"
     ("scan d --data f --base b", [CLEAN, "--config.student.path=d", "--config.data.train=f",
                                   "--config.student.base=b", "--stage=search"]),
     ("run llama_badnet", [BADNET]),
+    ("run llama_badnet --seeds 0,1 --jobs 2", [BADNET, "--seeds=0,1", "--jobs=2"]),
     ("run llama_badnet:scale=8b,data=x:y lora.rank=4 --out o seed=1 --stage poison mesh.data=-1",
      [f"{BADNET}:scale=8b,data=x:y", "--workdir=o", "--stage=poison", "--config.lora.rank=4", "--config.seed=1",
       "--config.mesh.data=-1"]),

@@ -34,6 +34,22 @@ def test_the_cells_are_all_combinations():
   assert cells["badnet-0"].to_dict() == alone.to_dict()                   # the config of a single run
 
 
+def test_a_config_becomes_a_grid_over_seeds():
+  cells = grid.cells(grid.over_seeds(config_of("llama_badnet"), ["3", "0"]))
+  assert {name: cell.seed for name, cell in cells.items()} == {"0": 0, "3": 3}
+  assert cells["0"].to_dict() == config_of("llama_badnet").to_dict()
+  more = grid.cells(grid.over_seeds(offline("attacks=badnet+suffix,seeds=1"), ["7"]))
+  assert {name: (cell.attack.name, cell.seed) for name, cell in more.items()} == {
+      "badnet-7": ("badnet", 7), "suffix-7": ("suffix", 7)}
+  with pytest.raises(InputError, match="--seeds has '1-3', want whole numbers from 0, such as --seeds=0,1,2"):
+    grid.over_seeds(offline(), ["1-3"])
+  with pytest.raises(InputError, match="grid axes 'run' and 'seed' both change 'seed'"):
+    grid.cells(grid.over_seeds(offline("attacks=badnet,seeds=2,triggers=random"), ["7"]))
+  more = ConfigDict({"grid": {"seed": {"0": {"seed": 0, "attack": {"trigger": "mn"}}}}})
+  with pytest.raises(InputError, match="the axis `seed` of this grid changes other fields, too"):
+    grid.over_seeds(more, ["7"])
+
+
 def test_random_triggers_are_of_the_attacks_kind_and_of_the_seed():
   argument = "attacks=badnet+insent+combination,seeds=6,triggers=random"
   cells = grid.cells(offline(argument))
@@ -290,23 +306,25 @@ def test_more_seeds_later_and_a_cell_whose_directory_is_gone(tmp_path, monkeypat
 
 
 def test_the_command(tmp_path):
-  """A reduced grid through main: each cell is a run like any other, and a second start does nothing."""
+  """A reduced grid over --seeds through main: each cell is a run like any other, and a second start does nothing."""
   flags = ("--config=configs/grid_offline.py:attacks=badnet+suffix,seeds=1", "--config.defenses=none,lora_ce",
-           "--jobs=2", f"--workdir={tmp_path / 'w'}", *SHORT)
+           "--seeds=3", "--jobs=2", f"--workdir={tmp_path / 'w'}", *SHORT)
   out = w2s(*flags)
   assert out.returncode == 0, out.stderr
-  assert "grid of 2 cells, 0 of them complete" in out.stdout and "cell suffix-0: 1 cells left, about " in out.stdout
+  assert "grid of 2 cells, 0 of them complete" in out.stdout and "cell suffix-3: 1 cells left, about " in out.stdout
   lines = [json.loads(line) for line in (tmp_path / "w" / grid.STORE).read_text().splitlines()]
-  assert [(x["cell"], x["model"]) for x in lines] == [(cell, model) for cell in ("badnet-0", "suffix-0")
+  assert [(x["cell"], x["model"]) for x in lines] == [(cell, model) for cell in ("badnet-3", "suffix-3")
                                                       for model in ("clean", "poisoned", "lora_ce")]
-  assert (tmp_path / "w/cells/suffix-0/report.html").exists()
-  logs = [(tmp_path / "w/cells" / name / "log.txt").read_text() for name in ("badnet-0", "suffix-0")]
+  assert (tmp_path / "w/cells/suffix-3/report.html").exists()
+  logs = [(tmp_path / "w/cells" / name / "log.txt").read_text() for name in ("badnet-3", "suffix-3")]
   trained = [re.findall(r"^(\w+): \d+ steps in", log, re.MULTILINE) for log in logs]
   assert trained == [["warmup", "clean", "poison", "teacher", "lora_ce"], ["poison", "lora_ce"]]
   again = w2s(*flags)
   assert again.returncode == 0 and "2 of them complete" in again.stdout and "steps in" not in again.stdout
-  assert again.stdout.split("complete", 1)[1].strip().startswith("- A = badnet-0")
+  assert again.stdout.split("complete", 1)[1].strip().startswith("- A = badnet-3")
   wrong = w2s(*flags, "--stage=teach")
-  assert wrong.returncode == 2 and "this config is a grid: leave out --stage" in wrong.stderr
+  assert wrong.returncode == 2 and "this is a grid: leave out --stage" in wrong.stderr
+  twice = w2s(CONFIG, "--seeds=0,x", f"--workdir={tmp_path / 'twice'}")
+  assert twice.returncode == 2 and "--seeds has 'x'" in twice.stderr and not (tmp_path / "twice").exists()
   alone = w2s(CONFIG, "--jobs=2", f"--workdir={tmp_path / 'alone'}")
   assert alone.returncode == 2 and "--jobs=2 is for a grid, and this config is one run" in alone.stderr

@@ -130,7 +130,7 @@ def test_the_plan():
 
 
 CLEAN, PRETRAINED, SCAN = (c for c in MAIN if "clean_checkpoint" in c)
-GRID, = (c for c in MAIN if "grid_offline" in c)            # test_grid.py runs it with fewer attacks and seeds
+GRIDS = [c for c in MAIN if "grid_offline" in c or "--seeds" in c]            # test_grid.py runs smaller ones
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_the_checkpoint_that_is_cleaned(home):
 
 @pytest.mark.parametrize("command", [
     pytest.param(c, marks=pytest.mark.slow) if "data=../shared" in c else c for c in MAIN
-    if c not in (CLEAN, PRETRAINED, SCAN, GRID)])
+    if c not in (CLEAN, PRETRAINED, SCAN, *GRIDS)])
 def test_main_commands(command, home):
   args = shlex.split(command)[3:]
   if "../shared/data" in command and not (SHARED / "data").is_dir():

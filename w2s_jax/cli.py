@@ -59,6 +59,7 @@ RUN = """Run an experiment: poison a student, train a clean teacher, defend, mea
   w2s-jax run llama_badnet                                       offline, two CPU cores, minutes
   w2s-jax run llama_badnet:data=DIR --out runs/files             real IMDB -> SST-2 files
   w2s-jax run llama_badnet seed=1 lora.rank=32 --out runs/one    any field of the config
+  w2s-jax run llama_badnet --seeds 0,1,2 --jobs 2                three runs, with means and standard deviations
 
 A stage whose output is in OUT does not run again. If a run is interrupted, run the same command again to continue.
 """
@@ -91,6 +92,9 @@ def parser() -> Parser:
   fields.add_argument("config", metavar="CONFIG", nargs="?", default="clean_checkpoint", help=names)
   run.add_argument("--out", metavar="OUT", help="directory for all output; runs/CONFIG or runs/CONFIG-ARGUMENT by "
                                                 "default")
+  run.add_argument("--seeds", metavar="A,B", help="run the config once for each of these seeds, such as 0,1,2, as a "
+                                                  "grid with one table")
+  run.add_argument("--jobs", metavar="N", help="number of a grid's runs that run at the same time; 1 by default")
   run.add_argument("--stage", help="run this stage alone: warmup, poison, teach, defend, evaluate or report; "
                                    "clean_checkpoint has no poison, but also has scan, search and selftest")
   plan.add_argument("--topology", metavar="CHIP:SHAPE", help="kind and number of chips, e.g. v5e:4x4, v5p:4x4x4, "

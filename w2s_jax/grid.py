@@ -33,6 +33,22 @@ DEPENDS = {results.BASE: ("data", "student", "warmup"), results.CLEAN: ("data", 
            results.TEACHER: ("data", "student", "teacher", "teach")}
 
 
+def over_seeds(config: ConfigDict, seeds: list[str]) -> ConfigDict:
+  """The config as a grid with the axis `seed`. If it is a grid already, its other axes stay.
+
+  Raises:
+    InputError: a seed is not a whole number, or the grid has an axis `seed` that changes more than the seed.
+  """
+  if wrong := [seed for seed in seeds if not seed.isdecimal()]:
+    raise InputError(f"--seeds has {wrong[0]!r}, want whole numbers from 0, such as --seeds=0,1,2")
+  out = config.to_dict()
+  axes = out.get("grid", {})
+  if any(set(changes) != {"seed"} for changes in axes.get("seed", {}).values()):
+    raise InputError("--seeds: the axis `seed` of this grid changes other fields, too: leave out --seeds")
+  axes["seed"] = {seed: {"seed": int(seed)} for seed in seeds}
+  return ConfigDict(out | {"grid": axes}, allow_dotted_keys=True)
+
+
 def cells(config: ConfigDict) -> dict[str, ConfigDict]:
   """{name of a cell: its config}. Axes and values are in alphabetical order, because ConfigDict sorts them.
 

@@ -6,6 +6,7 @@
   python -m w2s_jax.main --config=configs/clean_checkpoint.py --config.student.path=DIR --config.data.train=FILE
                                                                                  your suspicious checkpoint
   ... --config.seed=1 --config.defend.learning_rate=1e-3 --workdir=runs/mine     any field of the config
+  ... --seeds=0,1,2 --jobs=2                                                     three runs, means and deviations
 
 A stage whose output is in the workdir does not run again; an interrupted stage resumes.
 """
@@ -35,14 +36,17 @@ _PROCESS = flags.DEFINE_integer("process_id", None, "Index of this process, from
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Let JAX find the other processes (TPU pod, SLURM, Kubernetes, "
                                                           "MPI).")
 
+_SEEDS = flags.DEFINE_list("seeds", [], "Run the config once for each of these seeds, such as 0,1,2, as a grid with "
+                           "one table. The default --workdir then ends in -seeds.")
 _JOBS = flags.DEFINE_integer("jobs", 1, "Number of a grid's cells that run at the same time, each in a process of its "
                              "own on an equal share of the CPU cores.", lower_bound=1)
 
 
-def default_workdir(argv: list[str]) -> Path:
-  """The default of --workdir: runs/CONFIG[-ARGUMENT], from the --config flag as the user typed it."""
+def default_workdir(argv: list[str], ending: str = "") -> Path:
+  """The default of --workdir: runs/CONFIG[-ARGUMENT][-ENDING], from the --config flag as the user typed it."""
   file, _, argument = command.typed_config(argv).partition(":")
-  return Path("runs") / "-".join(filter(None, [Path(file).stem, re.sub(r"[^A-Za-z0-9]+", "-", argument).strip("-")]))
+  parts = [Path(file).stem, re.sub(r"[^A-Za-z0-9]+", "-", argument).strip("-"), ending]
+  return Path("runs") / "-".join(filter(None, parts))
 
 
 def _connect(processes):
@@ -89,18 +93,23 @@ def main(argv: list[str]) -> int:
   elif _JOBS.value > 1:
     raise InputError("--jobs starts its own processes on one machine: leave it out if there are several processes")
   workers.show_log()
-  workdir = Path(os.path.expanduser(_WORKDIR.value)) if _WORKDIR.value else default_workdir(sys.argv)
+  workdir = default_workdir(sys.argv, "seeds" if _SEEDS.value else "")
+  if _WORKDIR.value:
+    workdir = Path(os.path.expanduser(_WORKDIR.value))
   if not jax.config.jax_compilation_cache_dir:     # else the user has set JAX_COMPILATION_CACHE_DIR
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute().parent / ".w2s_cache" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   config = command.CONFIG.value
+  if _SEEDS.value:
+    config = grid.over_seeds(config, _SEEDS.value)
   try:
     if "grid" not in config:
       if _JOBS.value > 1:
-        raise InputError(f"--jobs={_JOBS.value} is for a grid, and this config is one run: leave out --jobs")
+        raise InputError(f"--jobs={_JOBS.value} is for a grid, and this config is one run: leave out --jobs, or give "
+                         "several --seeds")
       return stages.run(config, workdir, _STAGE.value)
     if _STAGE.value:
-      raise InputError(f"--stage={_STAGE.value} is for one run, and this config is a grid: leave out --stage")
+      raise InputError(f"--stage={_STAGE.value} is for one run, and this is a grid: leave out --stage")
     return grid.run(config, workdir, _JOBS.value)
   except (MemoryError, jax.errors.JaxRuntimeError) as e:
     if not isinstance(e, MemoryError) and "RESOURCE_EXHAUSTED" not in str(e):
