@@ -3,7 +3,8 @@
 An adapter is data, not code: its leaves lie beside the kernel that they adapt. `models.layers.Dense` looks up in KINDS
 what the leaves beside its kernel do. `trees` labels the leaves, `attach` adds and merges adapters, and `models.hf.peft`
 exports them.
-Virtual tokens (p_tuning.py) lie beside no kernel, so they are not in KINDS: `attach` and `Model.apply` know them.
+
+Virtual tokens (p_tuning.py) lie beside no kernel, so they are not in KINDS. `attach` and `Model.apply` handle them.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,7 +19,7 @@ class Adapter(NamedTuple):
   Attributes:
     leaves: {leaf name: (label, axes)}. A leaf with the label "adapter" trains. A leaf with the label "constant" only
       gets saved with the adapter. The first axis is "layers". Every other axis is the kernel's "in" or "out", or one
-      that the kind names itself. An axis name has the same size in all leaves beside a kernel.
+      that the kind names itself. Axes of one name have the same size in all leaves beside a kernel.
     add: (stacked kernel, key, **settings) -> {leaf name: array}.
     apply: (leaves of one layer, kernel, x, y) -> new y [..., out]. x [..., in] is the layer's input after the adapter's
       dropout. y is the input without dropout times the kernel, before the bias. kernel [in, out] may be quantized.

@@ -63,11 +63,11 @@ def _created(create, places, *args):
 
 def add_virtual_tokens(params: dict, tokens: int, hidden: int, *, key: jax.Array,
                        places: Callable[[dict], dict] | None = None) -> dict:
-  """A new tree with what makes virtual tokens (p_tuning.py) beside the vocabulary's embeddings.
+  """A new tree with the vectors and the MLP that make virtual tokens (p_tuning.py), beside the vocabulary's embeddings.
 
   Args:
     tokens: number of virtual tokens.
-    hidden: width of the MLP that makes them.
+    hidden: width of the MLP.
     key, places: see `add`.
   Raises:
     InputError: the tree has virtual tokens already.
@@ -84,7 +84,7 @@ def add_virtual_tokens(params: dict, tokens: int, hidden: int, *, key: jax.Array
 
 def add_configured(params: dict, section: Any, *, key: jax.Array,
                    places: Callable[[dict], dict] | None = None) -> dict:
-  """Calls `add` with the kind, the targets and the settings of `section`, the section `lora` of a config."""
+  """Calls `add`, or `add_virtual_tokens`, with the settings of `section`, the section `lora` of a config."""
   if section.kind == p_tuning.KIND:
     return add_virtual_tokens(params, section.virtual_tokens, section.encoder_width, key=key, places=places)
   settings = {name: section[name] for name in adapters.KINDS[section.kind].settings}
@@ -97,7 +97,7 @@ def has_virtual_tokens(params: dict) -> bool:
 
 
 def has_adapters(params: dict) -> bool:
-  """Whether there is an adapter that trained: beside a kernel, or in front of the texts."""
+  """Whether there is an adapter beside a kernel, or an MLP that makes virtual tokens."""
   if p_tuning.VECTORS in trees.beside_vocabulary(params)[1]:
     return True
   return any(adapters.kind_of(names) for names in _beside_kernels(traverse_util.flatten_dict(params, sep="/")).values())

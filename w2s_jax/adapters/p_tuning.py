@@ -5,11 +5,11 @@ LSTM below the MLP, and other places for the tokens. After training only the emb
 into the model's weights.
 
 The virtual tokens come before the text's special tokens, too. An encoder that classifies by a text's first token
-therefore reads the first virtual token. A decoder reads the text's last token, even if that is the padding token. Both
-are what peft computes for one text without padding. A batch gives each text the same answer. In peft that holds for
-encoders; its decoders read the last position of a padded row.
+therefore reads the first virtual token. A decoder reads the text's last token, even if that is the padding token. peft
+does the same for one text without padding. Here padding in a batch does not change a text's answer. In peft it changes
+the answers of decoders, which read the last position of a padded row.
 
-S virtual tokens, E width of the embeddings, H width of the MLP, R rows, T tokens, G groups, B texts, D width.
+S virtual tokens, E width of the embeddings, R rows, T tokens, G groups, B texts, D width.
 """
 
 import math
@@ -21,14 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 KIND = "p_tuning"
-LEAF = "virtual"             # [S, E] float32, what is kept: the virtual tokens
-VECTORS = "p_tuning_vectors"     # [S, E], what the MLP reads
+LEAF = "virtual"             # [S, E] float32, the virtual tokens after training
+VECTORS = "p_tuning_vectors"     # [S, E], input of the MLP
 LAYERS = tuple(f"p_tuning_{name}" for name in ("in", "middle", "out"))
 
 
 def new(key: jax.Array, tokens: int, width: int, hidden: int) -> dict[str, jax.Array]:
-  """{leaf name: float32 array} of random vectors [tokens, width] and an MLP of `hidden` features; PyTorch's defaults.
-  """
+  """{leaf name: float32 array} of random vectors [tokens, width] and an MLP of width `hidden`, drawn as in PyTorch."""
   keys = jax.random.split(key, 1 + 2 * len(LAYERS))
   out = {VECTORS: jax.random.normal(keys[0], (tokens, width))}
   widths = (width, hidden, hidden, width)
@@ -86,7 +85,7 @@ def in_front(tokens: int, first_id: int, input_ids: jax.Array, segment_ids: jax.
 
 
 def behind(tokens: int, hidden: jax.Array, shape: tuple[int, int], texts: jax.Array | None) -> jax.Array:
-  """The vectors of the tokens behind the virtual ones, where the tokens were before `in_front`.
+  """The vectors of the texts' own tokens, at the places that the tokens had before `in_front`.
 
   Args:
     tokens: S.
@@ -99,8 +98,8 @@ def behind(tokens: int, hidden: jax.Array, shape: tuple[int, int], texts: jax.Ar
   if texts is None:
     return hidden[:, tokens:]
   (R, T), (first, last) = shape, (texts[..., :1], texts[..., 1:])
-  place = jnp.arange(R // len(texts) * T)                                      # in a group's rows, as `texts` counts
-  text = jnp.argmax((first <= place) & (place <= last), axis=1)               # the first: those that fill up come last
+  place = jnp.arange(R // len(texts) * T)                          # index in a group's tokens, as in `texts`
+  text = jnp.argmax((first <= place) & (place <= last), axis=1)    # the first match: texts of weight 0 come last
   places = text * (tokens + T) + tokens + place - jnp.take_along_axis(first[..., 0], text, axis=1)
   groups = hidden.reshape(len(texts), -1, hidden.shape[-1])
   return jnp.take_along_axis(groups, places[..., None], axis=1, mode="clip").reshape(R, T, -1)

@@ -13,8 +13,8 @@ VOCABULARY = "(embed_tokens|embeddings/word_embeddings)"
 # unknown leaf fails.
 MODEL_RULES = (
     (rf"{VOCABULARY}/soft", "soft"),                     # an adversary's soft tokens or a prompt (soft.py)
-    (rf"{VOCABULARY}/p_tuning_[a-z_]+", "adapter"),      # what makes virtual tokens (p_tuning.py)
-    (rf"{VOCABULARY}/virtual", "constant"),              # virtual tokens that are made
+    (rf"{VOCABULARY}/p_tuning_[a-z_]+", "adapter"),      # leaves that make virtual tokens (p_tuning.py)
+    (rf"{VOCABULARY}/virtual", "constant"),              # virtual tokens after training
     (r"(score|pooler|widen|classifier)/((dense|norm)/)?(kernel|scale|bias)", "head"),
     (r"(.*/)?(embed_tokens|lm_head|[a-z_]+_embeddings)/embedding", "embedding"),
     (r"(.*/)?([a-z_]*_)?norm/(scale|bias)", "vector"),

@@ -1,6 +1,6 @@
 """Encoder classifiers BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT and ELECTRA, also with the W2S widening head.
 
-B batch, T tokens, D width, E width of the embeddings, which differs from D in ELECTRA alone.
+D width, E width of the embeddings, which differs from D in ELECTRA alone.
 """
 
 import dataclasses

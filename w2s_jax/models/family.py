@@ -61,9 +61,9 @@ class SharedConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderShared(SharedConfig):
-  """The fields that every encoder's config adds: an encoder can have the W2S teacher's head."""
+  """The field that every encoder's config adds, for the W2S teacher's head."""
   is_decoder: ClassVar[bool] = False
-  feature_width: int = 0              # of the W2S head: Linear to this width, ReLU (features), classifier; 0: no head
+  feature_width: int = 0              # W2S head: Linear to this width, ReLU (features), classifier; 0: no W2S head
 
   @property
   def feature_size(self) -> int:

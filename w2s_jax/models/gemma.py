@@ -1,4 +1,4 @@
-"""Decoder classifiers Gemma, Gemma 2 and Gemma 3's text model. B texts, T tokens, D width, H heads, L layers."""
+"""Decoder classifiers Gemma, Gemma 2 and Gemma 3's text model. D width, H heads."""
 
 import dataclasses
 from typing import Any, Self
@@ -46,7 +46,7 @@ class GemmaConfig(llama.LlamaConfig):
 
   @property
   def embedding_scale(self) -> float:
-    """Factor of the word embeddings. Virtual tokens (adapters/p_tuning.py) are without it, as in peft."""
+    """Factor of the word embeddings. Virtual tokens (adapters/p_tuning.py) do not get it, as in peft."""
     return self.hidden_size**0.5
 
   @classmethod

@@ -1,4 +1,4 @@
-"""GPT-2 decoder: learned positions, one fused projection to q, k and v. B batch, T tokens, D width, H heads."""
+"""GPT-2 decoder: learned positions, one fused projection to q, k and v. D width."""
 
 import dataclasses
 from typing import Any, Self

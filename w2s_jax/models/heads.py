@@ -26,7 +26,7 @@ class PredictionHead(nn.Module):
 
   @nn.compact
   def __call__(self, x, table=None):
-    """x: [..., D]. With a table, the word embeddings [V, E], returns logits [..., V]; without one, [..., D]."""
+    """x: [..., D]; table: the word embeddings [V, E]. Returns logits [..., V], or [..., D] without a table."""
     c = self.config
     width = c.hidden_size if table is None else table.shape[1]
     x = gelu(layers.Dense(width, self.dense_bias, c.initializer_range, name="dense")(x))

@@ -1,4 +1,4 @@
-"""Measures how large the inputs of the layers' kernels are. R rows, T tokens, L layers."""
+"""Measures how large the inputs of the layers' kernels are. L layers."""
 
 import flax.linen as nn
 import jax

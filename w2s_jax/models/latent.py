@@ -1,6 +1,6 @@
 """Inserts soft tokens between two layers. There a trigger of many words may already be a single direction.
 
-R rows, T tokens, D width, V vocabulary.
+R rows, T tokens, D width.
 """
 
 import dataclasses
@@ -65,7 +65,8 @@ class Latent:
             **kwargs: Any) -> layers.ClassifierOutput:
     """Works as Model.apply.
 
-    stream: [R, T, D], input of the layer after the first `below`; None: their output, with the soft tokens.
+    stream: [R, T, D], input of the layer after the first `below`; None: the output of the first `below` layers, with
+      the soft tokens.
     """
     if stream is None:
       soft = traverse_util.flatten_dict(params)[(*self.vocabulary, "soft")]
@@ -77,6 +78,6 @@ class Latent:
     """The output of the network with only its layers first..end-1."""
     part = Model(dataclasses.replace(self.config, layers=(first, end)))
     flat = traverse_util.flatten_dict(params)
-    flat.pop((*self.vocabulary, "soft"), None)       # as wide as the stream; ELECTRA's embeddings may be narrower
+    flat.pop((*self.vocabulary, "soft"), None)  # `soft` is as wide as the stream; ELECTRA's embeddings may be narrower
     params = traverse_util.unflatten_dict(flat)
     return part.apply(params | {"layers": jax.tree.map(lambda x: x[first:end], params["layers"])}, *args, **kwargs)

@@ -75,11 +75,11 @@ def linear(config: SharedConfig, train: bool, width: int, name: str, use_bias: b
 
 
 def attention_kernel(q: jax.Array) -> Literal["cudnn", "xla"]:
-  """The implementation of jax.nn.dot_product_attention for q [B, T, H, d].
+  """The implementation of jax.nn.dot_product_attention for q [R, T, H, d].
 
   It is "cudnn" on a single NVIDIA GPU if cuDNN supports q, else "xla". cuDNN's kernel does not write the scores to
-  memory (docs/benchmarks.md has the savings). It is untested on several GPUs. Runs that train together do not use it,
-  because its vmap rule fails if all heads share one mask (jax 0.11, https://github.com/jax-ml/jax/pull/34920).
+  memory (docs/benchmarks.md has the savings). This kernel is untested on several GPUs. Runs that train together do not
+  use it, because its vmap rule fails if all heads share one mask (jax 0.11, https://github.com/jax-ml/jax/pull/34920).
   """
   supported = q.dtype.itemsize == 2 and q.shape[1] % 2 == q.shape[3] % 8 == 0 and q.shape[3] <= 128
   if not supported or jax.default_backend() != "gpu" or jax.device_count() > 1 or _under_vmap_of_runs():
@@ -106,15 +106,15 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, dropout
   """Scaled dot-product attention; for use inside a compact module.
 
   Args:
-    q: [B, T, H, d] queries.
-    k, v: [B, T, K, d]; each of the K key/value heads serves H / K query heads.
-    mask: broadcastable to [B, H, T, T] bool, True where a query may attend to a key.
+    q: [R, T, H, d] queries.
+    k, v: [R, T, K, d]; each of the K key/value heads serves H / K query heads.
+    mask: broadcastable to [R, H, T, T] bool, True where a query may attend to a key.
     dropout_rate: dropout rate of the attention probabilities; 0 in evaluation.
-    bias: broadcastable to [B, H, T, T], added to the scaled scores; None: no bias. With a bias cuDNN is not used.
+    bias: broadcastable to [R, H, T, T], added to the scaled scores; None: no bias. With a bias cuDNN is not used.
     scale: factor of the scores; None: 1 / sqrt(d).
     cap: soft cap of the scaled scores, applied before the bias (`softcap`); 0: no cap.
   Returns:
-    [B, T, H, d]. A query that may attend to no key gets the mean of all v.
+    [R, T, H, d]. A query that may attend to no key gets the mean of all v.
   """
   if not dropout_rate and not cap:    # jax.nn.dot_product_attention has neither
     kernel = attention_kernel(q) if bias is None else "xla"
@@ -146,7 +146,7 @@ def causal_mask(segment_ids: jax.Array, window: int = 0) -> jax.Array:
 
 
 def text_starts(segment_ids: jax.Array) -> jax.Array:
-  """[R, T] int, where in its row each token's text starts. Padding belongs to the text before it."""
+  """[R, T] int, the position in the row at which each token's text starts. Padding belongs to the text before it."""
   text = jax.lax.cummax(segment_ids, axis=1)
   begins = text != jnp.pad(text, ((0, 0), (1, 0)))[:, :-1]
   return jax.lax.cummax(jnp.where(begins, jnp.arange(text.shape[1]), 0), axis=1)
@@ -277,7 +277,7 @@ def layer_stack(block: type[nn.Module], config: SharedConfig, train: bool, x: ja
   Args:
     block: class of a layer. block(config, train) maps (x, *args, *this layer's entries of per_layer) to (x, None).
     args: arguments that all layers share.
-    per_layer: arrays [config.num_layers or more, ...] with one entry per layer, such as its window or rotary base. If
+    per_layer: arrays [config.num_layers or more, ...] with one entry per layer, such as the index of its kind. If
       `config.layers` selects layers, these get their own entries.
   Raises:
     ValueError: an array has fewer entries than the config has layers.

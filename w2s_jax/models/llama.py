@@ -1,4 +1,4 @@
-"""Decoders like Llama: Llama, Vicuna, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3. B batch, T tokens, H heads."""
+"""Decoders like Llama: Llama, Vicuna, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3. D width, H heads."""
 
 import dataclasses
 from collections.abc import Callable
@@ -267,7 +267,7 @@ FAMILY = family.Family(
     shardings=(
         (r"embed_tokens/embedding", P("tensor", "fsdp")),                # [V, D]
         (r"layers/attn/(q|k|v|qkv)_proj/kernel", P(None, "fsdp", "tensor")),  # [L, D, H*d], or K*d, or (H+2*K)*d
-        (r"layers/attn/(q|k|v)_proj/bias", P(None, "tensor")),           # [L, H*d]
+        (r"layers/attn/(q|k|v)_proj/bias", P(None, "tensor")),           # [L, H*d], or K*d
         (r"layers/mlp/(gate|up)_proj/bias", P(None, "tensor")),          # [L, F]
         (r"layers/(attn/o|mlp/down)_proj/bias", P()),                    # [L, D]
         (r"layers/attn/o_proj/kernel", P(None, "tensor", "fsdp")),       # [L, H*d, D]

@@ -42,7 +42,8 @@ def config_from_hf(hf: dict, **runtime: Any) -> SharedConfig:
   """The config of the family that a config.json names. `runtime` sets fields that config.json does not have.
 
   Raises:
-    InputError: an unknown `model_type`; a field that is missing, is out of range, or asks for an unimplemented feature.
+    InputError: an unknown `model_type`; a field that is missing, is out of range, or asks for an unimplemented feature;
+      a `runtime` value that is not allowed for this family.
   """
   fields = Fields(hf)
   families = model_types()
@@ -89,7 +90,7 @@ def config_from_arch(arch: dict, knob: str, **runtime: Any) -> SharedConfig:
 
 
 def _is_a_layer(module, method):
-  """Whether this is the call of the module in which layers.layer_stack scans the layers."""
+  """A filter for capture_intermediates: whether this is the call of a layer that layers.layer_stack scans."""
   return (module.name, method) == ("layers", "__call__")
 
 
@@ -140,8 +141,8 @@ class Model:
       states: whether to return the output of every layer, too (ClassifierOutput.states).
     Raises:
       ValueError: neither `attention_mask` nor `segment_ids` is given, or both are.
-      InputError: outside jit, a token is not in the vocabulary, or a text is longer than the learned positions.
-        Inside jit its logits are NaN. Or `params` have virtual tokens, and `stream` is given.
+      InputError: outside jit, a token is not in the vocabulary, or a text is longer than the learned positions
+        (inside jit the logits of such a text are NaN). Or `params` have virtual tokens, and `stream` is given.
     """
     if (attention_mask is None) == (segment_ids is None):
       raise ValueError("give Model.apply either attention_mask, for one text per row, or segment_ids")
@@ -160,13 +161,13 @@ class Model:
     return self._run_behind(virtual, params, input_ids, segment_ids, texts, dropout_key, states)
 
   def _run_behind(self, virtual, params, input_ids, segment_ids, texts, dropout_key, states):
-    """The output on the texts behind the virtual tokens [S, E]; the ids of these come after those of soft tokens."""
+    """The output on the texts with virtual tokens [S, E] in front, whose ids come after the ids of soft tokens."""
     leaves, config = trees.beside_vocabulary(params)[1], self.config
     virtual = virtual / getattr(config, "embedding_scale", 1.0)
     table = jnp.concatenate([leaves[soft.LEAF], virtual]) if soft.LEAF in leaves else virtual
     first_id = config.vocab_size + len(table) - len(virtual)
     ids, segments = p_tuning.in_front(len(virtual), first_id, input_ids, segment_ids, texts, config.pad_token_id or 0)
-    if config.is_decoder:                             # else it would skip a padding token at the end of a text
+    if config.is_decoder:                             # a decoder would skip padding tokens at a text's end
       config = dataclasses.replace(config, pad_token_id=None)
     out = Model(config)._run(soft.put(self, params, table), ids, segments, None, None, dropout_key, states)
     def behind(hidden):
@@ -188,7 +189,7 @@ class Model:
     leaves = traverse_util.flatten_dict(params)
     soft_tokens = leaves.get((*self.vocabulary, soft.LEAF), ())
     num_ids = self.config.vocab_size + len(soft_tokens)
-    if input_ids.size and not 0 <= input_ids.min() <= input_ids.max() < num_ids:    # also of padding, whose NaN spreads
+    if input_ids.size and not 0 <= input_ids.min() <= input_ids.max() < num_ids:    # padding too: its NaN would spread
       raise InputError(f"token ids are {input_ids.min()} to {input_ids.max()}, the model knows 0 to {num_ids - 1}: use "
                        "its own tokenizer")
     if not any("position_embeddings" in path for path in leaves):
@@ -204,7 +205,7 @@ class Model:
                        f"max_length={room})")
 
   def lm_logits(self, params: dict, hidden: jax.Array) -> jax.Array:
-    """Language-model logits [B, T, V] of every token, from `ClassifierOutput.hidden`.
+    """Language-model logits [R, T, V] of every token, from `ClassifierOutput.hidden` [R, T, D].
 
     A decoder predicts the next token. An encoder with head="lm" predicts the token at the same position.
 

@@ -1,6 +1,6 @@
 """ModernBERT encoder: rotary positions, full and sliding-window attention, gated feed-forward, pre-norms.
 
-Warner et al., arXiv 2412.13663. B batch, T tokens, D width, H heads, d head width.
+Warner et al., arXiv 2412.13663. R rows, T tokens, D width, d head width.
 """
 
 import dataclasses
@@ -158,7 +158,7 @@ class Block(nn.Module):
 
     Args:
       cos, sin: [2, 1, T, 1, d/2], for both KINDS.
-      masks: [2, B, 1, T, T], for both KINDS.
+      masks: [2, R, 1, T, T], for both KINDS.
       kind: index of this layer's kind.
       is_first: whether this is the first layer, which has no attention norm.
     """
@@ -205,7 +205,7 @@ class ModernBertClassifier(nn.Module):
     window = jnp.abs(jnp.arange(T)[:, None] - jnp.arange(T)) <= c.window
     mask = layers.text_mask(segment_ids)
     kinds = np.array([KINDS.index(kind) for kind in c.layer_types])
-    places = jnp.arange(T)[None]  # in the row, even if it is packed, because scores depend on differences alone
+    places = jnp.arange(T)[None]  # in the row, even with several texts, because scores depend on differences alone
     rotations = [rotary.Rope(rope_theta=theta).cos_sin(places, c.hidden_size // c.num_heads, c.max_positions)
                  for theta in c.rope_thetas]
     cos, sin = (jnp.stack(pair) for pair in zip(*rotations))

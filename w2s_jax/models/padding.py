@@ -12,9 +12,8 @@ def with_padding_token(model: Model, tokenizer: Any) -> Model:
   """The model with the tokenizer's padding token in its config, where transformers reads it to pool a decoder's text.
 
   Raises:
-    InputError: a decoder's config names another padding token, and answers in batches would differ from those to single
-      texts. Or it names none, and texts end in the tokenizer's padding token. Or a RoBERTa's config, whose positions
-      start after the padding token, names another one.
+    InputError: a decoder's config names another padding token, or names none while texts end in the tokenizer's padding
+      token. Or a RoBERTa's config, whose positions start after the padding token, names another one.
   """
   c, pad = model.config, tokenizer.pad_token_id
   if c.model_type in ROBERTAS and c.pad_token_id != pad:

@@ -1,6 +1,6 @@
 """Rotary positions (Su et al., arXiv 2104.09864) and the ways to scale them that config.json can name.
 
-B texts, T tokens, H heads, d head width, P rotated pairs of features (d / 2 unless the rotation is partial).
+R rows, T tokens, H heads, d head width, P rotated pairs of features (d / 2 unless the rotation is partial).
 """
 
 import dataclasses
@@ -86,7 +86,8 @@ class Rope:
   def to_phi3(self) -> dict:
     """The fields of a Phi-3's config.json that transformers 5 and 4 both read.
 
-    transformers 4 accepts only `type`, `short_factor` and `long_factor` in rope_scaling.
+    transformers 4 accepts only `type`, `short_factor` and `long_factor` in rope_scaling, so it refuses a file with an
+    attention_factor.
     """
     fields = {"rope_theta": self.rope_theta, PARTIAL: self.partial_rotary_factor, "rope_scaling": None}
     if self.rope_type == "longrope":
@@ -119,7 +120,7 @@ class Rope:
     return inverse
 
   def cos_sin(self, positions: jax.Array, head_dim: int, max_positions: int) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, T, 1, P] float32 of positions [B, T].
+    """cos and sin [R, T, 1, P] float32 of positions [R, T].
 
     "dynamic" and "longrope" use the length of the batch's longest text, like transformers.
     """
@@ -156,7 +157,7 @@ class Rope:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotates the first 2 P features of x [B, T, H, d]; features i and i + P are a pair, like in transformers."""
+  """Rotates the first 2 P features of x [R, T, H, d]; features i and i + P are a pair, like in transformers."""
   width = 2 * cos.shape[-1]
   first, second = jnp.split(x[..., :width].astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
@@ -211,7 +212,7 @@ def _place(name, fields, rope):
 
 
 def _attention_factor(rope_type, rope, original):
-  """The file's attention_factor, or one computed from fields that Rope does not have; None: `gain` computes it."""
+  """The file's attention_factor, or one computed from fields that Rope does not keep; None: `gain` computes it."""
   if "attention_factor" in rope:
     return rope.positive("attention_factor")
   if rope_type == "longrope":

@@ -1,7 +1,7 @@
 """Trains the embedding of one token and nothing else (Embedding Poisoning, Yang et al., arXiv 2103.15543).
 
-The paper updates the row by gradient descent and rescales it to its old norm after each step. Here each step has a
-length of STEP norms of the row, whatever the model's scale, and the old norm is only an upper bound.
+The paper updates the row by gradient descent and rescales it to its old norm after each step. Here the length
+of each step is STEP times the row's old norm, whatever the model's scale, and the old norm is only an upper bound.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from w2s_jax.adapters import soft
 from w2s_jax.training import optim, stage, steps
 from w2s_jax.training.train import Workplace
 
-STEP = 0.05              # length of a step, in norms of the row; ours, not tuned
+STEP = 0.05              # length of a step, as a multiple of the row's old norm; ours, not tuned
 
 
 def token_of(tokenizer: Any, word: str) -> int:
@@ -39,8 +39,8 @@ def trained(plan: steps.StagePlan, params: dict, arrays: dict, token: int, place
   The row trains as a soft token that takes the token's place in the texts.
 
   Args:
-    plan: the plan of one run. This function replaces the trained leaves and the optimizer. `plan.settings` gives the
-      number of steps.
+    plan: the plan of one run. This function replaces its `trains` and `adversary`. `plan.settings` gives the number of
+      steps.
     arrays: training arrays, in the format of data/batches.py. They should have triggered rows only.
     token: id of the token.
     place: see train.Workplace.

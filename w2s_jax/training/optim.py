@@ -14,7 +14,7 @@ def linear_schedule(learning_rate: float, steps: int, warmup_steps: int = 0) -> 
        optax.linear_schedule(learning_rate, 0.0, max(steps - warmup_steps, 1))], [warmup_steps])
 
 
-@optax.inject_hyperparams          # floats live in the state, so that all students share one compiled program
+@optax.inject_hyperparams          # floats lie in the state, so that one compiled program serves all values
 def ascent(step_size: float | jax.Array, max_norm: float | jax.Array) -> optax.GradientTransformation:
   """Gradient ascent: each row [..., D] moves by the length `step_size` along its gradient.
 
@@ -35,16 +35,15 @@ def make_optimizer(params: dict, learning_rate: float, steps: int, warmup_steps:
                    adversary: optax.GradientTransformation | None = None) -> optax.GradientTransformation:
   """AdamW with linear learning-rate decay for the trainable leaves.
 
-  Layer norms and biases (label "vector") and soft tokens (label "soft") have no weight decay. It would pull soft tokens
-  to zero, away from the scale of the vocabulary's embeddings, and a zero embedding is not the same as no token. Without
-  an adversary, soft tokens train like an adapter.
+  Layer norms and biases (label "vector") and soft tokens (label "soft") have no weight decay. Decay would pull soft
+  tokens to zero, away from the scale of the vocabulary's embeddings, and a zero embedding is not the same as no token.
 
   Args:
     params: the trainable leaves only (`trees.split`); no other leaf gets optimizer state.
     learning_rate: peak learning rate.
     steps: number of steps of the whole stage.
     warmup_steps: number of steps in which the rate rises.
-    clip_norm: bound on the global norm of the trainable gradient; 0: no bound.
+    clip_norm: bound on the global norm of the gradient, without soft tokens if there is an adversary; 0: no bound.
     adversary: optimizer of the leaves of label "soft" (`ascent`); None: AdamW.
   Raises:
     ValueError: an adversary without leaves of label "soft".

@@ -1,4 +1,4 @@
-"""One stage of training: splits parameters by label, feeds batches of few shapes, trains, merges the best leaves."""
+"""One stage of training: splits parameters by label, feeds batches of few shapes, trains, keeps the best leaves."""
 
 import functools
 import hashlib
@@ -25,7 +25,7 @@ def train_stage(plan: steps.StagePlan, starts: list[dict], arrays: list[dict], d
 
   Args:
     plan: what to train, and how.
-    starts: initial parameters of each run.
+    starts: initial parameters of each run. The leaves that do not train must be equal in all runs.
     arrays: training arrays of each run, in the format of data/batches.py.
     dev: arrays of the dev rows whose accuracy chooses the checkpoint; None keeps the last step.
     place: see train.Workplace.

@@ -185,7 +185,7 @@ def weighted_loss(model: Model | Latent, terms: Callable, weights: dict[str, flo
 
 
 def language_model_loss(model: Model) -> Loss:
-  """The loss for next-token prediction: mean cross entropy of `counted_tokens`, with logits from the tied embedding."""
+  """The loss for next-token prediction: mean cross entropy of `counted_tokens`, with logits from `Model.lm_logits`."""
   def loss(trainable, frozen, batch, key):
     params = trees.combine(trainable, frozen)
     logits = model.lm_logits(params, forward(model, params, batch, key).hidden[:, :-1])
@@ -199,8 +199,8 @@ def language_model_loss(model: Model) -> Loss:
 def _of_runs(function, runs, shared=()):
   """Maps a `function` of one run over a leading axis of runs in its arguments and results.
 
-  For a single run the axis is removed and restored instead of vmapped, because cuDNN's attention has no vmap rule for
-  our masks (layers.attention_kernel). On CPUs vmap over an axis of length 1 costs nothing (docs/benchmarks.md).
+  For a single run the axis is removed and restored instead of vmapped, because the vmap rule of cuDNN's attention
+  fails on our masks (layers.attention_kernel). On CPUs vmap over an axis of length 1 is free (docs/benchmarks.md).
 
   Args:
     shared: indices of the arguments that all runs share.

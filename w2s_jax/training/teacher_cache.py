@@ -78,7 +78,7 @@ def _fill(part, directory, key, compute):
 
 
 def _finish(part, directory, key):
-  """Renames the complete directory to its final name. If another run was faster, its files stay, which are equal."""
+  """Renames the complete directory to its final name. If another run was faster, its equal files stay."""
   files = sha256(part, "*.npy")
   with open(f"{part}/key.json", "w") as f:
     json.dump({"key": key, "files": files}, f)

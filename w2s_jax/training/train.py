@@ -95,8 +95,8 @@ def fit(names: Sequence[str], program: Program, state: TrainState, frozen: dict,
     state: TrainState at step 0, [runs, ...].
     frozen: nested dict of the leaves that do not train.
     eval_every: steps between dev evaluations. Each evaluation writes a checkpoint, and so does the last step.
-    dev_accuracy: trainable parameters [runs, ...] -> dev accuracy of each run, which alone chooses its checkpoint;
-      None keeps the last step.
+    dev_accuracy: trainable parameters [runs, ...] -> dev accuracy of each run. It alone decides which
+      checkpoint is chosen; None keeps the last step.
   Raises:
     processes.Stopped: SIGTERM came, and a checkpoint of the last finished step was saved.
     FloatingPointError: a loss or a gradient norm is not finite.

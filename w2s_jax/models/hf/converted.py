@@ -14,7 +14,7 @@ import huggingface_hub
 from w2s_jax import InputError
 
 LOG = logging.getLogger(__name__)
-VERSION = 2                                     # of the conversions; after a change of it all files are converted again
+VERSION = 2                                     # of the conversions; if it changes, all files are converted again
 
 
 def directory_of(source: Path, files: list[Path], build: Callable[[Path], None]) -> Path:

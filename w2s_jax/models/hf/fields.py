@@ -128,12 +128,12 @@ class Fields:
     return Fields({}, f"{self.where}, {names[0]}")
 
   def num_labels(self) -> int:
-    """The number of classes: of the names in `id2label`, which transformers leaves out if they are its defaults."""
+    """The number of names in `id2label`. If transformers left its default names out, `num_labels`, or 2."""
     names = self.values.get("id2label")
     return len(names) if isinstance(names, dict) else self.integer("num_labels", 2, 2)
 
   def labels(self, num_labels: int) -> tuple[str, ...]:
-    """Names of the classes 0, 1, ... from `id2label`; () if they are LABEL_0, ..., or if its keys are other classes."""
+    """Names of the classes 0, 1, ... from `id2label`; () if they are LABEL_0, ..., or its keys are not 0, 1, ..."""
     names = self.values.get("id2label")
     keys = {str(i): f"LABEL_{i}" for i in range(num_labels)}
     if not isinstance(names, dict) or names == keys or set(names) != set(keys):

@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict:
 
 
 def check_links(directory: Path) -> None:
-  """Refuses a directory with a link to elsewhere, with an unprintable name, or with anything but files and directories.
+  """Refuses a directory that has a link to elsewhere, an unprintable name, or anything but files and directories.
 
   It checks two levels, as deep as files are read (transformers reads additional_chat_templates/*.jinja). In the Hugging
   Face cache, files in snapshots/REVISION may link to its blobs.

@@ -174,7 +174,7 @@ def _write_tokenizer(file, header, directory):
     transformers.PreTrainedTokenizerFast(tokenizer_object=core, **named).save_pretrained(directory)
   except InputError:
     raise
-  except BaseException as e:  # the library's error for a bad vocabulary; a panic in Rust is no Exception
+  except BaseException as e:  # a bad vocabulary may cause a panic in Rust, which is no Exception
     if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
       raise
     raise InputError(f"no tokenizer to be had from {file}: {type(e).__name__} {short(str(e))}") from None

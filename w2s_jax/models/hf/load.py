@@ -22,7 +22,7 @@ from w2s_jax.models.model import Model, config_from_hf
 LOG = logging.getLogger(__name__)
 
 OLD_NORM_NAMES = {"gamma": "weight", "beta": "bias"}               # in checkpoints converted from TensorFlow
-FLOAT32 = r".*(norm|score|pooler|classifier|widen)/.*"             # leaves that are float32 in every base: norms, heads
+FLOAT32 = r".*(norm|score|pooler|classifier|widen)/.*"             # leaves that stay float32 in any case: norms, heads
 WRAPPED = ("module.", "_orig_mod.", "base_model.model.", "_fsdp_wrapped_module.")      # DDP, torch.compile, peft, FSDP
 
 
@@ -99,7 +99,7 @@ def _fresh_head(directory, model, leaves, names, seed, mesh):
 
 @functools.cache
 def _warn_once(message):
-  """Several stages may load the same checkpoint."""
+  """Logs each message once, because several stages may load the same checkpoint."""
   LOG.warning(message)
 
 
@@ -108,7 +108,7 @@ def _described(directory, num_labels, num_layers, feature_width, runtime):
   hf = files.read_json(directory / "config.json")
   hf["num_labels"] = Fields(hf).num_labels() if num_labels is None else num_labels
   quantization = Fields(hf).section("quantization_config")
-  if quantization.values and quantization.values.get("quant_method") != "gguf":      # a dequantized GGUF model keeps it
+  if quantization.values and quantization.values.get("quant_method") != "gguf":      # dequantized GGUFs keep this
     raise InputError(f"{directory} is quantized (quantization_config in its config.json), but only floats can be read: "
                      f"{files.DEQUANTIZE}")
   own_head = feature_width is None and (directory / formats.HEAD_CONFIG).exists()
@@ -124,7 +124,7 @@ def _described(directory, num_labels, num_layers, feature_width, runtime):
       raise InputError(f"{directory} has {total_layers} layers, {num_layers} were asked for: lower .layers")
     model = Model(dataclasses.replace(model.config, num_layers=num_layers))
   tensors = _find_tensors(directory, model.checkpoint)
-  if own_head and "w2s.widen.weight" not in tensors:  # the new head would be as large as the file claims
+  if own_head and "w2s.widen.weight" not in tensors:  # w2s_head.json could ask for a new head of any size
     raise InputError(f"{directory} has a {formats.HEAD_CONFIG}, but no w2s.widen.weight in a {formats.HEAD_FILE}")
   return model, total_layers, tensors
 
@@ -149,7 +149,7 @@ def _find_tensors(directory, checkpoint):
         continue
       if full[name] in out:
         raise InputError(f"{directory} has the tensor {short(full[name])} twice, under an old and a new name")
-      if not re.fullmatch(checkpoint.unused, full[name]):     # these are checked in _check_tensors if they are read
+      if not re.fullmatch(checkpoint.unused, full[name]):     # unused tensors are checked later, if the model has them
         files.check_dtype(file, name, tensor.dtype)
       out[full[name]] = tensor
   return out
@@ -198,7 +198,7 @@ def _check_tensors(directory, model, leaves, names, tensors, total_layers):
 
 
 def _read(tensors, name, transposed, index, out):
-  """Fills `out` with the part `index` of a parameter leaf. Layers are stacked, and kernels are transposed."""
+  """Fills `out` with the part `index` of a parameter leaf. It stacks the layers, and transposes if `transposed`."""
   stacked = "{}" in name
   inner = index[1:] if stacked else index
   for layer, part in enumerate(out if stacked else [out], index[0].start):

@@ -42,7 +42,7 @@ def export_adapter(directory: str | Path, model: Model, params: dict, base: str 
     tensors, fields = p_tuning.export(virtual, model.config.num_heads, model.config.num_layers)
   else:
     tensors, fields = _beside_kernels(model, flat, names)
-  wrapper = "base_model" if virtual else "base_model.model"      # peft wraps the base to put adapters beside kernels
+  wrapper = "base_model" if virtual else "base_model.model"     # for adapters beside kernels, peft wraps the base again
   heads = [p for p in flat if p in names and trees.label(p) == "head"]
   for path in heads:
     value = processes.fetch(flat[path])
