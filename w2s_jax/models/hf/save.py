@@ -103,6 +103,7 @@ def _finish(staging, directory, model, shards, has_head, leaves, tokenizer, id2l
     (staging / "README.md").write_text(card)
   old = directory.with_name(directory.name + ".old")
   if directory.exists():
+    shutil.rmtree(old, ignore_errors=True)             # a process that was killed below left it
     os.replace(directory, old)
   os.replace(staging, directory)
   if old.exists():
