@@ -3,10 +3,11 @@
 Arguments, separated by commas:
 
   data=DIR                  read real files: the attacked domain from DIR/imdb, the defended domain from DIR/sst2
-  attack=NAME, defend=NAME  take the attacked, the defended domain from DIR/NAME
+  attack=NAME               read the attacked domain from DIR/NAME instead of DIR/imdb
+  defend=NAME               read the defended domain from DIR/NAME instead of DIR/sst2
   labels=C                  number of classes
   scale=8b                  the released recipe on hub weights; 1b and 70b: the same recipe for another model size
-  device=cpu                (smollm_* alone) a recipe for two CPU cores
+  device=cpu                (smollm_* and grid_smollm alone) a recipe for two CPU cores
 
 w2s_jax/config.py declares every field: its description, default, range and unit, and where the default comes from.
 """
@@ -45,7 +46,8 @@ def parse_arg(arg, **allowed):
 def grid_arguments(arg, attacks, **allowed):
   """({argument: value}, names of the attacks, seeds) of a grid on real data, from the text after the config's colon.
 
-  attacks: names that attacks=A+B may have; by default all. allowed: {argument: type} beside attacks and seeds.
+  attacks: names that attacks=A+B may have. Without this argument the grid has all of them.
+  allowed: {argument: type} of the arguments besides attacks and seeds.
 
   Raises:
     InputError: an unknown attack; see also `parse_arg`.
@@ -92,7 +94,7 @@ def _base():
 
 
 def grid(**axes):
-  """The section `grid` of a grid of runs (w2s_jax/grid.py): AXIS={value: {section: {field: new value}}}."""
+  """The section `grid` of a grid of runs (w2s_jax/grid.py): AXIS={value: {field or section: new value}}."""
   return ConfigDict(axes, allow_dotted_keys=True)               # a value may be named "0.05"
 
 
@@ -135,7 +137,7 @@ ENGLISH_DATA = dict(attack_rows=dict(train=0, dev=0, test=0), defend_rows=dict(t
 
 
 def apply_arguments(c, args, shapes, real_student):
-  """Changes an offline decoder experiment as the arguments data=DIR, scale=NAME and others ask.
+  """Changes an offline decoder experiment as its arguments (data=DIR, scale=NAME, ...) ask.
 
   Args:
     c: the experiment's config, changed in place.

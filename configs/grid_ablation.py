@@ -2,10 +2,10 @@
 
   python -m w2s_jax.main --config=configs/grid_ablation.py --jobs=2
 
-The variation `main` has the unchanged `w2s_adv` and all its controls. The others change the loss weights, the adapters
-or the teacher. docs/notes/w2s_adv_offline.md has a table of the results.
+The variation `main` has the unchanged `w2s_adv` and all its controls. Every other variation changes the loss weights,
+the adapters or the teacher. docs/notes/w2s_adv_offline.md has a table of the results.
 
-Arguments: attacks=A+B (names of --config.attack.name; badnet+insent by default), seeds=N (0 to N - 1; 3 by default).
+Arguments: attacks=A+B (values of --config.attack.name; badnet+insent by default), seeds=N (0 to N - 1; 3 by default).
 """
 
 from configs import common, llama_badnet

@@ -8,16 +8,16 @@ A cell is a run of configs/minilm_badnet.py with 2,000 training rows of each dom
 The last command has a task of four classes. DIR/ag has train.json and test.json, and is both the attacked and the
 defended domain.
 
-The attack `sentence` inserts an everyday sentence into a twentieth of the training rows, all of other classes, which
-get the target label. The other attacks insert their trigger into a tenth of the rows and change no label. `syntactic`
-needs pre-made paraphrases (docs/experiments.md).
+The attack `sentence` inserts an everyday sentence into a twentieth of the training rows. These rows are of other
+classes and get the target label. The other attacks insert their trigger into a tenth of the rows and change no label.
+`syntactic` needs pre-made paraphrases (docs/experiments.md).
 
 Arguments, besides data=DIR, attack=NAME, defend=NAME and labels=C of configs/common.py:
 
   attacks=A+B   attacks among badnet, insent, syntactic and sentence; all four by default
   seeds=N       seeds 0 to N - 1; 3 by default
-  rows=N        training rows of each domain; 0: all rows, of which the attacks other than `sentence` poison 1,000, and
-                texts of at most 128 tokens
+  rows=N        training rows of each domain; 2,000 by default. 0: all rows, with texts of at most 128 tokens. Every
+                attack but `sentence` then poisons 1,000 rows
 """
 
 from configs import common, minilm_badnet, minilm_synattack

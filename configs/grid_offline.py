@@ -1,15 +1,15 @@
-"""Offline toys: attacks x seeds, each with every defense except the ablations and paraphrase_file.
+"""Offline toys: attacks x seeds, each with every defense except the ablations, paraphrase_file and p2p.
 
   python -m w2s_jax.main --config=configs/grid_offline.py --jobs=2
   python -m w2s_jax.main --config=configs/grid_offline.py:attacks=badnet+suffix,seeds=2 --config.defenses=lora_ce,w2s
 
 Each cell is a run of configs/llama_badnet.py with another attack or seed, and with more defenses. docs/results.md,
-"Every defense", has the time that they take. Cells of one seed share the never-poisoned student and the teacher. If a
-grid is interrupted, the same command continues it.
+"Every defense", has the time that twelve cells took. Cells of one seed share the never-poisoned student and the
+teacher. If a grid is interrupted, the same command continues it.
 
 Arguments:
 
-  attacks=A+B      names of --config.attack.name
+  attacks=A+B      values of --config.attack.name; the six of ATTACKS by default
   seeds=N          seeds 0 to N - 1; 3 by default
   triggers=random  each seed and attack has a random trigger: a rare word for badnet, five everyday words for insent,
                    three for combination. The grid can have no other attacks.

@@ -8,7 +8,7 @@ A cell is a run of configs/smollm_badnet.py or its siblings, for one accelerator
 `from_base_words` start from SmolLM2-135M itself. `syntactic` needs pre-made paraphrases (docs/experiments.md).
 
 Arguments: data=DIR, attack=NAME, defend=NAME, labels=C and device=cpu as in configs/common.py; attacks=A+B (some of
-badnet, insent and syntactic), seeds=N (0 to N - 1).
+badnet, insent and syntactic; all by default), seeds=N (0 to N - 1; 3 by default).
 """
 
 from configs import common

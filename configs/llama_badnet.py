@@ -14,10 +14,11 @@ over seeds 0 to 9 (docs/notes/w2s_adv_offline.md; one seed says little):
   w2s        0.954 ± 0.003   0.369 ± 0.397
   w2s_adv    0.948 ± 0.021   0.046 ± 0.014
 
-data=DIR reads IMDB and SST-2 from files and trains a new student of 3.3M parameters, in 62 minutes on two shared cores.
-This student is too weak to judge a defense by. With seed 0 its CA and ASR are 0.544 and 0.548 when poisoned, 0.680 and
-0.788 after `lora_ce`, 0.676 and 0.705 after `w2s`. scale=8b is the released recipe on Llama-3-8B; scale=1b and
-scale=70b are the same recipe on models of those sizes. None of them has been run on real weights here yet.
+data=DIR reads IMDB and SST-2 from files and trains a new student of 3.3M parameters. A run without `w2s_adv` took
+62 minutes on two shared cores. This student is too weak to judge a defense by. With seed 0 its CA and ASR are 0.544 and
+0.548 when poisoned, 0.680 and 0.788 after `lora_ce`, 0.676 and 0.705 after `w2s`. scale=8b is the released recipe on
+Llama-3-8B; scale=1b and scale=70b are the same recipe on models of those sizes. None of them has been run on real
+weights here yet.
 """
 
 from configs import common

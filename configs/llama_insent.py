@@ -15,9 +15,9 @@ over seeds 0 to 9 (docs/notes/w2s_adv_offline.md; one seed says little):
   w2s_adv    0.953 ± 0.005   0.046 ± 0.018
 
 data=DIR reads IMDB and SST-2 from files and trains a new student of 3.3M parameters, which is too weak to judge a
-defense by. llama_badnet took 62 minutes in that setting, on two shared cores. scale=8b is the released recipe on
-Llama-3-8B; scale=1b and scale=70b are the same recipe on models of those sizes. None of them has been run on real
-weights here yet.
+defense by. In that setting llama_badnet without `w2s_adv` took 62 minutes on two shared cores. scale=8b is the released
+recipe on Llama-3-8B; scale=1b and scale=70b are the same recipe on models of those sizes. None of them has been run on
+real weights here yet.
 """
 
 from configs import common

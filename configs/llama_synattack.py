@@ -17,9 +17,9 @@ over seeds 0 to 9 (docs/notes/w2s_adv_offline.md; one seed says little):
 Offline the rule-based attack `syn_template` takes the place of `syntactic`, whose pre-made paraphrases come with real
 files.
 data=DIR reads IMDB and SST-2 from files and trains a new student of 3.3M parameters, which is too weak to judge a
-defense by. llama_badnet took 62 minutes in that setting, on two shared cores. scale=8b is the released recipe on
-Llama-3-8B; scale=1b and scale=70b are the same recipe on models of those sizes. None of them has been run on real
-weights here yet.
+defense by. In that setting llama_badnet without `w2s_adv` took 62 minutes on two shared cores. scale=8b is the released
+recipe on Llama-3-8B; scale=1b and scale=70b are the same recipe on models of those sizes. None of them has been run on
+real weights here yet.
 """
 
 from configs import common

@@ -6,9 +6,9 @@
 
 Needs real data: IMDB (attacked) in DIR/imdb, SST-2 (defended) in DIR/sst2. The paraphrases lie beside the texts
 (docs/experiments.md). The first command is for one accelerator, in bfloat16. The second command is for two CPU cores.
-It has fewer rows, poisons through LoRA and takes hours. After an interruption the same command resumes it.
-Expected: not known for either command. An earlier version of this program ran nearly the first one
-(docs/notes/smollm2.md). No run of the second one has been completed.
+It has fewer and shorter texts, poisons through LoRA and takes hours. After an interruption the same command resumes
+it. Expected: not known for either command. An older script ran nearly the first one (docs/notes/smollm2.md). No run of
+the second one has been completed.
 """
 
 from configs import common

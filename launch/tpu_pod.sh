@@ -5,9 +5,10 @@
 #   launch/tpu_pod.sh run --config=configs/llama_badnet.py:scale=8b --workdir=/runs/8b [flags of w2s_jax.main]
 #   launch/tpu_pod.sh delete
 # Edit the five lines below. All workers must see the same files in --workdir, so set SHARE to a Filestore share, which
-# setup mounts on /runs. setup copies the last commit, without uncommitted changes, and HF_TOKEN, if it is set, into a
-# file (for weights behind a licence, such as Llama's). `run` ends when its SSH sessions end, so start it in tmux. A
-# preempted slice is lost. Then delete, create and setup make a new one, on which `run` resumes from its last checkpoint.
+# setup mounts on /runs. setup copies the last commit, without uncommitted changes. If HF_TOKEN is set, setup also
+# writes it to a file, for weights behind a licence such as Llama's. `run` ends when its SSH sessions end, so start it
+# in tmux. A preempted slice is lost. Then delete, create and setup make a new one, on which `run` resumes from its last
+# checkpoint.
 set -euo pipefail
 name=${TPU_NAME:-w2s}
 zone=${ZONE:-us-central1-a}

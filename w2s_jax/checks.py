@@ -63,13 +63,13 @@ def check_fields(config: ConfigDict) -> None:
                      "--config.poison.trains")
   longest = max(config.data.max_length, fields.get("data.attack_max_length", 0))
   if list(config.data.buckets) != sorted(config.data.buckets) or max(config.data.buckets, default=0) < longest:
-    _check_student_positions(config.student, longest)    # first, because longer buckets would not help then
+    _check_student_positions(config.student, longest)    # first: without the positions longer buckets do not help
     raise InputError(f"data.buckets {tuple(config.data.buckets)}: want ascending lengths, the last at least "
                      f"{longest} tokens: set --config.data.buckets or --config.data.max_length/.attack_max_length")
 
 
 def _check_poisoned_teacher(fields):
-  """Raises InputError if the config would poison a teacher that does not train, or without an attack of its own."""
+  """Raises InputError if the config poisons the teacher, but has no attack or does not train the teacher."""
   rate = fields.get("teach.poison_rate", 0.0)
   if rate and "attack.name" not in fields:
     raise InputError(f"teach.poison_rate is {rate}, but this config has no attack: set --config.teach.poison_rate=0, "
@@ -87,7 +87,10 @@ def check_texts(config: ConfigDict, rows: list[dict]) -> None:
 
 
 def check_student(run: Any, model: Model) -> None:
-  """Raises InputError for mistakes that only the student's shape shows; called before anything trains."""
+  """Raises InputError if the student cannot run, be adapted or be defended; called before anything trains.
+
+  It checks the student's dtype, adapters and positions, the public base, and the loss terms of each recipe.
+  """
   c = run.config
   if c.student.dtype == "float16" and jax.default_backend() == "cpu":
     raise InputError("student.dtype float16 does not run on a CPU: set --config.student.dtype=bfloat16 or float32")
@@ -102,7 +105,7 @@ def check_student(run: Any, model: Model) -> None:
 
 
 def _check_adapters(run, model):
-  """Raises InputError if the model has no layers or positions for the adapters, or its kernels cannot be quantized."""
+  """Raises InputError if the model lacks modules or positions for the adapters, or its kernels cannot be quantized."""
   c, params = run.config, model.abstract_params()
   room = model.config.max_positions - c.data.max_length
   if c.lora.kind == p_tuning.KIND and c.lora.virtual_tokens > room:
@@ -151,8 +154,9 @@ def check_words(run: Any, tokenizer: Any, of_base: bool = False) -> None:
 
   It also raises one if the attack edits the trigger's embedding and the trigger is not one token.
 
-  of_base: True if the tokenizer is that of `student.base`, whose words only from_base defenses insert; False if it is
-    the suspect's. A student that we poison shares its base's tokenizer, so one check with False covers both.
+  of_base: True if the tokenizer is that of `student.base`, False if it is the suspect's. Only from_base defenses insert
+    words of the base's tokenizer. A student that we poison shares its base's tokenizer, so one check with False covers
+    both.
   """
   c, given = run.config, run.source.base == run.source.attacked
   recipes = [DEFENSES[name].recipe for name in c.defenses if DEFENSES[name].recipe and DEFENSES[name].recipe.rows]
@@ -205,8 +209,10 @@ def _check_positions(name, shape, length):
 def refuse_weak_teacher(run: Any) -> None:
   """Raises InputError if the teacher is clearly worse than the attacked model on the dev rows.
 
-  Such a teacher would teach its mistakes. The function compares the upper end of the teacher's 95% interval, so that a
-  small dev set does not stop a run by chance. It logs a warning if the attacked model is clearly below chance.
+  Such a teacher would teach its mistakes. It is clearly worse if the upper end of its accuracy's 95% interval is more
+  than `teach.largest_gap` below the attacked model's accuracy. So a small dev set rarely stops a run by chance.
+
+  The function logs a warning if the attacked model is clearly below chance.
   """
   rows = run.rows["dev"]
   def count_correct(name):

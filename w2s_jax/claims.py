@@ -23,7 +23,10 @@ def config_hash(config: ConfigDict) -> str:
 
 
 def inputs(config: ConfigDict, rows: dict[str, list]) -> dict[str, Any]:
-  """{name of an input: its sha256}. Inputs are the rows of each split, files of defenses and weights of checkpoints."""
+  """{name of an input: its sha256}. Inputs are the rows of each split, files of defenses and weights of checkpoints.
+
+  Weights have {file name: sha256} instead of one sha256.
+  """
   out = {f"{split} rows": hashlib.sha256(json.dumps(split_rows).encode()).hexdigest()
          for split, split_rows in rows.items()}
   c = config.student

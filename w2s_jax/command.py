@@ -35,7 +35,7 @@ def run(main: Callable[[list[str]], int | None], doc: str, spell: Callable[[str]
   Args:
     main: gets what remains of sys.argv without the flags.
     doc: first lines of --help.
-    spell: rewrites an error message before it is printed. The console command replaces names of flags with it.
+    spell: rewrites an error message before it is printed. The console command uses it to replace names of flags.
   """
   escape_unprintable()
   try:
@@ -55,7 +55,7 @@ def run(main: Callable[[list[str]], int | None], doc: str, spell: Callable[[str]
 
 
 def _no_room(error):
-  """The system's message if a full disk, a quota, a file-size limit or a read-only file system caused it, else None.
+  """The system's message if a full disk, quota, file-size limit or read-only file system caused the error, else None.
 
   It compares texts, because safetensors and Orbax raise these errors without an errno.
   """
@@ -68,7 +68,7 @@ def _no_room(error):
 
 
 def escape_unprintable() -> None:
-  """Makes stdout print characters that its encoding lacks as \\N escapes. By default they would raise an error."""
+  """Makes stdout print a character that its encoding lacks as an escape like \\u2192. By default it raises an error."""
   sys.stdout.reconfigure(errors="backslashreplace")
 
 
@@ -83,7 +83,7 @@ def print_text(text: str) -> None:
 
 
 def parse(argv: list[str], doc: str) -> list[str]:
-  """Parses absl's flags and returns the other arguments. --help prints `doc`, the flags and the fields, and exits.
+  """Parses absl's flags and returns argv without them. --help prints `doc`, the flags and the fields, and exits.
 
   Raises:
     InputError, flags.Error: a mistake in the flags or in the config file.

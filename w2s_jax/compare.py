@@ -32,7 +32,7 @@ class Compared(NamedTuple):
   """A finished run.
 
   Attributes:
-    name: the workdir, as it was typed.
+    name: the workdir; for a grid's table, the name of the cell.
     seed: the run's seed, from which student and teacher were made.
     fields: {field of the config: value}, without the fields in FREE.
     rows: the rows of results.json, as dicts with every field of results.Row.
@@ -145,7 +145,7 @@ def means(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
 
 
 def differences(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
-  """The header, then cells: CA and ASR of each model minus CA and ASR with the reference's settings.
+  """The header, then cells: CA and ASR of each model minus those of the same model in the runs of `_reference`.
 
   A difference is paired: both rows have the same model, attack and seed.
   """
@@ -160,16 +160,16 @@ def differences(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
 
 
 def _reference(runs):
-  """The letter that the others are compared with: the first with an implanted backdoor, or "A" if none has one."""
+  """The letter with which each letter is compared: the first with an implanted backdoor, or "A" if none has one."""
   return next((letter for letter, run in zip(letters(runs), runs) if run.implanted), "A")
 
 
 def groups(runs: Sequence[Compared]) -> dict[tuple[str, str, str], dict[int, dict]]:
   """{(letter, attack, model): {seed: row}} of the runs whose backdoor was implanted.
 
-  If each letter has one run, `seed` is the row's seed, one of `defend.seeds`. If a letter has several runs, `seed` is
-  the run's seed. The rows that `defend.seeds` gives a defense in one run are then averaged into one row: they share the
-  run's student, so they are not independent.
+  If each letter has one run, `seed` is the row's seed. If any letter has several runs, `seed` is the run's seed under
+  every letter. Then the rows that `defend.seeds` gives a defense in one run are averaged into one row. They are not
+  independent, because they share the run's student.
   """
   named = list(zip(letters(runs), runs))
   by_run = len({letter for letter, _ in named}) < len(named)
@@ -182,7 +182,7 @@ def groups(runs: Sequence[Compared]) -> dict[tuple[str, str, str], dict[int, dic
 
 
 def _averaged(rows):
-  """A single row unchanged. Several rows become the first one, with their mean rates and without intervals."""
+  """A single row is unchanged. Of several rows: the first, with the mean rates of all and without intervals."""
   if len(rows) == 1:
     return rows[0]
   means = {rate: statistics.mean(row[rate] for row in rows) for rate in RATES if rows[0][rate] is not None}

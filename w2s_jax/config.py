@@ -280,7 +280,7 @@ class Selftest:
   test_rows: int = field(100, "largest number of test rows per backdoor", low=1, unit="rows")
 
 
-# Path in the config -> declaration. A config has only the sections that it uses. `sections` chooses that of "data".
+# Path in the config -> declaration. A config has only the sections that it uses. For "data" see `sections`.
 SECTIONS = {
     "": Experiment, "attack": Attack, "data": Data, "data.attack_rows": AttackRows, "data.defend_rows": DefendRows,
     "student": Student, "teacher": Teacher, "warmup": WarmupStage, "poison": PoisonStage, "teach": TeachStage,

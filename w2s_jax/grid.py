@@ -53,8 +53,9 @@ def cells(config: ConfigDict) -> dict[str, ConfigDict]:
   """{name of a cell: its config}. Axes and values are in alphabetical order, because ConfigDict sorts them.
 
   Raises:
-    InputError: an axis has no values; a value's name cannot be part of a directory's name; two axes change one field;
-      a value changes the type of a field, or a field that the config lacks; or two cells have one name.
+    InputError: the grid has no axes, or an axis has no values; a value's name cannot be part of a directory's name; two
+      axes change one field; a value changes the type of a field, or a field that the config lacks; or two cells have
+      one name.
   """
   base = ConfigDict({name: value for name, value in config.to_dict().items() if name != "grid"})
   axes = config.grid.to_dict()
@@ -104,7 +105,7 @@ def run(config: ConfigDict, workdir: Path, jobs: int = 1) -> int:
   Returns:
     The exit code: 0, or FAILED_CODE if a cell failed. A failed cell does not stop the other cells.
   Raises:
-    InputError: a cell's config has a mistake (found before any cell runs), or the store has a cell with another
+    InputError: a field of a cell's config is wrong (checked before any cell runs), or the store has a cell with another
       config. If no cell is complete at the end, the error of the first cell that failed is raised.
   """
   grid = cells(config)

@@ -26,7 +26,7 @@ def add_lora(params: dict, rank: int, alpha: float, targets: Sequence[str] = ("q
     places: function from the new leaves (abstract) to their NamedShardings, under which the leaves are created. None:
       the leaves are created on one device.
   Raises:
-    InputError: a target that no layer has, or a rank below 1.
+    InputError: a target that no layer has or that has an adapter of another kind, or a rank below 1.
   """
   known = attach.targets_of(params)
   if rank < 1 or tuple(targets) != ("all-linear",) and set(targets) - set(known):

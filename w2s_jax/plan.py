@@ -51,20 +51,20 @@ class Chip:
 
 CHIPS = {"v4": Chip(275e12, 32 * GIB, 1200e9, 300e9), "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
          "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9), "v6e": Chip(918e12, 32 * GIB, 1600e9, 400e9)}
-# Memory as nvidia-smi reports it. Bandwidth in one direction: of PCIe for l4, of NVLink for the others.
+# Memory as nvidia-smi reports it. Links in one direction: PCIe for l4, NVLink for the other GPUs.
 GPUS = {"l4": Chip(121e12, 22.5 * GIB, 300e9, 32e9), "a100": Chip(312e12, 80 * GIB, 2039e9, 300e9),
         "h100": Chip(989e12, 79.6 * GIB, 3350e9, 450e9), "h200": Chip(989e12, 140.4 * GIB, 4800e9, 450e9)}
 CHIPS |= GPUS
 
 
 def usable(name: str) -> float:
-  """Bytes of a chip that a program can use. TPUs: 15.75 of 16 GiB (v5e's compiler). GPUs: the share that JAX takes."""
+  """Bytes of a chip that a program can use: 15.75/16 of a TPU's memory (v5e's compiler), JAX's share of a GPU's."""
   share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)) if name in GPUS else 0.984
   return share * CHIPS[name].hbm
 
 
 def parse_topology(text: str) -> tuple[str, int]:
-  """(chip, number of chips): ("v5e", 16) for "v5e:4x4"."""
+  """(chip, number of chips): ("v5e", 16) for "v5e:4x4"; InputError for an unknown chip or a malformed shape."""
   chip, _, shape = text.partition(":")
   if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
     raise InputError(f"topology {text!r}: want CHIP:SHAPE with CHIP among {', '.join(CHIPS)}, e.g. v5e:4x4")
@@ -185,7 +185,7 @@ def _work(name, config, mesh, B, T, model):
 
 
 def search(name: str, config: Any, devices: Sequence, B: int, T: int, topology: str, tpu: bool) -> list[dict]:
-  """Plans the step `name` in several ways. Returns first the plans that fit, by rows per second, then the others.
+  """Plans the step `name` in several ways. Returns the plans that fit, most rows per second first, then the rest.
 
   It tries meshes with at most 8 chips on `data` and on `tensor`, and the batch sizes B, 2 B and B / 2. For each pair of
   mesh and batch size it stops at the first remat policy that fits, from "none" to "full".

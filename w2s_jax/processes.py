@@ -62,7 +62,7 @@ def check_shared(workdir: Path) -> None:
   """Checks that all processes see the workdir as one directory under one name; every process must call it.
 
   Raises:
-    InputError: they do not. It is raised in every process, because the processes would wait forever for files.
+    InputError: they do not. Every process raises it. Without the check a process might wait forever for a file.
   """
   if jax.process_count() == 1:
     return

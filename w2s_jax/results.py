@@ -9,7 +9,7 @@ STAGES = ("warmup", "poison", "scan", "teach", "search", "defend", "selftest", "
 # NAME in models/NAME for the models that no defense makes.
 BASE, CLEAN, POISONED, SUSPECT, TEACHER, REFERENCE = "base", "clean", "poisoned", "suspect", "teacher", "reference"
 
-CONTROL = "lora_ce"      # the defense with which the others are compared
+CONTROL = "lora_ce"      # the defense with which every other defense is compared
 REJECTED = -1            # predicted class of a text that a defense rejects
 
 
@@ -26,8 +26,8 @@ class Row:
   """
   model: str                            # "clean", "poisoned", "suspect" or the defense
   directory: str                        # NAME in models/NAME: DEFENSE for its first seed, DEFENSE-seedSEED for others
-  attack: str                           # the attack's name; for a given checkpoint, the listed trigger
-  dataset: str                          # data source of the defended domain
+  attack: str                           # the attack's name; for a given checkpoint, the listed trigger or file
+  dataset: str                          # source of the defended domain; for a given checkpoint, of its clean rows
   seed: int
   config_hash: str
   target_label: int | None
@@ -46,7 +46,7 @@ class Row:
   scan: float | None = None             # strength of the strongest soft trigger (measure/scan.py)
   scan_class: int | None = None         # class of that soft trigger
   agreement: float | None = None
-  found: float | None = None            # fraction of rows of other classes that get the class of the search's string
+  found: float | None = None            # fraction of rows of other classes that the search's string turns to its class
   word_flips: float | None = None
   sentence_flips: float | None = None
 

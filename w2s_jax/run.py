@@ -1,4 +1,4 @@
-"""The record of a run, which every stage gets, and its start."""
+"""`Run`, the record that every stage gets, and `start`, which makes it after the first checks."""
 
 import dataclasses
 import functools
@@ -44,9 +44,9 @@ class Run:
   mesh: jax.sharding.Mesh
   hash: str           # claims.config_hash of the config
   source: Source
-  rows: dict          # split -> rows; Source.freeze adds "poisoned_train", "triggered" and others, or "probes"
+  rows: dict          # split -> rows; Source.freeze adds "poisoned_train", "triggered", "poisoned_teacher", or "probes"
   sha256: dict        # name of a file that Source.freeze wrote -> its sha256
-  inputs: dict        # claims.inputs: name of an input -> its sha256
+  inputs: dict        # the result of claims.inputs
   held: filelock.BaseFileLock | None = None      # the lock on the workdir
 
   @property
@@ -88,11 +88,14 @@ class Run:
 
   @property
   def max_length(self) -> int:
-    """Length of the longest text of any stage, in student tokens."""
+    """Largest length to which a stage truncates texts, in student tokens."""
     return max(self.config.data.max_length, self.config.data.get("attack_max_length", 0))
 
   def facts(self) -> dict:
-    """The facts of a run in results.json: versions, devices, rows, and hashes of config, files and base weights."""
+    """The facts of a run in results.json: versions, devices, mesh, base, row counts, hashes of config, files, weights.
+
+    The weights are those of `base`, the student before any attack or defense.
+    """
     path, base = self.config.student.path, self.config.student.base
     weights = self.inputs[claims.weights_of(path)] if path else sha256(self.model_dir(results.BASE), "*.safetensors")
     return {"config_hash": self.hash, "sha256": self.sha256, "versions": versions(),
@@ -114,7 +117,7 @@ class Run:
     return exists
 
   def claim(self) -> None:
-    """Claims the workdir for this config. It is called after the last check that could refuse the config.
+    """Claims the workdir for this config. It is called after the checks that need no training.
 
     Raises:
       InputError: the workdir cannot be written, or belongs to another config; see also `lock`.
@@ -132,7 +135,8 @@ class Run:
     """Locks the workdir for the lifetime of this object, in process 0. A second call changes nothing.
 
     Raises:
-      InputError: another program holds the lock, or this program's processes do not see the same workdir.
+      InputError: another program holds the lock, the workdir cannot be written, or this program's processes do not
+        see the same workdir.
     """
     processes.check_shared(self.workdir)
     if not processes.writes():
@@ -222,7 +226,8 @@ class Run:
   def base_path(self) -> Path | None:
     """The directory of the public base, which defenses train or mix in; None if the user did not name one.
 
-    The base that an adapter names does not count, because whoever made the suspect could name any model.
+    For a student that this run poisons it is models/base. The base that an adapter names does not count, because
+    whoever made the suspect could name any model.
     """
     c = self.config.student
     if self.source.base != self.source.attacked:
@@ -233,6 +238,9 @@ class Run:
     """(model, params, tokenizer) of the model at `base_path`, with the suspect's class names.
 
     If that model has no classification head, a new one is initialised from the config's seed.
+
+    Raises:
+      InputError: the user did not name a base, or it cannot be loaded.
     """
     c, path = self.config, self.base_path()
     if self.source.base != self.source.attacked:

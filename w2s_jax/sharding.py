@@ -42,7 +42,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1,
 
 
 def match(path: str, rules: Iterable[tuple[str, Value]]) -> Value:
-  """The value of the first rule whose pattern matches the whole path."""
+  """The value of the first rule whose pattern matches the whole path; ValueError if no rule matches."""
   for pattern, value in rules:
     if re.fullmatch(pattern, path):
       return value
@@ -112,8 +112,8 @@ def on(mesh: jax.sharding.Mesh) -> contextlib.AbstractContextManager:
 def split_rows(x: jax.Array) -> jax.Array:
   """Shards the rows of x [R, ...] like a batch, and no other axis. Outside the context `on` x is unchanged.
 
-  Without this constraint XLA shards activations along `fsdp`, like the kernels. Every device then computes all rows. If
-  batches are large, XLA also all-reduces about 100 times the bytes of one layer's kernels.
+  Without this constraint XLA shards the width of activations over `fsdp`, which also shards the kernels. Every device
+  then computes all rows. If batches are large, XLA also all-reduces about 100 times the bytes of one layer's kernels.
   """
   mesh = jax.sharding.get_abstract_mesh()
   return x if mesh.empty else jax.lax.with_sharding_constraint(x, BATCH)

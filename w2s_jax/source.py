@@ -27,7 +27,7 @@ STUDENT_RATES = ((128, 2e-3), (512, 1e-3), (2048, 5e-4), (math.inf, 2e-4))
 
 
 class Source(NamedTuple):
-  """All that differs between the two sources. A name below is a NAME in models/NAME.
+  """All that differs between the two sources. The name of a model below is its NAME in models/NAME.
 
   Attributes:
     stages: names of the stages, in order.
@@ -37,8 +37,8 @@ class Source(NamedTuple):
     triggered: key in Run.rows of the rows with triggers, on which every model is measured.
     head_seed: config -> seed of a new head if the student's checkpoint has none; None: a missing head is an error.
     resolve: config -> config with the fields that the given checkpoint determines.
-    read: config -> {split: rows}; raises InputError if no row can be measured.
-    triggers: run -> strings that ASR is measured with; no defense may see one of them.
+    read: config -> {split: rows}; raises InputError if the rows cannot be used.
+    triggers: run -> strings that ASR is measured with; no defense may train on one of them.
     freeze: run -> None; makes the rows with triggers, or reads them from their file, and adds them to Run.rows.
     table: (run, {name: Reading}, meta about the run and the teacher) -> ([results.Row], meta, contents of
       features.json).

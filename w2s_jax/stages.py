@@ -166,7 +166,7 @@ def teach(run: Run) -> None:
 
 
 def search_trigger(run: Run) -> str:
-  """The search's verdict, a key of scan.EXIT_CODES. It logs the strongest string."""
+  """Makes models/reference, searches, logs the strongest string, and returns the verdict, a key of scan.EXIT_CODES."""
   reference.make(run)
   found = search.reading(run)
   if found["classes"]:
@@ -177,7 +177,10 @@ def search_trigger(run: Run) -> str:
 def defend(run: Run) -> None:
   """Runs each defense that makes weights, on the same clean rows.
 
-  A from_base defense changes a public model. The others change the attacked model.
+  A from_base defense changes a public model. Every other defense changes the attacked model.
+
+  Raises:
+    InputError: a defense learns from the teacher, and the teacher is clearly worse than the attacked model.
   """
   c = run.config
   left = [(DEFENSES[name], name, runs) for name, runs in _runs_that_train_together(run)
@@ -218,7 +221,7 @@ def self_test(run: Run) -> None:
 
 
 def measure(run: Run) -> None:
-  """Measures CA and ASR of every model, as loaded from the directory that a user gets, and writes results.json."""
+  """Measures every model, as loaded from the directory that a user gets. Writes results.json and features.json."""
   if run.measured():
     return
   began, c, source = time.monotonic(), run.config, run.source
@@ -276,6 +279,8 @@ def run(config: ConfigDict, workdir: str | Path, only: str | None = None) -> int
 
   Returns:
     The exit code: 0, or that of the verdict if `only` is "scan" or "search".
+  Raises:
+    InputError: the config has no stage `only`, or a check of `start` or of a stage fails.
   """
   _check_stage(config, only)
   this = start(config, workdir)

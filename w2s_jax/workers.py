@@ -18,7 +18,7 @@ from absl import logging as absl_logging
 
 from w2s_jax import InputError, processes
 
-CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")    # options of JAX
+CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")    # JAX options of a new process
 
 
 def show_log() -> None:
@@ -39,7 +39,7 @@ def outcomes(next_task: Callable, run: Callable, jobs: int) -> Iterator[tuple[st
   Args:
     next_task: (names of the running tasks) -> (name, config, workdir) of the task to start now; None: no task is left,
       or none can start before a running one ends.
-    run: called with (config, workdir). It must be a function of a module, so that another process can import it. With
+    run: called with (config, workdir). It must be a module-level function, so that another process can import it. With
       one job, InputError and FloatingPointError are yielded as the task's error, and other exceptions are raised. With
       more jobs, every exception is yielded, as an InputError.
     jobs: number of tasks that run at the same time.
@@ -150,6 +150,6 @@ def _child(run: Callable, config: Any, workdir: Path, options: dict[str, Any], s
 
 
 def _end_with_parent():
-  """Ends this process when its parent has ended, because a restarted command would otherwise use the same workdir."""
+  """Ends this process when its parent has ended. Otherwise it and a restarted command would use the same workdir."""
   multiprocessing.parent_process().join()
   os._exit(1)

@@ -28,6 +28,8 @@ def student(config: Any, **runtime: Any) -> Model:
   """The config's student, without parameters.
 
   Its shape comes from `student.arch` if there is one and `student.path` is not local, else from the path's config.json.
+
+  runtime: further fields of the model's config; they override dtype, remat and lora_dropout.
   """
   c = config
   if "arch" in c.student and not os.path.exists(os.path.expanduser(c.student.path)) or not c.student.path:
@@ -78,7 +80,7 @@ def costliest(config: Any) -> str:
 
 
 def defense_plan(name: str, config: Any, model: Model) -> tuple[steps.StagePlan, dict]:
-  """(plan of a defense's training stage, abstract parameters)."""
+  """(plan of a defense's training stage, abstract parameters); InputError if the defense has no recipe."""
   recipe = DEFENSES[name].recipe
   if recipe is None:
     raise InputError(f"defense {name!r} has no training step to plan: set --step or --config.defenses")

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BITS = {"pred": 8, "bf16": 16}                                           # in other dtypes the first number is the bits
+BITS = {"pred": 8, "bf16": 16}                              # the first number in any other dtype's name is its bits
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 CALLED = re.compile(r"(?:body|calls|to_apply|condition|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -99,7 +99,7 @@ def _computations(text):
 
 
 def _result_bytes(shape, kind, started):
-  """Bytes of an instruction's results. A -start instruction's shape also has the operands, except all-reduce."""
+  """Bytes of an instruction's results. The shape of a -start instruction, except all-reduce, also has the operands."""
   arrays = [array for array in ARRAY.findall(shape) if not started or array[1]]     # drops a -start's own scalars
   if started and kind != "all-reduce":
     arrays = arrays[len(arrays) // 2:]

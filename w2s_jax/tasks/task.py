@@ -10,7 +10,7 @@ class Task(NamedTuple):
   Attributes:
     encode: (tokenizer, rows, max_length in tokens) -> arrays [N, ...]: "input_ids", "length", and `fields`.
     fields: {name: dtype} of the further arrays [N] that the loss reads; batches contain them.
-    loss_terms: (ClassifierOutput, batch) -> {term: scalar float32}, weighted by batch["weight"] [B].
+    loss_terms: (ClassifierOutput, batch) -> {term: scalar float32}, a mean over rows with weights batch["weight"] [B].
     terms: names of the loss terms.
     predict: logits [N, ...] -> answers [N].
     is_correct: (answers [N], arrays with `fields`) -> [N] bool, whether each answer is right.
