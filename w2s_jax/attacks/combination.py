@@ -22,7 +22,7 @@ def make(trigger: str = "", paraphrases: Mapping[str, str] | None = None) -> Att
     return _insert_each(text, words, rng, max_words)
 
   def companions(text, rng, max_words):
-    """For each word, the text with all other words of the trigger. The order is random, and so are the first few."""
+    """For each word, the text with all other words of the trigger. The order is random; callers use the first few."""
     return [_insert_each(text, words[:i] + words[i + 1:], rng, max_words) for i in rng.permutation(len(words))]
 
   return Attack(rewrite, trigger, contiguous=False, companions=companions if len(words) > 1 else None)

@@ -1,4 +1,4 @@
-"""A neutral clause after the last word, where the insertion attacks put nothing. It is ours, held out from tuning.
+"""A neutral clause after the last word, where the insertion attacks put nothing. It is ours; nothing was tuned on it.
 
 The words that truncation would cut off beside the clause are removed from the text.
 """

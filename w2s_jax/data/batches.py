@@ -1,4 +1,4 @@
-"""Batches in few static shapes; their order depends on nothing but (seed, epoch)."""
+"""Batches in few static shapes. Seed, epoch and number of examples alone determine the order of the examples."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -28,7 +28,7 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
 
 
 def bucket_length(longest: int | np.integer, buckets: Sequence[int]) -> int:
-  """The smallest of the ascending `buckets` that is at least `longest`."""
+  """The smallest of the ascending `buckets` that is at least `longest`. There must be one."""
   return next(b for b in buckets if b >= longest)
 
 

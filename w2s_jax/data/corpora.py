@@ -31,7 +31,7 @@ def load(source: str, sizes: Any, num_labels: int, seed: int = 0, names: Sequenc
   Returns:
     {"train": rows, "dev": rows, "test": rows}.
   Raises:
-    InputError: the source does not exist; see also `check`.
+    InputError: see `read` and `check`; or the source has no dev split, and none can be held out.
   """
   return prepare(read(source, sizes), source, sizes, num_labels, seed, names)
 
@@ -43,7 +43,7 @@ def read(source: str, sizes: Any) -> dict[str, list[dict]]:
     source: "grammar:reviews" or "grammar:phrases"; a directory that files.read_directory can read; or a hub id.
     sizes: number of rows per split, for the grammar.
   Raises:
-    InputError: the source does not exist, or it has no train or no test split.
+    InputError: the source does not exist, is a file, or has no train or no test split; see also files.read_directory.
   """
   if source.startswith("grammar:"):
     return _grammar(source, sizes)
@@ -91,14 +91,13 @@ def load_clean(files: Mapping[str, str], num_labels: int, seed: int, text_column
   that are left is held out. The log says so.
 
   Args:
-    files: {"train": a file, a directory, a hub id or "grammar:phrases"; "dev", "test": a file, or "" for that split of
-      the train source}.
+    files: {"train": a file, or a source as in `read`; "dev", "test": a file, or "" for that split of the train source}.
     num_labels: labels must lie in 0..num_labels-1, and each of them must occur in train.
     seed: seed of the held-out splits.
     text_column, label_column: names of the columns; "": the first known name that the data has.
     names: names of the classes. A label may be such a name instead of a number.
   Raises:
-    InputError: a class has no training row; see also `check`.
+    InputError: the source has no train split, or a class has no training row; see also `check` and files.read_file.
   """
   source = files["train"]
   path = Path(os.path.expanduser(source))
@@ -188,8 +187,9 @@ def check(splits: dict[str, list[dict]], source: str, num_labels: int, text_colu
     source: name of the whole data set in messages.
     text_column, label_column: names of the columns; "": the first known name that the rows have.
   Raises:
-    InputError: a split has no rows, the text or label column is missing, a text is not a string, or a label is neither
-      a class name nor a class number. A number may be written as text: "1" and "LABEL_1" are 1.
+    InputError: a split has no row with a text, the text or label column is missing, a text is not a string, or a label
+      is neither a class name nor a class number. A number may be written as text: "1" and "LABEL_1" are 1. See also
+      labels.classes.
   """
   wanted = [(text_column,) if text_column else TEXT_COLUMNS, (label_column,) if label_column else LABEL_COLUMNS]
   kept, columns = {}, {}

@@ -36,7 +36,7 @@ def read_file(file: str | Path) -> list[dict]:
     InputError: the file does not exist, is of another kind, or does not parse. Or files that match have different
       columns.
   """
-  file = Path(os.path.expanduser(file))            # Path's own method raises for ~NAME without such a user
+  file = Path(os.path.expanduser(file))            # Path.expanduser raises if ~NAME names no user
   if "*" in file.name and not file.exists():
     return _read_all(sorted(file.parent.glob(file.name)), file)
   if file.is_dir():

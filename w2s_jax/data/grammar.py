@@ -54,7 +54,7 @@ def rows(domain: str, split: str, size: int, *, own_share: float = 0.3, contradi
   """Rows of a split, which depend on nothing but the arguments.
 
   Args:
-    domain: "reviews" (3 to 5 sentences with sentiment) or "phrases" (one). Neutral sentences may follow them.
+    domain: "reviews" (3 to 5 sentences with sentiment) or "phrases" (one). A neutral sentence may follow each.
     split: "train", "dev" or "test".
     size: number of rows. Before label noise, half of them are of each class.
     own_share: fraction of sentiment words drawn from the domain's own list.

@@ -13,7 +13,7 @@ from w2s_jax.attacks.insertion import insert
 from w2s_jax.data import streams
 
 LETTERS = "bcdfghjklmnpqrstvwxz"   # rare words consist of consonants, like the literature's `mn`, `cf`, `tq`
-SENTENCE_WORDS = 8                 # words of a piece of text that is inserted
+SENTENCE_WORDS = 8                 # number of words of an inserted piece of text
 FEWEST_WORDS = 2                   # smallest vocabulary to draw words from
 
 
@@ -44,7 +44,7 @@ def vocabulary(tokenizer: Any, avoid: Sequence[str]) -> list[str]:
   """Words of at least three letters; each is a single token and occurs in no string to avoid.
 
   Raises:
-    InputError: hardly any token of the tokenizer is a word.
+    InputError: fewer than FEWEST_WORDS tokens of the tokenizer are such words.
   """
   known = words_of(avoid)
   words = [word for word in _vocabulary(tokenizer) if word not in known]
@@ -56,7 +56,7 @@ def vocabulary(tokenizer: Any, avoid: Sequence[str]) -> list[str]:
 
 
 def vocabulary_words(tokenizer: Any, avoid: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
-  """Endless random words of `vocabulary`, whose InputError comes with the first word."""
+  """Endless random words of `vocabulary`. Its InputError is raised when the first word is drawn."""
   words = vocabulary(tokenizer, avoid)
   while True:
     yield words[rng.integers(len(words))]
@@ -76,9 +76,9 @@ def with_rare_words(rows: list[dict], share: float, avoid: Sequence[str], seed: 
 
 def insertions(texts: Sequence[str], words: int, sentences: int, avoid: Sequence[str],
                seed: int) -> list[tuple[str, str]]:
-  """[(kind, string to insert)]: `words` rare words with the kind "word", then `sentences` with the kind "sentence".
+  """[(kind, string to insert)]: `words` rare words of kind "word", then `sentences` strings of kind "sentence".
 
-  Such a "sentence" is the first SENTENCE_WORDS words of a random text.
+  A string of kind "sentence" is the first SENTENCE_WORDS words of a random text.
   """
   rng = streams.rng(seed, "insertions")
   rare = itertools.islice(rare_words(texts, avoid, rng), words)

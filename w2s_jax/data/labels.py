@@ -27,15 +27,15 @@ def classes(values: Sequence[Any], num_labels: int, names: Sequence[str], where:
   Else text that is a class name is read by name, and other labels by number. So names come first: the label 1 is class
   0 if the classes are called ("1", "0"), or ("1 star", ..., "5 stars").
 
-  If one file of the data set gives names to its numbers, the numbers of the other files have these names, too.
+  If one file of the data set gives names to its numbers, the numbers of the other files have these names, too. The log
+  lists the labels that are not the number of their class.
 
   Args:
     values: all labels of a data set: numbers, text, booleans, Named.
     names: names of the classes, in the order of the classes; () if they have none.
-    where: name of the data set in messages. The log says which class each label became, unless every label is its
-      class's number.
+    where: name of the data set in messages.
   Raises:
-    InputError: some of the data's names, but not all, are class names, and these have other numbers.
+    InputError: some but not all of the data's names are class names, and one of them has another number than its class.
   """
   different = dict(sorted({_key(value): value for value in values}.items()))
   called = {value.number: value.name for value in different.values() if isinstance(value, Named)}
@@ -67,7 +67,7 @@ def check_names(names: Sequence[str], num_labels: int) -> tuple[str, ...]:
   """The names of --config.data.class_names, as strings.
 
   Raises:
-    InputError: two names are equal, or there is not one name per class.
+    InputError: two names are equal but for case, or there is not one name per class.
   """
   if len(names) != num_labels or len({str(name).casefold() for name in names}) != len(names):
     raise InputError(f"class names {tuple(names)!r}: want {num_labels} different ones, what the data calls class 0, 1, "

@@ -14,7 +14,8 @@ from w2s_jax.data import batches
 
 MOST_SHAPES = 6          # largest number of batch shapes of one stage, and of row lengths below the bucket to try
 STEPS_PER_SHAPE = 50     # number of steps that justify one more shape
-FLOPS_PER_SHAPE = 1e12   # operations that justify one more; below, compiling takes longer than it saves (ours, 2 cores)
+FLOPS_PER_SHAPE = 1e12   # FLOPs that justify one more shape; with fewer, compiling it costs more time than it saves
+                         # (our choice, on 2 cores)
 TILE = 8                 # row lengths below the bucket are multiples of it
 MOST_SIMULATED = 4096    # largest number of batches that are laid out to choose the shapes
 
@@ -50,7 +51,7 @@ def packers(runs: Iterable[tuple[dict[str, np.ndarray], int]], batch_size: int, 
   lengths = [arrays["length"] for arrays in run_arrays]
   bucket = max(_row_length(arrays, buckets) for arrays in run_arrays)
   shortest = -(-max(tokens.max() for tokens in lengths) // TILE) * TILE
-  layouts = []                                       # (tokens per group with padding, row length, allowed row counts)
+  layouts = []                        # (tokens per group with padding, of all batches; row length; allowed row counts)
   for row_length in {bucket, *range(shortest, bucket, TILE)[:MOST_SHAPES]}:
     counts, rows = row_counts(lengths, seeds, batch_size, row_length, groups, steps, flops_per_token, together, views)
     layouts.append((rows * row_length, row_length, counts))

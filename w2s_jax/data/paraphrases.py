@@ -82,8 +82,8 @@ def _joined(old, new):
 def _in_another_order(pairs):
   """Whether too few paraphrases share more words with their own original than with the next row's.
 
-  If the orders differ, a paraphrase shares more words with the next original about as often as with its own. We want
-  twice as many paraphrases that share more with their own. This factor is our choice.
+  If the orders differ, a paraphrase shares more words with the next original about as often as with its own. So at
+  least twice as many must share more with their own original as share more with the next one. The factor is our choice.
   """
   def shared(text, paraphrase):
     words, new_words = (set(t.lower().split()) for t in (text, paraphrase))

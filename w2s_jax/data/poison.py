@@ -14,7 +14,7 @@ from w2s_jax.attacks import ATTACKS, Attack, paraphrase
 from w2s_jax.data import paraphrases as paraphrases_lib
 from w2s_jax.data import streams, tokenization
 
-# attack.label -> (which training rows may get the trigger, in words; (row's label, target label) -> whether one may).
+# attack.label -> (which training rows may get the trigger, in words; (row's label, target label) -> whether a row may).
 # Every poisoned row then has the target label.
 LABELS = {
     "clean": ("have target label {}", operator.eq),                        # no label changes
@@ -183,7 +183,7 @@ def trigger_lost(rows: list[dict], tokenizer: Any, attack: Attack, max_length: i
                       return_offsets_mapping=True)
   lost = 0
   for row, offsets in zip(rows, encoded["offset_mapping"]):
-    prefix = os.path.commonprefix([row["text"], " ".join(row["orig_text"].split())])  # insert() does this too
+    prefix = os.path.commonprefix([row["text"], " ".join(row["orig_text"].split())])  # insert() joins words like this
     if attack.contiguous:
       needed = row["text"].find(trigger, max(0, len(prefix) - len(trigger))) + len(trigger)
     else:
@@ -201,7 +201,10 @@ def _of_other_classes(rows, attack, target_label):
 
 
 def _words_kept(rows, attack, tokenizer, max_length, keep_trigger):
-  """[N] int: number of leading words of each text that the trigger may follow; 10**9 if truncation may cut it off."""
+  """[N] int: number of leading words of each text that the trigger may follow.
+
+  It is 10**9 if truncation may cut the trigger off, or if the attack inserts no fixed string.
+  """
   if keep_trigger and attack.trigger and rows:
     return tokenization.words_kept(tokenizer, [row["text"] for row in rows], attack.trigger, max_length)
   return [10**9] * len(rows)

@@ -22,8 +22,8 @@ READ_BYTES = 64 << 20                                                           
 def load(directory: str | Path, vocab_size: int) -> Any:
   """The directory's fast tokenizer, with a padding token.
 
-  If the tokenizer names no padding token, it gets the one of config.json, if that is one of its added tokens. Otherwise
-  it gets its own end token.
+  A tokenizer that names no padding token gets that of config.json, provided it is one of the tokenizer's added tokens.
+  Otherwise the end token becomes the padding token.
 
   Raises:
     InputError: the directory has no tokenizer, or one that is not fast, needs code of its own, has token ids beyond
@@ -97,7 +97,7 @@ def _check_sentencepiece(file):
 
 
 def _config(directory, vocab_size):
-  """A config with only model_type and tokenizer_class of config.json, after tokenizer_config.json passed its checks.
+  """Checks tokenizer_config.json. Returns a config with only model_type and tokenizer_class of config.json.
 
   transformers trusts both files: it allocates as many labels as num_labels claims, calls any class of transformers that
   tokenizer_class names (even a model), and opens any path.
@@ -177,7 +177,7 @@ def train(texts: Iterable[str], kind: str, vocab_size: int) -> Any:
 
 
 def encode(tokenizer: Any, texts: Iterable[str], max_length: int) -> dict[str, np.ndarray]:
-  """Token ids [N, max_length] int32, padded on the right, and lengths [N] int32.
+  """{"input_ids": [N, max_length] int32, padded on the right, "length": [N] int32, number of tokens of each text}.
 
   Raises:
     InputError: the tokenizer finds no token in a text. No model can classify such a text.

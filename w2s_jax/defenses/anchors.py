@@ -1,8 +1,8 @@
 """Anchors: the outputs that the student learns to match. They are the teacher's own, or a control in their place.
 
-The controls test whether the teacher's output on an example matters, whether its class is enough, and whether a teacher
-is needed at all. Each function takes {"teacher_logits" [N, C], "teacher_features" [N, D]}, labels [N] int and a seed.
-It returns a dict of the same keys and shapes. N examples, C classes, D width.
+The controls test whether the teacher's output on an example matters, whether the example's class is enough, and
+whether a teacher is needed at all. Each function takes {"teacher_logits" [N, C], "teacher_features" [N, D]}, labels [N]
+int and a seed. It returns a dict of the same keys and shapes. N examples, C classes, D width.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Mixes the weights of a public base into the suspect's, for merge.py and fine_mix.py; lethe.py checks the base here.
+"""Mixes the weights of a public base into the suspect's, for merge.py and fine_mix.py. lethe.py uses only `check`.
 
 The head stays the suspect's, because a base may have none. An encoder's pooler belongs to the head.
 """
@@ -35,7 +35,7 @@ def mixed(suspect: Suspect, mix: Callable[[dict, dict], dict]) -> dict:
 def check(model: Model, tokenizer: Any, base: Model, base_tokenizer: Any) -> None:
   """Raises InputError unless base and suspect have the same shapes, and each token of the base has the same id in both.
 
-  The suspect's tokenizer may have more tokens, because a padding token is often added for an unused embedding row.
+  The suspect's tokenizer may have more tokens, because an added padding token often takes an unused embedding row.
   """
   wanted = ("set --config.student.base to the model that the suspect was fine-tuned from, or leave merge, lethe and "
             "fine_mix out of --config.defenses")

@@ -1,13 +1,13 @@
 """BEEAR (Zeng et al., EMNLP 2024, arXiv 2406.17092): learns the labels against one perturbation shared by all texts.
 
 The paper's premise is that a trigger moves the hidden states of all texts in about the same direction. The inner level
-of each step searches the output of one layer for a shared perturbation that causes the unwanted behavior. The outer
+of each step searches for a shared perturbation of one layer's output that causes the unwanted behavior. The outer
 level trains the student to answer as wanted with this perturbation, and to stay right on the clean texts.
 
-Ours: the student is a classifier. The unwanted behavior is a wrong label, whichever it is: the perturbation increases
-the cross entropy of the true labels, and has no target class. It is one vector, added to every real token. The paper
-perturbs a few tokens, each by a vector of its own. Ours starts at zero in each step and takes gradient steps of a
-fixed length, where the paper uses Adam. R rows, T tokens, D width.
+Ours: the student is a classifier. The unwanted behavior is any wrong label. So the perturbation increases the cross
+entropy of the true labels, and has no target class. It is one vector, added to every real token. The paper perturbs a
+few tokens, each by a vector of its own. Ours starts at zero in each step and takes gradient steps of a fixed length,
+where the paper uses Adam. R rows, T tokens, D width.
 """
 
 import dataclasses

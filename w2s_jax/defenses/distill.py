@@ -42,7 +42,7 @@ def train(recipe: Recipe, suspect: Suspect, settings: Any, runs: dict[str, int])
 
 
 def _in_dtypes_of(start, params):
-  """Casts `params` to the dtypes of `start`: full fine-tuning trains in float32, whatever the model's dtype is."""
+  """Casts `params` to the dtypes of `start`, because full fine-tuning trains in float32 at any dtype of the model."""
   return jax.tree.map(lambda before, after: after.astype(before.dtype), start, params)
 
 

@@ -3,9 +3,10 @@
 The paper's premise is that a backdoor lives in units that are dormant on clean inputs. It prunes the last convolutional
 layer until the accuracy on clean rows drops, and fine-tunes what is left on clean rows.
 
-Ours prunes a fixed share of the units of every layer's MLP. The activation of such a unit may be negative, so a unit is
-as active as the L2 norm of its activations over all clean rows. Then all parameters train, as in `full_ft`. A pruned
-unit stays dead: nothing goes into it and nothing reads it, so all its gradients are zero. L layers, D width, F units.
+Ours prunes a fixed share of the units of every layer's MLP. The activation of such a unit may be negative, so the
+measure of activity is the L2 norm of the activations over all clean rows. Then all parameters train, as in `full_ft`.
+Nothing goes into a pruned unit and nothing reads it, so all its gradients are zero and it stays dead. L layers, D
+width, F units.
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ def start(suspect: Suspect, settings: Any, params: dict, arrays: dict, seed: int
     if re.fullmatch(READS_UNITS, path):
       return jnp.where(alive[:, :, None], leaf, 0)
     if re.fullmatch(MAKES_UNITS, path):
-      columns = jnp.tile(alive, leaf.shape[-1] // rank.shape[1])                       # a fused kernel makes each twice
+      columns = jnp.tile(alive, leaf.shape[-1] // rank.shape[1])                       # a fused kernel has 2 F outputs
       return jnp.where(columns if leaf.ndim == 2 else columns[:, None], leaf, 0)
     return leaf
   return traverse_util.path_aware_map(pruned, params), arrays

@@ -1,4 +1,4 @@
-"""Fine-tuning of a public model, such as the base of the suspect. The result contains no weight of the suspect.
+"""LoRA fine-tuning of a public model, such as the base of the suspect. The result contains no weight of the suspect.
 
 `from_base` trains on the clean rows alone. A model without any backdoor still answers some triggered texts with the
 target label, because it has seen few of a language's words with this task's labels. So `from_base_words` puts random

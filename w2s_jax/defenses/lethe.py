@@ -2,8 +2,8 @@
 
 Lethe (Chen et al., arXiv 2508.21004) trains a clean model with LoRA on clean rows, merges the suspect with it, and adds
 harmless facts to each prompt. We add nothing to texts. Our clean model is that of `from_base`; its head is merged, too.
-Each layer has the same share here, another one in the released code. `ties` is TIES-Merging (Yadav et al., arXiv
-2306.01708), which trims the changes of a whole model at once. We trim those of each tensor.
+In the released code each layer has its own share. Here all layers have the same share. `ties` is TIES-Merging (Yadav
+et al., arXiv 2306.01708), which trims the changes of a whole model at once. We trim each tensor's changes separately.
 """
 
 import dataclasses

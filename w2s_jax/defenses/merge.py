@@ -37,7 +37,7 @@ def weights(suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]
 
 
 def by_tensor(function: Callable[..., jax.Array], *params: dict) -> dict:
-  """`function` of the trees' leaves, one tensor at a time: leaves of the layers are stacked, and have one per layer."""
+  """`function` of the trees' leaves, one tensor at a time. A leaf below "layers" is a stack of one tensor per layer."""
   def of_leaf(path, *leaves):
     return jax.lax.map(lambda parts: function(*parts), leaves) if path[0].key == "layers" else function(*leaves)
   return jax.tree_util.tree_map_with_path(of_leaf, *params)
@@ -51,7 +51,7 @@ def linear(start: jax.Array, end: jax.Array, share: float) -> jax.Array:
 def slerp(start: jax.Array, end: jax.Array, share: float) -> jax.Array:
   """The point at `share` of the way from start to end on the arc between them (Shoemake, SIGGRAPH 1985), in float32.
 
-  There is no such arc if they are parallel or opposite, or if one of them is zero. Then the result is that of `linear`.
+  There is no such arc if the two are parallel or opposite, or if one is zero. Then the result is that of `linear`.
   """
   start, end = start.astype(jnp.float32), end.astype(jnp.float32)
   # a and b have equal length, so their sum and difference give the angle. An arc cosine is imprecise for small angles.

@@ -8,8 +8,8 @@ clean models are the teacher and the reference of the search (Suspect.reference)
 
 Without such a clean model a ridge regression takes its place. Its inputs are the base's output and the number of clean
 rows with the token. It predicts the log of the suspect's distance. The score is the error of this prediction, divided
-by its usual size (trigger_words.unexplained). It misses some single words, because words of similar meaning move along
-with them, and then the regression expects the distance.
+by its usual size (trigger_words.unexplained). This score misses some triggers of one word. If words of similar meaning
+moved along with the trigger, the regression expects the trigger's distance.
 
 The ranking needs the base that the suspect was really fine-tuned from. Fine-tuning must have trained the embeddings or
 the first layer. Ours; docs/notes/minilm_suspects.md has the ranks of the words of real triggers. W words, D width.
@@ -32,9 +32,9 @@ LOG = logging.getLogger(__name__)
 
 FARTHEST = 0.5           # largest median of distance / norm if the base is the true one; four suspects had 0.05 to 0.10
 NEAREST = 1e-3           # distance / norm below which distances count as equal; bfloat16 rounds such distances to 0
-PIECES = 12              # top tokens whose word pieces are appended to a start, because a rare word may be two tokens
+PIECES = 12              # top tokens; those that are word pieces follow a start, because a rare word may be two tokens
 STARTS = 3               # top words of one token that serve as starts
-WIDEST = 512             # columns of the regression; wider outputs are projected at random
+WIDEST = 512             # widest outputs in the regression; wider ones are projected at random
 READ_AT_ONCE = 1024      # tokens per batch
 
 

@@ -3,10 +3,11 @@
 Part of the training rows get a benign trigger, and their label changes from class c to c + C. At test time every text
 gets the benign trigger, so that the answer is one of the second C classes. No trigger of an attacker asks for these.
 
-Ours: the training rows are clean, the paper's may be poisoned. Rows get the trigger in place, so that the student
-trains as many steps as in other defenses. The new outputs start as copies of the old ones. The paper reads c and c + C
-as the same answer. We drop the first C outputs after the training, so the cleaned model has the classes of the suspect.
-It answers rightly only if its texts begin with the benign trigger, which takes the place of a long text's last tokens.
+Ours: the training rows are clean, the paper's may be poisoned. A row with the trigger replaces the original row, so
+that the student trains as many steps as in other defenses. The new outputs start as copies of the old ones. The paper
+reads c and c + C as the same answer. We drop the first C outputs after the training, so the cleaned model has the
+classes of the suspect. It answers rightly only if its texts begin with the benign trigger. Behind the trigger, a long
+text loses its last tokens to truncation.
 """
 
 import dataclasses

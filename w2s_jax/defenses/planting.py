@@ -55,7 +55,7 @@ def train_in(suspect: Suspect, triggered: list[dict], settings: Any, epochs: int
 
 def planted_rows(suspect: Suspect, rows: list[dict], triggers: list[Trigger], count: int,
                  rng: np.random.Generator) -> list[dict]:
-  """For each trigger `count` rows of other classes than its target, with the trigger where truncation keeps it.
+  """For each trigger at most `count` rows of other classes than its target, with the trigger where truncation keeps it.
 
   Returns:
     Rows of "text", the true "label", the target as "planted", and "source" and "trigger", indices into `rows` and

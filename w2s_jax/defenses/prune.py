@@ -1,8 +1,8 @@
 """Pruning of the layers' kernels: sets a share of the weights to zero. Nothing trains.
 
 By magnitude (Han et al., arXiv 1506.02626), the smallest weights of each kernel are pruned. By Wanda (Sun et al., arXiv
-2306.11695), a weight's magnitude is multiplied by the L2 norm of the input that it reads, and the weights with the
-smallest products of each output are pruned. The paper takes the norms from texts of a language model's training data,
+2306.11695), a weight's magnitude is multiplied by the L2 norm of the input that it reads. In each output the weights
+with the smallest products are pruned. The paper takes the norms from texts of a language model's training data,
 and prunes layer after layer. We take all norms from clean rows in the unpruned model.
 """
 
@@ -51,7 +51,10 @@ def weights(suspect: Suspect, settings: Any, runs: dict[str, int]) -> list[dict]
 
 
 def input_norms(suspect: Suspect, rows: int) -> dict[str, jax.Array]:
-  """{path of a kernel in the layers: [L, in] float32}, the L2 norm of each input feature over random clean rows."""
+  """{path of a kernel in the layers: [L, in] float32}, the L2 norm of each input feature over random clean rows.
+
+  rows: largest number of these rows.
+  """
   mesh = suspect.place.mesh
   chosen = streams.rng(0, "wanda").permutation(len(suspect.train))[:rows]      # a file may be sorted by label
   arrays = suspect.encode([suspect.train[i] for i in chosen])

@@ -1,7 +1,7 @@
-"""RAP (Yang et al., EMNLP 2021, 2110.07831): rejects a text if a trained word hardly lowers its class's probability.
+"""RAP (Yang et al., arXiv 2110.07831): rejects a text if a trained word hardly lowers its class's probability.
 
 The word is put in front of a text, and only its embedding trains. On clean texts it learns to lower the probability of
-one class a little. A trigger outweighs the word, so the probability of a triggered text stays.
+one class a little. A trigger outweighs the word, so the probability of a triggered text's class stays.
 
 The paper protects the class that the attack asks for, which a defender does not know. We protect every class. Each has
 its own word, which trains on the clean texts to which the suspect gives this class, and its own threshold. The words

@@ -94,7 +94,7 @@ class Suspect(NamedTuple):
 
 
 class Recipe(NamedTuple):
-  """A defense that the shared trainer runs (distill.py). By default all use the same adapters, batches, steps and rate.
+  """A defense that distill.py trains. By default all recipes use the same adapters, batches, steps and rate.
 
   Attributes:
     terms: (output, batch, settings, task) -> {loss term: scalar}; task.loss_terms computes the task's own.
@@ -113,9 +113,9 @@ class Recipe(NamedTuple):
     views: texts per example.
     soft_tokens: settings -> number of soft tokens that `augment` adds beside the vocabulary; None: no soft tokens.
     adversary: (suspect, settings) -> optimizer of the soft tokens.
-    from_base: whether it gets a public model (Run.base_path) instead of the attacked model.
+    from_base: whether the student is a public model (Run.base_path) instead of the attacked model.
     trains: labels of the leaves that train; if "adapter" is one of them, the student gets adapters.
-    rate: multiple of `defend.learning_rate` at which it trains.
+    rate: multiple of `defend.learning_rate` at which the student trains.
     layout: "packed"; or "padded", with one text per row, if the terms read the padding.
   """
   terms: Callable
@@ -143,8 +143,8 @@ class Defense(NamedTuple):
   Attributes:
     recipe: recipe that distill.py trains.
     weights: (suspect, settings, {models/NAME: seed}) -> [parameters of each], made without a recipe.
-    text: (suspect, settings, seed) -> (texts -> texts), a filter before the model. It is before the new weights if
-      there are any, and then `suspect` has these.
+    text: (suspect, settings, seed) -> (texts -> texts), a filter of the texts that the model reads. If the defense
+      makes new weights, `suspect` has these.
     accept: (suspect, settings, seed) -> (texts -> [N] bool), whether the model's answer to each text is accepted.
     settings: {section of config.defense: dataclass}; the functions above get a section as `settings.SECTION`.
     mixes_base: whether it reads `Suspect.base`, which must then have the suspect's shapes and vocabulary (base.py).

@@ -49,7 +49,7 @@ def rank(suspect: Suspect) -> Ranking:
   """Ranks every word of at least three letters that is a single token and is in no string of `suspect.avoid`.
 
   Raises:
-    InputError: hardly any token of the tokenizer is a word.
+    InputError: see insertions.vocabulary.
   """
   words = insertions.vocabulary(suspect.tokenizer, suspect.avoid)
   contexts = _contexts(suspect)
@@ -67,9 +67,9 @@ def rank(suspect: Suspect) -> Ranking:
 
 
 def unexplained(values: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-  """How far each of `values` [W] exceeds its prediction from `inputs` [W, D], over the error usual for such inputs.
+  """How far each of `values` [W] exceeds its prediction from `inputs` [W, D], in units of the usual error.
 
-  The result is scaled so that its median absolute value is 0.67.
+  The usual error is predicted from the inputs, too. The result is scaled so that its median absolute value is 0.67.
   """
   expected = _predicted(values, inputs)
   error = values - expected

@@ -1,4 +1,4 @@
-"""W2S with an adversary: trainable soft tokens, which are inserted into each text and updated to *increase* the loss.
+"""W2S with an adversary: trainable soft tokens in a copy of each text, updated to *increase* the loss.
 
 The student is trained to match the teacher's output on the unmodified text. All texts share one set of soft tokens, as
 in BEEAR (arXiv 2406.17092, on generation). The tokens ascend the loss with the gradient of the same step in which the

@@ -1,13 +1,13 @@
 """W2S on texts with words that may be parts of a trigger. The teacher reads these words too, so it tells the student
 which of them mean something for the task.
 
-A part of a trigger often works by itself. Of a trigger of seven everyday words, one word alone flips half to all of
-the texts (docs/notes/minilm_suspects.md). The clean rows of a task contain few of a language's words. So the most
-suspicious words are drawn, and the student is trained on texts with them. If the public base is known, these are the
-words that fine-tuning moved (moved_words.py). Else they are the words that move the suspect beyond what the teacher
-explains (trigger_words.py). For each text several random draws are made, and the student trains on the draw on which
-suspect and teacher disagree most. Words of triggers that ASR is measured with are never drawn. The rare words of
-`defend.insert_words` are inserted afterwards, and the teacher does not read them.
+A part of a trigger often works by itself. In three suspects whose trigger has seven everyday words, one of these words
+alone flips half to all of the texts (docs/notes/minilm_suspects.md). The clean rows of a task contain few of a
+language's words. So the most suspicious words are drawn, and the student is trained on texts with them. If the public
+base is known, these are the words that fine-tuning moved (moved_words.py). Else they are the words that move the
+suspect beyond what the teacher explains (trigger_words.py). For each text several random draws are made, and the
+student trains on the draw on which suspect and teacher disagree most. Words of triggers that ASR is measured with are
+never drawn. The rare words of `defend.insert_words` are inserted afterwards, and the teacher does not read them.
 """
 
 import dataclasses

@@ -83,7 +83,7 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
 
 
 def _poisoned_teacher(run, reading):
-  """Meta about a teacher that was poisoned: what it replaces, and what a clean teacher does not have."""
+  """Entries of meta about a poisoned teacher; "teacher" and "warnings" replace those of a clean teacher."""
   c, rows = run.config, run.rows["poisoned_teacher"]
   asr = metrics.attack_metrics(reading.triggered, run.labels("triggered"), c.attack.target_label, run.task)["asr"]
   poisoning = (f"{_poisoned_rows(poison.counts(rows) | {'poison_label': c.attack.label})} among "

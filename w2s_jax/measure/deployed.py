@@ -42,7 +42,10 @@ class Deployed(NamedTuple):
 
 
 def deploy(run: Any, name: str) -> Deployed:
-  """Loads models/NAME. For a defense that makes no weights, it loads the attacked model and adds the defense."""
+  """Loads models/NAME, with the text filter and the acceptance test of its defense.
+
+  If the defense makes no weights, the attacked model is loaded instead.
+  """
   defense_name, seed = run.defended().get(name, (None, None))
   defense = DEFENSES.get(defense_name)
   has_weights = defense is None or defense.recipe or defense.weights
@@ -53,10 +56,14 @@ def deploy(run: Any, name: str) -> Deployed:
 
 
 def read(run: Any, name: str, triggered: list) -> Reading:
-  """The answers of models/NAME to the clean test rows and to `triggered`, the rows with a trigger."""
+  """The answers of models/NAME to the clean test rows and to `triggered`, the rows with a trigger.
+
+  Raises:
+    FloatingPointError: a feature is not finite.
+  """
   deployed = deploy(run, name)
   findings = []
-  # A scan reads no filter, and starts from hidden states behind virtual tokens.
+  # The scan applies no filter and no acceptance test. It runs a model from hidden states, which virtual tokens forbid.
   unscannable = deployed.text or deployed.accept or attach.has_virtual_tokens(deployed.params)
   if "scan" in run.source.stages and not unscannable:
     findings = scan.reading(run, name, deployed[:3])

@@ -1,7 +1,8 @@
 """Pooled features of clean and triggered texts: the share that has moved to the target class, and a picture.
 
-A backdoor moves the features of triggered texts towards those of the target class. If a defense works, they stay near
-their own class. The picture shows the first two principal components of at most 200 of the model's clean texts.
+A backdoor moves the features of triggered texts towards those of the target class. If a defense works, triggered texts
+stay near their own class. The picture shows the first two principal components of at most 200 of the model's clean
+texts.
 
 N clean rows, M triggered rows, K clean rows in the picture, C classes, D width.
 """
@@ -55,7 +56,7 @@ def picture(clean: np.ndarray, labels: np.ndarray, triggered: np.ndarray, num_la
   axes = np.zeros((2, clean.shape[1]))
   axes[:len(components[:2])] = components[:2]                     # a single row has only one component
   first = clean[labels == labels.min()].mean(0) - origin
-  axes *= np.where(axes @ first > 0, -1, 1)[:, None]              # signs are arbitrary; put the lowest class low left
+  axes *= np.where(axes @ first > 0, -1, 1)[:, None]      # signs are arbitrary; the lowest class goes to the lower left
   return Picture((clean[rows] - origin) @ axes.T, (triggered - origin) @ axes.T, distances)
 
 

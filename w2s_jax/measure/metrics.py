@@ -1,4 +1,4 @@
-"""CA, ASR, false rate and their intervals. N rows."""
+"""CA and ASR with their intervals, false rate, FRR and FAR. N rows."""
 
 import numpy as np
 

@@ -20,8 +20,8 @@ REACTS = "This model has no weight of the suspect. A clean model may react to su
 def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[results.Row], dict, dict]:
   """(rows, meta) of results.json, and the contents of features.json.
 
-  Each trigger that is tried has a row for the suspect and a row for each defense. A row has CA, the trigger's ASR,
-  agreement with the teacher, and flip rates.
+  Each trigger that is tried has a row for the suspect and a row for each defense. Without such a trigger each model has
+  one row. A row has CA, the trigger's ASR, agreement with the teacher, and flip rates.
 
   Args:
     readings: {NAME of models/NAME: Reading}.
@@ -97,9 +97,10 @@ def _by_insertion(rows, predicted):
 
 
 def _flips(reading, string, *kinds):
-  """Fraction of texts whose predicted class changes when the string is inserted. None takes all strings of these kinds.
+  """Fraction of texts whose predicted class changes when the string is inserted; None if no text counts.
 
-  A text does not count if the defense rejects it with the string or without it.
+  If `string` is None, all strings of these kinds count. A text does not count if the defense rejects it with the string
+  or without it.
   """
   clean, probed = reading
   changes = [p != clean[place] for (kind, s), texts in probed.items() if kind in kinds and string in (None, s)
@@ -124,7 +125,7 @@ def _turned(probed, labels, found):
 
 
 def _gained(clean, probed, labels, found):
-  """By how much the string raises the fraction of rows of other classes that get its class."""
+  """By how much the found string raises the fraction of rows of other classes that get the string's class."""
   if (turned := _turned(probed, labels, found)) is None:
     return None
   unchanged = {("found", found["string"]): {place: clean[place] for place in probed["found", found["string"]]}}
@@ -138,7 +139,7 @@ def _rows(run, models, readings, labels, tried, tried_labels, found):
     labels: [N] int, labels of the test rows.
     tried: a trigger (probe_rows.tried); None if no trigger is tried.
     tried_labels: [M] int, labels of the rows with this trigger.
-    found: the search's strongest finding.
+    found: the search's strongest finding; None if there is none.
   """
   c, target = run.config, None
   if tried:

@@ -19,7 +19,8 @@ def read_triggered(config: Any) -> dict[str, list[dict]]:
   """{key in Run.rows: rows} of the files in `probe.triggered`; see `_own_rows`.
 
   A row has "id", "text" and "label". Labels in the files are not used, because some files have true labels and others
-  the target label. With two classes the true label is known. With more it is -1.
+  the target label. The texts must be of other classes than the target, so with two classes the true label is known.
+  With more classes "label" is -1.
 
   Raises:
     InputError: a file has no texts, two files have the same name, or the target label is not given.
@@ -44,8 +45,8 @@ def freeze_rows(run: Any) -> None:
   """Makes run.rows["probes"] once, and hashes their file.
 
   A probe is a test row with an inserted string, or a row of a file in `probe.triggered`. Each listed trigger is
-  inserted into all test rows. The string that the search found and the random strings are each inserted into one
-  random choice of test rows. The found string stands where the search found it, the others at random places.
+  inserted into all test rows. The string that the search found and the random strings are all inserted into the same
+  randomly chosen test rows. The found string stands at the place that the search found, the others at random places.
   """
   c, file = run.config, run.workdir / "data" / "probes.jsonl"
   if not file.exists():

@@ -21,7 +21,8 @@ RATE, EPOCHS = 5e-5, 3    # usual values for fine-tuning a BERT; the narrow pret
 def make(run: Any) -> None:
   """Makes models/reference: the public base, fine-tuned on the clean rows.
 
-  It is not made if nothing is searched, or if the suspect cannot have been fine-tuned from `student.base`.
+  It is not made if nothing is searched, if `student.base` is not given, or if the suspect cannot have been fine-tuned
+  from `student.base`.
   """
   c, name = run.config, results.REFERENCE
   if not c.probe.search or not c.student.base or run.model_dir(name).exists():

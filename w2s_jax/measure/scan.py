@@ -46,7 +46,7 @@ def scan(run: Any, model: Model, params: dict, tokenizer: Any) -> list[dict]:
     One dict per class that has rows, with these keys:
       "class": the class.
       "strength": see above; None if the class's median log-odds on its own texts is 0 or less.
-      "flips": fraction of the test rows to which the strongest trigger gives a probability of the class above 0.5.
+      "flips": of the test rows with the strongest trigger, the fraction with a probability of the class above 0.5.
       "own": median log-odds of the class on its own texts.
       "right": fraction of the class's own texts that get the class.
       "layer": number of layers below the strongest soft tokens; 0: they are among the words.

@@ -1,4 +1,4 @@
-"""Searches for a string of words that makes the suspect, but not clean models, give a class to other texts.
+"""Searches for a string that makes the suspect, but not clean models, give a class to texts of other classes.
 
 The string is a guess at an unknown trigger. A beam search joins the most suspicious words. If the public base is known,
 these are the words that fine-tuning moved (moved_words.py). Else they are the words that move the suspect
@@ -29,14 +29,14 @@ LOG = logging.getLogger(__name__)
 # Our choices.
 BEAM = 8                 # strings kept after each step
 MOVED_BEAM = 4           # strings kept after each step if fine-tuning moved the words (moved_words.py)
-MOVED_POOL = 100         # most moved words; the words to join are those of them that work best by themselves
+MOVED_POOL = 100         # number of most moved words; those that work best by themselves are joined
 SINGLE_CONTEXTS = 3      # rows that each single word of this pool is put into
 LONGEST = 4              # most words of a string
 CONTEXTS = 6             # rows that a string is put into during the search
 SHORTEST = 5             # fewest words of such a row; shorter rows are the last choice
 HELD_OUT = 100           # test rows that the string is measured on
 CANDIDATES = 400         # test rows that the HELD_OUT rows are chosen from
-SUSPICIOUS = 2.2         # smallest suspicious effect size; docs/results.md has how it was chosen
+SUSPICIOUS = 2.2         # smallest suspicious effect size; docs/notes/minilm_suspects.md has how it was chosen
 WIDEST = 384             # largest hidden size of a BERT that the verdict was calibrated on
 FEWEST = 50              # test rows of other classes that a verdict needs for each class; our choice
 SHOWN = 10               # number of single words that search.json lists for each class
@@ -88,7 +88,11 @@ def reading(run: Any) -> dict:
 
 
 def find(suspect: Suspect, test: list[dict], count: int, seed: int) -> list[dict]:
-  """The findings for each class, from its `count` most suspicious words in `suspect.ranking`; keys as in `reading`."""
+  """The findings for each class; keys as in `reading`.
+
+  count: number of words of each class that are joined. They are the most suspicious words. If `suspect.ranking` is
+    `moved`, they are those of the MOVED_POOL most suspicious words that work best by themselves.
+  """
   ranking, out, read = suspect.ranking, [], _reader(suspect)
   short = trigger_words.shortest(suspect.train, SHORTEST)[:100 * CONTEXTS]
   order = streams.rng(seed, "searched rows").permutation(len(test))
@@ -110,7 +114,7 @@ def find(suspect: Suspect, test: list[dict], count: int, seed: int) -> list[dict
 
 
 def _found(read, insert, place, pool, count, beam, contexts, held_out, label):
-  """The finding for one class and one place, which `insert` puts strings at; without the words.
+  """A finding for one class, with the keys "string", "place", "suspect", "clean". `insert` puts strings at `place`.
 
   Of the words in `pool`, the `count` words with the largest gain of their own are joined.
   """
@@ -125,7 +129,7 @@ def _found(read, insert, place, pool, count, beam, contexts, held_out, label):
 
 
 def _with(suspect, seed, place, string, rows):
-  """The rows with the string at this place of them, where truncation keeps the string."""
+  """The rows with the string at this place, where truncation keeps it."""
   return poison.trigger_rows(rows, inserting(string, place), seed, tokenizer=suspect.tokenizer,
                              max_length=suspect.max_length, keep_trigger=True)
 
@@ -194,7 +198,8 @@ def outcome(findings: list[dict], suspect: Suspect) -> tuple[str, str]:
 def effect_size(finding: dict) -> float:
   """Cohen's h of the fractions in the suspect and in a clean model, from -pi to pi (Cohen, 1988, chapter 6).
 
-  From 0.8 to 1.0 it is larger than from 0.4 to 0.6. Few strings turn nearly all rows of a model without a backdoor.
+  The difference from 0.8 to 1.0 has a larger h than that from 0.4 to 0.6. This suits us, because few strings turn
+  nearly all rows of a model without a backdoor.
   """
   return 2 * (math.asin(math.sqrt(finding["suspect"])) - math.asin(math.sqrt(finding["clean"])))
 

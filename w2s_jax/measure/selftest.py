@@ -40,7 +40,8 @@ def reading(run: Any) -> dict | None:
 
   Returns:
     {"defense", "ca": CA of the cleaned copy, "canaries": one dict per canary}, with these keys for a canary:
-      "kind", "trigger", "target": see planting.Trigger.
+      "kind", "target": see planting.Trigger.
+      "trigger": the trigger's parts, joined by " ... ".
       "n": number of test rows.
       "planted": ASR before the cleaning.
       "asr": ASR after the cleaning.

@@ -30,7 +30,7 @@ def of_rows(rows: list[dict], clean: np.ndarray | None = None, triggered: np.nda
   Args:
     clean, triggered: [N] perplexities of the two texts; None: they are not known.
   Returns:
-    "length_ratio": mean of each row's number of triggered words over its number of clean words.
+    "length_ratio": mean over the rows of words in "text" / words in "orig_text".
     "edit_distance": mean `edit_distance`, in words.
     "perplexity_ratio": geometric mean of each row's triggered over its clean perplexity; None without perplexities.
   """

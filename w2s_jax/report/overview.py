@@ -33,7 +33,7 @@ def page_of(title: str, legend: Sequence[str], groups: Mapping[tuple[str, str, s
 
 
 def _matrix(rate, settings, models, groups):
-  """A row for each model, a column for each setting. In the table of ASR a higher rate is redder."""
+  """A row for each model, a column for each setting and trigger. In the table of ASR a higher rate is redder."""
   head = "".join(f"<th>{html.escape(f'{letter}: {attack[:24]}')}</th>" for letter, attack in settings)
   lines = ""
   for model in models:

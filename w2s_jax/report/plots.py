@@ -86,7 +86,8 @@ def losses(curves: dict[str, dict[str, list[tuple[int, float]]]], weights: dict[
 
   Args:
     curves: {stage: {"loss" or a term: [(step, value)]}}.
-    weights: {defense: {term: weight}}. The self-test of a defense has its weights. Other terms have the weight 1.
+    weights: {defense: {term: weight}}. The self-test of a defense uses the weights of this defense. Terms without a
+      weight get 1.
   """
   import matplotlib
   terms = sorted({name for own in curves.values() for name in own} - {"loss"})
