@@ -172,7 +172,7 @@ class Stage:
   epochs: int = field(1, "number of passes over the rows", low=1)
   batch_size: int = field(32, "global batch size, over all devices", low=1, unit="rows")
   warmup_fraction: float = field(0.0, "fraction of the steps in which the rate rises from 0", low=0.0, high=1.0)
-  weight_decay: float = field(0.01, "weight decay; the layers' norms and biases do not decay", low=0.0, high=10.0)
+  weight_decay: float = field(0.01, "weight decay; norms and biases do not decay", low=0.0, high=10.0)
   clip_norm: float = field(1.0, "bound on the global norm of the trainable gradient; 0: no bound", low=0.0, high=1e6)
   evaluations: int = field(4, "number of dev evaluations (and checkpoints) over the stage", low=1)
   max_steps: int = field(0, "largest number of steps; 0: as many as the epochs have", low=0, unit="steps")
@@ -232,7 +232,7 @@ class Lora:
   targets: tuple = field(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
                          "modules that get an adapter; ('all-linear',): every linear module of the layers")
   quantize: str = field("", "qwix format of frozen layers; empty: student.dtype", among=("", "int8", "int4", "nf4"))
-  export: bool = field(False, "also write adapters/DEFENSE, which peft loads onto the attacked model")
+  export: bool = field(False, "also write adapters/DEFENSE, which peft loads onto the model that it started from")
 
 
 @dataclasses.dataclass
@@ -247,7 +247,7 @@ class Mesh:
 class Probe:
   """Strings that are inserted into test texts, and texts that have a trigger, to measure a suspect."""
   triggers: tuple = field((), "candidate triggers; ASR is measured for each of them")
-  target_label: int = field(-1, "target class of the candidate triggers; -1: the class that each flips most texts to")
+  target_label: int = field(-1, "target class of the candidate triggers; -1: the one with a trigger's highest ASR")
   words: int = field(16, "number of random rare words to insert", low=0, high=1000)
   sentences: int = field(16, "number of beginnings of other texts to insert", low=0, high=1000)
   triggered: tuple = field((), "files of texts with a trigger, of other classes than target_label; ASR for each file")
