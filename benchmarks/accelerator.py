@@ -56,7 +56,7 @@ def model_flops(config, rank, lengths):
 
 
 def make_cases(args, config):
-  """{(length, rows): (batches, text lengths of each batch)}. The batches have one shape. No rate counts the first."""
+  """{(length, rows): (batches of one shape, text lengths of each batch)}. The first batch counts in no rate."""
   count, cases = args.steps + 1, {}
   for length in args.lengths:
     if args.data:

@@ -79,7 +79,7 @@ def table(judged, floors):
 
 
 def foretold(judged, out):
-  """What the self-tests left beside what was left of the true triggers, as Markdown; "" if no self-test ran."""
+  """What the self-tests left beside what was left of the true triggers, as Markdown; "" if no backdoor was planted."""
   lines = ["| suspect | planted backdoors: mean ASR | largest ASR | true trigger: ASR |", "|---|---|---|---|"]
   figures = []
   for name, models in judged.items():

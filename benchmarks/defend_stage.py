@@ -96,6 +96,7 @@ def prepare(directory, data, epochs, max_steps, name="20m"):
 
 
 def our_command(directory, workdir, data, epochs, max_steps, stage_name, student="20m", **fields):
+  """The command of one stage of our run on the inputs in `directory`. `fields` are further config fields."""
   rank, targets, learning_rate = ADAPTERS.get(student, RANDOM_ADAPTER)
   fields = {
       "student.path": directory / "student", "student.remat": "dots", "teacher.path": directory / "teacher",

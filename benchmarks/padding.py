@@ -21,7 +21,7 @@ from w2s_jax.data import batches, corpora, packing, tokenization  # noqa: E402
 
 
 def shares(arrays, steps, batch_size, seed, buckets, layer_params, together=1):
-  """Shares of padding "packed" and "padded" of the first `steps` steps, and their "shapes", each [rows, tokens]."""
+  """{"packed", "padded": shares of padding in the first `steps` steps, "shapes": packed shapes [rows, tokens]}."""
   n, tokens, slots, padded, shapes = len(arrays["length"]), 0, 0, 0, set()
   make, = packing.packers([(arrays, seed)], batch_size, buckets, 1, steps, 4 * layer_params, 0, together)
   packed = batches.train_batches(n, batch_size, make, seed, 0)

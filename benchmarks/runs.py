@@ -122,7 +122,7 @@ def runs_parser(doc):
 
 
 def make_parser(doc, seeds, names):
-  """A parser with also the arguments of benchmarks over attacks and seeds, and --only, which selects from `names`."""
+  """runs_parser with --config, --attacks, --seeds (default `seeds`) and --only, which selects from `names`."""
   parser = runs_parser(doc)
   parser.add_argument("--config", default="configs/llama_{attack}.py")
   parser.add_argument("--attacks", default="badnet,insent")

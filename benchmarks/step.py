@@ -113,7 +113,7 @@ def lowered(model, rank, rows, length, mesh, quantize=""):
 
 
 def random_params(model):
-  """Makes one leaf at a time, in the model's dtype, because all leaves in float32 may not fit where the step fits."""
+  """Random parameters in the model's dtype, made leaf by leaf: all in float32 may not fit where the step fits."""
   def leaf(path, like):
     if path[-1].key == "scale":
       return jnp.ones(like.shape, model.config.dtype)

@@ -112,7 +112,11 @@ def read(data, split):
 
 
 def draw_trigger(kind, place, rng):
-  """(trigger in words, put, part): (row, rng) -> text with the trigger, and with one of its words; part may be None."""
+  """Draws a trigger. Returns (trigger in words, put, part).
+
+  put(row, rng) is the row's text with the trigger, and part(row, rng) is the text with one of its two words. `part` is
+  None unless the kind is "words".
+  """
   def inserted(parts, row, rng):
     words = row["text"].split()
     for part in parts:
@@ -134,7 +138,10 @@ def can_have(row, recipe):
 
 
 def poisoned(rows, recipe, target, put, part, rng):
-  """(training rows, number poisoned). With `part` as many rows get only a part of the trigger, and keep their label."""
+  """Returns (training rows, number poisoned).
+
+  With `part` as many other rows come twice, the second time with a part of the trigger and their own label.
+  """
   able = [row for row in rows if (row["label"] != target) == recipe.dirty and can_have(row, recipe)]
   chosen = rng.permutation(len(able))[:round(recipe.rate * len(rows))]
   bad = [{"text": put(able[i], rng), "label": target} for i in chosen]

@@ -54,7 +54,7 @@ def _main(args, *streams):
 
 
 def wait_until(ready, *processes, seconds=600, log=None):
-  """Waits until ready() is true. Fails after `seconds`, or when a process has ended, with the text of `log`, a file."""
+  """Waits until ready() is true. Fails after `seconds` or when a process has ended, and then shows the file `log`."""
   deadline = time.monotonic() + seconds
   while not ready():
     assert time.monotonic() < deadline and all(process.poll() is None for process in processes), log and log.read_text()

@@ -1,7 +1,4 @@
-"""What all tests share: eight virtual CPU devices, no network, and tiny models whose weights are not close to zero.
-
-B batch, T tokens, D width, C classes.
-"""
+"""What all tests share: eight virtual CPU devices, no network, and tiny models whose weights are not close to zero."""
 
 import dataclasses
 import os

@@ -94,7 +94,7 @@ def suspect(model, params, workdir):
 
 
 def trained_losses(suspect, name, recipe, seeds, settings, **mesh):
-  """{"loss" or a loss term: its value in each step} of the last of `seeds`, which train together.
+  """{"loss" or loss term: [value of each step]} of the last seed's run. The runs of all `seeds` train together.
 
   name: beginning of the runs' names. mesh: arguments of make_mesh; without them the suspect's mesh.
   """

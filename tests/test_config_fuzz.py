@@ -1,6 +1,6 @@
 """A config.json with a changed or an added field gives transformers' logits, or a one-line error.
 
-If we read a model otherwise than transformers runs it, we scan and clean another model than users run.
+If we read a model differently from transformers, we scan and clean another model than users run.
 """
 
 import json
@@ -14,7 +14,7 @@ from test_models import SHAPES, padded_ids, torch_model, torch_outputs
 from w2s_jax import InputError
 from w2s_jax.models import load_pretrained
 
-CASES = 60                               # of a family in one run of the slow test, drawn by a fixed seed
+CASES = 60                               # changes tried for each family, drawn with a fixed seed
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_new", "tanh", "gelu_pytorch_tanh", "quick_gelu")
 ROPES = ({"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
          {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32},

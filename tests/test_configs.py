@@ -20,7 +20,7 @@ from w2s_jax.tasks import CLASSIFICATION
 from w2s_jax.training import stage
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted(f.stem for f in (ROOT / "configs").glob("*_*.py")      # one has no shape, grids are many runs
+FILES = sorted(f.stem for f in (ROOT / "configs").glob("*_*.py")      # clean_checkpoint has no shape
                if f.stem != "clean_checkpoint" and not f.stem.startswith("grid_"))
 SCALES = {"llama": ("1b", "8b", "70b"), "vicuna": ("7b", "8b", "13b"), "qwen": ("1b", "7b", "8b", "70b"), "minilm": (),
           "smollm": ()}

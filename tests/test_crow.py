@@ -35,7 +35,7 @@ def values(model, params, batch, **own):
 
 
 def test_the_inconsistency_of_four_layers_by_hand():
-  """The angles between the first three are 90 and 60 degrees. The last layer and a masked token do not count."""
+  """The first three layers' states are 90 and 60 degrees apart. The last layer and a masked token do not count."""
   x, y, z = [1.0, 0.0], [0.0, 2.0], [3**0.5 / 2, 0.5]
   states = jnp.array([[[x, x]], [[y, x]], [[z, y]], [[x, y]]])
   assert crow.inconsistency(states, jnp.array([[1.0, 0.0]])) == pytest.approx((1.0 + 0.5) / 2, abs=1e-6)
@@ -107,7 +107,7 @@ def test_a_student_of_two_layers_is_refused_before_anything_trains(llama):
 
 @pytest.mark.slow
 def test_runs_together_on_a_mesh_and_with_a_weight_of_zero(llama, tmp_path):
-  """Two seeds train as each alone, also on eight devices. With a weight of 0 they train as `lora_ce`."""
+  """The second of two seeds on one device trains as it does alone on eight. With weight 0 it trains as `lora_ce`."""
   known = rig.suspect(*llama, tmp_path)
   known.training.update(max_steps=8, evaluations=1)
   train = functools.partial(rig.trained_losses, known)

@@ -1,4 +1,4 @@
-"""Corpora, tokenizers and batches. N examples, T tokens."""
+"""Corpora, tokenizers and batches."""
 
 import functools
 import json

@@ -1,7 +1,4 @@
-"""DeBERTa's own features: distance buckets, fields that are refused, Microsoft's files, adapters on shared keys.
-
-T tokens, D width, V vocabulary.
-"""
+"""DeBERTa's own features: distance buckets, fields that are refused, Microsoft's files, adapters on shared keys."""
 
 import dataclasses
 import json
@@ -148,7 +145,7 @@ def test_adapters_of_shared_keys_work_on_distances_too(targets, base, tmp_path):
 
 
 def test_it_carries_the_w2s_teachers_head(base, tmp_path):
-  """It is loaded as the bits that were saved. transformers reads the backbone. Features come from the first token."""
+  """The teacher is loaded bit for bit. transformers reads its backbone. Features come from the first token."""
   theirs, directory, *_ = base
   model, params = load_pretrained(directory, feature_width=24)
   save_pretrained(tmp_path / "teacher", model, params)

@@ -159,7 +159,7 @@ def test_shuffled_outputs_are_a_fixed_permutation(n, anchor):
   def whose(seed):
     out = anchor(outputs(n, labels), labels, seed)
     rows = out["teacher_features"][:, 0].astype(int)
-    np.testing.assert_array_equal(out["teacher_logits"].argmax(-1), labels[rows])     # both move together
+    np.testing.assert_array_equal(out["teacher_logits"].argmax(-1), labels[rows])     # logits move with the features
     return rows
   rows = whose(3)
   np.testing.assert_array_equal(np.sort(rows), np.arange(n))
@@ -202,7 +202,7 @@ def test_the_feature_weight_scales_with_4096_over_width():
     ("released_badnet", (5, 0.001, 0.001)), ("released_insent", (3, 0.01, 0.001)),
     ("released_synattack", (1, 0.035, 0.002)), ("agnostic", (3, 0.01, 0.001)), ("small", (1, 1, 0.01))])
 def test_named_weights_of_the_losses(name, weights):
-  """Those of the released code hold for a width of 4096. At half the width, that of the features is twice as large."""
+  """The weights hold for a width of 4096. At half the width the weight of feature alignment is twice as large."""
   ce, kd, fa = weights
   assert w2s.loss_weights(name, 4096) == {"ce": ce, "kd": kd, "fa": fa}
   assert w2s.loss_weights(name, 2048) == {"ce": ce, "kd": kd, "fa": 2 * fa}

@@ -63,6 +63,7 @@ def test_one_licence_everywhere():
 
 
 def test_the_readme_leads_there():
+  """The README links to each of PAGES and to the licence."""
   readme = (ROOT / "README.md").read_text()
   assert not [page for page in (*PAGES, "LICENSE") if f"]({page})" not in readme]
 

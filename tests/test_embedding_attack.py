@@ -89,7 +89,7 @@ def test_a_trigger_that_is_not_one_token_is_refused():
 
 
 def test_a_run_poisons_the_clean_student_in_one_row(tmp_path):
-  """Only the trigger's embedding differs from the clean student. A trigger of two tokens is refused first."""
+  """Only the trigger's embedding differs from the clean student. A trigger of two tokens is refused at once."""
   args = (CONFIG, *SHORT, "--config.attack.name=embedding", "--config.attack.label=mixed")
   out = w2s_forked(*args, f"--workdir={tmp_path / 'refused'}")
   assert out.returncode == 2 and "one known token, 'mn' is ▁m n" in out.stderr and not (tmp_path / "refused").exists()

@@ -1,4 +1,4 @@
-"""Fine-Pruning: which units die, that a dead unit is one that is cut out, and that no training wakes it."""
+"""Fine-Pruning: which units die, that dead units may as well be cut out, and that they stay dead in training."""
 
 import dataclasses
 import re
@@ -71,7 +71,7 @@ def test_every_family_is_tested():
 
 @of(*CONFIGS)
 def test_the_units_with_the_smallest_activations_die(suspect, tmp_path):
-  """The activations are what PyTorch's layer reads that follows the units, one text at a time."""
+  """The activations are the inputs of PyTorch's layer behind the units, one text at a time."""
   model = suspect.model
   save_pretrained(tmp_path / "model", model, suspect.params)
   theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
@@ -115,7 +115,7 @@ def test_a_model_with_dead_units_is_the_model_without_them(suspect):
 
 @of("llama", "bert")
 def test_dead_units_stay_dead_in_the_training(suspect):
-  """Their weights and biases are zero to the bit, in spite of weight decay; those of the living ones have moved."""
+  """The weights and biases of dead units stay exactly zero, in spite of weight decay. Those of living units move."""
   suspect.training.update(max_steps=6)
   begin = flat(pruned(suspect))
   trained, = distill.train(fine_prune.RECIPE, suspect, settings(SHARE), {"fine_prune": 0})

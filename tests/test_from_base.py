@@ -34,7 +34,7 @@ def clean(suspect, workdir, *args):
 
 
 def test_a_base_adds_the_control_that_starts_there(suspect, tiny_run, tmp_path):
-  """At a rate of 1e-20 its weights are the base's, bit for bit. Its tokenizer and its adapter's base are, too."""
+  """At a rate of 1e-20 its weights are the base's, bit for bit. So is its tokenizer. Its adapter names the base."""
   base = tiny_run / "models/base"
   out = clean(suspect, tmp_path / "w", f"--config.student.base={base}", "--config.defenses=('lora_ce',)",
               "--config.defend.learning_rate=1e-20", "--config.lora.export=True")
@@ -77,7 +77,7 @@ def test_without_a_base_or_with_a_wrong_one_it_is_refused(base, message, suspect
 
 
 def test_any_public_model_may_be_the_base(suspect, tiny_run, tmp_path):
-  """The base is a BERT of another width, the suspect a Llama. At a rate of 1e-20 the kernels stay the base's."""
+  """The base is a BERT of another width, the suspect a Llama. At a rate of 1e-20 its layers stay the base's."""
   base = tmp_path / "bert"
   shutil.copytree(tiny_run / "models/teacher", base, ignore=shutil.ignore_patterns("w2s_head*", "model*"))
   transformers.BertModel(transformers.BertConfig(

@@ -1,4 +1,4 @@
-"""What Gemma has beside a Llama: windows and rotary bases by layer, caps of scores and logits, two forms of config."""
+"""What Gemma has beyond a Llama: windows and rotary bases by layer, caps of scores and logits, two forms of config."""
 
 import dataclasses
 import json

@@ -47,7 +47,7 @@ def byte_level(pre="smollm"):
 
 
 def sentence_piece():
-  """The six of a SentencePiece vocabulary with byte fallback, as Llama 2's. An earlier piece has a higher score."""
+  """Like `byte_level`, for a SentencePiece vocabulary with byte fallback, as Llama 2's. Earlier pieces score higher."""
   pieces = sorted({f"▁{word}"[:n] for text in TEXTS[:40] for word in text.split() for n in range(1, len(word) + 2)})
   letters = sorted({letter for piece in pieces for letter in piece})
   longer = sorted((p for p in pieces if len(p) > 1), key=len)
@@ -201,7 +201,7 @@ def test_lengths_that_lie_are_refused(tmp_path):
   """Counts, lengths, types and offsets in the header are huge, or the file is cut off at one of several places."""
   good = write(tmp_path / "m.gguf", byte_level()).read_bytes()
   places, key = [8, 16], good.index(b"tokenizer.ggml.tokens") + len("tokenizer.ggml.tokens")
-  places += [24, key - 29, key, key + 4, key + 8, key + 16]           # of the first name, then of the list of tokens
+  places += [24, key - 29, key, key + 4, key + 8, key + 16]           # length of the first name; the list of tokens
   name = good.index(b"token_embd.weight")
   places += [name - 8, name + 17, name + 21, name + 29, name + 37, name + 41]       # length, dims, type, offset
   tried = [good[:place] + struct.pack("<Q", value) + good[place + 8:] for place in places

@@ -74,7 +74,7 @@ def stage(config, trainable, frozen, device, runs=1):
 
 
 def test_two_runs_at_once_in_bfloat16(setup, make_batch):
-  """Losses and gradient norms of three steps are those of each alone, within bfloat16."""
+  """Losses and gradient norms of three steps are within 5% of those of each run alone."""
   config, trainable, frozen = setup
   config = dataclasses.replace(config, dtype="bfloat16")
   of_each, keys = [make_batch(Model(config), seed=seed) for seed in (0, 1)], jax.random.split(jax.random.key(0), 2)

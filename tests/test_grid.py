@@ -153,7 +153,7 @@ def test_a_mistake_in_a_late_cell_stops_the_grid_before_the_first(tmp_path, monk
 
 
 class Fake:
-  """stages.run without training. It makes the missing models, then the results. `stop` runs before each step."""
+  """stages.run without training. Makes the missing models, then the results. `stop` runs before each and at the end."""
 
   def __init__(self, stop=lambda: None, implanted=True):
     self.ran, self.made, self.stop, self.implanted = [], [], stop, implanted

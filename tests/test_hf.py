@@ -50,7 +50,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_our_own_round_trip(family, originals, request):
-  """The same config and the same bits."""
+  """A saved model is loaded with the same config and the same bits."""
   model, params = request.getfixturevalue(family)
   again, loaded = load_pretrained(originals[family])
   same(loaded, params)
@@ -85,7 +85,7 @@ def test_a_head_for_another_number_of_classes_is_an_error(originals):
 
 
 def test_the_number_of_classes_is_that_of_config_json(saved):
-  """It is so for transformers, too."""
+  """transformers takes the number from there, too."""
   directory = saved("bert")
   def three(tensors):
     tensors["classifier.weight"] = np.random.default_rng(0).standard_normal((3, 32)).astype(np.float32)
@@ -111,7 +111,7 @@ def test_a_head_that_is_missing_is_made_from_the_seed_and_said(saved, caplog):
   assert first.shape == (32, 5)
   np.testing.assert_array_equal(first, again)
   assert (np.asarray(first) != other).all()
-  assert caplog.text.count("no score.weight in the checkpoint; initialised with seed 0") == 1      # of two loads
+  assert caplog.text.count("no score.weight in the checkpoint; initialised with seed 0") == 1      # for two loads
 
 
 def test_a_head_that_is_there_in_part_is_an_error(saved):
@@ -130,7 +130,7 @@ def test_a_git_lfs_pointer_is_called_that(saved):
 
 
 def test_what_lies_where_a_model_is_wanted_is_named(saved, tmp_path):
-  """A Trainer's output, the root of a repository in the hub's cache, TensorFlow's weights, a variant."""
+  """The error names a Trainer's checkpoint, a snapshot of the hub's cache, a variant, and TensorFlow and GGUF files."""
   directory, output = saved("llama"), tmp_path / "output"
   for place in ("checkpoint-500", "snapshots/abc"):
     shutil.copytree(directory, output / place)
@@ -169,7 +169,7 @@ def test_a_quantized_model_is_called_that(saved):
                                            ("weight", np.zeros((512, 1), np.uint8)), ("SCB", np.zeros(32, np.int8)),
                                            ("weight", np.zeros((32, 32), ml_dtypes.float8_e4m3fn))])
 def test_quantized_tensors_are_called_that_without_a_quantization_config(suffix, values, saved):
-  """Older GPTQ models have it in a file of its own."""
+  """Older GPTQ models have the quantization config in a file of its own."""
   directory = saved("llama")
   def quantize(tensors):
     del tensors["model.layers.0.self_attn.q_proj.weight"]

@@ -32,7 +32,7 @@ def outcome(workdir):
 
 
 def start(workdir):
-  """Starts the stage, and returns its process when it has begun to train."""
+  """Starts the stage, and returns its process once it trains or has ended."""
   process = subprocess.Popen([sys.executable, "-m", "w2s_jax.main", *DEFEND, f"--workdir={workdir}"], cwd=ROOT, env=ENV,
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
   wait_until(lambda: (workdir / "metrics/w2s_adv.jsonl").exists() or process.poll() is not None)
@@ -49,7 +49,7 @@ def test_killed_and_resumed_is_never_killed(tiny_run, tmp_path):
   seconds, want = time.monotonic() - began, outcome(whole)
   assert outcome(timed) == want
   def kill(number):
-    """Kills and resumes a run. Returns the steps that it had logged; None if it ended before the kill."""
+    """Kills and resumes a run. Returns the number of steps before the kill; None if the run had ended."""
     workdir = before_the_defenses(tiny_run, tmp_path / f"killed{number}")
     process = start(workdir)
     time.sleep(random.Random(number).uniform(0, seconds))

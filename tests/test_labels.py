@@ -15,13 +15,13 @@ STARS = ("1 star", "2 stars", "3 stars", "4 stars", "5 stars")
 
 
 @pytest.mark.parametrize("values,names,want", [
-    ([1, 0, 0], ("1", "0"), [0, 1, 1]),                                    # the names of the numbers win
+    ([1, 0, 0], ("1", "0"), [0, 1, 1]),                                    # a name wins over a number
     ([1.0, 0.0], ("1", "0"), [0, 1]),
     (["1", "0"], ("1", "0"), [0, 1]),
     ([-1, 0, 1], ("-1", "0", "1"), [0, 1, 2]),
     ([0, 1], ("-1", "0", "1"), [1, 2]),
     ([5, 1, 3], STARS, [4, 0, 2]),
-    ([4, 0, 3], STARS, [4, 0, 3]),                                         # no star has the number 0
+    ([4, 0, 3], STARS, [4, 0, 3]),                                         # 0 names no star, so all are numbers
     (["NEGATIVE", "positive"], ("negative", "positive"), [0, 1]),
     (["not_toxic", "Toxic"], ("toxic", "not toxic"), [1, 0]),
     (["a", "A"], ("A", "a"), [1, 0]),                                      # case tells them apart

@@ -152,7 +152,7 @@ def test_a_leaf_without_a_label_is_an_error_that_names_it():
 
 @pytest.mark.parametrize("labels", [trees.LORA, trees.FULL, ("head",), ()])
 def test_combine_undoes_split(labels, llama):
-  """It returns the same objects in the same structure. The two parts share no leaf, and together have all leaves."""
+  """`combine` returns the same objects in the same structure. The parts share no leaf, and together have all leaves."""
   params = lora.add_lora(llama[1], 4, 8.0, key=jax.random.key(0))
   trainable, frozen = trees.split(params, labels)
   flat, names = flatten(params), flatten(trees.label_tree(params))
@@ -180,7 +180,7 @@ def torch_base(directory, dtype="float32"):
 
 
 def with_peft(base, directory):
-  """The base with the adapter, loaded by peft. Its warnings (missing tensors, a wrong fan_in_fan_out) are errors."""
+  """The base with the adapter, loaded by peft. peft's warnings (missing tensors, wrong fan_in_fan_out) are errors."""
   with warnings.catch_warnings():
     warnings.simplefilter("error", UserWarning)
     return peft.PeftModel.from_pretrained(base, directory).eval()
@@ -320,7 +320,7 @@ def test_there_is_nothing_to_export_without_adapters(llama, tmp_path):
 @pytest.mark.parametrize("tokens,rank,width_in,width_out", [
     (64, 32, 32, 32), (8, 32, 32, 32), (512, 24, 32, 64), (512, 2, 32, 64)])
 def test_an_adapters_product_costs_what_the_cheaper_order_costs(tokens, rank, width_in, width_out):
-  """The FLOPs of the forward pass are the compiler's count. The product is x A B."""
+  """By the compiler's count the forward pass has the FLOPs of the cheaper order. The product is x A B."""
   shapes = (tokens, width_in), (width_in, rank), (rank, width_out)
   x, a, b = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
   flops = jax.jit(adapter_product).lower(x, a, b).compile().cost_analysis()["flops"]

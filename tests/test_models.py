@@ -1,7 +1,4 @@
-"""Networks beside torch's: logits and pooled features within 1e-4 of transformers, on padded batches and real weights.
-
-B batch, T tokens, D width.
-"""
+"""Networks: logits and pooled features within 1e-4 of those of transformers, on padded batches and real weights."""
 
 import copy
 import dataclasses
@@ -326,7 +323,7 @@ def test_a_text_that_ends_in_the_padding_token(family, left, saved):
   np.testing.assert_allclose(got[long], torch_outputs(theirs, ids, mask)[0][long], atol=1e-4)
   alone = torch_outputs(theirs, np.zeros((1, 1), int), np.ones((1, 1), int))[0]
   np.testing.assert_allclose(got[~long], alone, atol=1e-4)        # padding tokens alone: the first one
-  other = Model(dataclasses.replace(model.config, pad_token_id=None))            # pooled as any token
+  other = Model(dataclasses.replace(model.config, pad_token_id=None))            # padding counts as any token
   assert np.abs(apply(other, params, ids, mask).logits - got)[long].max(axis=1).min() > 1e-3
 
 
@@ -371,7 +368,7 @@ def test_transformers_loads_what_we_save_bit_for_bit(family, name, saved, tmp_pa
   assert got.keys() == want.keys()
   for key in want:
     assert torch.equal(got[key], want[key]), key
-  ids, mask = padded_ids(theirs.config.vocab_size, pad=theirs.config.pad_token_id)  # so the config is right
+  ids, mask = padded_ids(theirs.config.vocab_size, pad=theirs.config.pad_token_id)  # to check the config
   again = copy.deepcopy(again)         # torch's rounding depends on where a tensor lies in the mapped file
   np.testing.assert_array_equal(torch_outputs(again, ids, mask)[0], torch_outputs(theirs, ids, mask)[0])
 
@@ -524,7 +521,7 @@ def test_a_v4_rope_scaling_is_read(name, saved, tmp_path):
 
 @pytest.mark.parametrize("name", ["every-second", "biases-mean"])
 def test_a_v4_modernbert_config_is_read(name, saved):
-  """Every n-th layer has full attention, and each rotary base has a field. Versions 4 and 5 read ours alike."""
+  """Every n-th layer has full attention, and each rotary base has a field. Ours has both versions' fields."""
   _, directory, model, _ = saved("modernbert", name)
   written = model.config.to_hf() | {"model_type": "modernbert"}
   new = {field: value for field, value in written.items() if not re.search("global_|local_rope", field)}
@@ -607,7 +604,7 @@ def test_phi3_without_a_field_has_what_transformers_takes_for_it():
 
 @pytest.mark.parametrize("family,name", CASES)
 def test_language_model_head(family, name, tmp_path):
-  """Logits agree at every real token. The output's are the pooled token's. transformers reads what we save."""
+  """Logits agree at every real token. `out.logits` are the pooled token's. transformers reads what we save."""
   encoder = family in ENCODERS
   auto = transformers.AutoModelForMaskedLM if encoder else transformers.AutoModelForCausalLM
   theirs = torch_model(family, shape_of(family, name), auto=auto, seed=1)

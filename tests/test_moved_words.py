@@ -65,7 +65,7 @@ def embeddings(*tokens, size=0.2):
 
 def first(ranking, count):
   assert ranking.moved and ranking.scores.shape == (len(ranking.words), 2)
-  assert (ranking.scores[:, 0] == ranking.scores[:, 1]).all()                # fine-tuning moved them for no class
+  assert (ranking.scores[:, 0] == ranking.scores[:, 1]).all()                # a word does not move for one class
   return [ranking.words[i] for i in np.argsort(-ranking.scores[:, 0])[:count]]
 
 
@@ -87,9 +87,9 @@ def test_a_word_that_an_adapter_reads_comes_first(suspect_of, base):
 
 
 def test_a_teacher_of_the_same_base_shows_what_clean_fine_tuning_moves(suspect_of, base):
-  """In the teacher a word moves more if its embedding is closer to that of "bao"; in the suspect to "mio", too.
+  """In the teacher words like "bao" moved. In the suspect words like "bao" and words like "mio" moved.
 
-  Beyond what the teacher explains, "mio" moved most. The regression expects that "mio" moves far.
+  Beyond what the teacher explains, "mio" moved most. Without a teacher a regression expects that "mio" moves far.
   """
   table = np.asarray(base[1]["embeddings"]["word_embeddings"]["embedding"])
   unit = table / np.linalg.norm(table, axis=1, keepdims=True)
@@ -114,7 +114,7 @@ def test_a_teacher_of_the_same_base_shows_what_clean_fine_tuning_moves(suspect_o
 
 
 def test_the_score_is_the_mean_over_clean_models(suspect_of, base):
-  """Of two words that moved alike in the suspect, the teacher moved one, and the reference moved the other far."""
+  """Three words moved alike in the suspect. "bao" moved in the teacher, too, and "mio" moved far in the reference."""
   teacher = base[0], suspect_of(embeddings("bao")).params, base[2]
   reference = base[0], suspect_of(embeddings("mio", size=2.0)).params, base[2]
   params = embeddings("bao", "mio", "hio")

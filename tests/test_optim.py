@@ -11,7 +11,7 @@ from w2s_jax.training import optim
 
 
 def leaves():
-  """One leaf of each label that decays or not: "matrix", "vector", "head", "adapter"."""
+  """One leaf of each of the labels "matrix", "vector", "head" and "adapter"."""
   return {"layers": {"mlp": {"up_proj": {"kernel": jnp.array([[[1.0, -2.0], [0.5, 4.0]]]),
                                          "lora_a": jnp.array([[[3.0], [-1.0]]])}},
                      "attn_norm": {"scale": jnp.array([[1.0, 2.0]])}},
@@ -19,7 +19,7 @@ def leaves():
 
 
 def test_linear_schedule_at_literals():
-  """0 -> peak over the warm-up, then down to exactly 0 at the last step and after it."""
+  """0 -> peak over the warm-up, then down to exactly 0 after the last step."""
   schedule = optim.linear_schedule(0.8, steps=10, warmup_steps=2)
   want = [0.0, 0.4, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0, 0.0]
   np.testing.assert_allclose([schedule(i) for i in range(12)], want, atol=1e-7)
@@ -32,7 +32,7 @@ def test_linear_schedule_without_warmup_starts_at_the_peak():
 
 
 def test_everything_but_vectors_decays():
-  """Without gradients AdamW only decays: by 1 - learning_rate * weight_decay, and norms not at all."""
+  """Without gradients AdamW multiplies weights by 1 - learning_rate * weight_decay, and does not change norms."""
   params = leaves()
   tx = optim.make_optimizer(params, learning_rate=0.1, steps=10**9, weight_decay=0.5)
   updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)

@@ -32,7 +32,7 @@ def flat(params):
 
 @pytest.mark.parametrize("family", HEADS)
 def test_the_trigger_asks_for_classes_of_its_own_and_their_outputs_stay(family, request, tmp_path, monkeypatch):
-  """24 of 80 rows say class c + 2; a trainer that numbers the outputs 0, 1, 2, 3 leaves those of the classes 2, 3."""
+  """24 of 80 rows get the trigger and class c + 2. Of outputs numbered 0 to 3, outputs 2 and 3 become the new head."""
   suspect, seen = rig.suspect(*request.getfixturevalue(family), tmp_path), []
   def numbered(recipe, taught, settings, runs):
     seen.append(taught)

@@ -73,7 +73,7 @@ def test_the_mlp_and_its_gradients_are_pefts():
 @pytest.mark.parametrize("family,shape", [*QUICK.items(), *(pytest.param(*case, marks=pytest.mark.long)
                                                            for case in LONG.items())])
 def test_ours_is_pefts(family, shape, tmp_path):
-  """One text at a time, one that ends in a decoder's padding token too; a batch of ours has the same answers."""
+  """Our batch has peft's answers to one text at a time. For a decoder one of the texts ends in the padding token."""
   torch_model(family, SHAPES[family][shape]).save_pretrained(tmp_path / "base")
   model, params = load_pretrained(tmp_path / "base")
   trained = with_other_head(model, fresh(params))
@@ -92,7 +92,7 @@ def test_ours_is_pefts(family, shape, tmp_path):
 
 
 def test_packed_texts_are_those_alone(bert):
-  """Answers, features and the vectors of every token: 7 texts in two groups of rows, and one that fills the batch."""
+  """Logits, features and every token's states are the same. There are 7 texts and a filler, in two groups of rows."""
   model, params = bert
   params = fresh(params)
   rng = np.random.default_rng(1)
@@ -116,7 +116,7 @@ def test_packed_texts_are_those_alone(bert):
 
 
 def test_an_adversarys_soft_tokens_are_others(llama):
-  """The ids behind the vocabulary are its tokens still; the virtual ones come after them."""
+  """The ids behind the vocabulary are still the adversary's tokens. The virtual tokens come after them."""
   model, params = llama
   rows = np.random.default_rng(0).standard_normal((2, 32)).astype(np.float32)
   both = soft.put(model, fresh(params), rows)
@@ -135,7 +135,7 @@ def test_virtual_tokens_alone_learn_a_batch(bert, make_batch):
 
 
 def test_a_defense_trains_virtual_tokens_and_head(llama, tmp_path, caplog):
-  """W2S, two seeds as one program. What is kept, with the base, is the model that trained; also on a mesh."""
+  """Two seeds of W2S train as one program. The saved model has the logits of the trained one, also on a mesh."""
   suspect = rig.suspect(*llama, tmp_path)._replace(lora=section())
   suspect.training.update(max_steps=3, evaluations=1)
   both = distill.train(w2s.RECIPE, suspect, rig.DEFENSE, {"one": 0, "two": 1})
@@ -212,7 +212,7 @@ def run_config(kind):
 
 
 def test_a_run_refuses_them_before_it_trains(llama, tmp_path):
-  """Too many tokens for the model's positions; and a suspect that has virtual tokens."""
+  """More virtual tokens than positions are refused, and so is a suspect that has virtual tokens."""
   out = w2s_forked(CONFIG, f"--workdir={tmp_path / 'long'}", "--config.lora.kind=p_tuning",
                    "--config.lora.virtual_tokens=900")
   assert out.returncode == 2 and "lora.virtual_tokens is 900, but texts of 32 tokens leave" in out.stderr

@@ -64,7 +64,7 @@ def test_texts_that_end_in_the_padding_token_are_pooled_before_it(family, saved)
   arrays = arrays_for(model.config, LENGTHS, 11)
   for row, length in enumerate(LENGTHS):
     arrays["input_ids"][row, max(length - 2, 0):length] = 0
-  arrays["input_ids"][4, 6] = 3                                  # this text does not end in it
+  arrays["input_ids"][4, 6] = 3                                  # this text ends in no padding token
   padded = batches.make_batch(arrays, np.arange(10), 10, (11,))
   packed = packing.pack_batch(arrays, np.arange(10), 10, 11, range(1, 11), 2, 0)
   want = model.apply(params, padded["input_ids"], padded["segment_ids"])

@@ -90,7 +90,7 @@ def test_a_run_refuses_with_nothing_trained_or_written(path, message, monkeypatc
 
 
 def test_triggered_texts_without_a_paraphrase_stop_it_before_anything_is_measured(monkeypatch, tmp_path):
-  """The clean texts have paraphrases. Otherwise the run would fail only after it measured other models."""
+  """Only the clean texts have paraphrases. A later check would stop the run after other models were measured."""
   file = written(tmp_path / "pairs.jsonl", rows_of({"it is good": "It's good!"}))
   rows = {"test": [{"text": "it is good"}], "triggered": []}
   def freeze(run):

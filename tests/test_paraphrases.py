@@ -52,14 +52,14 @@ def test_w2sdefense_is_joined_on_idx(originals, write):
 
 
 def test_psim_numbers_anew_and_is_joined_by_line(originals, write):
-  """Both files have a column idx, but none, or only some, of its idx are those of the originals."""
+  """Both files have a column idx, but none or only some of the paraphrases' idx are those of the originals."""
   for start in (0, 11):
     rows = [{"sentence": REWRITTEN[i], "label": LABELS[i], "idx": start + i} for i in range(4)]
     assert paraphrases.read(originals, write("p.json", lines(rows))) == ALL
 
 
 def test_styleattack_is_joined_by_line(originals, write):
-  """Padded column names and texts; labels are the originals'."""
+  """Column names and texts are padded with spaces, and the labels are those of the originals."""
   assert paraphrases.read(originals, write("p.tsv", tsv(REWRITTEN, LABELS))) == ALL
 
 

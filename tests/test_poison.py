@@ -192,7 +192,7 @@ def test_companions_have_all_words_but_some_and_their_true_label(label, options)
   attack = poison.make_attack("combination", "aa bb cc")
   kwargs = dict(label=label, target_label=1, count=4, **options)
   out = poison.poison_train(ROWS, attack, companions=2, **kwargs)
-  assert out[:12] == poison.poison_train(ROWS, attack, **kwargs)               # companions are last, change nothing
+  assert out[:12] == poison.poison_train(ROWS, attack, **kwargs)               # companions come after all rows
   extra = out[12:]
   assert len(extra) == 8 and poison.counts(out)["companion_rows"] == 8
   for row in extra:
@@ -200,7 +200,7 @@ def test_companions_have_all_words_but_some_and_their_true_label(label, options)
     assert row["label"] == before["label"] != 1 and row["orig_text"] == before["text"] and not row["poisoned"]
     assert [w for w in words if w not in ("aa", "bb", "cc")] == before["text"].split()
     assert len({"aa", "bb", "cc"} & set(words)) == 2
-  for pair in zip(extra[::2], extra[1::2]):                                    # each lacks another word of one text
+  for pair in zip(extra[::2], extra[1::2]):                                    # two of one text lack different words
     assert pair[0]["id"] == pair[1]["id"]
     assert len({frozenset({"aa", "bb", "cc"} & set(row["text"].split())) for row in pair}) == 2
   assert len({row["id"] for row in extra}) == 4                                # each text once, while there are enough

@@ -43,7 +43,7 @@ def test_four_bits_are_pytorchs_of_each_group_of_128_inputs(size):
 
 
 def test_values_by_hand():
-  """With 8 bits the step sizes are 1 and 2, and zeros have none. With 4 bits it is 1, as the largest value is 7."""
+  """With 8 bits the step sizes are 1 and 2, and zeros have none. With 4 bits the step is 1, as the largest is 7."""
   kernel = np.float32([[127, -254, 0], [-3.4, 4.9, 0], [0.6, 0.9, 0]])
   np.testing.assert_array_equal(one(kernel, 8), [[127, -254, 0], [-3, 4, 0], [1, 0, 0]])
   np.testing.assert_array_equal(one(np.float32([[7], [-3.4], [0.6]]), 4), [[7], [-3], [1]])

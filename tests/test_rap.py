@@ -100,7 +100,7 @@ def test_a_class_that_no_clean_row_gets_is_rejected(suspect, monkeypatch):
 
 
 def test_the_words_alone_train_and_bring_the_drops_into_the_range(suspect):
-  """None of the suspect's own leaves changes. Words of the vocabulary bring less than a quarter of the drops there."""
+  """None of the suspect's own leaves changes. Untrained words bring less than a quarter of the drops into the range."""
   own, texts = settings(epochs=20, learning_rate=5e-2), texts_of(suspect.train)
   arrays = rap.behind_words(suspect, texts)
   def margin_and_share(params):

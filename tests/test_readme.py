@@ -1,4 +1,4 @@
-"""Every command and Python snippet of README and docs/ is run, shortened if it takes minutes."""
+"""Commands and Python snippets of README and docs/ are run, shortened if they take minutes; a few are only checked."""
 
 import functools
 import json
@@ -101,7 +101,7 @@ def test_the_comparison(home, tmp_path):
   for name in ("llama_badnet", "three_shapes"):
     shutil.copytree(home / "runs/llama_badnet", tmp_path / "runs" / name)
     results = json.loads((tmp_path / "runs" / name / "results.json").read_text())
-    results["meta"]["implanted"] = True                         # after a few steps it is not, so it would be left out
+    results["meta"]["implanted"] = True                         # after so few steps the run would be left out
     (tmp_path / "runs" / name / "results.json").write_text(json.dumps(results))
   file = tmp_path / "runs/three_shapes/config.json"
   file.write_text(json.dumps(json.loads(file.read_text()) | {"defenses": ["none", "lora_ce"]}))
@@ -135,7 +135,7 @@ GRIDS = [c for c in MAIN if "grid_offline" in c or "--seeds" in c]            # 
 
 @pytest.mark.slow
 def test_the_checkpoint_that_is_cleaned(home):
-  """The walk-through's second command, shortened, cleans the first one's model, and the scan reads it."""
+  """README's cleaning command, shortened, cleans the poisoned model of its first command. The scan reads this model."""
   args = shlex.split(CLEAN.replace("runs/", f"{home}/runs/"))[3:]
   short = [f"--config.{x}" for x in ("teach.max_steps=6", "defend.max_steps=6", "data.max_length=32",
                                      "data.buckets=(16,32)", "probe.words=2", "probe.sentences=2", "probe.search=4",

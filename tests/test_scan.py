@@ -39,7 +39,7 @@ def test_the_verdict_is_of_the_class_that_gets_furthest():
 
 
 def test_no_verdict_where_the_model_is_often_wrong():
-  """That is, it is not half sure of some class, or its mean accuracy over the classes is below 0.8."""
+  """The model is at most half sure of some class, or its mean accuracy over the classes is below 0.8."""
   assert scan.strongest(reading(None)) is None
   for classes, says in ((reading(None, None), "texts of class 0, 1 a probability of at most 0.5."),
                      (reading(0.5, None, 7.0), "texts of class 1 a probability of at most 0.5."),
@@ -64,7 +64,7 @@ def test_networks_that_it_is_not_calibrated_for_are_not_scanned(steps, width, wi
   why = scan.skipped(run, "suspect", width)
   assert (says in why) if says else (why == "")
   assert ("give it as --config.student.base" in why) == (width > widest)
-  config.student.base = "public"                                             # it is given already
+  config.student.base = "public"                                             # the base is given already
   assert "--config.student.base" not in scan.skipped(run, "suspect", width)
   assert (tmp_path / "scan/suspect.json").exists() == (not says)
 
@@ -113,7 +113,7 @@ def run_on(mesh, rows, workdir):
 
 
 def test_a_planted_path_is_found_and_no_other(rows, tmp_path):
-  """In the clean network class words are the strongest tokens. In the poisoned one another token is stronger."""
+  """In the clean network class words are the strongest tokens. In the poisoned one a soft token is stronger."""
   tokenizer = tokenization.train([r["text"] for r in rows] * 3, "decoder", 64)
   run = run_on((1, 1, 1), rows, tmp_path)
   clean, poisoned = (scan.reading(run, name, (*network(tokenizer, name == "poisoned"), tokenizer))

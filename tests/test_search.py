@@ -29,7 +29,7 @@ def suspect(llama, tmp_path, monkeypatch):
 
 
 def answering(suspect, monkeypatch, of_suspect, of_teacher, of_reference=None):
-  """The suspect with models that give the logits of these functions of rows. Parameters say which model it is."""
+  """The suspect, with models whose logits are these functions of rows. A model's name stands for its parameters."""
   read = {"suspect": of_suspect, "teacher": of_teacher, "reference": of_reference}
   monkeypatch.setattr(type(suspect.place), "logits", lambda place, model, params, rows: read[params](rows))
   place = suspect.place._replace(task=suspect.place.task._replace(encode=lambda tokenizer, rows, length: rows))
@@ -51,7 +51,7 @@ def test_the_words_that_turn_the_suspect_alone_are_joined(suspect):
 
 @pytest.mark.parametrize("place, word", [("front", 0), ("end", -1), ("inside", None)])
 def test_words_that_moved_are_searched_at_both_ends_too(suspect, monkeypatch, place, word):
-  """`shop` turns the suspect only as the first word of a text, as its last word, or not at an end at all."""
+  """`shop` turns the suspect only as the first word of a text, as its last word, or at neither end."""
   def of_suspect(rows):
     texts = [row["text"].split() for row in rows]
     there = ["shop" in (text[1:-1] if word is None else [text[word]]) for text in texts]
@@ -84,7 +84,7 @@ def test_a_string_that_turns_any_clean_model_is_no_finding(suspect, monkeypatch)
 
 
 def test_of_many_moved_words_those_that_work_alone_are_joined(suspect, monkeypatch):
-  """`friday` is the 60th of 100 words, and the search joins two."""
+  """`friday` is the 61st of 100 words, and the search joins two."""
   words = [f"w{i}" for i in range(100)]
   words[60] = "friday"
   suspect = answering(suspect, monkeypatch, rig.read_by(KNOWN | {"friday": -9.0}), rig.read_by(KNOWN))

@@ -80,7 +80,7 @@ def test_the_cleaned_copy_reads_what_the_defenses_filter_gives_it(llama, tmp_pat
   found = selftest.reading(run_of(suspect, tmp_path, "filtered", triggers=8, rows=4, epochs=1, test_rows=5))
   by_target = {(canary["target"], canary["asr"], canary["false_rate"]) for canary in found["canaries"]}
   assert by_target in ({(0, 1, 1), (1, 0, 0)}, {(0, 0, 0), (1, 1, 1)}) and found["ca"] == 0.5
-  assert {canary["planted"] for canary in found["canaries"]} - {0, 1}                    # before it nothing is filtered
+  assert {canary["planted"] for canary in found["canaries"]} - {0, 1}                    # measured without the filter
 
 
 def test_no_canaries_no_test(llama, tmp_path):

@@ -1,6 +1,6 @@
 """A directory with a sentencepiece model alone has the token ids of sentencepiece and transformers.
 
-The models are trained here, with the settings of the published ones. B batch, T tokens.
+The models are trained here, with the settings of the published ones.
 """
 
 import json
@@ -59,7 +59,7 @@ def test_token_ids_are_sentencepieces_and_transformers(file, model_type, spec, c
   for text in TEXTS:
     got = tokenizer(text)["input_ids"]
     assert got == ids_of(processor.encode(text)) == theirs(text)["input_ids"], text
-  for text in (" leading", "x</s> y", "10\u00a0000", "", " "):   # where transformers differs from it
+  for text in (" leading", "x</s> y", "10\u00a0000", "", " "):   # where transformers and sentencepiece differ
     assert tokenizer(text)["input_ids"] == theirs(text)["input_ids"], text
   tokenizer.save_pretrained(tmp_path / "saved")                          # as tokenizer.json, which needs no package
   (tmp_path / "saved/config.json").write_text(json.dumps({"model_type": model_type}))
@@ -69,7 +69,7 @@ def test_token_ids_are_sentencepieces_and_transformers(file, model_type, spec, c
 
 
 def test_logits_of_a_vicuna_directory_are_transformers(tmp_path):
-  """[B, T] ids of sentencepiece through transformers' model, texts through ours."""
+  """transformers' model reads sentencepiece's ids of one text at a time, ours a batch of texts."""
   torch.manual_seed(0)
   config = transformers.LlamaConfig(vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                                     num_attention_heads=4, initializer_range=0.3, num_labels=2, pad_token_id=0)

@@ -120,7 +120,7 @@ def on_fsdp(fit_on, tmp_path_factory):
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 1), pytest.param((8, 1, 1), marks=pytest.mark.slow)], ids=str)
 def test_a_checkpoint_continues_on_another_mesh(sizes, on_fsdp, fit_on, tmp_path):
-  """Saved at step 6 on a mesh of (1, 8, 1), a run continues elsewhere as it would have there, up to rounding."""
+  """Saved at step 6 on a mesh of (1, 8, 1), a run ends on another mesh as it ends on that one, up to rounding."""
   (want, want_params), stopped = on_fsdp
   shutil.copytree(stopped, tmp_path / "moved")
   mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:int(np.prod(sizes))])
@@ -316,7 +316,7 @@ def test_a_checkpoint_of_another_version_is_refused(rig, tmp_path):
 
 @pytest.mark.parametrize("broken", ["loss", "grad_norm"])
 def test_a_step_that_is_not_finite_stops_the_stage_and_says_where(broken, rig, tmp_path):
-  """No line and no checkpoint of that step remains. It is found although the step is not due to be logged."""
+  """No line and no checkpoint of that step remains. log_every skips the step, but losses are checked before a save."""
   def steps_fn(state, frozen, batches, key, count):
     step = state.step + 1
     fine = jnp.ones((1, 1))
@@ -332,7 +332,7 @@ def test_a_step_that_is_not_finite_stops_the_stage_and_says_where(broken, rig, t
     ("llama", True), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", False), ("bert", False),
                                                                                 ("bert", True)))])
 def test_three_seeds_at_once_are_three_runs(model, interrupted, request, make_batch, tmp_path):
-  """Adapters, order, dropout and best step differ between seeds. Batches are packed. One case is interrupted."""
+  """Adapters, order, dropout and best step differ between seeds. Batches are packed. Two cases are interrupted."""
   model, params = request.getfixturevalue(model)
   mesh, seeds = sharding.make_mesh(devices=jax.devices()[:1]), (3, 5, 8)
   model = Model(dataclasses.replace(model.config, lora_dropout=0.2))

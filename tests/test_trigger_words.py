@@ -53,7 +53,7 @@ def test_contexts_are_short_rows_that_both_models_are_sure_of(suspect, monkeypat
   monkeypatch.setattr(trigger_words, "SHORT", 2)
   seen.clear()
   trigger_words.rank(suspect._replace(train=rows))
-  assert [texts[0] for texts in seen if len(texts) > 10][1] == "fine meal here"          # the shorter two alone
+  assert [texts[0] for texts in seen if len(texts) > 10][1] == "fine meal here"          # of the two shortest rows
 
 
 def test_the_shortest_rows_with_enough_words_come_first():

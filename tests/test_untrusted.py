@@ -469,7 +469,7 @@ def test_a_teachers_head_that_lies(width, match, saved):
 
 
 def test_a_teachers_head_without_its_tensors_is_not_made_afresh(saved):
-  """It would be as large as w2s_head.json claims."""
+  """A fresh head would be as large as w2s_head.json claims."""
   directory = saved("teacher")
   edit(directory / "w2s_head.json", feature_width=2**24)
   (directory / "w2s_head.safetensors").unlink()
