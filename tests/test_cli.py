@@ -411,7 +411,7 @@ def refuses(message, *args, workdir):
     ("want labels among embedding, vector, matrix, head", [CONFIG, "--config.poison.trains=('nope',)"]),
     ("want ascending lengths, the last at least 64 tokens", [CONFIG, "--config.data.buckets=(16,)"]),
     ("dtype 'float32', remat 'bogus': want", [CONFIG, "--config.student.remat=bogus"]),
-    ("5 attention heads must be divided by num_key_value_heads, got 2", [
+    ("5 attention heads must be divisible by num_key_value_heads, got 2", [
         CONFIG, "--config.student.arch.num_attention_heads=5"]),
     ("got 2: see --config.student.arch", [CONFIG, "--config.student.arch.num_attention_heads=5"]),
     ("--config.student.arch: hidden_size is 0, wanted an integer", [CONFIG, "--config.student.arch.hidden_size=0"]),

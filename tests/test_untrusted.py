@@ -410,7 +410,7 @@ RANGE = r"wanted an integer in "
     ({"hidden_size": 2**24, "intermediate_size": 2**24, "vocab_size": 2**24, "head_dim": 2**24}, FIT),
     ({"vocab_size": -1}, f"vocab_size is -1, {RANGE}1..16777216"), ({"vocab_size": 65}, FIT + r"wanted \(65, 32\)"),
     ({"head_dim": 7}, "head_dim 7 must be even"), ({"head_dim": 2}, f"head_dim is 2, {RANGE}4.."),
-    ({"num_attention_heads": 3}, "3 attention heads must be divided by num_key_value_heads, got 2"),
+    ({"num_attention_heads": 3}, "3 attention heads must be divisible by num_key_value_heads, got 2"),
     ({"num_key_value_heads": 0}, "num_key_value_heads is 0, "),
     ({"rms_norm_eps": -1}, "rms_norm_eps is -1, wanted a number"),
     ({"rms_norm_eps": True}, "rms_norm_eps is True, "), ({"attention_dropout": 1}, "attention_dropout is 1, wanted"),

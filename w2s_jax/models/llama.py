@@ -65,7 +65,7 @@ class LlamaConfig(family.SharedConfig):
     heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     kv_heads = fields.integer("num_key_value_heads", heads)
     if heads % kv_heads:
-      raise InputError(f"{heads} attention heads must be divided by num_key_value_heads, got {kv_heads}: see the "
+      raise InputError(f"{heads} attention heads must be divisible by num_key_value_heads, got {kv_heads}: see the "
                        "model's config.json")
     head_dim = fields.integer("head_dim", max(4, width // heads), 4)
     if head_dim % 2:
