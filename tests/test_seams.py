@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs import llama_badnet
 from w2s_jax import InputError, losses, results, stages
 from w2s_jax.data import tokenization
-from w2s_jax.defenses import DEFENSES, Defense, Recipe, Suspect, distill, lora_ce, onion, prune, strip, w2s
+from w2s_jax.defenses import DEFENSES, SETTINGS, Defense, Recipe, Suspect, distill, lora_ce, onion, prune, strip, w2s
 from w2s_jax.measure import metrics
 from w2s_jax.measure.deployed import Reading
 from w2s_jax.tasks import CLASSIFICATION, Task
@@ -74,6 +74,11 @@ def test_a_term_that_is_no_scalar_is_refused(suspect):
   recipe = Recipe(lambda student, batch, settings, task: {"ce": student.logits}, lambda settings, width: {"ce": 1.0})
   with pytest.raises(InputError, match=r"the loss term ce is float32\[2, 2\], wanted a scalar float32"):
     distill.check("odd", recipe, CLASSIFICATION, suspect.model, rig.DEFENSE)
+
+
+def test_defenses_that_share_a_section_share_its_settings():
+  for name, defense in DEFENSES.items():
+    assert all(SETTINGS[section] is settings for section, settings in defense.settings.items()), name
 
 
 def test_a_suspect_has_clean_rows_alone():
