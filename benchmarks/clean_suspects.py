@@ -79,9 +79,10 @@ def table(judged, floors):
   return "\n".join(lines)
 
 
-def foretold(judged, out):
-  """What the self-tests left beside what was left of the true triggers, as Markdown; "" if no backdoor was planted."""
-  lines = ["| suspect | planted backdoors: mean ASR | largest ASR | true trigger: ASR |", "|---|---|---|---|"]
+def selftest_table(judged, out):
+  """ASR of planted backdoors and of the true trigger after the same defense, as Markdown; "" if none was planted."""
+  lines = ["| suspect | defense | planted backdoors: mean ASR | largest ASR | true trigger: ASR |",
+           "|---|---|---|---|---|"]
   figures = []
   for name, models in judged.items():
     file = out / name / "selftest.json"
@@ -89,13 +90,14 @@ def foretold(judged, out):
     asr = [canary["asr"] for canary in found["canaries"] if canary["planted"] >= selftest.IMPLANTED]
     if asr:
       figures.append((np.mean(asr), max(asr), models[found["defense"]]["asr"]))
-      lines.append(f"| {name} | " + " | ".join(f"{x:.3f}" for x in figures[-1]) + " |")
+      lines.append(f"| {name} | {found['defense']} | " + " | ".join(f"{x:.3f}" for x in figures[-1]) + " |")
   if not figures:
     return ""
   means, largest, true = np.transpose(figures)
-  above = f"The true trigger is above the largest in {(true > largest).sum()} of {len(true)}."
-  correlation = stats.spearmanr(means, true).statistic if len(true) > 2 else np.nan
-  return "\n".join([*lines, "", f"Rank correlation of mean and true trigger: {correlation:.2f}. {above}"])
+  lines += ["", f"The true trigger is above the largest in {(true > largest).sum()} of {len(true)}."]
+  if len(set(means)) > 2 < len(set(true)):
+    lines.append(f"Rank correlation of mean and true trigger: {stats.spearmanr(means, true).statistic:.2f}.")
+  return "\n".join(lines)
 
 
 def picture(judged, floors, file):
@@ -144,7 +146,7 @@ def main():
   found = {name: judged[name] for name in names if judged[name]}
   if found:
     text = (f"{', '.join(found)}\n\n" + table(found, {name: float(metadata[name]["asr_floor"]) for name in found})
-            + "\n\n" + foretold(found, args.out)).rstrip()
+            + "\n\n" + selftest_table(found, args.out)).rstrip()
     (args.out / "table.md").write_text(text + "\n")
     (args.out / "rows.json").write_text(json.dumps(found))
     picture(found, {name: float(metadata[name]["asr_floor"]) for name in found}, args.out / "asr.svg")

@@ -108,23 +108,26 @@ def test_cleaning_measures_the_attacks_own_trigger(tmp_path, monkeypatch):
   assert stopped.value.code == 2
 
 
-def test_what_self_tests_foretold_by_hand(tmp_path):
+def test_self_tests_beside_the_true_triggers_by_hand(tmp_path):
   """A backdoor that was not planted does not count. `c-1` has no self-test."""
   pytest.importorskip("torch")
   import clean_suspects
-  left = {"a-1": (0.1, 0.3), "b-1": (0.2, 0.2), "c-1": (), "d-1": (0.5, 0.7)}
-  judged = {"a-1": 0.15, "b-1": 0.4, "c-1": 0.9, "d-1": 0.6}
+  left = {"a-1": (0.1, 0.3), "b-1": (0.3, 0.3), "c-1": (), "d-1": (0.5, 0.7)}
+  judged = {"a-1": 0.45, "b-1": 0.4, "c-1": 0.9, "d-1": 0.6}
   for name, asrs in left.items():
     if asrs:
       canaries = [{"planted": 1.0, "asr": asr} for asr in asrs] + [{"planted": 0.8, "asr": 1.0}]
       (tmp_path / name).mkdir()
       (tmp_path / name / "selftest.json").write_text(json.dumps({"defense": "w2s", "ca": 0.9, "canaries": canaries}))
   rates = {name: {"w2s": {"asr": asr}, "lora_ce": {"asr": 1.0}} for name, asr in judged.items()}
-  assert clean_suspects.foretold(rates, tmp_path) == (
-      "| suspect | planted backdoors: mean ASR | largest ASR | true trigger: ASR |\n|---|---|---|---|\n"
-      "| a-1 | 0.200 | 0.300 | 0.150 |\n| b-1 | 0.200 | 0.200 | 0.400 |\n| d-1 | 0.600 | 0.700 | 0.600 |\n\n"
-      "Rank correlation of mean and true trigger: 0.87. The true trigger is above the largest in 1 of 3.")
-  assert clean_suspects.foretold({"c-1": rates["c-1"]}, tmp_path) == ""
+  assert clean_suspects.selftest_table(rates, tmp_path) == (
+      "| suspect | defense | planted backdoors: mean ASR | largest ASR | true trigger: ASR |\n|---|---|---|---|---|\n"
+      "| a-1 | w2s | 0.200 | 0.300 | 0.450 |\n| b-1 | w2s | 0.300 | 0.300 | 0.400 |\n"
+      "| d-1 | w2s | 0.600 | 0.700 | 0.600 |\n\nThe true trigger is above the largest in 2 of 3.\n"
+      "Rank correlation of mean and true trigger: 0.50.")
+  del rates["d-1"]
+  assert clean_suspects.selftest_table(rates, tmp_path).endswith("is above the largest in 2 of 2.")
+  assert clean_suspects.selftest_table({"c-1": rates["c-1"]}, tmp_path) == ""
 
 
 def test_the_search_of_a_zoo_shares_a_teacher_per_seed(tmp_path, monkeypatch, capsys):

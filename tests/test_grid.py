@@ -7,7 +7,7 @@ import runpy
 import shutil
 
 import pytest
-from cli import CONFIG, ROOT, SHORT, w2s
+from cli import CONFIG, ENV, ROOT, SHORT, w2s
 from ml_collections import ConfigDict
 from test_compare import row
 
@@ -41,8 +41,11 @@ def test_a_config_becomes_a_grid_over_seeds():
   more = grid.cells(grid.over_seeds(offline("attacks=badnet+suffix,seeds=1"), ["7"]))
   assert {name: (cell.attack.name, cell.seed) for name, cell in more.items()} == {
       "badnet-7": ("badnet", 7), "suffix-7": ("suffix", 7)}
-  with pytest.raises(InputError, match="--seeds has '1-3', want whole numbers from 0, such as --seeds=0,1,2"):
-    grid.over_seeds(offline(), ["1-3"])
+  for wrong in ("1-3", "0,0", "00", "-1", "\u0663", ""):
+    with pytest.raises(InputError, match="want different whole numbers, such as --seeds=0,1,2"):
+      grid.over_seeds(offline(), wrong.split(",") if wrong else [])
+  with pytest.raises(InputError, match="grid axis 'seed': want"):
+    grid.over_seeds(ConfigDict({"grid": {"seed": (0, 1)}}), ["7"])
   with pytest.raises(InputError, match="grid axes 'run' and 'seed' both change 'seed'"):
     grid.cells(grid.over_seeds(offline("attacks=badnet,seeds=2,triggers=random"), ["7"]))
   more = ConfigDict({"grid": {"seed": {"0": {"seed": 0, "attack": {"trigger": "mn"}}}}})
@@ -324,7 +327,21 @@ def test_the_command(tmp_path):
   assert again.stdout.split("complete", 1)[1].strip().startswith("- A = badnet-3")
   wrong = w2s(*flags, "--stage=teach")
   assert wrong.returncode == 2 and "this is a grid: leave out --stage" in wrong.stderr
-  twice = w2s(CONFIG, "--seeds=0,x", f"--workdir={tmp_path / 'twice'}")
-  assert twice.returncode == 2 and "--seeds has 'x'" in twice.stderr and not (tmp_path / "twice").exists()
+  no_number = w2s(CONFIG, "--seeds=0,x", f"--workdir={tmp_path / 'x'}")
+  assert no_number.returncode == 2 and "--seeds=0,x: want" in no_number.stderr and not (tmp_path / "x").exists()
+  single = w2s(CONFIG, "--seeds=0", f"--workdir={tmp_path / 'w/cells/badnet-3'}")
+  assert single.returncode == 2 and "is the workdir of a single run" in single.stderr
   alone = w2s(CONFIG, "--jobs=2", f"--workdir={tmp_path / 'alone'}")
   assert alone.returncode == 2 and "--jobs=2 is for a grid, and this config is one run" in alone.stderr
+
+
+@pytest.mark.slow
+def test_seeds_of_one_config(tmp_path):
+  """--seeds makes a grid of a config that is a single run, by default in a workdir of its own."""
+  out = w2s(CONFIG.replace("=", f"={ROOT}/"), "--seeds=0,1", "--config.defenses=none", *SHORT, cwd=tmp_path,
+            env=ENV | {"PYTHONPATH": str(ROOT)})
+  assert out.returncode == 0, out.stderr
+  workdir = tmp_path / "runs/llama_badnet-seeds"
+  seeds = [json.loads((workdir / f"cells/{seed}/config.json").read_text())["seed"] for seed in (0, 1)]
+  rows = re.findall(r"^\| A +\| (\d) +\| (\w+)", (workdir / "results.md").read_text(), re.MULTILINE)
+  assert seeds == [0, 1] and rows == [(seed, model) for seed in "01" for model in ("clean", "poisoned")]

@@ -91,7 +91,7 @@ def parser() -> Parser:
     command.add_argument("fields", metavar="FIELD=VALUE", nargs="*", help="`w2s-jax fields CONFIG` lists the fields")
   fields.add_argument("config", metavar="CONFIG", nargs="?", default="clean_checkpoint", help=names)
   run.add_argument("--out", metavar="OUT", help="directory for all output; runs/CONFIG or runs/CONFIG-ARGUMENT by "
-                                                "default")
+                                                "default, with -seeds at its end if --seeds is given")
   run.add_argument("--seeds", metavar="A,B", help="run the config once for each of these seeds, such as 0,1,2, as a "
                                                   "grid with one table")
   run.add_argument("--jobs", metavar="N", help="number of a grid's runs that run at the same time; 1 by default")

@@ -37,12 +37,15 @@ def over_seeds(config: ConfigDict, seeds: list[str]) -> ConfigDict:
   """The config as a grid with the axis `seed`. If it is a grid already, its other axes stay.
 
   Raises:
-    InputError: a seed is not a whole number, or the grid has an axis `seed` that changes more than the seed.
+    InputError: the seeds are not different whole numbers, the grid's axes are wrong, or its axis `seed` changes more
+      than the seed.
   """
-  if wrong := [seed for seed in seeds if not seed.isdecimal()]:
-    raise InputError(f"--seeds has {wrong[0]!r}, want whole numbers from 0, such as --seeds=0,1,2")
+  if not seeds or len(set(seeds)) < len(seeds) or not all(re.fullmatch("0|[1-9][0-9]*", seed) for seed in seeds):
+    raise InputError(f"--seeds={','.join(seeds)}: want different whole numbers, such as --seeds=0,1,2")
   out = config.to_dict()
   axes = out.get("grid", {})
+  if axes:
+    _check_axes(axes)
   if any(set(changes) != {"seed"} for changes in axes.get("seed", {}).values()):
     raise InputError("--seeds: the axis `seed` of this grid changes other fields, too: leave out --seeds")
   axes["seed"] = {seed: {"seed": int(seed)} for seed in seeds}
@@ -105,9 +108,12 @@ def run(config: ConfigDict, workdir: Path, jobs: int = 1) -> int:
   Returns:
     The exit code: 0, or FAILED_CODE if a cell failed. A failed cell does not stop the other cells.
   Raises:
-    InputError: a field of a cell's config is wrong (checked before any cell runs), or the store has a cell with another
-      config. If no cell is complete at the end, the error of the first cell that failed is raised.
+    InputError: the workdir is that of a single run, a field of a cell's config is wrong (both checked before any cell
+      runs), or the store has a cell with another config. If no cell is complete at the end, the error of the first
+      cell that failed is raised.
   """
+  if (workdir / "config.json").exists():
+    raise InputError(f"{workdir} is the workdir of a single run: give another --workdir")
   grid = cells(config)
   directories = {name: workdir / "cells" / name for name in grid}
   for cell in grid.values():

@@ -27,7 +27,7 @@ from absl import logging as absl_logging  # noqa: E402
 from w2s_jax import InputError, command, results  # noqa: E402
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all output; runs/CONFIG or runs/CONFIG-ARGUMENT by "
-                               "default.")
+                               "default, with -seeds at its end if --seeds is given.")
 _STAGE = flags.DEFINE_enum("stage", None, results.STAGES, "Run this stage alone. Its inputs must be in the workdir. "
                            "scan and search make the models that they need.")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, if there are several.")
@@ -36,8 +36,8 @@ _PROCESS = flags.DEFINE_integer("process_id", None, "Index of this process, from
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Let JAX find the other processes (TPU pod, SLURM, Kubernetes, "
                                                           "MPI).")
 
-_SEEDS = flags.DEFINE_list("seeds", [], "Run the config once for each of these seeds, such as 0,1,2, as a grid with "
-                           "one table. The default --workdir then ends in -seeds.")
+_SEEDS = flags.DEFINE_list("seeds", None, "Run the config once for each of these seeds, such as 0,1,2, instead of "
+                           "--config.seed: a grid with one table.")
 _JOBS = flags.DEFINE_integer("jobs", 1, "Number of a grid's cells that run at the same time, each in a process of its "
                              "own on an equal share of the CPU cores.", lower_bound=1)
 
@@ -93,14 +93,14 @@ def main(argv: list[str]) -> int:
   elif _JOBS.value > 1:
     raise InputError("--jobs starts its own processes on one machine: leave it out if there are several processes")
   workers.show_log()
-  workdir = default_workdir(sys.argv, "seeds" if _SEEDS.value else "")
+  workdir = default_workdir(sys.argv, "" if _SEEDS.value is None else "seeds")
   if _WORKDIR.value:
     workdir = Path(os.path.expanduser(_WORKDIR.value))
   if not jax.config.jax_compilation_cache_dir:     # else the user has set JAX_COMPILATION_CACHE_DIR
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute().parent / ".w2s_cache" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   config = command.CONFIG.value
-  if _SEEDS.value:
+  if _SEEDS.value is not None:
     config = grid.over_seeds(config, _SEEDS.value)
   try:
     if "grid" not in config:

@@ -5,7 +5,7 @@ what the first layer reads by one signed gradient step (FGSM, Goodfellow et al.,
 difference. The student learns the labels of the clean texts, and to keep the difference small on the perturbed texts.
 
 Ours: padding does not count. The student is a classifier and trains like every other recipe. In a Llama the first layer
-reads the word embeddings. In an encoder it reads the output of the embedding norm. L layers, R rows, T tokens, D width.
+reads the word embeddings. In an encoder it reads the output of the embeddings. L layers, R rows, T tokens, D width.
 """
 
 import dataclasses
