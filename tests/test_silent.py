@@ -94,7 +94,7 @@ def test_repeated_rows_and_a_changed_file_of_the_same_age(suspect, tmp_path):
   os.utime(file, age)
   out = begin(suspect, tmp_path / "a", file)
   repeated = 120 - len({row["text"] for row in rows})
-  assert f"({repeated} rows repeat the text of another, and stay on its side)" in out.stdout, out.stderr
+  assert f"({repeated} rows repeat the text of another, and are in its split)" in out.stdout, out.stderr
   rows_file(file, [row | {"label": 1 - row["label"]} for row in rows] * 3)
   os.utime(file, age)
   assert begin(suspect, tmp_path / "b", file).returncode == 0

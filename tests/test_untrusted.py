@@ -508,7 +508,7 @@ def test_an_adapter_that_lies(shapes, match, saved, monkeypatch):
 def test_an_adapter_of_another_type(dtype, saved):
   directory = saved("prompted")
   save_file({SOFT: np.ones((2, 32), dtype)}, directory / ADAPTER)
-  refuses(r"no F32 \['embed_tokens/soft (F16|F64|I32|BOOL)'\]", load_pretrained, directory)
+  refuses(r"not F32 \['embed_tokens/soft (F16|F64|I32|BOOL)'\]", load_pretrained, directory)
 
 
 def test_an_adapter_that_is_a_pickle_is_refused_and_not_run(saved, tmp_path):

@@ -144,7 +144,7 @@ def _hold_out(train, name, size, rng, source):
     chosen = min(groups.values(), key=len)
   repeated = len(train) - len(groups)
   LOG.info(f"{source} has no {name} split: {len(chosen)} of its {len(train)} train rows are held out as one"
-           + f" ({repeated} rows repeat the text of another, and stay on its side)" * bool(repeated))
+           + f" ({repeated} rows repeat the text of another, and are in its split)" * bool(repeated))
   if not chosen:
     raise InputError(f"{source}: no {name} split can be held out, all {len(train)} rows have the same text: give "
                      "other rows")

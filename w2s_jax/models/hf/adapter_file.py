@@ -18,7 +18,7 @@ from w2s_jax.models.model import Model
 
 FILE = "w2s_adapter.safetensors"
 NOTE = f"""WARNING: {FILE} belongs to this model. It has an adapter that cannot be merged. transformers ignores the file
-and loads the model without the adapter. That model was not measured. w2s_jax's `load_pretrained` reads both files.
+and loads the model without the adapter. That model was not measured. w2s_jax's `load_pretrained` reads the file, too.
 """
 
 
@@ -63,7 +63,7 @@ def find(directory: Path, model: Model, base: Mapping[str, tuple[int, ...]],
     types = [f"{name} {slices[name].get_dtype()}" for name in sorted(slices) if slices[name].get_dtype() != "F32"]
   wanted = attach.unmergeable(shapes, base, _vocabulary(model), total_layers)
   found = {"unexpected": sorted(shapes.keys() - wanted.keys()), "missing": sorted(wanted.keys() - shapes.keys()),
-           "wrong shape": attach.misfits(shapes, wanted), "no F32": types}
+           "wrong shape": attach.misfits(shapes, wanted), "not F32": types}
   if any(found.values()):
     raise InputError(f"{file} does not fit the model: " + "; ".join(
         f"{problem} {listed(names)}" for problem, names in found.items()) + ": delete it if the model is to go without")

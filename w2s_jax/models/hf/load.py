@@ -121,7 +121,8 @@ def _described(directory, num_labels, num_layers, feature_width, runtime):
   total_layers = model.config.num_layers
   if num_layers is not None:
     if not 1 <= num_layers <= total_layers:
-      raise InputError(f"{directory} has {total_layers} layers, {num_layers} were asked for: lower .layers")
+      raise InputError(f"{directory} has {total_layers} layers, {num_layers} were asked for: lower num_layers "
+                       "(--config.teacher.layers)")
     model = Model(dataclasses.replace(model.config, num_layers=num_layers))
   tensors = _find_tensors(directory, model.checkpoint)
   if own_head and "w2s.widen.weight" not in tensors:  # w2s_head.json could ask for a new head of any size
