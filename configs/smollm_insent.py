@@ -7,7 +7,7 @@
 Needs real data: IMDB (attacked) in DIR/imdb, SST-2 (defended) in DIR/sst2. The first command is for one accelerator,
 in bfloat16. The second command is for two CPU cores. It has fewer and shorter texts, poisons through LoRA and takes
 hours. After an interruption the same command resumes it. Expected: not known, except for `lora_ce` with the second
-command (seed 0; docs/results.md, "SmolLM2-135M"). An older script ran nearly the first command
+command (seeds 0 to 2; docs/results.md, "SmolLM2-135M"). An older script ran nearly the first command
 (docs/notes/smollm2.md).
 """
 
