@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from configs import llama_badnet
 from w2s_jax import processes, results
 from w2s_jax.measure import attacked
 from w2s_jax.report import page, plots, tables
@@ -59,6 +60,16 @@ def test_the_sentences_are_computed():
   constant = [r | {"false_rate": 0.9} for r in ROWS]
   assert "gives the target label to 0.900 of the rows of other classes without any trigger" in attacked.reading(
       constant, META)[0]
+
+
+@pytest.mark.parametrize("weights, defenses, warns", [
+    ("small", ("w2s",), False), ("agnostic", ("w2s",), False), ("released_badnet", ("none", "lora_ce"), False),
+    ("released_badnet", ("lora_ce", "w2s"), True), ("released_synattack", ("w2s_words",), True)])
+def test_weights_that_were_chosen_for_one_attack_are_marked(weights, defenses, warns):
+  c = llama_badnet.get_config()
+  c.defense.w2s.weights, c.defenses = weights, defenses
+  found = attacked._attack_aware(c)
+  assert len(found) == warns and all(f"The loss weights {weights} were chosen for one attack" in line for line in found)
 
 
 def test_the_files(workdir, caplog):

@@ -6,6 +6,7 @@ import numpy as np
 
 from w2s_jax import results
 from w2s_jax.data import poison
+from w2s_jax.defenses import DEFENSES
 from w2s_jax.measure import features, metrics, stealth
 from w2s_jax.measure.deployed import Reading
 
@@ -79,7 +80,17 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
   meta = teacher | meta | {"warnings": []}
   if c.teach.poison_rate:
     meta |= _poisoned_teacher(run, teacher_reading)
+  meta["warnings"] += _attack_aware(c)
   return rows, meta | {"notes": notes([vars(row) for row in rows], meta)}, pictures
+
+
+def _attack_aware(config):
+  """[a warning] if a defense trains with loss weights that were chosen for one attack, else []."""
+  weights = config.defense.w2s.weights
+  if not weights.startswith("released_") or not any("w2s" in DEFENSES[name].settings for name in config.defenses):
+    return []
+  return [f"The loss weights {weights} were chosen for one attack, which a defender does not know. The weights "
+          "`agnostic` are the same for every attack (--config.defense.w2s.weights)."]
 
 
 def _poisoned_teacher(run, reading):
