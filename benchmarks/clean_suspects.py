@@ -145,11 +145,11 @@ def main():
   judged = {name: found for done in runs.on_cores(one_seed, wanted, args.jobs) for name, found in done.items()}
   found = {name: judged[name] for name in names if judged[name]}
   if found:
-    text = (f"{', '.join(found)}\n\n" + table(found, {name: float(metadata[name]["asr_floor"]) for name in found})
-            + "\n\n" + selftest_table(found, args.out)).rstrip()
+    floors = {name: float(metadata[name]["asr_floor"]) for name in found}
+    text = f"{', '.join(found)}\n\n{table(found, floors)}\n\n{selftest_table(found, args.out)}".rstrip()
     (args.out / "table.md").write_text(text + "\n")
     (args.out / "rows.json").write_text(json.dumps(found))
-    picture(found, {name: float(metadata[name]["asr_floor"]) for name in found}, args.out / "asr.svg")
+    picture(found, floors, args.out / "asr.svg")
     print(text)
   runs.end([name for name in names if not judged[name]])
 

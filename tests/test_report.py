@@ -64,6 +64,7 @@ def test_the_sentences_are_computed():
 
 @pytest.mark.parametrize("weights, defenses, warns", [
     ("small", ("w2s",), False), ("agnostic", ("w2s",), False), ("released_badnet", ("none", "lora_ce"), False),
+    ("released_badnet", ("ce_adv",), False),
     ("released_badnet", ("lora_ce", "w2s"), True), ("released_synattack", ("w2s_words",), True)])
 def test_weights_that_were_chosen_for_one_attack_are_marked(weights, defenses, warns):
   c = llama_badnet.get_config()

@@ -63,7 +63,7 @@ def check_fields(config: ConfigDict) -> None:
                      "--config.poison.trains")
   longest = max(config.data.max_length, fields.get("data.attack_max_length", 0))
   if list(config.data.buckets) != sorted(config.data.buckets) or max(config.data.buckets, default=0) < longest:
-    _check_student_positions(config.student, longest)    # first: without the positions longer buckets do not help
+    _check_student_positions(config.student, longest)    # first: longer buckets do not help a short student
     raise InputError(f"data.buckets {tuple(config.data.buckets)}: want ascending lengths, the last at least "
                      f"{longest} tokens: set --config.data.buckets or --config.data.max_length/.attack_max_length")
 

@@ -93,9 +93,8 @@ def main(argv: list[str]) -> int:
   elif _JOBS.value > 1:
     raise InputError("--jobs starts its own processes on one machine: leave it out if there are several processes")
   workers.show_log()
-  workdir = default_workdir(sys.argv, "" if _SEEDS.value is None else "seeds")
-  if _WORKDIR.value:
-    workdir = Path(os.path.expanduser(_WORKDIR.value))
+  ending = "" if _SEEDS.value is None else "seeds"
+  workdir = Path(os.path.expanduser(_WORKDIR.value)) if _WORKDIR.value else default_workdir(sys.argv, ending)
   if not jax.config.jax_compilation_cache_dir:     # else the user has set JAX_COMPILATION_CACHE_DIR
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute().parent / ".w2s_cache" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

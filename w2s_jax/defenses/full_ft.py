@@ -7,6 +7,6 @@ Here nothing is frozen.
 from w2s_jax.adapters import trees
 from w2s_jax.defenses import lora_ce, w2s
 
-RATE = 0.2       # multiple of LoRA's rate: 2e-4, not 1e-3, tried on two MiniLM suspects (docs/notes/minilm_suspects.md)
+RATE = 0.2       # multiple of LoRA's rate (2e-4 for 1e-3); tried on two MiniLM suspects, docs/notes/minilm_suspects.md
 CONTROL = lora_ce.RECIPE._replace(trains=trees.FULL, rate=RATE)
 TAUGHT = w2s.RECIPE._replace(trains=trees.FULL, rate=RATE)

@@ -85,9 +85,9 @@ def table(run: Any, readings: dict[str, Reading], teacher: dict) -> tuple[list[r
 
 
 def _attack_aware(config):
-  """[a warning] if a defense trains with loss weights that were chosen for one attack, else []."""
+  """[a warning] if loss weights that were chosen for one attack train a defense with a teacher, else []."""
   weights = config.defense.w2s.weights
-  if not weights.startswith("released_") or not any("w2s" in DEFENSES[name].settings for name in config.defenses):
+  if not weights.startswith("released_") or not any(DEFENSES[name].has_teacher for name in config.defenses):
     return []
   return [f"The loss weights {weights} were chosen for one attack, which a defender does not know. The weights "
           "`agnostic` are the same for every attack (--config.defense.w2s.weights)."]
